@@ -1,0 +1,4983 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.2.6; python_version < '3.11'",
+#     "numpy==2.4.6; python_version >= '3.11'",
+#     "tqdm==4.70.1",
+# ]
+# ///
+"""llm_pipeline: from raw text to a small GPT that you trained yourself, in one file.
+
+    python llm_pipeline.py train --preset cpu-debug          # data -> tokenizer -> GPT
+    python llm_pipeline.py finetune --ckpt ckpts/best.pth    # learn to follow instructions
+    python llm_pipeline.py eval --ckpt ckpts/best.pth        # perplexity, bits per byte, F1
+    python llm_pipeline.py sample --ckpt ckpts/best_finetune.pth --prompt "Name a colour."
+    python llm_pipeline.py prepare --data_dir data/raw       # raw text -> token store, with report
+    python llm_pipeline.py export --ckpt ckpts/best.pth --out_dir hf   # -> Hugging Face
+    python llm_pipeline.py bench --preset tiny-8g            # what to expect of this machine
+
+`COMMAND --help` lists every flag with its default. The file reads from top to bottom; each
+section uses only those above it:
+
+     1 Configuration   dataclasses that are the flags, presets, recipes
+     2 Runtime         device, dtype, processes, stop signals, run lock, CSV log
+     3 Tokenizers      bytes, byte-level BPE
+     4 Corpus          sources -> records -> dedup -> split -> token store
+     5 Batches         windows, whole records, preference pairs, streams
+     6 Model           positions, attention, MLP, block, GPT
+     7 Decoding        key/value cache, sampling, generation
+     8 Checkpoints     atomic save, verified load
+     9 Interchange     Hugging Face in and out, LoRA
+    10 Optimisation    objectives, optimizers, schedules
+    11 Training        one loop, `fit`, for train and finetune
+    12 Evaluation      perplexity, classification report, samples, benchmark
+    13 Command line    flags from the dataclasses, `main`
+
+Exit codes: 0 done; 1 failed, with one line that says what to do; 2 bad usage, one line per
+problem; 130 or 143 stopped by SIGINT or SIGTERM with `last.pth` saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import difflib
+import gzip
+import hashlib
+import json
+import math
+import os
+import pickle
+import queue
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+# ====================================================================================
+# 1. Configuration
+#
+# Each setting stands once, in a typed field that carries its default, help and limits.
+# Flags, --config files and config.json snapshots are all generated from these fields.
+# ====================================================================================
+
+
+class UserError(Exception):
+    """Something the user can mend. Its message is one line that says what to do next."""
+
+
+def option(default, help: str, **limits):
+    """A dataclass field that is also a flag. Limits: `low`, `high`, `above` (exclusive), `choices`."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. `ARCHS` sets the fields that make it GPT-2 or Qwen3."""
+
+    vocab_size: int = option(260, "number of token ids", low=2, high=2**24)
+    block_size: int = option(256, "longest context, in tokens", low=2, high=2**20)
+    n_layer: int = option(6, "transformer blocks", low=1, high=1024)
+    n_head: int = option(8, "query heads", low=1, high=1024)
+    n_kv_head: int = option(0, "key and value heads (0: as many as n_head)", low=0, high=1024)
+    n_embd: int = option(512, "width of the residual stream", low=1, high=2**16)
+    head_dim: int = option(0, "width of a head (0: n_embd / n_head)", low=0, high=2**12)
+    n_inner: int = option(0, "width inside the MLP (0: 4 n_embd; swiglu 8/3)", low=0, high=2**20)
+    dropout: float = option(0.1, "on embedding, attention and residual", low=0.0, high=0.95)
+    bias: bool = option(True, "biases in linear layers and LayerNorm")
+    tie_weights: bool = option(True, "one matrix for embedding and head")
+    pos: str = option("learned", "positions", choices=("learned", "rope", "alibi"))
+    norm: str = option("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = option(1e-5, "added to the variance", above=0.0, high=1.0)
+    mlp: str = option("gelu", "MLP", choices=("gelu", "gelu_tanh", "relu", "swiglu"))
+    qk_norm: bool = option(False, "RMSNorm on queries and keys, per head")
+    rope_theta: float = option(1e4, "base of the rotary wavelengths", above=1.0, high=1e12)
+    attn_window: int = option(0, "each token sees the last N tokens (0: all)", low=0, high=2**20)
+    attn: str = option("sdpa", "attention code: explicit or fused", choices=("manual", "sdpa"))
+    init_std: float = option(0.02, "standard deviation of the initial weights", above=0.0, high=1.0)
+    zero_init: bool = option(False, "start each block as the identity (output matrices at zero)")
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // max(self.n_head, 1)
+        if not self.n_inner:  # 8/3 gives the three SwiGLU matrices the size of two at 4
+            wide = self.mlp == "swiglu"
+            self.n_inner = -(-8 * self.n_embd // 96) * 32 if wide else 4 * self.n_embd
+
+    def problems(self) -> list[str]:
+        """What makes this shape impossible, one line each."""
+        found = []
+        if self.n_embd % self.n_head and self.head_dim * self.n_head != self.n_embd:
+            found.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            found.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        if self.pos == "rope" and self.head_dim % 2:
+            found.append(f"rotary positions need an even head_dim, not {self.head_dim}")
+        return found
+
+
+@dataclass
+class TokenizerConfig:
+    """Which tokenizer. The commands that take a checkpoint take the tokenizer inside it."""
+
+    tokenizer: str = option("byte", "byte, bpe (trained here), gpt2, or a file or folder")
+    vocab_size: int = option(8192, "size of a trained BPE vocabulary", low=260, high=2**20)
+    min_frequency: int = option(2, "a BPE merge needs this many occurrences", low=1)
+    extra_special_tokens: str = option("", "further special tokens of a trained BPE, by comma")
+
+
+@dataclass
+class DataConfig:
+    """Where text comes from and which of it is kept."""
+
+    data_dir: str = option("data/raw", "a folder, a file, or a store made by prepare")
+    processed_dir: str = option("data/processed", "where token stores are kept")
+    val_fraction: float = option(0.1, "share of records kept for validation", above=0.0, high=0.9)
+    split_seed: int = option(1337, "salt of the split's hash", low=0)
+    doc_delimiter: str = option("", r"cuts plain text into records (\n for lines)")
+    encoding_errors: str = option("strict", "invalid UTF-8", choices=("strict", "replace"))
+    bad_records: str = option("error", "malformed lines and entries", choices=("error", "skip"))
+    text_field: str = option("text", "column or key that holds plain text")
+    min_chars: int = option(1, "drop plain texts shorter than this", low=0)
+    max_docs: int = option(0, "stop after this many records (0: all)", low=0)
+    max_tokens: int = option(0, "stop after about this many tokens (0: all)", low=0)
+    hf_dataset: str = option("", "a dataset on the Hub, or a builder such as parquet or json")
+    hf_config: str = option("", "its configuration, such as wikitext-103-raw-v1")
+    hf_split: str = option("train", "its split")
+    hf_files: str = option("", "file pattern for a local builder")
+    streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class RuntimeConfig:
+    """Where a command runs."""
+
+    seed: int = option(1337, "of initialisation, order, dropout and sampling", low=0, high=2**32)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = option("auto", "of matrix products", choices=DTYPES)
+    threads: int = option(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
+    vram_limit_gb: float = option(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
+    deterministic: bool = option(False, "deterministic CUDA algorithms, at some speed")
+    debug: bool = option(False, "show tracebacks")
+
+
+@dataclass
+class FitConfig(DataConfig, RuntimeConfig):
+    """Everything train and finetune share."""
+
+    out_dir: str = option("ckpts", "folder of the run")
+    config: str = option("", "settings from a json, toml or yaml file")
+    resume: bool = option(False, "continue last.pth of out_dir, bit for bit")
+    overwrite: bool = option(False, "replace a run that stands in out_dir")
+    epochs: int = option(5, "passes over the training data", low=1, high=10**6)
+    max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
+    max_minutes: float = option(0.0, "stop after this many minutes (0: never)", low=0.0)
+    stop_after: int = option(0, "save and stop after N steps of this session", low=0)
+    batch_size: int = option(32, "sequences a step, over all processes", low=1, high=2**20)
+    grad_accum: int = option(1, "micro-batches a step on each process", low=1, high=2**16)
+    stride: int = option(0, "distance between windows (0: block_size)", low=0)
+    shuffle_buffer: int = option(4096, "windows held for shuffling a stream", low=1)
+    lr: float = option(3e-4, "learning rate of AdamW", above=0.0, high=10.0)
+    muon_lr: float = option(0.02, "learning rate of Muon", above=0.0, high=10.0)
+    embed_lr_scale: float = option(1.0, "lr of embeddings and head, over lr", above=0.0, high=1e3)
+    weight_decay: float = option(0.01, "on matrices only", low=0.0, high=10.0)
+    beta2: float = option(0.99, "AdamW's second-moment decay", above=0.0, high=0.99999)
+    grad_clip: float = option(1.0, "largest gradient norm (0: none)", low=0.0)
+    optimizer: str = option("adamw", "optimizer", choices=("adamw", "muon"))
+    lr_schedule: str = option("cosine", "schedule", choices=("cosine", "constant", "linear", "wsd"))
+    warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
+    decay_fraction: float = option(0.5, "share of steps in wsd's decay", low=0.0, high=1.0)
+    min_lr_ratio: float = option(0.1, "final learning rate, over lr", low=0.0, high=1.0)
+    compile: str = option("auto", "torch.compile", choices=("auto", "on", "off"))
+    grad_checkpointing: bool = option(False, "recompute activations to save memory")
+    fsdp: bool = option(False, "shard parameters over processes instead of copying them")
+    eval_interval: int = option(200, "steps between evaluations", low=1)
+    eval_batches: int = option(50, "validation batches of an evaluation (0: all)", low=0)
+    log_interval: int = option(10, "steps between rows of metrics.csv", low=1)
+    save_interval: int = option(200, "steps between saves of last.pth", low=1)
+    patience: int = option(0, "stop after N evaluations without improvement (0: never)", low=0)
+    overfit_batch: bool = option(False, "sanity check: learn one batch by heart, save nothing")
+    wandb: str = option("", "log to this Weights & Biases project too")
+
+
+@dataclass
+class TrainConfig(TokenizerConfig, GPTConfig, FitConfig):
+    """Train a GPT from scratch, or go on from a pretrained one (--init_from)."""
+
+    preset: str = option("tiny-8g", "sizes that fit a machine")
+    recipe: str = option("classic", "classic: what the preset says; fast: measured quickest")
+    arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)")
+    init_from: str = option("", "start from a checkpoint or a Hugging Face folder or name")
+
+    def __post_init__(self):
+        pass  # zeros stay zeros here: GPTConfig proper fills them in
+
+
+@dataclass
+class FinetuneConfig(FitConfig):
+    """Tune a checkpoint, or a Hugging Face model, on instruction records or preferences."""
+
+    ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
+    preset: str = option("", "batch_size and grad_accum of a training preset")
+    epochs: int = option(3, "passes over the training data", low=1, high=10**6)
+    lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
+    seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
+    dropout: float | None = option(None, "(default: the checkpoint's)", low=0.0, high=0.95)
+    block_size: int | None = option(None, "(default: the checkpoint's)", low=2, high=2**20)
+    split_seed: int | None = option(None, "(default: the checkpoint's)", low=0)
+    val_fraction: float | None = option(None, "(default: the checkpoint's)", above=0.0, high=0.9)
+    attn: str | None = option(None, "attention code", choices=("manual", "sdpa"))
+    method: str = option("full", "all weights, or peft's adapters", choices=("full", "lora"))
+    lora_r: int = option(8, "rank of the adapters", low=1, high=4096)
+    lora_alpha: float = option(16.0, "scale of the adapters, times rank", above=0.0, high=1e6)
+    lora_dropout: float = option(0.0, "dropout before the adapters", low=0.0, high=0.95)
+    lora_targets: str = option("qkv,proj,up,down", "layers that get adapters, by comma")
+    loss_on: str = option("all", "tokens that count", choices=("all", "response"))
+    objective: str = option("ntp", "next token, or preferences", choices=("ntp", "dpo"))
+    dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
+    report_samples: int = option(50, "records generated for the before/after report", low=0)
+
+
+@dataclass
+class EvalConfig(DataConfig, RuntimeConfig):
+    """Loss, perplexity, bits per byte and classification report of a checkpoint."""
+
+    dtype: str = option("float32", "of matrix products", choices=DTYPES)
+    ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
+    split: str = option("val", "records to evaluate", choices=("val", "train", "all"))
+    block_size: int | None = option(None, "(default: the checkpoint's)", low=2, high=2**20)
+    split_seed: int | None = option(None, "(default: the checkpoint's)", low=0)
+    val_fraction: float | None = option(None, "(default: the checkpoint's)", above=0.0, high=0.9)
+    batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
+    max_batches: int = option(0, "stop after N batches a source (0: all)", low=0)
+    json: str = option("", "write the figures to this file")
+
+
+@dataclass
+class SampleConfig(RuntimeConfig):
+    """Generate text. Without --prompt on a terminal: an interactive session."""
+
+    dtype: str = option("float32", "of weights and matrix products", choices=DTYPES)
+    ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
+    prompt: str | None = option(None, "text to continue, or the instruction")
+    input: str = option("", "the instruction's input")
+    template: str = option(
+        "auto", "wrap the prompt: if tuned, never, always", choices=("auto", "raw", "instruct")
+    )
+    max_new_tokens: int = option(80, "most tokens to generate", low=1, high=10**9)
+    temperature: float = option(0.9, "0: always the likeliest token", low=0.0, high=100.0)
+    top_k: int = option(30, "keep the k likeliest tokens (0: all)", low=0)
+    top_p: float = option(1.0, "keep the likeliest tokens that sum to p", above=0.0, high=1.0)
+    min_p: float = option(0.0, "drop tokens under p times the likeliest", low=0.0, high=1.0)
+    repetition_penalty: float = option(1.0, "on tokens already there", above=0.0, high=100.0)
+    stop: str = option("", r"stop at this text (\n is understood)")
+    num_samples: int = option(1, "how many, from one prefill", low=1, high=4096)
+
+
+@dataclass
+class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
+    """Turn raw text or a Hugging Face dataset into a token store, and report on it."""
+
+    out_dir: str = option("", "the store's folder (default: under processed_dir)")
+    block_size: int = option(256, "marked in the histogram, used for the batch", low=2, high=2**20)
+    download: str = option("", "fetch a public data set into data_dir first")
+    preview: int = option(0, "show N records token by token", low=0)
+    mirror: str = option("", "fetch downloads from this address instead")
+    check_model: str = option("", "run a batch through this AutoModelForCausalLM")
+
+
+@dataclass
+class ExportConfig(RuntimeConfig):
+    """Write a Hugging Face folder whose logits equal the checkpoint's."""
+
+    ckpt: str = option("ckpts/best.pth", "checkpoint to export")
+    out_dir: str = option("export", "folder to write")
+    adapter: bool = option(False, "write the LoRA adapter alone, for peft")
+    merge: bool = option(True, "fold LoRA adapters into the weights")
+    overwrite: bool = option(False, "replace what stands in out_dir")
+
+
+@dataclass
+class BenchConfig(TrainConfig):
+    """Measure speed and memory of a preset on this machine."""
+
+    vs: str = option("", "measure a peer in turns: hf (transformers)", choices=("", "hf"))
+    rounds: int = option(5, "measured rounds; medians are reported", low=1, high=1000)
+    decode_batch: int = option(1, "sequences decoded at once", low=1, high=4096)
+    json: str = option("", "write the figures to this file")
+
+
+PRESETS = {
+    name: dict(zip(("block_size", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum", "lr",
+                    "epochs"), row, strict=True))
+    for name, row in {
+        "tiny-8g": (256, 6, 8, 512, 32, 1, 3e-4, 5),
+        "compact-8g": (384, 6, 8, 512, 24, 2, 3e-4, 6),
+        "small-16g": (512, 8, 8, 640, 32, 1, 2e-4, 6),
+        "cpu-debug": (128, 2, 4, 256, 8, 1, 5e-4, 1),
+        "gpt2-124m": (1024, 12, 12, 768, 32, 4, 6e-4, 1),
+    }.items()
+}  # fmt: skip
+
+ARCHS = {
+    "gpt2": dict(
+        pos="learned", norm="layernorm", norm_eps=1e-5, mlp="gelu", qk_norm=False, bias=True
+    ),
+    "modern": dict(
+        pos="rope", norm="rmsnorm", norm_eps=1e-6, mlp="swiglu", qk_norm=True, bias=False
+    ),
+}
+
+RECIPES = {
+    "classic": {},
+    "fast": dict(arch="modern", optimizer="muon", lr_schedule="wsd", lr=5e-3, muon_lr=0.02,
+                 warmup_steps=20, min_lr_ratio=0.0, zero_init=True),
+}  # fmt: skip
+
+TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS}
+
+
+def convert(spec, value):
+    """`value` (flag text, or parsed JSON/TOML/YAML) as the type and within the limits of a field.
+
+    Raises ValueError with the rest of the sentence "NAME ...".
+    """
+    kind, limits = spec.type.split(" | ")[0], spec.metadata
+    if value is None and "None" in spec.type:
+        return None
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, not {value!r}")
+        return value
+    if kind == "str":
+        if not isinstance(value, str):
+            raise ValueError(f"must be text, not {value!r}")
+        if "\0" in value:
+            raise ValueError("must not hold a NUL character")
+    else:
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            number = float(value)
+            if kind == "int":
+                # Through int() first: large integers do not survive a float.
+                value = int(value) if isinstance(value, str | int) else number
+                if value != int(value):
+                    raise ValueError
+                value = int(value)
+            else:
+                value = number
+        except (TypeError, ValueError, OverflowError):
+            what = "a whole number" if kind == "int" else "a number"
+            raise ValueError(f"must be {what}, not {str(value)[:80]!r}") from None
+        if not math.isfinite(value):
+            raise ValueError(f"must be finite, not {value}")
+        if value < limits.get("low", -math.inf):
+            raise ValueError(f"must be at least {limits['low']}, not {value}")
+        if value <= limits.get("above", -math.inf):
+            raise ValueError(f"must be above {limits['above']}, not {value}")
+        if value > limits.get("high", 2**53):
+            raise ValueError(f"must be at most {limits.get('high', 2**53)}, not {value}")
+    choices = limits.get("choices") or TABLES.get(spec.name)
+    if choices and value not in choices and not (value == "" and spec.default == ""):
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"must be one of {', '.join(filter(None, choices))}, not {value!r}{hint}")
+    return value
+
+
+def read_config_file(path: str) -> dict:
+    """The settings in a .json, .toml or .yaml file. Raises UserError."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".toml":
+            try:
+                import tomllib
+            except ImportError:  # Python 3.10
+                raise UserError(f"{path}: TOML needs Python 3.11; use JSON or YAML") from None
+            settings = tomllib.loads(text)
+        elif file.suffix in (".yaml", ".yml"):
+            settings = optional("yaml", "pyyaml").safe_load(text)
+        else:
+            settings = json.loads(text)
+    except OSError as error:
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path} is not valid: {one_line(error)}") from None
+    except Exception as error:  # pyyaml's errors share no standard base
+        if type(error).__module__.startswith("yaml"):
+            raise UserError(f"--config {path} is not valid: {one_line(error)}") from None
+        raise
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path} must hold one table of settings")
+    return settings
+
+
+def resolve(cls, flags: dict, stored: dict | None = None):
+    """Build a `cls` from flags. Precedence: defaults < arch < preset < recipe < file < flags.
+
+    `stored` (the settings of a checkpoint that is being resumed) stands in for the tables.
+    Raises UserError with one line for each problem.
+    """
+    specs = {f.name: f for f in fields(cls)}
+    problems, given = [], {}
+    path = flags.get("config")
+    from_file = read_config_file(path) if path else {}
+    everywhere = {f.name for c, _ in COMMANDS.values() for f in fields(c)}
+    for name in from_file:
+        if name not in everywhere:
+            near = difflib.get_close_matches(str(name), specs, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"--config {path}: unknown setting {name!r}{hint}")
+    for origin, layer in (("config file: ", from_file), ("--", flags)):
+        for name, value in layer.items():
+            if name in specs:
+                try:
+                    given[name] = convert(specs[name], value)
+                except ValueError as error:
+                    problems.append(f"{origin}{name} {error}")
+    layers = {}
+    if stored is None:
+        chosen = {n: given.get(n, specs[n].default) for n in TABLES if n in specs}
+        recipe = RECIPES.get(chosen.get("recipe"), {})
+        chosen["arch"] = given.get("arch", recipe.get("arch", chosen.get("arch")))
+        for name in ("arch", "preset", "recipe"):
+            layers |= TABLES[name].get(chosen.get(name), {})
+        if issubclass(cls, FinetuneConfig):  # its model is the checkpoint's, its rates its own
+            layers = {k: v for k, v in layers.items() if k in ("batch_size", "grad_accum")}
+    config = {k: v for k, v in ((stored or layers) | given).items() if k in specs}
+    config = cls(**config)
+    config.given = set(given)  # what was asked for by name, not by a default or a table
+    if not problems:
+        problems = cross_checks(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def cross_checks(config) -> list[str]:
+    """Settings that are each fine and do not go together, one line each."""
+    found = []
+    if isinstance(config, GPTConfig):
+        found += model_config(config, 260).problems()
+    if isinstance(config, FitConfig):
+        share = config.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
+        if config.batch_size % share:
+            found.append(
+                f"batch_size {config.batch_size} does not divide into {share} micro-batches "
+                "(grad_accum x processes)"
+            )
+        if config.resume and config.overwrite:
+            found.append("--resume and --overwrite exclude each other")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
+        found.append(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
+    return found
+
+
+def model_config(config: GPTConfig, vocab_size: int) -> GPTConfig:
+    """The architecture fields of a command's settings, for a tokenizer of `vocab_size` ids."""
+    picked = {f.name: getattr(config, f.name) for f in fields(GPTConfig)}
+    return GPTConfig(**picked | {"vocab_size": vocab_size})
+
+
+# ====================================================================================
+# 2. Runtime
+# ====================================================================================
+
+
+def note(text: str) -> None:
+    """A line on stderr, once however many processes there are, above any progress bar."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    """An error's text on one line, for a message that names the cause."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def optional(module: str, package: str = ""):
+    """Import an optional dependency, or say how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = package or module.split(".")[0]
+        raise UserError(f"this needs {name}: pip install {name}") from None
+
+
+def set_seed(seed: int) -> None:
+    """Seed PyTorch on every device. NumPy draws come from generators with seeds of their own."""
+    torch.manual_seed(seed)
+
+
+def derive_seed(*parts: int) -> int:
+    """An independent 63-bit seed for each tuple of integers (seed, epoch), (seed, step, ...)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass
+class Runtime:
+    """Where this process computes: device, dtype of matrix products, rank among processes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    def sum(self, *values: float) -> list[float]:
+        """Element-wise sums over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively; emulated bf16 is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags.split("Features", 1)[-1]
+
+
+@contextlib.contextmanager
+def runtime(config: RuntimeConfig):
+    """Set up device, dtype, threads, seed and process group for one command; take down at the end.
+
+    Raises UserError when the device asked for is not there: no silent fallback.
+    """
+    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    name = config.device
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and world_size > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: {torch.cuda.device_count()} CUDA devices; try cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps is not available here; try --device cpu")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        if config.vram_limit_gb:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, config.vram_limit_gb * 2**30 / total)
+            )
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    set_seed(config.seed)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware has it natively, else fp16 on CUDA, else fp32."""
+    if name != "auto":
+        if name == "float16" and device.type == "cpu":
+            raise UserError("--dtype float16 is for GPUs; on a CPU use bfloat16 or float32")
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a flag that work checks; a second signal exits at once."""
+
+    number = 0  # of the first signal that came
+
+    def __enter__(self):
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        note(f"{signal.Signals(number).name}: saving and stopping; again to exit at once")
+
+    def __bool__(self) -> bool:
+        return bool(self.number)
+
+    def __exit__(self, *exc):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
+    """Hold `folder` for this process. The operating system frees the lock when the holder dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / name, "a+")
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            raise UserError(
+                f"another run is using {folder}: wait for it, or choose another --out_dir"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, sync: bool = True):
+    """Write a binary file that appears under `path` whole or not at all.
+
+    A temporary file in the same folder, flushed and synced, then renamed; the folder synced too,
+    so that the new name survives a power cut. Raises UserError naming path and bytes needed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    written = 0
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            written = file.tell()
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)  # atomic on POSIX and on Windows
+        if sync and os.name != "nt":
+            handle = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        size = f" after {written:,} bytes" if written else ""
+        raise UserError(
+            f"cannot write {path}{size}: {error.strerror or error} ({free:,} bytes free); "
+            "what was there before is untouched"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+class CSVLogger:
+    """Appends rows to a CSV file, flushed at once. Reopened at `step`, later rows are dropped."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], step: int = -1):
+        kept = []
+        if step >= 0 and path.exists():
+            with open(path, encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    value = row.get("step") or ""
+                    whole = None not in row.values() and None not in row
+                    if value.isdigit() and int(value) <= step and whole:
+                        kept.append(row)
+        self.columns = columns
+        with atomic_write(path) as file:
+            lines = [",".join(columns)]
+            lines += [",".join(row.get(c, "") for c in columns) for row in kept]
+            file.write(("\n".join(lines) + "\n").encode())
+        self.file = open(path, "a", encoding="utf-8", newline="")
+
+    def log(self, **row) -> None:
+        try:
+            self.file.write(",".join(str(row.get(c, "")) for c in self.columns) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}") from None
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+# ====================================================================================
+# 3. Tokenizers
+#
+# One interface: vocab_size, bos_id, eos_id, sep_id, pad_id, encode, encode_batch, decode,
+# token_bytes, spec. `encode` never yields a special token: text from outside stays text.
+# ====================================================================================
+
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|sep|>")
+
+
+class ByteTokenizer:
+    """UTF-8 bytes 0..255, then pad, bos, eos, sep. Any string comes back as it was."""
+
+    vocab_size = 260
+    pad_id, bos_id, eos_id, sep_id = 256, 257, 258, 259
+
+    def encode(self, text: str) -> np.ndarray:
+        """The text's UTF-8 bytes, (n,) uint16. Lone surrogates, which UTF-8 lacks, survive too."""
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint16)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
+        data = bytes(i for i in map(int, ids) if i < 256)
+        try:
+            return data.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return data.decode("utf-8", "replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text that each id stands for, (vocab_size,)."""
+        return (np.arange(self.vocab_size) < 256).astype(np.int64)
+
+    def spec(self) -> dict:
+        """Plain data from which `tokenizer_from_spec` makes this tokenizer again."""
+        return {"kind": "byte"}
+
+
+class BPETokenizer:
+    """A `tokenizers.Tokenizer` behind the interface above.
+
+    Byte-level vocabularies are encoded by tiktoken where it is installed: the same ids, sooner.
+    """
+
+    def __init__(self, library_json: str, special_ids: dict[str, int]):
+        tokenizers = optional("tokenizers")
+        self.json = library_json
+        self.library = quietly(
+            tokenizers.Tokenizer.from_str, library_json, "the tokenizer is not valid"
+        )
+        self.library.encode_special_tokens = True  # a literal "<|sep|>" is encoded as characters
+        self.library.no_padding()
+        self.library.no_truncation()
+        self.vocab_size = max(self.library.get_vocab().values(), default=0) + 1
+        for name in ("bos", "eos", "sep", "pad"):
+            number = special_ids.get(f"{name}_id")
+            if type(number) is not int or not 0 <= number < self.vocab_size:
+                raise UserError(f"the tokenizer has no usable {name} token (got {number!r})")
+            setattr(self, f"{name}_id", number)
+        self.twin = tiktoken_twin(json.loads(library_json))
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, (n,) uint32. Lone surrogates become U+FFFD."""
+        texts = [t.encode("utf-8", "replace").decode() if has_surrogate(t) else t for t in texts]
+        if self.twin is not None:
+            nothing = frozenset()
+
+            def encode(text):
+                return self.twin.encode_to_numpy(
+                    text, allowed_special=nothing, disallowed_special=nothing
+                )
+
+            return list(POOL.map(encode, texts)) if len(texts) > 1 else [encode(texts[0])]
+        encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(e.ids, np.uint32) for e in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.library.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self.json).get("decoder"))
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, number in self.library.get_vocab().items():
+            # A byte-level vocabulary spells each byte as one character of its own alphabet.
+            sizes[number] = len(token) if byte_level else len(self.decode([number]).encode())
+        sizes[[n for n, t in self.library.get_added_tokens_decoder().items() if t.special]] = 0
+        return sizes
+
+    def spec(self) -> dict:
+        ids = {f"{n}_id": getattr(self, f"{n}_id") for n in ("bos", "eos", "sep", "pad")}
+        return {"kind": "bpe", "json": self.json, **ids}
+
+
+Tokenizer = ByteTokenizer | BPETokenizer
+POOL = ThreadPoolExecutor(os.cpu_count())  # starts its threads when first used
+
+
+def has_surrogate(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def quietly(function: Callable, argument, complaint: str):
+    """Call into the tokenizers library, whose panics are BaseExceptions, for one clear line."""
+    try:
+        return function(argument)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise UserError(f"{complaint}: {one_line(error)}") from None
+
+
+def tiktoken_twin(library: dict):
+    """A tiktoken encoder with the same ids as a byte-level `tokenizer.json`, or None.
+
+    tiktoken merges the adjacent pair of lowest id, tokenizers the pair of lowest merge rank.
+    The two agree when the ids rise with the merges and text is cut by GPT-2's pattern.
+    """
+    model, cut = library.get("model", {}), library.get("pre_tokenizer") or {}
+    plain = (
+        model.get("type") == "BPE"
+        and cut.get("type") == "ByteLevel"
+        and not cut.get("add_prefix_space")
+        and cut.get("use_regex", True)
+        and library.get("normalizer") is None
+        and not any(model.get(k) for k in ("ignore_merges", "byte_fallback", "dropout"))
+    )
+    try:
+        import tiktoken
+    except ImportError:
+        return None
+    if not plain or not hasattr(tiktoken.Encoding, "encode_to_numpy"):
+        return None
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    merged = [model["vocab"]["".join(pair)] for pair in merges]
+    bytes_of = byte_alphabet()
+    added = {t["content"] for t in library.get("added_tokens", [])}
+    ranks = {
+        bytes(bytes_of[c] for c in token): number
+        for token, number in model["vocab"].items()
+        if token not in added and all(c in bytes_of for c in token)
+    }
+    if merged != sorted(set(merged)) or any(bytes([b]) not in ranks for b in range(256)):
+        return None
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+    return tiktoken.Encoding("twin", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's one printable character for each byte: {character: byte}.
+
+    Printable Latin-1 stands for itself; the others follow from U+0100 on (Radford et al., 2019).
+    """
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def train_bpe(texts: Iterable[str], config: DataConfig) -> BPETokenizer:
+    """Train byte-level BPE on an iterator of texts, in batches, in bounded memory."""
+    tokenizers = optional("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    extra = [t for t in config.extra_special_tokens.split(",") if t]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        special_tokens=[*SPECIAL_TOKENS, *extra],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(batched(texts, 256), trainer)
+    ids = {f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos", "sep"))}
+    return BPETokenizer(library.to_str(), ids)
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of up to `size` items."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def tokenizer_from_spec(spec: dict) -> Tokenizer:
+    """The tokenizer that a checkpoint or a store describes. Raises UserError."""
+    if spec.get("kind") == "byte":
+        return ByteTokenizer()
+    if spec.get("kind") == "bpe" and isinstance(spec.get("json"), str):
+        return BPETokenizer(spec["json"], spec)
+    raise UserError(f"unknown tokenizer kind {spec.get('kind')!r}")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """`byte`, `gpt2`, a tokenizer.json, or a folder with one or with vocabulary and merges.
+
+    Raises UserError where nothing usable stands there.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    tokenizers = optional("tokenizers")
+    path = Path(name)
+    folder = path if path.is_dir() else path.parent
+    pairs = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]
+    pair = next((p for p in pairs if all((path / f).is_file() for f in p)), None)
+    if path.is_file() or (path / "tokenizer.json").is_file():
+        file = path if path.is_file() else path / "tokenizer.json"
+        library = quietly(tokenizers.Tokenizer.from_file, str(file), f"{file} is not a tokenizer")
+    elif pair:
+        files = [str(path / f) for f in pair]
+        model = quietly(
+            lambda f: tokenizers.models.BPE.from_file(*f), files, f"{files[0]} and {pair[1]}"
+        )
+        library = tokenizers.Tokenizer(model)
+        library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = tokenizers.decoders.ByteLevel()
+        library.add_special_tokens(["<|endoftext|>"])
+    elif path.exists():
+        raise UserError(f"{path}: no tokenizer.json, vocab.json + merges.txt or encoder.json + "
+                        "vocab.bpe in this folder")  # fmt: skip
+    else:
+        try:
+            library = tokenizers.Tokenizer.from_pretrained(name)
+        except Exception as error:
+            raise UserError(
+                f"--tokenizer {name}: no such file or folder, and the Hub did not answer "
+                f"({one_line(error, 90)}); give a local folder with vocab.json and merges.txt"
+            ) from None
+    return BPETokenizer(library.to_str(), special_ids(library, folder))
+
+
+def special_ids(library, folder: Path) -> dict[str, int]:
+    """Ids of bos, eos, sep and pad in somebody else's vocabulary; eos stands in for what it lacks.
+
+    Looks for this program's names, then the folder's configuration, then the usual names.
+    """
+    declared = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            declared |= json.loads((folder / name).read_text(encoding="utf-8"))
+    usual = {"eos": ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>"), "bos": ("<s>",)}
+    ids = {}
+    for role in ("eos", "bos", "sep", "pad"):
+        named = declared.get(f"{role}_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        for token in (f"<|{role}|>", named, *usual.get(role, ())):
+            if isinstance(token, str) and library.token_to_id(token) is not None:
+                ids[f"{role}_id"] = library.token_to_id(token)
+                break
+        else:
+            if "eos_id" not in ids:
+                raise UserError("the vocabulary has no end-of-text token such as <|endoftext|>")
+            ids[f"{role}_id"] = ids["eos_id"]
+    return ids
+
+
+# ====================================================================================
+# 4. Corpus
+#
+# files -> Records -> exact duplicates dropped -> train or val, by hash -> token store
+# ====================================================================================
+
+LONG_TEXT = 64 * 1024  # bytes; a longer record gives its last part to validation
+BLOCK = 1 << 20  # characters or bytes handled at a time
+SAFE_CUT = re.compile(r"\w(?= \w)")  # no known pre-tokenizer joins a word to the one after it
+
+
+def instruction_prompt(instruction: str, input: str = "") -> str:
+    """The one prompt template. The response follows as " text" and a newline."""
+    return f"### Instruction: {instruction}\n### Input: {input}\n### Output:"
+
+
+def instruction_response(output: str) -> str:
+    return f" {output}\n"
+
+
+@dataclass
+class TextFile:
+    """A text file too long to hold: read in blocks, as often as needed."""
+
+    path: Path
+    errors: str = "strict"
+
+    def blocks(self) -> Iterator[str]:
+        yield from read_text(self.path, self.errors)
+
+
+@dataclass
+class Record:
+    """One unit of text: prompt and response, or plain text as a response without a prompt."""
+
+    source: str
+    response: str | TextFile
+    prompt: str = ""
+    rejected: str = ""  # of a preference pair; `response` is the chosen one
+    where: str = ""  # file, or file:line
+    split: str = ""  # where the file's name says so, as in wiki.train.tokens
+
+    @property
+    def is_plain(self) -> bool:
+        return not self.prompt
+
+
+class Report:
+    """What was read from each source, what was skipped, and why."""
+
+    def __init__(self, bad_records: str = "error"):
+        self.strict = bad_records == "error"
+        self.rows: dict[str, Counter] = {}
+        self.examples: dict[tuple[str, str], str] = {}
+
+    def count(self, source: str, what: str, n: int = 1) -> None:
+        self.rows.setdefault(source, Counter())[what] += n
+
+    def skip(self, source: str, why: str, where: str) -> None:
+        self.count(source, f"skipped: {why}")
+        self.examples.setdefault((source, why), where)
+
+    def malformed(self, source: str, why: str, where: str) -> None:
+        """A line or entry that is not what its file promises: stop there, or count it."""
+        if self.strict:
+            raise UserError(f"{where}: {why}; mend it, or pass --bad_records skip")
+        self.skip(source, why, where)
+
+    def lines(self) -> list[str]:
+        head = ("records", "train", "val", "train_tokens", "val_tokens", "bytes")
+        table = [f"{'source':<28}" + "".join(f"{h:>14}" for h in head)]
+        for source, row in sorted(self.rows.items()):
+            table.append(f"{source[:27]:<28}" + "".join(f"{row[h]:>14,}" for h in head))
+            for what, n in row.items():
+                if what.startswith("skipped: "):
+                    where = self.examples[source, what.removeprefix("skipped: ")]
+                    table.append(f"  {what}: {n:,} (first: {where})")
+        return table
+
+
+def open_binary(path: Path):
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
+def read_text(path: Path, errors: str) -> Iterator[str]:
+    """A file's text as UTF-8, in blocks. Raises UserError naming the offset of invalid bytes."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    offset, first = 0, True
+    try:
+        with open_binary(path) as file:
+            while True:
+                data = file.read(BLOCK)
+                pending = len(decoder.getstate()[0])
+                text = decoder.decode(data, final=not data)
+                offset += len(data)
+                if text:
+                    yield text.removeprefix("\ufeff") if first else text
+                    first = False
+                if not data:
+                    return
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: invalid UTF-8 at byte {offset - pending + error.start}; convert the file, "
+            "or pass --encoding_errors replace"
+        ) from None
+    except (OSError, EOFError, gzip.zlib.error) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+
+
+def read_pieces(path: Path, errors: str, delimiter: str) -> Iterator[str]:
+    """A file's text between delimiters."""
+    tail: list[str] = []
+    for block in read_text(path, errors):
+        # A delimiter may straddle two blocks: look at the joint too.
+        if tail and len(delimiter) > 1:
+            block = tail.pop() + block
+        head, *rest = block.split(delimiter)
+        tail.append(head)
+        for piece in rest:
+            yield "".join(tail)
+            tail = [piece]
+    if any(tail):
+        yield "".join(tail)
+
+
+def record_from_row(row: dict, source: str, text_field: str, where: str) -> Record:
+    """A Record from any known shape of JSON object or table row. Raises ValueError saying why not.
+
+    instruction/input/output, prompt/completion, prompt/response, messages, chosen/rejected, text.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {type(row).__name__}")
+
+    def text(*names: str) -> str | None:
+        for name in names:
+            if row.get(name) is not None:
+                if not isinstance(row[name], str):
+                    raise ValueError(f"{name!r} must be text, not {type(row[name]).__name__}")
+                return row[name]
+        return None
+
+    instruction = text("instruction", "prompt")
+    output = text("chosen", "output", "completion", "response")
+    if instruction is not None and output is not None:
+        prompt = instruction_prompt(instruction, text("input") or "")
+        rejected = text("rejected")
+        rejected = "" if rejected is None else instruction_response(rejected)
+        return Record(source, instruction_response(output), prompt, rejected, where)
+    if isinstance(row.get("messages"), list):
+        turns = row["messages"]
+        if not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
+            raise ValueError("'messages' must be a list of {role, content}")
+        if len(turns) < 2 or turns[-1].get("role") != "assistant":
+            raise ValueError("'messages' must end with an assistant's turn")
+        said = [t["content"] for t in turns[:-1]]
+        if len(said) > 1:
+            said = [f"{t.get('role')}: {t['content']}" for t in turns[:-1]]
+        prompt = instruction_prompt("\n".join(said))
+        return Record(source, instruction_response(turns[-1]["content"]), prompt, where=where)
+    plain = text(text_field, "text")
+    if plain is not None:
+        return Record(source, plain, where=where)
+    raise ValueError(f"no known fields among {', '.join(map(repr, list(row)[:8])) or 'none'}")
+
+
+def load_sms_spam(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+    """SMS Spam Collection: a label, a tab, a message on each line, no quoting."""
+    for number, line in enumerate(read_pieces(path, config.encoding_errors, "\n"), 1):
+        where = f"{path}:{number}"
+        label, tab, message = line.rstrip("\r").partition("\t")
+        if not line.strip():
+            report.skip("sms", "empty line", where)
+        elif not tab or not label.strip():
+            report.malformed("sms", "no tab between label and message", where)
+        else:
+            prompt = instruction_prompt("classify if the SMS is spam or ham", message)
+            yield Record("sms", instruction_response(label.strip()), prompt, where=where)
+
+
+def load_instruction_json(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+    """A JSON list of objects, or JSON Lines, in the shapes of `record_from_row`."""
+    jsonl = ".jsonl" in path.suffixes
+    if jsonl:
+        entries = enumerate(read_pieces(path, config.encoding_errors, "\n"), 1)
+    else:
+        try:
+            entries = json.loads("".join(read_text(path, config.encoding_errors)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: expected a list of objects, found {type(entries).__name__}")
+        entries = enumerate(entries, 1)
+    for number, entry in entries:
+        where = f"{path}:{number}" if jsonl else f"{path}: entry {number}"
+        try:
+            if jsonl:
+                if not entry.strip():
+                    continue
+                entry = json.loads(entry)
+            record = record_from_row(entry, path.name, config.text_field, where)
+        except (ValueError, RecursionError) as error:
+            report.malformed(path.name, one_line(error), where)
+            continue
+        if not record.is_plain:
+            record.source = "instructions"
+        yield record
+
+
+def load_plain_text(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+    """One record a file, or one between delimiters."""
+    if not config.doc_delimiter:
+        yield Record(path.name, TextFile(path, config.encoding_errors), where=str(path))
+        return
+    delimiter = unescape(config.doc_delimiter)
+    for number, text in enumerate(read_pieces(path, config.encoding_errors, delimiter), 1):
+        yield Record(path.name, text, where=f"{path}: document {number}")
+
+
+def load_parquet(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+    """Rows of a parquet file, FineWeb's layout and instruction tables alike, batch by batch."""
+    parquet = optional("pyarrow.parquet", "pyarrow")
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            known = {config.text_field, "text", "instruction", "prompt", "messages"}
+            if not known & set(columns):
+                raise UserError(
+                    f"{path}: no column {config.text_field!r} (it has {', '.join(columns)}); "
+                    "name one with --text_field"
+                )
+            number = 0
+            wanted = [config.text_field] if config.text_field in columns else columns
+            for table in file.iter_batches(256, columns=wanted):
+                for row in table.to_pylist():
+                    number += 1
+                    where = f"{path}: row {number}"
+                    try:
+                        yield record_from_row(row, path.name, config.text_field, where)
+                    except ValueError as error:
+                        report.malformed(path.name, one_line(error), where)
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+        raise UserError(f"cannot read {path} as parquet: {one_line(error)}") from None
+
+
+def load_hub(config: DataConfig, report: Report) -> Iterator[Record]:
+    """Rows of a Hugging Face dataset, from the Hub or a local builder, whole or as a stream."""
+    for number, row in enumerate(hub_rows(config), 1):
+        where = f"{config.hf_dataset}: row {number}"
+        try:
+            yield record_from_row(row, config.hf_dataset, config.text_field, where)
+        except ValueError as error:
+            report.malformed(config.hf_dataset, one_line(error), where)
+
+
+def hub_rows(config: DataConfig):
+    """The `datasets` object that --hf_dataset names. Raises UserError where it cannot be had."""
+    datasets = optional("datasets")
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(
+            config.hf_dataset,
+            config.hf_config or None,
+            split=config.hf_split,
+            streaming=config.streaming,
+            data_files=config.hf_files or None,
+        )
+    except Exception as error:
+        raise UserError(
+            f"cannot load dataset {config.hf_dataset!r}: {one_line(error, 160)}; check the name "
+            "and the network, or read local files with --data_dir"
+        ) from None
+
+
+READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[Record]]] = {
+    ".json": load_instruction_json,
+    ".jsonl": load_instruction_json,
+    ".parquet": load_parquet,
+    ".tsv": load_sms_spam,
+    ".txt": load_plain_text,
+    ".md": load_plain_text,
+}
+
+
+def find_reader(path: Path):
+    """The reader for a file by its name, by a look inside where the name says nothing, or None."""
+    name = path.name.removesuffix(".gz")
+    if name.lower().startswith("smsspamcollection"):
+        return load_sms_spam
+    reader = READERS.get(Path(name).suffix.lower())
+    if reader is None:
+        try:
+            with open_binary(path) as file:
+                head = file.read(4096)
+            if b"\0" not in head:
+                head[:-3].decode("utf-8")  # a character may be cut at the end
+                reader = load_plain_text
+        except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error):
+            pass
+    return reader
+
+
+def find_files(config: DataConfig) -> list[Path]:
+    """Every file under --data_dir, in a stable order, hidden ones left out. Raises UserError."""
+    root = Path(config.data_dir)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        if config.data_dir == DataConfig.data_dir:
+            return []
+        raise UserError(f"--data_dir {root} does not exist: name a folder or a file with text")
+    inside = (p for p in root.rglob("*") if p.is_file())
+    return sorted(
+        p for p in inside if not any(s.startswith(".") for s in p.relative_to(root).parts)
+    )
+
+
+def toy_records() -> Iterator[Record]:
+    """A few thousand generated instructions, so that every command runs on an empty machine."""
+    rng = np.random.default_rng(0)
+    words = "sun moon tree river stone cloud bird fish lamp book door road hill star rain".split()
+    phrases = {
+        "good morning": "bonjour",
+        "thank you": "merci",
+        "good night": "bonne nuit",
+        "see you soon": "a bientot",
+        "please": "s'il vous plait",
+        "yes": "oui",
+        "no": "non",
+    }
+    # fmt: skip
+    tasks = {
+        "Repeat the words.": lambda w: " ".join(w),
+        "Reverse the order of the words.": lambda w: " ".join(reversed(w)),
+        "Write the words in upper case.": lambda w: " ".join(w).upper(),
+        "Count the words.": lambda w: str(len(w)),
+    }
+    for _ in range(900):
+        picked = list(rng.choice(words, rng.integers(1, 5)))
+        for task, answer in tasks.items():
+            yield toy_record(task, " ".join(picked), answer(picked))
+    for a in range(20):
+        for b in range(20):
+            yield toy_record("Add the numbers.", f"{a} + {b}", str(a + b))
+    for phrase, answer in phrases.items():
+        yield toy_record("Say it in French.", phrase, answer)
+
+
+def toy_record(task: str, input: str, answer: str) -> Record:
+    return Record("toy", instruction_response(answer), instruction_prompt(task, input), where="toy")
+
+
+def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
+    """Every record of the configured sources. Raises UserError when there is none to read."""
+    if config.hf_dataset:
+        yield from load_hub(config, report)
+        return
+    files = find_files(config)
+    readers = [(path, find_reader(path)) for path in files]
+    if not any(reader for _, reader in readers):
+        if config.data_dir == DataConfig.data_dir:
+            note(f"no data in {config.data_dir}: using the built-in toy corpus")
+            yield from toy_records()
+            return
+        what = f"{len(files)} files, none readable as text" if files else "no files"
+        raise UserError(f"--data_dir {config.data_dir}: {what}; add .txt, .json, .jsonl, .parquet "
+                        "or an SMSSpamCollection")  # fmt: skip
+    for path, reader in readers:
+        split = named_split(path, files)
+        if reader is None or split == "test":
+            why = "not text" if reader is None else "test split, kept out"
+            report.skip(path.name, why, str(path))
+            continue
+        for record in reader(path, config, report):
+            record.split = split
+            yield record
+
+
+def named_split(path: Path, files: list[Path]) -> str:
+    """train, val or test where a file's name says so and a train file stands beside it, else ""."""
+    words = {"train": "train", "valid": "val", "validation": "val", "val": "val", "dev": "val",
+             "test": "test"}  # fmt: skip
+
+    def said(file: Path) -> str:
+        found = [words[w] for w in re.split(r"[^a-z]+", file.name.lower()) if w in words]
+        return found[0] if found else ""
+
+    siblings = {said(f) for f in files if f.parent == path.parent}
+    return said(path) if {"train", "val"} <= siblings else ""
+
+
+class SeenHashes:
+    """The set of 64-bit hashes met so far, 8 bytes each: sorted runs, merged as they double."""
+
+    def __init__(self):
+        self.runs: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Add (n,) uint64; return (n,) bool, true where a hash is met for the first time."""
+        new = np.zeros(len(hashes), bool)
+        new[np.unique(hashes, return_index=True)[1]] = True
+        for run in self.runs:
+            place = np.searchsorted(run, hashes)
+            new &= run[np.minimum(place, len(run) - 1)] != hashes
+        fresh = np.sort(hashes[new])
+        while self.runs and len(self.runs[-1]) <= len(fresh):
+            fresh = np.sort(np.concatenate([self.runs.pop(), fresh]))
+        if len(fresh):
+            self.runs.append(fresh)
+        return new
+
+
+def record_hash(record: Record, split_seed: int) -> tuple[int, int, int]:
+    """(identity, place, bytes): two independent 64-bit hashes of the content, and its size.
+
+    A function of the content and the seed alone, so that adding data never moves a record.
+    """
+    hasher = hashlib.blake2b(digest_size=16, salt=split_seed.to_bytes(8, "little"))
+    hasher.update(record.prompt.encode("utf-8", "surrogatepass") + b"\0")
+    size = 0
+    for block in text_blocks(record.response):
+        data = block.encode("utf-8", "surrogatepass")
+        hasher.update(data)
+        size += len(data)
+    hasher.update(b"\0" + record.rejected.encode("utf-8", "surrogatepass"))
+    digest = hasher.digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"), size
+
+
+def text_blocks(text: str | TextFile) -> Iterator[str]:
+    if isinstance(text, TextFile):
+        yield from text.blocks()
+    elif len(text) <= BLOCK:
+        yield text
+    else:
+        yield from (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
+
+
+def split_records(
+    config: DataConfig, report: Report, pairs: bool = False
+) -> Iterator[tuple[Record, str, int]]:
+    """Records without duplicates, each with its split and its size in bytes.
+
+    The split is "train", "val", or "both" for a long text, whose last part validates.
+    """
+    seen = SeenHashes()
+    threshold = int(config.val_fraction * 2**64)
+    documents = 0
+    for batch in batched(read_records(config, report), 1024):
+        hashes = [record_hash(record, config.split_seed) for record in batch]
+        new = seen.add(np.array([identity for identity, _, _ in hashes], np.uint64))
+        for record, fresh, (_, place, size) in zip(batch, new, hashes, strict=True):
+            report.count(record.source, "records")
+            short = isinstance(record.response, str) and record.is_plain
+            if not fresh:
+                report.skip(record.source, "duplicate", record.where)
+            elif size == 0 or short and len(record.response.strip()) < config.min_chars:
+                report.skip(record.source, "short or empty", record.where)
+            elif pairs and record.rejected in ("", record.response):
+                report.skip(record.source, "no preference", record.where)
+            else:
+                long = record.is_plain and size > LONG_TEXT
+                hashed = "both" if long else "val" if place < threshold else "train"
+                yield record, record.split or hashed, size
+                documents += 1
+                if documents == config.max_docs:
+                    return
+
+
+def split_text(
+    record: Record, split: str, size: int, val_fraction: float
+) -> Iterator[tuple[str, str]]:
+    """Blocks of a record's response with the split of each: (split, text).
+
+    Blocks end where a tokenizer would cut too, so that ids do not depend on the block size.
+    """
+    boundary = size - int(math.ceil(size * val_fraction)) if split == "both" else size
+    part, done, carry = "train" if split == "both" else split, 0, ""
+    for block in text_blocks(record.response):
+        data = block.encode("utf-8", "surrogatepass")
+        if part == "train" and split == "both" and done + len(data) >= boundary:
+            cut = boundary - done
+            while cut < len(data) and data[cut] & 0xC0 == 0x80:  # not inside a character
+                cut += 1
+            yield "train", carry + data[:cut].decode("utf-8", "surrogatepass")
+            part, carry, block = "val", "", data[cut:].decode("utf-8", "surrogatepass")
+        done += len(data)
+        block = carry + block
+        cut = max((m.end() for m in SAFE_CUT.finditer(block, max(0, len(block) - 4096))), default=0)
+        if cut:
+            yield part, block[:cut]
+        carry = block[cut:]
+    if carry:
+        yield part, carry
+
+
+INDEX = np.dtype([("start", "<u8"), ("length", "<u8"), ("prompt", "<u4"), ("source", "<u4")])
+STORE_FORMAT = "llm_pipeline.store.1"
+
+
+class StoreWriter:
+    """Appends documents to train.bin and val.bin, and a row for each to train.idx and val.idx."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, report: Report):
+        self.tokenizer, self.report = tokenizer, report
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
+        names = [f"{split}.{end}" for split in ("train", "val") for end in ("bin", "idx")]
+        self.files = {name: open(folder / name, "wb") for name in names}
+        self.hashers = {name: hashlib.blake2b(digest_size=16) for name in names}
+        self.size = {"train": 0, "val": 0}  # tokens
+        self.documents = {"train": 0, "val": 0}
+        self.sources: dict[str, int] = {}
+        self.lengths = Counter()  # tokens in a document -> documents
+
+    def append(self, name: str, data: np.ndarray) -> None:
+        view = np.ascontiguousarray(data).view(np.uint8).data
+        self.hashers[name].update(view)
+        self.files[name].write(view)
+
+    def begin(self, split: str, source: str, prompt: np.ndarray) -> None:
+        self.open = split, source, self.size[split], 1 + len(prompt)
+        self.extend(np.array([self.tokenizer.bos_id]))
+        self.extend(prompt)
+
+    def extend(self, ids: np.ndarray) -> None:
+        split = self.open[0]
+        self.append(f"{split}.bin", ids.astype(self.dtype))
+        self.size[split] += len(ids)
+
+    def end(self) -> None:
+        split, source, start, prompt = self.open
+        plain = prompt == 1
+        self.extend(np.array([self.tokenizer.eos_id if plain else self.tokenizer.sep_id]))
+        length = self.size[split] - start
+        number = self.sources.setdefault(source, len(self.sources))
+        self.append(f"{split}.idx", np.array([(start, length, prompt, number)], INDEX))
+        self.documents[split] += 1
+        self.lengths[length] += 1
+        self.report.count(source, split)
+        self.report.count(source, f"{split}_tokens", length)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+
+def documents(config: DataConfig, report: Report, pairs: bool) -> Iterator[tuple]:
+    """What a store is written from: ("begin", split, source, prompt), ("text", text), ("end",)."""
+    for record, split, size in split_records(config, report, pairs):
+        report.count(record.source, "bytes", size)
+        current = None
+        for part, text in split_text(record, split, size, config.val_fraction):
+            if part != current:
+                if current:
+                    yield ("end",)
+                yield "begin", part, record.source, record.prompt
+                current = part
+            yield "text", text
+        yield ("end",)
+        if pairs:
+            yield "begin", split, record.source, record.prompt
+            yield "text", record.rejected
+            yield ("end",)
+
+
+def write_documents(config: DataConfig, writer: StoreWriter, pairs: bool) -> None:
+    """Tokenize in parallel batches of about 8 MB and write; stops at --max_tokens."""
+    waiting, size = [], 0
+
+    def flush() -> None:
+        encoded = iter(writer.tokenizer.encode_batch([w[-1] for w in waiting if len(w) > 1]))
+        for kind, *rest in waiting:
+            if kind == "begin":
+                writer.begin(*rest[:2], next(encoded))
+            elif kind == "text":
+                writer.extend(next(encoded))
+            else:
+                writer.end()
+        waiting.clear()
+
+    total = sum(p.stat().st_size for p in find_files(config)) if not config.hf_dataset else 0
+    with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True, delay=1,
+              disable=not is_main()) as bar:  # fmt: skip
+        for document in documents(config, writer.report, pairs):
+            waiting.append(document)
+            size += len(document[-1]) if len(document) > 1 else 0
+            if size > 8 * BLOCK:
+                flush()
+                bar.update(size)
+                bar.set_postfix(tokens=f"{sum(writer.size.values()):,}", refresh=False)
+                size = 0
+            if document == ("end",) and 0 < config.max_tokens <= sum(writer.size.values()):
+                break
+        flush()
+        bar.update(size)
+
+
+class TokenStore:
+    """A prepared corpus on disk: memory-mapped tokens and the index of its records."""
+
+    def __init__(self, folder: Path):
+        """Raises UserError where the folder does not hold a whole, consistent store."""
+        self.folder = folder
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            if self.meta.get("format") != STORE_FORMAT:
+                raise ValueError(f"format {self.meta.get('format')!r} is not {STORE_FORMAT}")
+            self.tokenizer = tokenizer_from_spec(self.meta["tokenizer"])
+            self.sources = [str(s) for s in self.meta["sources"]]
+            dtype = np.dtype("<u2" if self.tokenizer.vocab_size <= 65536 else "<u4")
+            self.tokens = {s: self.map(f"{s}.bin", dtype) for s in ("train", "val")}
+            self.index = {s: self.map(f"{s}.idx", INDEX) for s in ("train", "val")}
+            self.check()
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{folder} is not a usable token store ({one_line(error)}); delete it and run "
+                "prepare again"
+            ) from None
+
+    def map(self, name: str, dtype: np.dtype) -> np.ndarray:
+        path = self.folder / name
+        size = path.stat().st_size
+        if size != self.meta["files"][name]["bytes"] or size % dtype.itemsize:
+            raise ValueError(
+                f"{name} has {size:,} bytes, not {self.meta['files'][name]['bytes']:,}"
+            )
+        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
+
+    def check(self) -> None:
+        """Every record lies inside the tokens; the index is cheap to check, the tokens are not."""
+        for split, index in self.index.items():
+            end = index["start"] + index["length"]
+            inside = (end <= len(self.tokens[split])) & (end >= index["start"])
+            sane = (index["prompt"] <= index["length"]) & (index["source"] < len(self.sources))
+            if not (inside & sane).all():
+                raise ValueError(f"{split}.idx points outside {split}.bin")
+
+    def ids(self, split: str, start: np.ndarray | int, length: int) -> np.ndarray:
+        """(..., length) int64 ids from each start. Raises UserError on an id outside the vocabulary."""
+        ids = self.tokens[split][np.asarray(start)[..., None] + np.arange(length)].astype(np.int64)
+        if ids.size and ids.max() >= self.tokenizer.vocab_size:
+            raise UserError(f"{self.folder}/{split}.bin holds ids outside its vocabulary; delete "
+                            "the store and prepare it again")  # fmt: skip
+        return ids
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens and the index themselves, whatever files they came from."""
+        return str(self.meta["fingerprint"])
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def unescape(text: str) -> str:
+    r"""`\n`, `\t` and `\\` as a shell user types them."""
+    table = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda m: table[m.group()], text)
+
+
+def settings_fingerprint(config: DataConfig, tokenizer: Tokenizer | None, pairs: bool) -> str:
+    """Of everything a store depends on, cheaply: files by name, size and time of change."""
+    names = [f.name for f in fields(DataConfig) if f.name not in ("data_dir", "processed_dir")]
+    parts = {name: getattr(config, name) for name in names} | {"pairs": pairs}
+    if tokenizer is None:
+        parts |= {f.name: getattr(config, f.name) for f in fields(TokenizerConfig)}
+    else:
+        parts["tokenizer"] = tokenizer.spec()
+    if not config.hf_dataset:
+        stats = [(str(p), p.stat()) for p in find_files(config)]
+        parts["files"] = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+    return short_hash(parts, 16)
+
+
+def short_hash(value, size: int = 4) -> str:
+    """Hexadecimal digest of plain data; "byte" for the byte tokenizer, which has nothing to vary."""
+    if value == {"kind": "byte"}:
+        return "byte"
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+
+
+def build_corpus_from_sources(
+    config: DataConfig,
+    tokenizer: Tokenizer | None = None,
+    folder: Path | None = None,
+    pairs: bool = False,
+) -> TokenStore:
+    """The token store of the configured sources: opened if it is prepared and current, else built.
+
+    tokenizer: the one to use; by default the one that config.tokenizer names, or trains.
+    folder: where the store goes; by default a folder of processed_dir named after its source.
+    pairs: keep preference records alone, chosen and rejected side by side, for DPO.
+    """
+    if tokenizer is None and config.tokenizer == "byte":
+        tokenizer = ByteTokenizer()
+    prepared = Path(config.data_dir)
+    if not config.hf_dataset and (prepared / "meta.json").is_file():
+        store = TokenStore(prepared)
+        if tokenizer is not None and tokenizer.spec() != store.tokenizer.spec():
+            raise UserError(f"{prepared} was prepared with another tokenizer than the checkpoint's")
+        return store
+    if folder is None:
+        source = Path(config.hf_dataset or config.data_dir).stem or "data"
+        kind = Path(config.tokenizer).stem if tokenizer is None else short_hash(tokenizer.spec())
+        folder = Path(config.processed_dir) / f"{source}-{kind}{'-pairs' * pairs}"
+    wanted = settings_fingerprint(config, tokenizer, pairs)
+    if is_main():
+        with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
+            try:
+                current = TokenStore(folder).meta.get("settings_fingerprint") == wanted
+            except UserError:
+                current = False
+            if not current:
+                build_store(config, tokenizer, folder, pairs, wanted)
+    return TokenStore(folder)
+
+
+def build_store(
+    config: DataConfig, tokenizer: Tokenizer | None, folder: Path, pairs: bool, wanted: str
+) -> None:
+    """Write a store in a temporary folder and rename it, so that a half-made one never shows."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").is_file():
+        raise UserError(f"{folder} holds other files: name an empty folder for the store")
+    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    for stale in (temporary, old):  # of a run that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        started = time.perf_counter()
+        if tokenizer is None and config.tokenizer == "bpe":
+            tokenizer = train_bpe(training_texts(config, pairs), config)
+        tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+        encoding = time.perf_counter()
+        report = Report(config.bad_records)
+        writer = StoreWriter(temporary, tokenizer, report)
+        write_documents(config, writer, pairs)
+        writer.close()
+        for line in report.lines():
+            note(line)
+        if not writer.size["train"]:
+            raise UserError(f"no records to train on in {config.hf_dataset or config.data_dir}"
+                            f"{' (DPO needs chosen and rejected)' * pairs}")  # fmt: skip
+        seconds = time.perf_counter() - encoding
+        files = {name: {"bytes": (temporary / name).stat().st_size, "blake2b": h.hexdigest()}
+                 for name, h in writer.hashers.items()}  # fmt: skip
+        meta = {
+            "format": STORE_FORMAT,
+            "fingerprint": short_hash([files, tokenizer.spec()], 16),
+            "settings_fingerprint": wanted,
+            "settings": {f.name: getattr(config, f.name) for f in fields(DataConfig)},
+            "pairs": pairs,
+            "files": files,
+            "sources": list(writer.sources),
+            "counts": {name: dict(row) for name, row in report.rows.items()},
+            "skipped": {f"{s}: {why}": where for (s, why), where in report.examples.items()},
+            "tokens": writer.size,
+            "documents": writer.documents,
+            "lengths": {str(k): v for k, v in sorted(writer.lengths.items())},
+            "seconds": {"tokenizer": encoding - started, "encoding": seconds},
+            "tokenizer": tokenizer.spec(),
+        }
+        if isinstance(tokenizer, BPETokenizer):
+            (temporary / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+        write_json(temporary / "meta.json", meta)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write the token store {folder}: {one_line(error)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def training_texts(config: DataConfig, pairs: bool) -> Iterator[str]:
+    """The text of the training split alone, for training a tokenizer."""
+    for record, split, size in split_records(config, Report(config.bad_records), pairs):
+        if split != "val" and record.prompt:
+            yield record.prompt
+        for part, text in split_text(record, split, size, config.val_fraction):
+            if part == "train":
+                yield text
+
+
+# ====================================================================================
+# 5. Batches
+#
+# The batch of step s is a function of (seed, s): resuming costs nothing, and one process or
+# four see the same global batch.
+# ====================================================================================
+
+IGNORE = -100  # a target that does not count
+
+
+def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(n) sends each index, in O(1) memory.
+
+    A Feistel network over the next power of four; results beyond n walk on along their cycle
+    (format-preserving encryption, Black and Rogaway, 2002).
+    """
+    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.default_rng(key).integers(0, 2**63, 6, np.uint64)
+
+    def encrypt(value: np.ndarray) -> np.ndarray:
+        left, right = value >> half, value & mask
+        for round_key in keys:
+            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
+        return left << half | right
+
+    value = encrypt(np.asarray(index, np.uint64))
+    while (outside := value >= n).any():
+        value[outside] = encrypt(value[outside])
+    return value.astype(np.int64)
+
+
+@dataclass
+class Batch:
+    """Inputs and targets, (B, T) int64 each; targets that do not count are IGNORE.
+
+    Preference pairs take two rows each, chosen and rejected. `stats` collects sums to be logged.
+    """
+
+    x: Tensor
+    y: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    reference: Tensor | None = None  # (B,) log-probabilities of each row under the base model
+
+    def to(self, device: torch.device) -> Batch:
+        def move(t):
+            if t is None or device.type == "cpu":
+                return t
+            return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+
+        return Batch(move(self.x), move(self.y), {}, move(self.reference))
+
+    def split(self, parts: int) -> list[Batch]:
+        refs = [None] * parts if self.reference is None else self.reference.chunk(parts)
+        rows = zip(self.x.chunk(parts), self.y.chunk(parts), refs, strict=True)
+        return [Batch(x, y, {}, ref) for x, y, ref in rows]
+
+
+class LMDataset:
+    """Windows of the token stream: y is x one token ahead.
+
+    Each epoch shifts the grid by an offset and permutes the windows, both drawn from
+    (seed, epoch). A sample id is the position of the window's first token.
+    """
+
+    def __init__(self, store: TokenStore, split: str, block_size: int, stride: int = 0,
+                 seed: int = 0):  # fmt: skip
+        self.store, self.split, self.seed = store, split, seed
+        n = len(store.tokens[split])
+        if n < 2:
+            raise UserError(f"the {split} split holds {n} tokens: add data")
+        self.block_size = min(block_size, n - 1)
+        if self.block_size < block_size:
+            note(f"{split}: {n} tokens are less than one block, windows have {self.block_size}")
+        self.stride = min(stride or block_size, n)
+        self.n_windows = max(1, (n - self.block_size) // self.stride)
+        self.slack = n - 1 - self.block_size - (self.n_windows - 1) * self.stride
+
+    def __len__(self) -> int:
+        return self.n_windows
+
+    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Sample ids at the given places of an epoch's order."""
+        key = derive_seed(self.seed, epoch)
+        offset = key % (min(self.slack, self.stride - 1) + 1)
+        return permuted(places, self.n_windows, key) * self.stride + offset
+
+    def fixed_ids(self, limit: int) -> np.ndarray:
+        """Up to `limit` (0: all) evenly spaced ids for validation, the same every time."""
+        n = self.n_windows if not limit else min(limit, self.n_windows)
+        return np.linspace(0, self.n_windows - 1, n).round().astype(np.int64) * self.stride
+
+    def n_targets(self, ids: np.ndarray) -> int:
+        return len(ids) * self.block_size
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+        """The batch of the given rows of a global batch of sample ids."""
+        tokens = torch.from_numpy(self.store.ids(self.split, ids[rows], self.block_size + 1))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+def cut_prompt(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, int]:
+    """Fit a record into `limit` tokens: (prompt head, prompt tail, response) lengths to keep.
+
+    The response is kept as far as it fits, beside one token of prompt; the prompt loses its middle.
+    """
+    response = min(n_response, limit - 1)
+    prompt = min(n_prompt, limit - response)
+    tail = prompt // 2 if prompt < n_prompt else 0
+    return prompt - tail, tail, response
+
+
+class InstructionDataset:
+    """Whole records, bucketed by length and padded. A sample id is the record's number.
+
+    loss_on: "all" tokens count, as in pretraining, or the "response" alone.
+    pairs: records come two by two, chosen then rejected; a sample id is the pair's number.
+    """
+
+    def __init__(self, store: TokenStore, split: str, block_size: int, seed: int = 0,
+                 loss_on: str = "all", pairs: bool = False):  # fmt: skip
+        self.store, self.split, self.seed, self.block_size = store, split, seed, block_size
+        self.loss_on, self.group = ("response", 2) if pairs else (loss_on, 1)
+        index = store.index[split]
+        if len(index) < self.group:
+            raise UserError(f"the {split} split holds no {'pairs' if pairs else 'records'}")
+        self.reference: np.ndarray | None = None  # (records,) set by `add_reference`
+        limit = block_size + 1
+        prompt = index["prompt"].astype(np.int64)
+        response = np.minimum(index["length"] - prompt, limit - 1)
+        kept = np.minimum(prompt, limit - response)
+        self.lengths = kept + response
+        self.targets = response if self.loss_on == "response" else self.lengths - 1
+        self.n_cut = int((self.lengths < index["length"]).sum())
+        self.order: tuple[tuple, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.group
+
+    def bucketed(self, epoch: int, batch_size: int) -> np.ndarray:
+        """An epoch's order: shuffled, sorted by length within pools of 64 batches, batches shuffled.
+
+        Records of like length meet in a batch, which keeps padding low.
+        """
+        n, key = len(self), derive_seed(self.seed, epoch)
+        shuffled = permuted(np.arange(n), n, key)
+        longest = self.lengths.reshape(-1, self.group).max(1) if self.group > 1 else self.lengths
+        pool = 64 * batch_size
+        parts = [shuffled[i : i + pool] for i in range(0, n, pool)]
+        ordered = np.concatenate([p[np.argsort(longest[p], kind="stable")] for p in parts])
+        whole = n // batch_size
+        batches = ordered[: whole * batch_size].reshape(whole, batch_size)
+        batches = batches[permuted(np.arange(whole), whole, key + 1)] if whole else batches
+        return np.concatenate([batches.ravel(), ordered[whole * batch_size :]])
+
+    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        wanted = epoch, len(places)
+        if self.order is None or self.order[0] != wanted:
+            self.order = wanted, self.bucketed(*wanted)
+        return self.order[1][places]
+
+    def fixed_ids(self, limit: int) -> np.ndarray:
+        """Up to `limit` evenly spaced records for validation, by length."""
+        n = len(self) if not limit else min(limit, len(self))
+        chosen = np.linspace(0, len(self) - 1, n).round().astype(np.int64)
+        return chosen[np.argsort(self.lengths[chosen * self.group], kind="stable")]
+
+    def n_targets(self, ids: np.ndarray) -> int:
+        return len(ids) if self.group > 1 else int(self.targets[ids].sum())
+
+    def record(self, number: int) -> tuple[np.ndarray, int]:
+        """Ids of a record, cut to the block, and how many of them are prompt."""
+        start, length, prompt, _ = self.store.index[self.split][number].tolist()
+        ids = self.store.ids(self.split, start, length)
+        head, tail, response = cut_prompt(prompt, length - prompt, self.block_size + 1)
+        ids = np.concatenate(
+            [ids[:head], ids[prompt - tail : prompt], ids[prompt : prompt + response]]
+        )
+        return ids, head + tail
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+        """Rows of a global batch, padded to the longest of the whole of it."""
+        numbers = (ids[:, None] * self.group + np.arange(self.group)).ravel()
+        width = int(self.lengths[numbers].max()) - 1
+        numbers = (ids[rows][:, None] * self.group + np.arange(self.group)).ravel()
+        x = np.full((len(numbers), width), self.store.tokenizer.pad_id, np.int64)
+        y = np.full((len(numbers), width), IGNORE, np.int64)
+        for row, number in enumerate(numbers):
+            tokens, prompt = self.record(number)
+            x[row, : len(tokens) - 1] = tokens[:-1]
+            first = prompt if self.loss_on == "response" else 1
+            y[row, first - 1 : len(tokens) - 1] = tokens[first:]
+        reference = None if self.reference is None else torch.from_numpy(self.reference[numbers])
+        return Batch(torch.from_numpy(x), torch.from_numpy(y), {}, reference)
+
+
+class StreamDataset(torch.utils.data.IterableDataset):
+    """Windows of a Hugging Face stream, in the stream's order; documents of validation left out.
+
+    Training takes them through a bounded buffer: block b of `buffer` windows is permuted by
+    (seed, b). What resume needs is the stream's own state at the start of the block.
+    """
+
+    def __init__(self, config: FitConfig, tokenizer: Tokenizer, block_size: int, split="train"):
+        self.config, self.tokenizer, self.split = config, tokenizer, split
+        self.block_size, self.buffer, self.seed = block_size, config.shuffle_buffer, config.seed
+        self.rows = hub_rows(config)
+        if not hasattr(self.rows, "state_dict"):
+            raise UserError("training from a stream needs --streaming")
+        self.carry: list[int] = []  # tokens after the last whole window
+        self.epoch = 0
+        self.windows = iter(self)
+        self.blocks: dict[int, np.ndarray] = {}  # the last two, permuted
+        self.starts: dict[int, dict] = {}  # the stream's state at the start of each
+        self.next_block = 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Windows of block_size + 1 ids, the stream begun again whenever it ends."""
+        threshold = int(self.config.val_fraction * 2**64)
+        report = Report(self.config.bad_records)
+        while True:
+            found = False
+            for number, row in enumerate(self.rows):
+                where = f"{self.config.hf_dataset}: row {number}"
+                try:
+                    record = record_from_row(row, "stream", self.config.text_field, where)
+                except ValueError as error:
+                    report.malformed("stream", one_line(error), where)
+                    continue
+                _, place, size = record_hash(record, self.config.split_seed)
+                if (place < threshold) != (self.split == "val") or size < self.config.min_chars:
+                    report.skip("stream", "other split or short", where)
+                    continue
+                found = True
+                prompt, text = self.tokenizer.encode_batch([record.prompt, record.response])
+                end = self.tokenizer.eos_id if record.is_plain else self.tokenizer.sep_id
+                self.carry += [self.tokenizer.bos_id, *prompt.tolist(), *text.tolist(), end]
+                while len(self.carry) > self.block_size:
+                    window = np.array(self.carry[: self.block_size + 1], np.int64)
+                    del self.carry[: self.block_size]
+                    yield window
+            if not found:
+                raise UserError(f"{self.config.hf_dataset}: the stream holds no {self.split} text")
+            self.epoch += 1
+
+    def state_dict(self) -> dict:
+        return {"stream": self.rows.state_dict(), "carry": list(self.carry), "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from the start of a block: {"block": its number, "state": ...}."""
+        self.rows.load_state_dict(state["state"]["stream"])
+        self.carry, self.epoch = list(state["state"]["carry"]), state["state"]["epoch"]
+        self.windows = iter(self)
+        self.blocks, self.starts, self.next_block = {}, {}, state["block"]
+
+    def position(self, sample: int) -> dict:
+        """State from which training can go on at the given sample id."""
+        block = min([b for b in self.starts if b >= sample // self.buffer] or [self.next_block])
+        return {"block": block, "state": self.starts.get(block) or self.state_dict()}
+
+    def load_block(self, block: int) -> np.ndarray:
+        while block not in self.blocks:
+            number = self.next_block
+            self.starts[number] = self.state_dict()
+            windows = np.stack([next(self.windows) for _ in range(self.buffer)])
+            order = permuted(np.arange(self.buffer), self.buffer, derive_seed(self.seed, number))
+            self.blocks[number] = windows[order]
+            self.next_block += 1
+            for old in [b for b in self.blocks if b < number - 1]:
+                del self.blocks[old], self.starts[old]
+        return self.blocks[block]
+
+    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        return places
+
+    def fixed_ids(self, limit: int) -> np.ndarray:
+        return np.arange(min(limit or self.buffer, self.buffer))
+
+    def n_targets(self, ids: np.ndarray) -> int:
+        return len(ids) * self.block_size
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+        windows = [self.load_block(int(i) // self.buffer)[int(i) % self.buffer] for i in ids]
+        tokens = torch.from_numpy(np.stack(windows)[rows])
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+class Loader:
+    """Batches of a dataset by step, each process taking its rows of the global batch.
+
+    Micro-batch k of a step holds rows [k m, (k + 1) m) of the global batch; process r of w takes
+    micro-batches r, w + r, 2 w + r, ... so that any number of processes sees the same ones.
+    """
+
+    def __init__(self, dataset, batch_size: int, grad_accum: int, rt: Runtime):
+        self.dataset, self.batch_size, self.grad_accum, self.rt = (
+            dataset,
+            batch_size,
+            grad_accum,
+            rt,
+        )
+        endless = isinstance(dataset, StreamDataset)
+        self.steps_per_epoch = sys.maxsize if endless else max(1, len(dataset) // batch_size)
+        micro = batch_size // (grad_accum * rt.world_size)
+        rows = np.arange(batch_size).reshape(grad_accum, rt.world_size, micro)
+        self.rows = rows[:, rt.rank].ravel()
+
+    def ids(self, step: int) -> np.ndarray:
+        """Sample ids of the global batch; a data set smaller than one batch repeats itself."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        places = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        if not isinstance(self.dataset, StreamDataset):
+            places = places % len(self.dataset)
+        return self.dataset.epoch_ids(epoch, places)
+
+    def step(self, step: int) -> tuple[Batch, int]:
+        """This process's rows of a step's batch, and the number of targets in the whole of it."""
+        ids = self.ids(step)
+        return self.dataset.batch(ids, self.rows).to(self.rt.device), self.dataset.n_targets(ids)
+
+    def steps(self, first: int, end: int) -> Iterator[tuple[Batch, int]]:
+        """Batches of steps first..end-1; on CUDA a thread prepares them ahead."""
+        if self.rt.device.type != "cuda":
+            yield from map(self.step, range(first, end))
+            return
+        ready: queue.Queue = queue.Queue(maxsize=2)
+        closed = threading.Event()
+
+        def work():
+            try:
+                for step in range(first, end):
+                    ready.put(self.step(step))
+                    if closed.is_set():
+                        return
+            except BaseException as error:  # raised again where the batch is wanted
+                ready.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in range(first, end):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+
+    def fixed(self, limit: int) -> Iterator[Batch]:
+        """This process's share of `limit` fixed batches (0: all)."""
+        ids = self.dataset.fixed_ids(limit * self.batch_size)
+        micro = max(1, self.batch_size // (self.grad_accum * self.rt.world_size))
+        parts = [ids[i : i + micro] for i in range(0, len(ids), micro)]
+        for first in range(0, len(parts), self.rt.world_size):
+            # Processes run in step (sharded weights are gathered together): one without a
+            # part of its own repeats the first, and counts nothing.
+            mine = first + self.rt.rank
+            batch = self.dataset.batch(parts[mine if mine < len(parts) else 0])
+            if mine >= len(parts):
+                batch.y.fill_(IGNORE)
+            yield batch.to(self.rt.device)
+
+
+def create_dataloaders(
+    config: FitConfig, store: TokenStore | None, tokenizer: Tokenizer, block_size: int, rt: Runtime
+) -> tuple[Loader, Loader | None]:
+    """Loaders of training and validation batches; no validation loader where the split is empty."""
+
+    def make(split: str):
+        if config.hf_dataset and config.streaming:
+            return StreamDataset(config, tokenizer, block_size, split)
+        if isinstance(config, FinetuneConfig):
+            pairs = config.objective == "dpo"
+            data = InstructionDataset(store, split, block_size, config.seed, config.loss_on, pairs)
+            if data.n_cut:
+                note(f"{split}: {data.n_cut:,} records are longer than {block_size} tokens and "
+                     "lose the middle of their prompt or the end of their response")  # fmt: skip
+            return data
+        stride = config.stride if split == "train" else 0
+        return LMDataset(store, split, block_size, stride, config.seed)
+
+    def loader(split: str) -> Loader:
+        return Loader(make(split), config.batch_size, config.grad_accum, rt)
+
+    try:
+        return loader("train"), loader("val")
+    except UserError:
+        if store is None or len(store.tokens["val"]) > 1:
+            raise
+        note("the validation split is empty: best.pth will follow the training loss")
+        return loader("train"), None
+
+
+# ====================================================================================
+# 6. Model
+#
+# Shapes: B sequences, T tokens, C = n_embd, H query heads, K key/value heads, D = head_dim.
+# ====================================================================================
+
+
+class Positions(nn.Module):
+    """How a model knows where a token stands. A scheme overrides one of the three hooks."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+
+    def embed(self, pos: Tensor) -> Tensor | float:
+        """Added to the token embeddings: (T, C)."""
+        return 0.0
+
+    def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and signed sin by which every block turns its queries and keys: (T, 1, D) each."""
+        return None
+
+    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
+        """Added to the attention scores: (H, Tq, Tk)."""
+        return None
+
+
+class LearnedPositions(Positions):
+    """A trained vector for each position (Radford et al., 2019)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
+
+    def embed(self, pos: Tensor) -> Tensor:
+        return F.embedding(pos, self.weight)
+
+
+class RotaryPositions(Positions):
+    """Rotates pairs (i, i + D/2) of each head by pos * theta^(-2i/D) (Su et al., 2021)."""
+
+    def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        half = self.config.head_dim // 2
+        exponent = torch.arange(half, device=pos.device, dtype=torch.float32) / half
+        angle = pos[:, None].float() * self.config.rope_theta**-exponent  # fp32: large angles
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Queries and keys (B, T, heads, D), turned by their positions."""
+    if rotation is None:
+        return heads
+    cos, sin = rotation
+    return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
+
+
+class ALiBiPositions(Positions):
+    """Scores fall linearly with distance, with a slope for each head (Press et al., 2022)."""
+
+    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        H = self.config.n_head
+        n = 2 ** math.floor(math.log2(H))  # the paper's rule where H is not a power of two
+        slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+        slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(H - n)]
+        slopes = torch.tensor(slopes, device=q_pos.device)
+        return slopes[:, None, None] * (k_pos - q_pos[:, None])
+
+
+POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions, "alibi": ALiBiPositions}
+NORMS = {
+    "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
+    "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, config.norm_eps),
+}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "swiglu": lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+}
+
+
+def attention_manual(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """softmax(Q K^T / sqrt(D) + mask) V, step by step. mask None: causal, the last query at the last key.
+
+    q: (B, H, Tq, D); k, v: (B, K, Tk, D) where K divides H; mask broadcasts to (B, H, Tq, Tk).
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))  # (B, H, Tk, D)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, Tq, Tk)
+    if mask is None:
+        Tq, Tk = scores.shape[-2:]
+        future = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(Tk - Tq + 1)
+        scores = scores.masked_fill(future, -math.inf)
+    else:
+        scores = scores + mask
+    weights = F.dropout(scores.float().softmax(-1).to(q.dtype), dropout)  # rows sum to 1
+    return weights @ v  # (B, H, Tq, D)
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The same through PyTorch's fused kernels."""
+    grouped = q.shape[1] != k.shape[1]
+    causal = mask is None and q.shape[-2] > 1
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped
+    )
+
+
+ATTENTION = {"manual": attention_manual, "sdpa": attention_sdpa}
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over the past; key and value heads may serve groups of query heads."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.qkv = nn.Linear(config.n_embd, q + 2 * kv, bias=config.bias)
+        self.proj = nn.Linear(q, config.n_embd, bias=config.bias)
+        self.drop = nn.Dropout(config.dropout)
+        if config.qk_norm:
+            self.q_norm = nn.Parameter(torch.ones(config.head_dim))
+            self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+
+    def forward(self, x: Tensor, rotation, mask, cache=None) -> Tensor:
+        c = self.config
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, c.head_dim)  # (B, T, H + 2K, D)
+        qk, v = qkv.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=2)
+        if c.qk_norm:  # queries and keys in one go: half the operations
+            scale = torch.cat(
+                [self.q_norm.expand(c.n_head, -1), self.k_norm.expand(c.n_kv_head, -1)]
+            )
+            qk = F.rms_norm(qk, (c.head_dim,), None, c.norm_eps) * scale
+        qk = rotate(qk, rotation).to(v.dtype).transpose(1, 2)  # (B, H + K, T, D)
+        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = ATTENTION[c.attn](q, k, v, mask, c.dropout if self.training else 0.0)
+        return self.drop(self.proj(y.transpose(1, 2).reshape(B, T, -1)))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Up, activation, down. SwiGLU's gate and value are the two halves of `up`."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.mlp]
+        wide = config.n_inner * (2 if config.mlp == "swiglu" else 1)
+        self.up = nn.Linear(config.n_embd, wide, bias=config.bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.down(self.activation(self.up(x))))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.norm1 = NORMS[config.norm](config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.norm2 = NORMS[config.norm](config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation, mask, cache=None) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotation, mask, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross entropies of softmax(h W^T), a chunk of rows at a time.
+
+    The gradient is formed in the forward pass, while a chunk's logits are at hand, so that the
+    (N, V) logits never exist and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """h: (N, C); weight: (V, C); targets: (N,), IGNORE left out; products in `dtype`."""
+        low, w = h.to(dtype), weight.to(dtype)
+        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(weight)
+        total = torch.zeros((), dtype=torch.float32, device=h.device)
+        rows = max(64, 2**24 // len(w))  # about 64 MB of fp32 logits
+        for i in range(0, len(h), rows):
+            part, y = low[i : i + rows], targets[i : i + rows, None]
+            counts = y != IGNORE
+            logits = (part @ w.T).float()  # (rows, V)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            picked = logits.gather(1, y.clamp(min=0))
+            total += ((log_z - picked) * counts).sum()
+            slope = logits.sub_(log_z).exp_()  # softmax; minus one at the target
+            slope.scatter_add_(1, y.clamp(min=0), -torch.ones_like(picked))
+            slope = (slope * counts).to(dtype)
+            grad_h[i : i + rows] = slope @ w
+            grad_w += slope.T @ part
+        ctx.save_for_backward(grad_h, grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad, grad_w * grad, None, None
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.problems():
+            raise UserError("; ".join(config.problems()))
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = POSITIONS[config.pos](config)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
+        self.norm_f = NORMS[config.norm](config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.head.weight = self.tok_emb.weight
+        self.grad_checkpointing = False
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, init_std); what writes to the residual stream shrinks with depth, or is zero."""
+        std = self.config.init_std
+        small = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
+        for name, p in self.named_parameters():
+            if p.ndim >= 2:
+                p.normal_(0.0, small if name.endswith(("proj.weight", "down.weight")) else std)
+            elif name.endswith("bias"):
+                p.zero_()
+
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def mask(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
+        """Additive attention mask, (Tq, Tk) or (H, Tq, Tk); None where plain causality suffices."""
+        bias, window = self.positions.bias(q_pos, k_pos), self.config.attn_window
+        if bias is None and not (0 < window < len(k_pos)):
+            return None
+        distance = q_pos[:, None] - k_pos
+        hidden = distance < 0
+        if window:
+            hidden = hidden | (distance >= window)
+        zero = torch.zeros((), device=q_pos.device) if bias is None else bias
+        return torch.where(hidden, -math.inf, zero)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, C) after the final norm. A cache holds what came before idx."""
+        T = idx.shape[1]
+        start = 0 if cache is None else cache.length
+        pos = torch.arange(start, start + T, device=idx.device)
+        rotation = self.positions.rotation(pos)
+        mask = self.mask(pos, pos if cache is None else cache.advance(T))
+        x = self.tok_emb(idx) + self.positions.embed(pos)
+        if mask is not None:
+            mask = mask.to(x.dtype)
+            if torch.is_autocast_enabled(idx.device.type):
+                mask = mask.to(torch.get_autocast_dtype(idx.device.type))
+        x = self.drop(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, rotation, mask, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, cache)
+        return self.norm_f(x)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits, loss) of a batch.
+
+        idx, targets: (B, T) ids; targets equal to IGNORE do not count.
+        reduction: "mean" gives logits (B, T, V) and the mean loss; "sum" the loss alone, without
+        ever forming all logits of a large vocabulary; "none" the losses alone, (B, T).
+        Raises ValueError when T exceeds a block that positions are learned for.
+        """
+        if idx.shape[1] > self.config.block_size and self.config.pos == "learned":
+            raise ValueError(f"{idx.shape[1]} tokens exceed block_size {self.config.block_size}")
+        h = self.hidden(idx)
+        if targets is not None and reduction == "sum" and self.config.vocab_size > 4096:
+            kind = h.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+            flat = h.reshape(-1, h.shape[-1])
+            return None, ChunkedCrossEntropy.apply(flat, self.head.weight, targets.ravel(), dtype)
+        logits = self.head(h).float()
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(
+            logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORE,
+            reduction=reduction,
+        )  # fmt: skip
+        loss = loss.view_as(targets) if reduction == "none" else loss
+        return (logits if reduction == "mean" else None), loss
+
+
+def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
+    """How the rows of a fused weight divide into the matrices it stands for."""
+    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    halves = [config.n_inner] * (2 if config.mlp == "swiglu" else 1)
+    return {"attn.qkv": [q, kv, kv], "mlp.up": halves}
+
+
+# ====================================================================================
+# 7. Decoding
+# ====================================================================================
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in buffers allocated once.
+
+    With an attention window the buffers are a ring of that size and never fill up; otherwise
+    they hold block_size tokens, after which `generate` starts again from the last half.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype):
+        c = config
+        self.config = config
+        # A learned position has no row beyond the block, so a window cannot slide past it.
+        self.ring = 0 < c.attn_window < c.block_size
+        self.size = c.attn_window if self.ring else c.block_size
+        shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
+        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens seen, wherever they are stored
+
+    @property
+    def full(self) -> bool:
+        """Whether the next token has no place."""
+        bounded = not self.ring or self.config.pos == "learned"
+        return bounded and self.length >= self.config.block_size
+
+    def expand(self, batch: int) -> None:
+        """One prefilled sequence becomes `batch` sequences that start with it."""
+        if batch != self.data.shape[2]:
+            self.data = self.data.expand(-1, -1, batch, -1, -1, -1).contiguous()
+
+    def advance(self, T: int) -> Tensor:
+        """Count T new tokens (many into an empty cache, or one). Returns the keys' positions."""
+        self.old, self.length = self.length, self.length + T
+        device = self.data.device
+        if T > 1 or not self.ring or self.length <= self.size:
+            return torch.arange(self.length, device=device)
+        slots = torch.arange(self.size, device=device)  # slot s holds the latest p = s mod size
+        last = self.length - 1
+        return last - (last - slots) % self.size
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, (B, K, T, D); return those to attend to."""
+        keys, values = self.data[0, layer], self.data[1, layer]
+        T = k.shape[2]
+        if T == 1:
+            slot = self.old % self.size
+            keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
+        else:
+            kept = torch.arange(max(self.old, self.length - self.size), self.length)
+            slots = (kept % self.size).to(k.device)
+            keys[:, :, slots] = k[:, :, -len(kept) :].to(keys.dtype)
+            values[:, :, slots] = v[:, :, -len(kept) :].to(values.dtype)
+            if self.old == 0:
+                return k, v
+        n = min(self.length, self.size)
+        return keys[:, :, :n], values[:, :, :n]
+
+
+def sample_next(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seen: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the next token of each sequence: logits (B, V) -> (B,) ids.
+
+    The filters apply in this order, as in transformers: repetition penalty (Keskar et al., 2019)
+    on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen et
+    al., 2024). Temperature 0 takes the likeliest.
+    """
+    if repetition_penalty != 1.0:
+        scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, scaled, logits)
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    logits = logits.double() / temperature  # a tiny temperature must not overflow
+    if 0 < top_k < logits.shape[-1]:
+        floor = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -math.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
+        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -math.inf)
+    probabilities = logits.softmax(-1)
+    if min_p > 0.0:
+        floor = min_p * probabilities.max(-1, keepdim=True).values
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompt: Tensor,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...] = (),
+    num_samples: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    **sampling,
+) -> Iterator[list[int]]:
+    """Yield the next id of each sample, step by step; -1 for a sample that has stopped.
+
+    prompt: (T,) ids, shared by all samples, which are drawn from one prefill.
+    sampling: the keyword arguments of `sample_next`.
+    When the cache is full, decoding goes on from the last half of the block.
+    """
+    device, config = prompt.device, model.config
+    generator = torch.Generator(device).manual_seed(seed)
+    history = prompt[None].expand(num_samples, -1)
+    seen = torch.zeros(num_samples, config.vocab_size, dtype=torch.bool, device=device)
+    seen.scatter_(1, history, True)
+    dtype = dtype or model.tok_emb.weight.dtype
+    cache = KVCache(config, 1, device, dtype)
+    if config.pos == "learned" or not cache.ring:
+        history = history[:, -config.block_size :]
+    h = model.hidden(history[:1], cache)[:, -1]
+    cache.expand(num_samples)
+    h = h.expand(num_samples, -1)
+    alive = [True] * num_samples
+    keep = max(1, config.block_size // 2)  # what decoding goes on from when the cache is full
+    recent = deque(history.unbind(1), maxlen=keep)  # (num_samples,) each
+    for made in range(max_new_tokens):
+        logits = model.head(h).float()
+        token = sample_next(logits, seen=seen, generator=generator, **sampling)  # (num_samples,)
+        if sampling.get("repetition_penalty", 1.0) != 1.0:
+            seen.scatter_(1, token[:, None], True)
+        ids = token.tolist()
+        alive = [a and i not in stop_ids for a, i in zip(alive, ids, strict=True)]
+        yield [i if a else -1 for a, i in zip(alive, ids, strict=True)]
+        if not any(alive) or made == max_new_tokens - 1:
+            return
+        recent.append(token)
+        if cache.full:
+            cache = KVCache(config, num_samples, device, dtype)
+            h = model.hidden(torch.stack(tuple(recent), 1), cache)[:, -1]
+        else:
+            h = model.hidden(token[:, None], cache)[:, -1]
+
+
+# ====================================================================================
+# 8. Checkpoints
+#
+# One file: weights, optimizer, progress, settings, tokenizer. Plain types and tensors only.
+# ====================================================================================
+
+CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.1"
+SEAL = b"sha256:"  # the archive's zip comment: this, and the digest of all before its length
+
+
+class SealedWriter:
+    """Passes writes on to a file and hashes them; `seal` turns the digest into the zip comment.
+
+    PyTorch checks no checksums when it reads, so that a flipped bit would become a wrong weight.
+    """
+
+    def __init__(self, file):
+        self.file, self.hasher, self.held = file, hashlib.sha256(), b""
+
+    def write(self, data) -> int:
+        data = memoryview(data).cast("B")
+        self.hasher.update(self.held)
+        self.hasher.update(data[:-2])
+        self.held = bytes(data[-2:])  # an archive's last two bytes are its comment's length
+        self.file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def seal(self) -> None:
+        comment = SEAL + self.hasher.digest()
+        self.file.seek(-2, os.SEEK_END)
+        self.file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` atomically, sealed with a checksum. Raises UserError; the old file survives."""
+    with atomic_write(path) as file:
+        writer = SealedWriter(file)
+        try:
+            torch.save(state, writer)
+        except RuntimeError as error:  # torch hides a failed write behind its own error
+            size = sum(t.nbytes for t in tensors_in(state))
+            raise OSError(
+                0, f"the checkpoint needs {size:,} bytes ({one_line(error, 80)})"
+            ) from None
+        writer.seal()
+
+
+def tensors_in(value) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def check_seal(path: Path) -> None:
+    """Raise ValueError unless the file is, to the last bit, what `save_checkpoint` wrote."""
+    end = len(SEAL) + 32
+    hasher = hashlib.sha256()
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        left = size - end - 2
+        if left <= 0:
+            raise ValueError("it is too short")
+        while left:
+            data = file.read(min(left, 1 << 22))
+            hasher.update(data)
+            left -= len(data)
+        if file.read() != end.to_bytes(2, "little") + SEAL + hasher.digest():
+            raise ValueError("its checksum does not match: damaged, or not of this program")
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+            raise ValueError("it is compressed, which torch.save never does")
+        if sum(e.file_size for e in entries) > size:
+            raise ValueError("it claims to unpack to more than its size")
+
+
+SECTIONS = {"format": str, "model_config": dict, "weights": dict, "tokenizer": dict,
+            "config": dict, "progress": dict, "optimizer": dict, "data": dict, "versions": dict,
+            "command": str, "template": str}  # fmt: skip
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Checksum, then the safe load, then every field: raises UserError at the first that fails."""
+    path = Path(path)
+    try:
+        check_seal(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError(f"it is not a {CHECKPOINT_FORMAT}")
+        for name, kind in SECTIONS.items():
+            if not isinstance(state.get(name), kind):
+                raise ValueError(f"its {name!r} is missing or not a {kind.__name__}")
+        state["model_config"] = checked_model_config(state["model_config"])
+        for owner, tensors in (("weights", state["weights"]), *state["optimizer"].items()):
+            for name, tensor in tensors.items():
+                if not isinstance(tensor, Tensor) or not tensor.is_contiguous():
+                    raise ValueError(f"{owner}: {name} is not a plain tensor")
+                if tensor.untyped_storage().nbytes() < tensor.nbytes:
+                    raise ValueError(f"{owner}: {name} claims more elements than it has")
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}: train one, or name it with --ckpt") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: it holds more than plain data ({one_line(error, 90)})"
+                        ) from None  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError, EOFError,
+            zipfile.BadZipFile, MemoryError, OverflowError) as error:  # fmt: skip
+        raise UserError(
+            f"{path} is not a usable checkpoint: {one_line(error, 120)}; use another one, such as "
+            "best.pth or last.pth beside it"
+        ) from None
+    return state
+
+
+def checked_model_config(values: dict) -> GPTConfig:
+    """A GPTConfig from a file's claims, each within its limits. Raises ValueError."""
+    specs = {f.name: f for f in fields(GPTConfig)}
+    if set(values) != set(specs):
+        raise ValueError(f"model settings differ: {sorted(set(values) ^ set(specs))}")
+    for name, value in values.items():
+        try:
+            convert(specs[name], value)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    config = GPTConfig(**values)
+    if config.problems():
+        raise ValueError("; ".join(config.problems()))
+    return config
+
+
+def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None = None) -> GPT:
+    """The model with these weights, after checking every name and shape against an empty one.
+
+    The tensors are taken over, not copied. Raises UserError naming what is missing or wrong.
+    """
+    with torch.device("meta"):  # no memory is taken, whatever the configuration claims
+        model = GPT(config)
+        if lora:
+            add_lora(model, lora)
+    expected = {n: t for n, t in model.state_dict().items() if not is_tied(config, n)}
+    for name in sorted(expected.keys() ^ weights.keys()):
+        raise UserError(f"the weights {'lack' if name in expected else 'do not belong:'} {name}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise UserError(f"{name} holds {tensor.dtype}, not floating point")
+    model.load_state_dict(weights, strict=False, assign=True)
+    if config.tie_weights:
+        model.head.weight = model.tok_emb.weight
+    return model
+
+
+def is_tied(config: GPTConfig, name: str) -> bool:
+    """Whether this entry of a state dict is another name of the token embedding."""
+    return config.tie_weights and name == "head.weight"
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as one piece on the CPU, gathered where FSDP shards it."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().cpu()
+
+
+def model_weights(model: GPT) -> dict[str, Tensor]:
+    """Every weight once, by name, whole and on the CPU."""
+    state = model.state_dict()
+    return {n: whole(t) for n, t in state.items() if not is_tied(model.config, n)}
+
+
+# ====================================================================================
+# 9. Interchange
+#
+# One table per architecture, read in both directions. A row: our name, their names, transposed.
+# Several of their matrices, stacked, make one of ours, as `fused_rows` says.
+# ====================================================================================
+
+GPT2_ROWS = [
+    ("tok_emb.weight", ["transformer.wte.weight"], False),
+    ("positions.weight", ["transformer.wpe.weight"], False),
+    ("norm_f.weight", ["transformer.ln_f.weight"], False),
+    ("norm_f.bias", ["transformer.ln_f.bias"], False),
+    ("head.weight", ["lm_head.weight"], False),
+] + [
+    (f"blocks.{{i}}.{ours}.{end}", [f"transformer.h.{{i}}.{theirs}.{end}"],
+     end == "weight" and "ln" not in theirs)  # their Conv1D keeps (in, out)
+    for ours, theirs in (("norm1", "ln_1"), ("attn.qkv", "attn.c_attn"),
+                         ("attn.proj", "attn.c_proj"), ("norm2", "ln_2"),
+                         ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj"))
+    for end in ("weight", "bias")
+]  # fmt: skip
+QWEN3_ROWS = [
+    ("tok_emb.weight", ["model.embed_tokens.weight"], False),
+    ("norm_f.weight", ["model.norm.weight"], False),
+    ("head.weight", ["lm_head.weight"], False),
+] + [
+    (f"blocks.{{i}}.{ours}", [f"model.layers.{{i}}.{t}.weight" for t in theirs.split()], False)
+    for ours, theirs in (
+        ("norm1.weight", "input_layernorm"),
+        ("attn.qkv.weight", "self_attn.q_proj self_attn.k_proj self_attn.v_proj"),
+        ("attn.q_norm", "self_attn.q_norm"),
+        ("attn.k_norm", "self_attn.k_norm"),
+        ("attn.proj.weight", "self_attn.o_proj"),
+        ("norm2.weight", "post_attention_layernorm"),
+        ("mlp.up.weight", "mlp.gate_proj mlp.up_proj"),
+        ("mlp.down.weight", "mlp.down_proj"),
+    )
+]
+
+GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+
+
+def gpt2_to_hf(c: GPTConfig) -> dict:
+    return {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
+        "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
+        "n_inner": c.n_inner, "activation_function": GPT2_ACTIVATIONS[c.mlp],
+        "layer_norm_epsilon": c.norm_eps, "tie_word_embeddings": c.tie_weights,
+        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+    }  # fmt: skip
+
+
+def gpt2_from_hf(hf: dict) -> dict:
+    act = hf.get("activation_function", "gelu_new")
+    mlp = {"gelu": "gelu", "relu": "relu"}.get(act, "gelu_tanh")
+    if act not in (*GPT2_ACTIVATIONS.values(), "gelu_pytorch_tanh"):
+        raise UserError(f"activation_function {act!r} is not one this program has")
+    return ARCHS["gpt2"] | dict(
+        block_size=hf["n_positions"], n_embd=hf["n_embd"], n_layer=hf["n_layer"],
+        n_head=hf["n_head"], n_inner=hf.get("n_inner") or 0, mlp=mlp,
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5), dropout=hf.get("resid_pdrop", 0.1),
+        tie_weights=hf.get("tie_word_embeddings", True),
+    )  # fmt: skip
+
+
+def qwen3_to_hf(c: GPTConfig) -> dict:
+    window = 0 < c.attn_window < c.block_size
+    kind = "sliding_attention" if window else "full_attention"
+    return {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.block_size, "hidden_size": c.n_embd,
+        "intermediate_size": c.n_inner, "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim, "hidden_act": "silu", "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": c.tie_weights,
+        "use_sliding_window": window, "sliding_window": c.attn_window if window else None,
+        "max_window_layers": 0 if window else c.n_layer, "layer_types": [kind] * c.n_layer,
+    }  # fmt: skip
+
+
+def qwen3_from_hf(hf: dict) -> dict:
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if rope.get("rope_type", "default") != "default" or hf.get("attention_bias"):
+        raise UserError("scaled rotary positions and attention biases are not supported")
+    kinds = set(hf.get("layer_types") or ["full_attention"])
+    if len(kinds) > 1:
+        raise UserError("layers that mix full and sliding attention are not supported")
+    sliding = kinds == {"sliding_attention"}
+    return ARCHS["modern"] | dict(
+        block_size=hf["max_position_embeddings"], n_embd=hf["hidden_size"],
+        n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
+        n_kv_head=hf["num_key_value_heads"], n_inner=hf["intermediate_size"],
+        head_dim=hf.get("head_dim") or 0, norm_eps=hf.get("rms_norm_eps", 1e-6), dropout=0.0,
+        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 1e4))),
+        tie_weights=hf.get("tie_word_embeddings", False),
+        attn_window=hf.get("sliding_window") or 0 if sliding else 0,
+    )  # fmt: skip
+
+
+# model_type: (rows, settings ours -> theirs, theirs -> ours, fields that must be as in ARCHS)
+INTERCHANGE = {
+    "gpt2": (GPT2_ROWS, gpt2_to_hf, gpt2_from_hf, ("pos", "norm", "qk_norm", "bias")),
+    "qwen3": (QWEN3_ROWS, qwen3_to_hf, qwen3_from_hf, ("pos", "norm", "mlp", "qk_norm", "bias")),
+}
+
+
+def interchange_kind(c: GPTConfig) -> str:
+    """The Hugging Face model type that holds this architecture. Raises UserError naming what none can."""
+    kind, arch = ("qwen3", "modern") if c.pos == "rope" else ("gpt2", "gpt2")
+    odd = [f"{n}={getattr(c, n)}" for n in INTERCHANGE[kind][3] if getattr(c, n) != ARCHS[arch][n]]
+    if kind == "gpt2":
+        odd += [f"mlp={c.mlp}"] if c.mlp not in GPT2_ACTIVATIONS else []
+        odd += [f"n_kv_head={c.n_kv_head}"] if c.n_kv_head != c.n_head else []
+        odd += [f"head_dim={c.head_dim}"] if c.head_dim * c.n_head != c.n_embd else []
+        odd += [f"attn_window={c.attn_window}"] if 0 < c.attn_window < c.block_size else []
+    if odd:
+        raise UserError(f"no Hugging Face class holds {', '.join(odd)} beside --arch {arch}")
+    return kind
+
+
+def table_rows(kind: str, config: GPTConfig) -> Iterator[tuple[str, list[str], bool, list[int]]]:
+    """(our name, their names, transposed, rows of each of theirs) for every tensor of a model."""
+    sizes = fused_rows(config)
+    for ours, theirs, transposed in INTERCHANGE[kind][0]:
+        if is_tied(config, ours):
+            continue
+        rows = sizes[ours.removeprefix("blocks.{i}.").rsplit(".", 1)[0]] if len(theirs) > 1 else []
+        for i in range(config.n_layer) if "{i}" in ours else [0]:
+            yield ours.format(i=i), [name.format(i=i) for name in theirs], transposed, rows
+
+
+def to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Our tensors under their names."""
+    kind, found = interchange_kind(config), {}
+    for ours, theirs, transposed, rows in table_rows(kind, config):
+        tensor = weights[ours].T if transposed else weights[ours]
+        for name, part in zip(theirs, tensor.split(rows) if rows else [tensor], strict=True):
+            found[name] = part.contiguous()
+    missed = weights.keys() - {row[0] for row in table_rows(kind, config)}
+    if missed:
+        raise UserError(f"no Hugging Face name for {sorted(missed)[0]}")
+    return found
+
+
+def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[str, Tensor]:
+    """Their tensors under our names. Raises UserError naming a missing or unknown one."""
+    prefix = {"gpt2": "transformer.", "qwen3": "model."}[kind]
+    if not any(name.startswith(prefix) for name in tensors):  # a base model without its head
+        tensors = {prefix + name: t for name, t in tensors.items()}
+    left = dict(tensors)
+    for name in list(left):  # buffers of old files, and the tied head written out
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or (
+            name == "lm_head.weight" and config.tie_weights
+        ):
+            del left[name]
+    weights = {}
+    for ours, theirs, transposed, _ in table_rows(kind, config):
+        for name in theirs:
+            if name not in left:
+                raise UserError(f"the model lacks the tensor {name}")
+        parts = [left.pop(name) for name in theirs]
+        if any(p.ndim != parts[0].ndim for p in parts):
+            raise UserError(f"{theirs[0]} has shape {tuple(parts[0].shape)}")
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        weights[ours] = (tensor.T if transposed else tensor).contiguous().float()
+    if left:
+        raise UserError(f"the model holds a tensor this program does not know: {sorted(left)[0]}")
+    return weights
+
+
+def load_hf(name: str) -> tuple[GPT, Tokenizer]:
+    """Model and tokenizer from a Hugging Face folder or, where there is a network, a name.
+
+    Raises UserError for anything but GPT-2 or Qwen3 in safetensors, whole and of the right shape.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        hub = optional("huggingface_hub")
+        try:
+            folder = Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.txt",
+                                                                      "*.safetensors"]))  # fmt: skip
+        except Exception as error:
+            raise UserError(
+                f"{name}: no such checkpoint or folder, and the Hub did not answer "
+                f"({one_line(error, 90)})"
+            ) from None
+    try:
+        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = hf.get("model_type")
+        if kind not in INTERCHANGE:
+            raise UserError(f"{name}: model_type {kind!r} is not one of {', '.join(INTERCHANGE)}")
+        shape = INTERCHANGE[kind][2](hf) | {"vocab_size": hf["vocab_size"]}
+        config = checked_model_config(asdict(GPTConfig(**shape)))
+        tensors = {}
+        safetensors = optional("safetensors.torch", "safetensors")
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            pickled = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
+            raise UserError(
+                f"{name}: no .safetensors file"
+                + (
+                    f"; {pickled[0]} is a pickle, which can run code, and is not read"
+                    * bool(pickled)
+                )
+            )
+        for file in files:
+            tensors |= safetensors.load_file(file)
+        model = build_model(config, from_hf(tensors, kind, config))
+    except UserError as error:
+        raise UserError(str(error) if name in str(error) else f"{name}: {error}") from None
+    except Exception as error:  # safetensors has errors of its own
+        raise UserError(f"{name} is not a usable model folder: {one_line(error)}") from None
+    tokenizer = load_tokenizer(str(folder))
+    if is_byte_vocabulary(tokenizer):
+        tokenizer = ByteTokenizer()
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{name}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+                        f"{config.vocab_size}")  # fmt: skip
+    return model, tokenizer
+
+
+def is_byte_vocabulary(tokenizer: BPETokenizer) -> bool:
+    """Whether this is our own byte tokenizer, back from an export."""
+    vocabulary = tokenizer.library.get_vocab()
+    return len(vocabulary) == 260 and all(
+        vocabulary.get(c) == b for c, b in byte_alphabet().items()
+    )
+
+
+def byte_library():
+    """The byte tokenizer as a `tokenizers.Tokenizer` with the same 260 ids."""
+    tokenizers = optional("tokenizers")
+    vocabulary = {c: b for c, b in byte_alphabet().items()}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(list(SPECIAL_TOKENS))
+    return library
+
+
+# peft's adapters. The names of our layers, which --lora_targets lists.
+LORA_LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "up": "mlp.up", "down": "mlp.down"}
+
+
+def add_lora(model: GPT, lora: dict) -> None:
+    """Put peft's adapters around the target layers; they alone train."""
+    peft = optional("peft")
+    settings = peft.LoraConfig(
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=list(lora["targets"]),
+    )
+    peft.inject_adapter_in_model(settings, model)
+
+
+def merge_lora(model: GPT) -> None:
+    """Fold the adapters into the weights they stand beside, and take them out."""
+    for block in model.blocks:
+        for part in (block.attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if hasattr(layer, "lora_A"):
+                    layer.merge()
+                    setattr(part, name, layer.get_base_layer())
+    model.requires_grad_(True)
+
+
+@dataclass
+class Loaded:
+    """A model ready for use, and where it came from."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    state: dict  # the checkpoint without its weights; empty for a Hugging Face model
+
+    @property
+    def is_tuned(self) -> bool:
+        return self.state.get("command") == "finetune"
+
+    @property
+    def data(self) -> dict:
+        """Split settings under which this model has never seen the validation records."""
+        return {"split_seed": DataConfig.split_seed, "val_fraction": DataConfig.val_fraction} | (
+            self.state.get("data") or {}
+        )
+
+
+def load_model(name: str, merge: bool = True, block_size: int | None = None) -> Loaded:
+    """A checkpoint of this program, or a Hugging Face folder or name. LoRA comes folded in."""
+    path = Path(name)
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or path.is_file():
+        state = load_checkpoint(path)
+        try:
+            model = build_model(state["model_config"], state.pop("weights"), state.get("lora"))
+            tokenizer = tokenizer_from_spec(state["tokenizer"])
+        except UserError as error:
+            raise UserError(f"{path} is not a usable checkpoint: {error}") from None
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(f"{path}: its tokenizer has more ids than its model")
+        if state.get("lora") and merge:
+            merge_lora(model)
+    else:
+        (model, tokenizer), state = load_hf(name), {}
+    resize_block(model, block_size)
+    return Loaded(model, tokenizer, state)
+
+
+def resize_block(model: GPT, block_size: int | None) -> None:
+    """Another context length: learned positions can only be cut, the others take any."""
+    config = model.config
+    if not block_size or block_size == config.block_size:
+        return
+    if config.pos == "learned":
+        if block_size > config.block_size:
+            raise UserError(f"--block_size {block_size}: this model has learned "
+                            f"{config.block_size} positions; choose at most that")  # fmt: skip
+        model.positions.weight = nn.Parameter(model.positions.weight[:block_size].clone())
+    elif block_size > config.block_size:
+        note(f"block_size {block_size} is longer than the {config.block_size} it was trained for")
+    config.block_size = block_size
+
+
+# ====================================================================================
+# 10. Optimisation
+# ====================================================================================
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int | Tensor]:
+    """Summed cross entropy of the next token, and the number of targets."""
+    return model(batch.x, batch.y, "sum")[1], (batch.y != IGNORE).sum()
+
+
+def sequence_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-probability of each row's targets, (B,)."""
+    return -model(batch.x, batch.y, "none")[1].sum(-1)
+
+
+def preference_loss(model: nn.Module, batch: Batch, beta: float) -> tuple[Tensor, int]:
+    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), summed over pairs."""
+    log_probs = sequence_log_probs(model, batch)
+    reward = beta * (log_probs - batch.reference)
+    margin = reward[0::2] - reward[1::2]  # chosen over rejected
+    chosen = -log_probs[0::2].detach() / (batch.y[0::2] != IGNORE).sum(-1)
+    batch.stats = {"reward_margin": margin.detach().sum(),
+                   "reward_accuracy": (margin > 0).float().sum(),
+                   "chosen_loss": chosen.sum()}  # fmt: skip
+    return -F.logsigmoid(margin).sum(), len(margin)
+
+
+# (model, batch) -> (loss_sum, n_targets)
+OBJECTIVES: dict[str, Callable] = {
+    "ntp": lambda config: next_token_loss,
+    "dpo": lambda config: lambda model, batch: preference_loss(model, batch, config.dpo_beta),
+}
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon (Jordan, 2024) with all matrices of one shape in one batched product.
+
+    A fused weight is orthogonalised matrix by matrix, as `rows` divides it. A small model's step
+    would otherwise go into launching hundreds of tiny products.
+    """
+
+    def __init__(self, params, rows: dict[nn.Parameter, list[int]], **settings):
+        super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
+        self.rows = rows
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
+            updates = self.orthogonalised(params, updates, group)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+    def orthogonalised(self, params: list, updates: list[Tensor], group: dict) -> list[Tensor]:
+        """Each update with its matrices' singular values near 0.2 sqrt(max(rows, columns))."""
+        results = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in updates]
+        shapes: dict[tuple, list] = {}
+        for p, update, result in zip(params, updates, results, strict=True):
+            update = update.full_tensor() if hasattr(update, "full_tensor") else update
+            rows = self.rows.get(p) or [len(p)]
+            for m, out in zip(update.split(rows), result.split(rows), strict=True):
+                wide = len(m) <= m.shape[1]
+                shape = tuple(sorted(m.shape))
+                shapes.setdefault(shape, []).append((m if wide else m.T, out if wide else out.T))
+        for (_, longest), pairs in shapes.items():
+            X = newton_schulz(torch.stack([m for m, _ in pairs]), group)
+            scale = 0.2 * math.sqrt(longest)
+            torch._foreach_copy_([out for _, out in pairs], list((X * scale).unbind()))
+        return [distribute_like(result, p) for p, result in zip(params, results, strict=True)]
+
+
+def newton_schulz(X: Tensor, group: dict) -> Tensor:
+    """(N, rows, columns), rows <= columns, with singular values pulled towards 1."""
+    a, b, c = group["ns_coefficients"]
+    X = X.bfloat16()
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return X
+
+
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor sharded as FSDP shards `like`; every process holds the same whole."""
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def make_optimizers(model: GPT, config: FitConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters that train, or Muon for the hidden matrices and AdamW for the rest.
+
+    Weight decay is on matrices alone. Each group keeps its `initial_lr`, which schedules scale.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for n, p in trained.items() if n.startswith("blocks.") and p.ndim == 2]
+    outer = [p for n, p in trained.items() if not n.startswith("blocks.") and p.ndim == 2]
+    small = [p for p in trained.values() if p.ndim < 2]
+    assert len(hidden) + len(outer) + len(small) == len(trained)  # each exactly once
+    decay = config.weight_decay
+    groups = [
+        dict(params=outer, lr=config.lr * config.embed_lr_scale, weight_decay=decay),
+        dict(params=small, lr=config.lr, weight_decay=0.0),
+    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        if any("lora" in n for n in trained):
+            raise UserError("--optimizer muon does not suit LoRA's thin matrices; use adamw")
+        rows = {model.get_parameter(f"blocks.{i}.{name}.weight"): sizes
+                for name, sizes in fused_rows(model.config).items()
+                for i in range(model.config.n_layer)}  # fmt: skip
+        optimizers.append(Muon(hidden, rows, lr=config.muon_lr, weight_decay=decay))
+    else:
+        groups.append(dict(params=hidden, lr=config.lr, weight_decay=decay))
+    groups = [g for g in groups if g["params"]]
+    fused = next(iter(trained.values())).device.type in ("cpu", "cuda")
+    optimizers.append(torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=fused))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def cosine(progress: float, config: FitConfig) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warmup_stable_decay(progress: float, config: FitConfig) -> float:
+    return min(1.0, (1 - progress) / max(config.decay_fraction, 1e-9))
+
+
+# Share of the way from min_lr_ratio to 1, at `progress` from 0 to 1.
+SCHEDULES: dict[str, Callable[[float, FitConfig], float]] = {
+    "constant": lambda progress, config: 1.0,
+    "linear": lambda progress, config: 1 - progress,
+    "cosine": cosine,
+    "wsd": warmup_stable_decay,
+}
+
+
+def lr_multiplier(step: int, total: int, config: FitConfig) -> float:
+    """What every group's initial_lr is multiplied by at a step: a pure function of the step."""
+    warmup = min(config.warmup_steps, total // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    share = SCHEDULES[config.lr_schedule]((step - warmup) / max(1, total - warmup), config)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * share
+
+
+def optimizer_state(model: GPT, optimizers: list) -> dict[str, dict[str, Tensor]]:
+    """{parameter name: {moment: tensor}}, whole and on the CPU, whatever shards them."""
+    names = {p: n for n, p in model.named_parameters()}
+    return {
+        names[p]: {k: whole(torch.as_tensor(v)) for k, v in state.items()}
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+    }
+
+
+def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
+    """Undo `optimizer_state`. Raises UserError when it does not belong to these parameters."""
+    names = {p: n for n, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                moments = saved.get(names[p])
+                if moments is None:
+                    raise UserError(f"the checkpoint holds no optimizer state for {names[p]}")
+                for key, value in moments.items():
+                    if value.ndim and value.shape != p.shape:
+                        raise UserError(f"the optimizer state of {names[p]} has another shape")
+                    sharded = value.ndim and hasattr(p, "placements")
+                    value = value if key == "step" else value.to(p.device, p.dtype)
+                    if key == "step" and p.device.type == "cuda":
+                        value = value.to(p.device)
+                    optimizer.state[p][key] = distribute_like(value, p) if sharded else value
+
+
+# ====================================================================================
+# 11. Training
+# ====================================================================================
+
+COLUMNS = ("step", "epoch", "split", "loss", "timestamp", "lr", "grad_norm", "tokens_per_s",
+           "reward_margin", "reward_accuracy", "chosen_loss")  # fmt: skip
+
+# Settings that may change on --resume, because the weights do not depend on them.
+FREE_ON_RESUME = {
+    "data_dir", "processed_dir", "out_dir", "config", "resume", "overwrite", "debug", "wandb",
+    "max_minutes", "stop_after", "eval_interval", "eval_batches", "log_interval", "save_interval",
+    "patience", "device", "threads", "vram_limit_gb", "compile", "ckpt", "init_from", "fsdp",
+    "grad_accum", "report_samples", "preset", "recipe",
+}  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """What a run knows besides weights and moments; stored in its checkpoints."""
+
+    step: int = 0  # optimizer steps done
+    total: int = 0  # optimizer steps to do
+    best: float = math.inf  # best validation loss
+    best_step: int = 0
+    evaluated: int = 0  # step of the last finished evaluation
+    misses: int = 0  # evaluations since the best
+    grad_accum: int = 1  # may grow, and checkpointing come on, when memory runs out
+    grad_checkpointing: bool = False
+
+
+@dataclass
+class Run:
+    """All that one training run consists of."""
+
+    config: FitConfig
+    rt: Runtime
+    model: GPT  # the bare model: saved, evaluated
+    net: nn.Module  # the same, perhaps compiled and distributed: trained
+    objective: Callable
+    optimizers: list[torch.optim.Optimizer]
+    train: Loader
+    val: Loader | None
+    progress: Progress
+    about: dict  # what checkpoints say besides weights, moments and progress
+    out_dir: Path
+    suffix: str  # "" or "_finetune"
+    scaler: torch.amp.GradScaler | None = None
+    stop: StopSignal | bool = False
+
+    def path(self, name: str) -> Path:
+        return self.out_dir / f"{name}{self.suffix}.pth"
+
+
+def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, dict]:
+    """One optimizer step on this process's rows. Returns (loss per target, gradient norm, stats).
+
+    Raises UserError, before anything is updated, when loss or gradient is not finite.
+    """
+    config, rt, step = run.config, run.rt, run.progress.step
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    accum, loss_sum, stats = run.progress.grad_accum, 0.0, Counter()
+    for index, micro in enumerate(batch.split(accum)):
+        if run.stop and rt.world_size == 1:
+            raise Interrupted  # this step's gradients are dropped; resume repeats it
+        set_seed(derive_seed(config.seed, step, index * rt.world_size + rt.rank))  # for dropout
+        with synchronised(run.net, index == accum - 1), rt.autocast():
+            loss, _ = run.objective(run.net, micro)
+            # DDP and FSDP average over processes: undo that, the targets of all are counted.
+            run.scaler.scale(loss * (rt.world_size / n_targets)).backward()
+        loss_sum = loss_sum + loss.detach()
+        stats.update({name: value.detach() for name, value in micro.stats.items()})
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+    norm = float(whole(norm))  # the step's one wait for the device
+    loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
+    loss = loss_sum / n_targets
+    if not (math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())):
+        kept = f"{run.path('last')} stands" if run.path("last").exists() else "nothing was saved"
+        raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the "
+                        f"weights are not updated; {kept}; try a lower --lr")  # fmt: skip
+    scale = lr_multiplier(step, run.progress.total, config)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
+
+
+class Interrupted(Exception):
+    """A stop signal came in the middle of a step or an evaluation."""
+
+
+@contextlib.contextmanager
+def synchronised(net: nn.Module, last: bool):
+    """Exchange gradients between processes after the last micro-batch only."""
+    if hasattr(net, "set_requires_gradient_sync"):  # FSDP
+        net.set_requires_gradient_sync(last)
+    with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+        yield
+
+
+def surviving_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, dict]:
+    """`train_step`, with smaller micro-batches, then checkpointing, when CUDA memory runs out.
+
+    Nothing was updated when that happens: the step is repeated on the same global batch.
+    """
+    while True:
+        try:
+            return train_step(run, batch, n_targets)
+        except torch.OutOfMemoryError:
+            for optimizer in run.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            p = run.progress
+            if run.rt.world_size > 1:  # the others are waiting inside a collective
+                raise UserError("out of GPU memory: raise --grad_accum, or pass "
+                                "--grad_checkpointing") from None  # fmt: skip
+            if run.config.batch_size % (2 * p.grad_accum) == 0:
+                p.grad_accum *= 2
+            elif not p.grad_checkpointing:
+                p.grad_checkpointing = run.model.grad_checkpointing = True
+            else:
+                raise UserError(
+                    "out of GPU memory with micro-batches of one and checkpointing: choose a "
+                    "smaller --block_size or model"
+                ) from None
+            note(f"out of memory at step {p.step + 1}: going on with grad_accum {p.grad_accum}, "
+                 f"grad_checkpointing {p.grad_checkpointing}")  # fmt: skip
+        if run.rt.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def estimate_loss(run: Run, limit: int) -> tuple[float, dict]:
+    """Mean validation loss and statistics over fixed batches. Draws no random number.
+
+    Raises Interrupted when a stop signal comes.
+    """
+    run.model.eval()
+    total, targets, stats = 0.0, 0.0, Counter()
+    try:
+        for batch in run.val.fixed(limit):
+            if any(run.rt.sum(bool(run.stop))):
+                raise Interrupted
+            with run.rt.autocast():
+                loss, n = run.objective(run.model, batch)
+            total, targets = total + float(loss), targets + float(n)
+            stats.update({name: float(value) for name, value in batch.stats.items()})
+    finally:
+        run.model.train()
+    total, targets, *sums = run.rt.sum(total, targets, *stats.values())
+    return total / targets, {n: s / targets for n, s in zip(stats, sums, strict=True)}
+
+
+def save_run(run: Run, name: str) -> None:
+    """Write best.pth or last.pth. All processes gather, the first writes."""
+    position = {}
+    if isinstance(run.train.dataset, StreamDataset):
+        position = run.train.dataset.position(run.progress.step * run.config.batch_size)
+    state = run.about | {
+        "format": CHECKPOINT_FORMAT,
+        "weights": model_weights(run.model),
+        "optimizer": optimizer_state(run.model, run.optimizers),
+        "scaler": run.scaler.state_dict(),
+        "progress": asdict(run.progress),
+        "stream": position,
+    }
+    if run.rt.is_main:
+        save_checkpoint(run.path(name), state)
+    run.rt.barrier()
+
+
+def fit(run: Run) -> str:
+    """The loop of train and finetune. Returns why it ended: done, early, time, stopped, signal."""
+    config, p, rt = run.config, run.progress, run.rt
+    per_epoch, saved, first = run.train.steps_per_epoch, -1, p.step
+    started = clock = time.perf_counter()
+    tokens, loss, ended = 0, math.nan, ""
+    log = (
+        CSVLogger(run.out_dir / f"metrics{run.suffix}.csv", COLUMNS, p.step) if rt.is_main else None
+    )
+    tracker = wandb_run(config) if rt.is_main else None
+    bar = tqdm(total=p.total, initial=p.step, unit="step", disable=not rt.is_main, smoothing=0.05)
+    shown: dict[str, str] = {}
+
+    def record(split: str, value: float, **more) -> None:
+        epoch = max(0, p.step - 1) // per_epoch
+        row = dict(step=p.step, epoch=epoch, split=split, loss=value, timestamp=time.time(), **more)
+        if log:
+            log.log(**row)
+        if tracker:
+            tracker.log({f"{split}/{k}": v for k, v in row.items() if k != "split"}, step=p.step)
+
+    batches = run.train.steps(p.step, p.total)
+    try:
+        while True:
+            # --- everything up to the step looks at the model and leaves it alone ---
+            last = p.step == p.total
+            due = p.step % config.eval_interval == 0 or p.step % per_epoch == 0 or last
+            if due and p.step > p.evaluated:
+                # Without validation data the training loss stands in.
+                value, stats = estimate_loss(run, config.eval_batches) if run.val else (loss, {})
+                p.evaluated = p.step
+                p.misses += 1
+                if run.val:
+                    record("val", value, **stats)
+                shown["val"] = f"{value:.4f}"
+                if value < p.best:
+                    p.best, p.best_step, p.misses = value, p.step, 0
+                    save_run(run, "best")
+            early = 0 < config.patience <= p.misses
+            flags = (bool(run.stop), 0 < config.max_minutes * 60 < time.perf_counter() - started)
+            signalled, timed_out = map(any, zip(rt.sum(*flags), strict=True))
+            stopped = 0 < config.stop_after <= p.step - first
+            for why, so in (("done", last), ("early", early), ("signal", signalled),
+                            ("time", timed_out), ("stopped", stopped)):  # fmt: skip
+                ended = ended or (why if so else "")
+            if (ended or p.step % config.save_interval == 0) and p.step != saved:
+                if p.step > first or ended:
+                    save_run(run, "last")
+                saved = p.step
+            if ended:
+                return ended
+            # --- the step ---
+            batch, n_targets = next(batches)
+            loss, norm, stats = surviving_step(run, batch, n_targets)
+            p.step += 1
+            tokens += batch.x.numel() * rt.world_size
+            if p.step % config.log_interval == 0 or p.step == p.total:
+                now = time.perf_counter()
+                speed, tokens, clock = tokens / (now - clock), 0, now
+                lr = run.optimizers[-1].param_groups[0]["lr"]
+                record("train", loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed), **stats)
+                shown = {"loss": f"{loss:.4f}", **shown, "tok/s": f"{speed:,.0f}"}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+    except Interrupted:
+        save_run(run, "last")
+        return "signal"
+    finally:
+        batches.close()
+        bar.close()
+        if log:
+            log.close()
+        if tracker:
+            tracker.finish()
+
+
+def wandb_run(config: FitConfig):
+    return (
+        optional("wandb").init(project=config.wandb, config=asdict(config))
+        if config.wandb
+        else None
+    )
+
+
+def distribute(model: GPT, config: FitConfig, rt: Runtime, total: int) -> nn.Module:
+    """The model as it is trained: compiled where that pays, copied or sharded over processes."""
+    if config.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        if rt.world_size == 1:
+            raise UserError("--fsdp shards over processes: start with torchrun")
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        return model
+    net: nn.Module = model
+    # A short run ends before compilation has paid for itself.
+    if config.compile == "on" or (
+        config.compile == "auto" and rt.device.type == "cuda" and total >= 1000 and has_triton()
+    ):
+        net = torch.compile(model)
+    if rt.world_size > 1:
+        ids = [rt.device.index] if rt.device.type == "cuda" else None
+        net = DistributedDataParallel(net, device_ids=ids)
+    return net
+
+
+def has_triton() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("triton") is not None
+
+
+def make_run(config: FitConfig, rt: Runtime, loaded: Loaded, store: TokenStore | None,
+             resumed: dict | None, about: dict, stop: StopSignal) -> Run:  # fmt: skip
+    """Put a run together; `resumed` is the last checkpoint's state, without weights."""
+    model = loaded.model.to(rt.device).train()
+    block_size = model.config.block_size
+    train, val = create_dataloaders(config, store, loaded.tokenizer, block_size, rt)
+    total = config.max_steps or config.epochs * train.steps_per_epoch
+    if total >= sys.maxsize:
+        raise UserError("a stream has no epochs: give --max_steps")
+    progress = Progress(
+        total=total, grad_accum=config.grad_accum, grad_checkpointing=config.grad_checkpointing
+    )
+    if resumed:
+        progress = Progress(**resumed["progress"] | {"total": total})
+        if (
+            progress.grad_accum < config.grad_accum
+            or rt.world_size != about["versions"]["world_size"]
+        ):
+            progress.grad_accum = config.grad_accum
+    if config.overfit_batch:
+        train.step = lambda step, first=train.step(0): first
+        val = None
+    model.grad_checkpointing = progress.grad_checkpointing
+    net = distribute(model, config, rt, total)
+    optimizers = make_optimizers(model, config)
+    if resumed and progress.step:
+        load_optimizer_state(model, optimizers, resumed["optimizer"])
+    if resumed and resumed["stream"]:
+        train.dataset.load_state_dict(resumed["stream"])
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
+    if resumed and resumed["scaler"]:
+        scaler.load_state_dict(resumed["scaler"])
+    objective = OBJECTIVES[getattr(config, "objective", "ntp")](config)
+    suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
+    return Run(config, rt, model, net, objective, optimizers, train, val, progress, about,
+               Path(config.out_dir), suffix, scaler, stop)  # fmt: skip
+
+
+def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store, lora) -> dict:
+    """What a checkpoint says of its origin: settings, tokenizer, data, versions."""
+    return {
+        "command": "finetune" if isinstance(config, FinetuneConfig) else "train",
+        "config": {f.name: getattr(config, f.name) for f in fields(config)},
+        "model_config": asdict(loaded.model.config),
+        "tokenizer": loaded.tokenizer.spec(),
+        "template": instruction_prompt("{instruction}", "{input}"),
+        "lora": lora,
+        "data": {
+            "fingerprint": store.fingerprint if store else "stream",
+            "split_seed": config.split_seed,
+            "val_fraction": config.val_fraction,
+        },
+        "versions": {
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "device": rt.device.type,
+            "dtype": str(rt.dtype),
+            "threads": torch.get_num_threads(),
+            "world_size": rt.world_size,
+        },
+    }
+
+
+def check_drift(resumed: dict, about: dict) -> None:
+    """Refuse to resume on other data or settings; warn of what may change rounding."""
+    then, now = resumed["config"], about["config"]
+    for name in ("fingerprint", "split_seed", "val_fraction"):
+        if resumed["data"].get(name) != about["data"][name]:
+            raise UserError(f"the data is not what this run was trained on ({name} differs): "
+                            "restore it, or start a new run in another --out_dir")  # fmt: skip
+    changed = [n for n in now if n not in FREE_ON_RESUME and then.get(n) != now[n]]
+    if now["lr_schedule"] == "constant":
+        changed = [n for n in changed if n not in ("epochs", "max_steps")]
+    if changed:
+        raise UserError("--resume cannot change " + "; ".join(
+            f"{n} (from {then.get(n)} to {now[n]})" for n in changed))  # fmt: skip
+    for name, value in about["versions"].items():
+        if resumed["versions"].get(name) != value:
+            note(f"warning: {name} was {resumed['versions'].get(name)} and is {value}: results will "
+                 "agree to rounding, not bit for bit")  # fmt: skip
+
+
+def existing_run(config: FitConfig, suffix: str) -> dict | None:
+    """The state to resume, None for a new run; a UserError rather than a run overwritten."""
+    last = Path(config.out_dir) / f"last{suffix}.pth"
+    best = last.with_name(f"best{suffix}.pth")
+    if config.resume:
+        if last.exists():
+            return load_checkpoint(last)
+        note(f"nothing to resume at {last}: starting from the beginning")
+    elif not config.overwrite and (last.exists() or best.exists()):
+        progress = load_checkpoint(last if last.exists() else best)["progress"]
+        raise UserError(
+            f"{config.out_dir} holds a run at step {progress.get('step')} (best validation loss "
+            f"{progress.get('best', math.nan):.4f}): --resume it, --overwrite it, or choose "
+            "another --out_dir"
+        )
+    return None
+
+
+def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
+    """The corpus as a token store, built by the first process; None when training from a stream."""
+    if config.hf_dataset and config.streaming and isinstance(config, FitConfig):
+        return None
+    if not rt.is_main:
+        rt.barrier()
+    store = build_corpus_from_sources(config, tokenizer, pairs=pairs)
+    if rt.is_main:
+        rt.barrier()
+    return store
+
+
+def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal) -> str:
+    """Train from scratch, from --init_from, or on from last.pth. Returns the path of best.pth."""
+    resumed = existing_run(config, "")
+    if config.init_from:
+        loaded = load_model(config.init_from)
+        own = asdict(loaded.model.config)
+        clash = [n for n in config.given & own.keys() - {"block_size", "dropout", "attn"}
+                 if n != "vocab_size" and getattr(config, n) != own[n]]  # fmt: skip
+        if clash:
+            raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
+        if "block_size" in config.given or config.block_size < own["block_size"]:
+            resize_block(loaded.model, config.block_size)
+        loaded.model = with_settings(loaded.model, dropout=config.dropout, attn=config.attn)
+        store = open_store(config, rt, loaded.tokenizer)
+    else:
+        store = open_store(config, rt)
+        tokenizer = store.tokenizer if store else load_tokenizer(config.tokenizer)
+        loaded = Loaded(GPT(model_config(config, tokenizer.vocab_size)), tokenizer, {})
+    for f in fields(GPTConfig):
+        if f.name != "vocab_size":  # as a setting, the size of a BPE to train
+            setattr(config, f.name, getattr(loaded.model.config, f.name))
+    if resumed:
+        loaded.model = build_model(resumed["model_config"], resumed.pop("weights"))
+    return run_fit(config, rt, stop, loaded, store, resumed)
+
+
+def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal) -> str:
+    """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
+    resumed = existing_run(config, "_finetune")
+    base = load_model(config.ckpt, block_size=config.block_size)
+    adopt_split(config, base)
+    pairs = config.objective == "dpo"
+    store = open_store(config, rt, base.tokenizer, pairs)
+    before = finetune_report(config, rt, base, base)
+    changes = {n: getattr(config, n) for n in ("dropout", "attn") if getattr(config, n) is not None}
+    model = with_settings(base.model, **changes)
+    reference = reference_log_probs(config, rt, model, store) if pairs else None
+    lora = None
+    if config.method == "lora":
+        targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
+        if None in targets:
+            raise UserError(f"--lora_targets must be among {', '.join(LORA_LAYERS)}")
+        lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
+                "targets": targets}  # fmt: skip
+        model.to(rt.dtype)  # frozen weights need no more than the run's precision
+        add_lora(model, lora)
+        for name, p in model.named_parameters():
+            p.data = p.data.float() if "lora_" in name else p.data
+    if resumed:
+        model = build_model(resumed["model_config"], resumed.pop("weights"), lora)
+    for name, p in model.named_parameters():
+        p.requires_grad = not lora or "lora_" in name
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    note(f"training {trained:,} of {model.n_params():,} parameters")
+    loaded = Loaded(model, base.tokenizer, {})
+    best = run_fit(config, rt, stop, loaded, store, resumed, lora, reference)
+    if best and not stop:
+        after = finetune_report(config, rt, load_model(best), base)
+        if rt.is_main:
+            write_json(Path(config.out_dir) / "report_finetune.json",
+                       {"before": before, "after": after})  # fmt: skip
+        for name in before:
+            note(f"{name:<32}{before[name]:>12.4f} -> {after[name]:<12.4f}")
+    return best
+
+
+def with_settings(model: GPT, **changes) -> GPT:
+    """The same weights in a model with other settings that do not change their shapes."""
+    return build_model(replace(model.config, **changes), model_weights(model))
+
+
+def adopt_split(config: DataConfig, base: Loaded) -> None:
+    """Split data as the checkpoint did, so that its training records stay out of validation."""
+    for name in ("split_seed", "val_fraction"):
+        if getattr(config, name) is None:
+            setattr(config, name, base.data[name])
+        elif getattr(config, name) != base.data[name]:
+            note(f"warning: --{name} differs from the checkpoint's {base.data[name]}: it may have "
+                 "been trained on what is validated here")  # fmt: skip
+
+
+def run_fit(config: FitConfig, rt: Runtime, stop: StopSignal, loaded: Loaded,
+            store: TokenStore | None, resumed: dict | None, lora: dict | None = None,
+            reference: dict | None = None) -> str:  # fmt: skip
+    """Prepare the folder, call `fit`, say how it ended. Returns best.pth's path; "" if stopped."""
+    out_dir = Path(config.out_dir)
+    about = describe_run(config, rt, loaded, store, lora)
+    if resumed:
+        check_drift(resumed, about)
+    with contextlib.ExitStack() as stack:
+        if config.overfit_batch:
+            out_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        elif rt.is_main:
+            stack.enter_context(run_lock(out_dir))
+            for stale in out_dir.glob(".*.tmp"):  # of a save that was killed
+                stale.unlink(missing_ok=True)
+        run = make_run(config, rt, loaded, store, resumed, about, stop)
+        run.out_dir = out_dir
+        for loader in (run.train, run.val) if reference else ():
+            loader.dataset.reference = reference[loader.dataset.split]
+        if rt.is_main:
+            if not resumed:
+                for name in ("best", "last"):
+                    run.path(name).unlink(missing_ok=True)
+            write_json(out_dir / f"config{run.suffix}.json", about["config"])
+        config_line = run.model.config
+        note(f"{run.model.n_params():,} parameters, {config_line.n_layer} layers x "
+             f"{config_line.n_embd}, {rt.device} {str(rt.dtype).removeprefix('torch.')}, "
+             f"{run.progress.total:,} steps of {config.batch_size} x {config_line.block_size} "
+             "tokens")  # fmt: skip
+        ended = fit(run)
+    p = run.progress
+    if config.overfit_batch:
+        return f"one batch learned to loss {p.best:.4f} after {p.best_step} steps"
+    best = run.path("best")
+    note(
+        {
+            "done": f"done: best validation loss {p.best:.4f} at step {p.best_step}",
+            "early": f"stopped early at step {p.step}: {config.patience} evaluations did not improve "
+            f"on {p.best:.4f} at step {p.best_step}",
+        }.get(ended, f"stopped at step {p.step}, saved in {run.path('last')}; go on with --resume")
+    )
+    # fmt: skip
+    return str(best) if ended in ("done", "early") else ""
+
+
+def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
+                        store: TokenStore) -> dict[str, np.ndarray]:  # fmt: skip
+    """Log-probability of every preference record's response under the base model, by split."""
+    found = {}
+    model.to(rt.device).eval()
+    for split in ("train", "val"):
+        data = InstructionDataset(store, split, model.config.block_size, pairs=True)
+        values = np.zeros(len(data) * 2, np.float32)
+        numbers = np.argsort(data.lengths[::2], kind="stable")
+        for ids in tqdm(batched(numbers, config.batch_size), desc=f"reference, {split}",
+                        total=-(-len(data) // config.batch_size), delay=1):  # fmt: skip
+            ids = np.array(ids)
+            with torch.no_grad(), rt.autocast():
+                row = sequence_log_probs(model, data.batch(ids).to(rt.device)).cpu().numpy()
+            values[(ids[:, None] * 2 + np.arange(2)).ravel()] = row
+        found[split] = values
+    return found
+
+
+@torch.no_grad()
+def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: Loaded) -> dict:
+    """What a finetune gains and forgets: losses, and how generation does on held-out records.
+
+    loss_base: on the validation stream of the data the base was trained on, where it is at hand.
+    """
+    model, tokenizer, block = loaded.model.to(rt.device).eval(), loaded.tokenizer, None
+    block = model.config.block_size
+    store = open_store(config, rt, tokenizer)
+    datasets = {}
+    with contextlib.suppress(UserError):
+        for what in ("all", "response"):
+            datasets[f"loss_{what}"] = InstructionDataset(store, "val", block, 0, what)
+    if settings := base.state.get("config"):
+        names = [f.name for f in fields(DataConfig)]
+        with contextlib.suppress(UserError, KeyError):
+            old = DataConfig(**{name: settings[name] for name in names})
+            if not old.streaming:
+                datasets["loss_base"] = LMDataset(open_store(old, rt, tokenizer), "val", block)
+    report = {}
+    for name, data in datasets.items():
+        total = targets = 0.0
+        for batch in Loader(data, config.batch_size, config.grad_accum, rt).fixed(20):
+            with rt.autocast():
+                loss, n = next_token_loss(model, batch)
+            total, targets = total + float(loss), targets + float(n)
+        total, targets = rt.sum(total, targets)
+        report[name] = total / max(targets, 1)
+    if config.report_samples and "loss_response" in datasets:
+        data = datasets["loss_response"]
+        prompts = np.flatnonzero(store.index["val"]["prompt"] > 1)
+        stopped = matched = 0
+        picked = prompts[:: max(1, len(prompts) // config.report_samples)][: config.report_samples]
+        for number in picked:
+            ids, n_prompt = data.record(int(number))
+            answer, ends = [], (tokenizer.sep_id, tokenizer.eos_id)
+            steps = generate(model, torch.from_numpy(ids[:n_prompt]).to(rt.device),
+                             len(ids) - n_prompt + 32, ends, temperature=0.0)  # fmt: skip
+            for (token,) in steps:
+                stopped += token < 0
+                answer += [token] if token >= 0 else []
+            wanted = tokenizer.decode(ids[n_prompt:])
+            matched += tokenizer.decode(answer).strip() == wanted.strip()
+        if len(picked):
+            report |= {"stops_by_itself": stopped / len(picked),
+                       "exact_match": matched / len(picked)}  # fmt: skip
+    return report
+
+
+# ====================================================================================
+# 12. Evaluation
+# ====================================================================================
+
+
+def scored_windows(ids: np.ndarray, block_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(x, y) windows that score each id after the first exactly once.
+
+    Windows do not overlap, but for the last, which reaches back for as much context as fits; as
+    lm_eval's rolling windows do.
+    """
+    n = len(ids) - 1  # ids to score
+    for first in range(0, n, block_size):
+        end = min(first + block_size, n)
+        start = max(0, end - block_size)
+        y = ids[start + 1 : end + 1].copy()
+        y[: first - start] = IGNORE
+        yield ids[start:end], y
+
+
+def stack_rows(rows: list[tuple[np.ndarray, np.ndarray]], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of unequal length as two padded (B, T) tensors."""
+    width = max(len(x) for x, _ in rows)
+    x, y = np.full((len(rows), width), pad), np.full((len(rows), width), IGNORE)
+    for i, (row_x, row_y) in enumerate(rows):
+        x[i, : len(row_x)], y[i, : len(row_y)] = row_x, row_y
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def token_losses(model: GPT, rows: list, pad: int, rt: Runtime) -> tuple[Tensor, Tensor]:
+    """(losses, targets) of padded rows, (B, T) on the CPU, losses 0 where nothing counts."""
+    x, y = stack_rows(rows, pad)
+    with torch.no_grad(), rt.autocast():
+        _, losses = model(x.to(rt.device), y.to(rt.device), "none")
+    return losses.double().cpu(), y
+
+
+def evaluate_perplexity(
+    model: GPT, store: TokenStore, split: str, rt: Runtime, batch_size: int = 32,
+    max_batches: int = 0, stop: StopSignal | bool = False,
+) -> dict:  # fmt: skip
+    """Loss, perplexity exp(min(20, loss)) and bits per byte of a split, per source and in total.
+
+    Each record is scored by itself, after bos. Bits per byte count the tokens that stand for
+    text; a plain text's eos is how texts are joined and is not scored. Where a source's responses
+    form a small closed set, they are also ranked by likelihood, as a classifier would.
+    Raises Interrupted when a stop signal comes.
+    """
+    model.to(rt.device).eval()
+    token_bytes = torch.from_numpy(store.tokenizer.token_bytes())
+    splits = ("train", "val") if split == "all" else (split,)
+    sums = {name: Counter() for name in store.sources}
+    batches = evaluation_rows(store, splits, model.config.block_size, batch_size, max_batches)
+    with tqdm(desc="evaluating", unit="batch", delay=1, disable=not rt.is_main) as bar:
+        for number, (source, rows, records) in enumerate(batches):
+            if stop:
+                raise Interrupted
+            bar.update()
+            if number % rt.world_size == rt.rank:
+                losses, y = token_losses(model, rows, store.tokenizer.pad_id, rt)
+                size = token_bytes[y.clamp(min=0)] * (y != IGNORE)
+                sums[source].update(nll=losses.sum().item(), tokens=(y != IGNORE).sum().item(),
+                                    text_nll=losses[size > 0].sum().item(),
+                                    bytes=size.sum().item(), records=records)  # fmt: skip
+    keys = ("nll", "tokens", "text_nll", "bytes", "records")
+    sources, total = {}, Counter()
+    for name, found in sums.items():
+        summed = dict(zip(keys, rt.sum(*(found[k] for k in keys)), strict=True))
+        if summed["tokens"]:
+            total.update(summed)
+            sources[name] = figures(summed) | {"records": int(summed["records"])}
+            sources[name] |= classify(model, store, name, splits, rt, batch_size, max_batches)
+    if not sources:
+        raise UserError(f"the {split} split holds no tokens to evaluate")
+    return figures(total) | {"sources": sources}
+
+
+def figures(sums: dict) -> dict:
+    loss = sums["nll"] / sums["tokens"]
+    bits = sums["text_nll"] / math.log(2) / sums["bytes"] if sums["bytes"] else math.nan
+    return {"loss": loss, "ppl": math.exp(min(20.0, loss)), "bits_per_byte": bits,
+            "tokens": int(sums["tokens"]), "bytes": int(sums["bytes"])}  # fmt: skip
+
+
+def evaluation_rows(
+    store: TokenStore, splits: tuple[str, ...], block_size: int, batch_size: int, max_batches: int
+) -> Iterator[tuple[str, list, int]]:
+    """(source, rows, records begun in them): batches of one source, like lengths together."""
+    for number, source in enumerate(store.sources):
+        rows, begun, made = [], 0, 0
+        for split in splits:
+            index = store.index[split]
+            mine = np.flatnonzero(index["source"] == number)
+            for record in mine[np.argsort(index["length"][mine], kind="stable")]:
+                start, length, prompt, _ = index[record].tolist()
+                ids = store.ids(split, start, length - (prompt == 1))
+                for row in scored_windows(ids, block_size):
+                    rows.append(row)
+                    if len(rows) == batch_size:
+                        yield source, rows, begun
+                        rows, begun, made = [], 0, made + 1
+                        if made == max_batches:
+                            break
+                begun += 1
+                if 0 < max_batches <= made:
+                    break
+        if rows and not 0 < max_batches <= made:
+            yield source, rows, begun
+
+
+def closed_set(store: TokenStore, source: int, most: int = 10) -> list[np.ndarray]:
+    """The distinct responses of a source where they are few and repeat, else an empty list."""
+    found: dict[bytes, np.ndarray] = {}
+    records = 0
+    for split in ("train", "val"):
+        index = store.index[split]
+        for start, length, prompt, number in index[index["source"] == source].tolist():
+            if prompt == 1 or length - prompt > 64:
+                return []
+            response = store.ids(split, start + prompt, length - prompt)
+            found[response.tobytes()] = response
+            records += 1
+            if len(found) > most:
+                return []
+    return [found[k] for k in sorted(found)] if 1 < len(found) <= records // 10 else []
+
+
+def classify(model: GPT, store: TokenStore, source: str, splits: tuple[str, ...], rt: Runtime,
+             batch_size: int, max_batches: int) -> dict:  # fmt: skip
+    """Accuracy, confusion table, and precision, recall and F1 of each class, by likelihood."""
+    number = store.sources.index(source)
+    labels = closed_set(store, number)
+    if not labels:
+        return {}
+    names = [store.tokenizer.decode(label).strip() for label in labels]
+    table = np.zeros((len(labels), len(labels)), int)  # [true, predicted]
+    limit = model.config.block_size + 1
+    for split in splits:
+        index = store.index[split]
+        mine = np.flatnonzero(index["source"] == number)
+        mine = mine[np.argsort(index["length"][mine], kind="stable")]
+        batches = list(batched(mine, max(1, batch_size // len(labels))))
+        for batch in batches[: max_batches or None][rt.rank :: rt.world_size]:
+            rows, truth = [], []
+            for start, length, prompt, _ in index[np.array(batch)].tolist():
+                ids = store.ids(split, start, length)
+                truth.append(
+                    next(i for i, s in enumerate(labels) if np.array_equal(s, ids[prompt:]))
+                )
+                for label in labels:
+                    head, tail, kept = cut_prompt(prompt, len(label), limit)
+                    whole = [ids[:head], ids[prompt - tail : prompt], label[:kept]]
+                    row = np.concatenate(whole)
+                    y = row[1:].copy()
+                    y[: head + tail - 1] = IGNORE
+                    rows.append((row[:-1], y))
+            losses, _ = token_losses(model, rows, store.tokenizer.pad_id, rt)
+            guesses = losses.sum(-1).view(len(truth), len(labels)).argmin(-1).tolist()
+            np.add.at(table, (truth, guesses), 1)
+    table = np.array(rt.sum(*table.ravel().tolist())).astype(int).reshape(table.shape)
+    classes = {}
+    for i, name in enumerate(names):
+        right, said, support = int(table[i, i]), int(table[:, i].sum()), int(table[i].sum())
+        precision, recall = right / max(said, 1), right / max(support, 1)
+        f1 = 2 * right / max(said + support, 1)
+        classes[name] = {"precision": precision, "recall": recall, "f1": f1, "support": support}
+    return {"accuracy": float(table.trace() / max(table.sum(), 1)), "classes": classes,
+            "confusion": {"labels": names, "true_by_predicted": table.tolist()}}  # fmt: skip
+
+
+def evaluation_card(result: dict) -> str:
+    """The figures of `evaluate_perplexity` as a table for people."""
+    head = f"{'source':<24}{'loss':>9}{'ppl':>10}{'bits/byte':>11}{'tokens':>12}{'records':>9}"
+    lines = [head]
+    for name, row in [*result["sources"].items(), ("total", result)]:
+        lines.append(f"{name[:23]:<24}{row['loss']:>9.4f}{row['ppl']:>10.3f}"
+                     f"{row['bits_per_byte']:>11.4f}{row['tokens']:>12,}"
+                     f"{row.get('records', ''):>9}")  # fmt: skip
+    for name, row in result["sources"].items():
+        if "accuracy" in row:
+            lines += [
+                "",
+                f"{name}: accuracy {row['accuracy']:.4f}",
+                f"{'class':<16}{'precision':>10}{'recall':>10}{'f1':>10}{'support':>10}",
+            ]
+            lines += [f"{label:<16}{c['precision']:>10.4f}{c['recall']:>10.4f}{c['f1']:>10.4f}"
+                      f"{c['support']:>10}" for label, c in row["classes"].items()]  # fmt: skip
+            labels = row["confusion"]["labels"]
+            lines.append(f"{'true / predicted':<16}" + "".join(f"{x[:9]:>10}" for x in labels))
+            for label, counts in zip(labels, row["confusion"]["true_by_predicted"], strict=True):
+                lines.append(f"{label:<16}" + "".join(f"{n:>10}" for n in counts))
+    return "\n".join(lines)
+
+
+def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
+    loaded = load_model(config.ckpt, block_size=config.block_size)
+    adopt_split(config, loaded)
+    store = open_store(config, rt, loaded.tokenizer)
+    trained_on = loaded.state.get("data", {}).get("fingerprint")
+    if trained_on not in (None, store.fingerprint):
+        note("these are not the data the checkpoint was trained on")
+    result = evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
+                                 config.max_batches, stop)  # fmt: skip
+    if rt.is_main:
+        print(evaluation_card(result))
+        if config.json:
+            write_json(Path(config.json), result)
+
+
+def sample_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) -> Iterator[str]:
+    """Pieces of text as they are generated; with several samples, whole samples one by one.
+
+    --template auto wraps the prompt as an instruction when the checkpoint is a finetuned one.
+    """
+    tokenizer, model = loaded.tokenizer, loaded.model
+    instruct = config.template == "instruct" or config.template == "auto" and loaded.is_tuned
+    text = instruction_prompt(prompt, config.input) if instruct else prompt
+    ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(text)]).astype(np.int64)
+    steps = generate(
+        model, torch.from_numpy(ids).to(rt.device), config.max_new_tokens,
+        (tokenizer.sep_id, tokenizer.eos_id), config.num_samples, config.seed,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+    )  # fmt: skip
+    writers = [TextStream(tokenizer, unescape(config.stop)) for _ in range(config.num_samples)]
+    for tokens in steps:
+        pieces = [w.add(t) if t >= 0 else "" for w, t in zip(writers, tokens, strict=True)]
+        if config.num_samples == 1:
+            yield pieces[0]
+        if all(w.stopped or t < 0 for w, t in zip(writers, tokens, strict=True)):
+            break
+    if config.num_samples == 1:
+        yield writers[0].finish()
+    else:
+        for number, writer in enumerate(writers, 1):
+            writer.finish()
+            yield f"--- sample {number}\n{writer.text}\n"
+
+
+class TextStream:
+    """Turns tokens into text as it becomes certain: whole characters, no beginning of a stop."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: str):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids: list[int] = []  # not yet turned into text
+        self.held = ""  # text that may be the beginning of the stop string
+        self.text, self.stopped = "", False
+
+    def add(self, token: int) -> str:
+        """The text that this token completes."""
+        if self.stopped:
+            return ""
+        self.ids.append(token)
+        piece = self.tokenizer.decode(self.ids)
+        if piece.endswith("\ufffd") and len(self.ids) < 8:  # perhaps half a character
+            return ""
+        self.ids = []
+        return self.emit(self.held + piece)
+
+    def emit(self, text: str, last: bool = False) -> str:
+        keep = 0
+        if self.stop:
+            if self.stop in text:
+                text, self.stopped, last = text[: text.index(self.stop)], True, True
+            if not last:
+                ends = range(min(len(self.stop) - 1, len(text)), 0, -1)
+                keep = next((n for n in ends if text.endswith(self.stop[:n])), 0)
+        out, self.held = text[: len(text) - keep], text[len(text) - keep :]
+        self.text += out
+        return out
+
+    def finish(self) -> str:
+        if self.stopped:
+            return ""
+        return self.emit(self.held + self.tokenizer.decode(self.ids), last=True)
+
+
+def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
+    loaded = load_model(config.ckpt)
+    loaded.model.to(rt.device, rt.dtype).eval()
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+
+    def show(prompt: str) -> None:
+        for piece in sample_text(loaded, config, rt, prompt):
+            print(piece, end="", flush=True)
+            if stop:
+                raise Interrupted
+        print(flush=True)
+
+    if config.prompt is not None or not sys.stdin.isatty():
+        show(config.prompt if config.prompt is not None else sys.stdin.read())
+        return
+    note("a prompt, and enter; an empty line or ctrl-d ends the session")
+    with contextlib.suppress(EOFError):
+        while prompt := input("> "):
+            show(prompt)
+
+
+# --- prepare: a store, its report, and checks on both ---
+
+DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's members by base name
+    "tinyshakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        {"tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+    ),
+    "sms_spam": (
+        "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+        {"sms_spam_collection/SMSSpamCollection": "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"},
+    ),
+    "instructions": (
+        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/"
+        "01_main-chapter-code/instruction-data.json",
+        {"instruction-data.json": "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"},
+    ),
+    "wikitext-2": (
+        "https://wikitext.smerity.com/wikitext-2-v1.zip",
+        {"wikitext-2/wiki.train.tokens": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+         "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+         "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"},
+    ),
+}  # fmt: skip
+
+
+def download(name: str, data_dir: Path, mirror: str = "") -> None:
+    """Fetch a public data set into data_dir and check its sha256. Goes on where it broke off.
+
+    Raises UserError where there is no network or the bytes are not the pinned ones.
+    """
+    import urllib.error
+    import urllib.request
+
+    address, wanted = DOWNLOADS[name]
+    files = {data_dir / file: digest for file, digest in wanted.items()}
+    if all(f.is_file() and sha256_of(f) == digest for f, digest in files.items()):
+        note(f"{name}: already in {data_dir}")
+        return
+    address = f"{mirror.rstrip('/')}/{address.rsplit('/', 1)[1]}" if mirror else address
+    part = data_dir / f".{name}.part"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            resumed = reply.status == 206
+            length = reply.headers.get("Content-Length")
+            total = int(length) + done * resumed if length else None
+            with open(part, "ab" if resumed else "wb") as file, tqdm(
+                desc=name, total=total, initial=done * resumed, unit="B", unit_scale=True
+            ) as bar:  # fmt: skip
+                while data := reply.read(1 << 16):
+                    file.write(data)
+                    bar.update(len(data))
+        if total is not None and part.stat().st_size < total:
+            raise UserError(f"{name}: the transfer broke off at {part.stat().st_size:,} of "
+                            f"{total:,} bytes; run the same command to go on")  # fmt: skip
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # the part is not a beginning of that file
+            part.unlink(missing_ok=True)
+        raise UserError(f"{name}: {address} answered {error.code} {error.reason}") from None
+    except (OSError, ValueError, __import__("http.client").client.HTTPException) as error:
+        raise UserError(f"{name}: cannot fetch {address} ({one_line(error, 80)}); is there a "
+                        "network? run the same command to go on") from None  # fmt: skip
+    try:
+        unpack(part, files)
+    finally:
+        part.unlink(missing_ok=True)
+    note(f"{name}: {', '.join(map(str, files))}")
+
+
+def unpack(part: Path, files: dict[Path, str]) -> None:
+    """Check a fetched file, or the members of a fetched archive, and put them in their places."""
+    archive = zipfile.ZipFile(part) if zipfile.is_zipfile(part) else None
+    for path, digest in files.items():
+        if archive:
+            member = next((n for n in archive.namelist() if n.endswith(path.name)), None)
+            data = archive.read(member) if member else b""
+        else:
+            data = part.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise UserError(f"{path.name}: the fetched bytes do not match their sha256, and were "
+                            "deleted; run the same command again")  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(data)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        hasher = hashlib.sha256()
+        while data := file.read(1 << 22):
+            hasher.update(data)
+    return hasher.hexdigest()
+
+
+def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> None:
+    if config.download:
+        download(config.download, Path(config.data_dir), config.mirror)
+    folder = Path(config.out_dir) if config.out_dir else None
+    started = time.perf_counter()
+    store = build_corpus_from_sources(config, folder=folder)
+    reused = time.perf_counter() - started < store.meta["seconds"]["encoding"]
+    report = store_report(store)
+    print("\n".join(report["lines"]))
+    write_json(store.folder / "report.json", report)
+    if reused:
+        note("the sources and settings are unchanged: this store was made before")
+    write_sample_batch(store, config.block_size)
+    if config.preview:
+        print(preview(store, config.preview, config.block_size))
+    draw_lengths(store, config.block_size)
+    if config.check_model:
+        print(check_model(config.check_model, store, config.block_size))
+    print(store.folder)
+
+
+def store_report(store: TokenStore) -> dict:
+    """Documents, tokens, speed, bytes per token and the distribution of lengths."""
+    meta = store.meta
+    lengths = np.array([int(k) for k in meta["lengths"]])
+    counts = np.array(list(meta["lengths"].values()))
+    cumulative = np.cumsum(counts) / counts.sum()
+    percentiles = {p: int(lengths[np.searchsorted(cumulative, p / 100 - 1e-12)])
+                   for p in (1, 5, 25, 50, 75, 95, 99, 100)}  # fmt: skip
+    rows = meta["counts"].values()
+    tokens, size = sum(meta["tokens"].values()), sum(r.get("bytes", 0) for r in rows)
+    seconds = max(meta["seconds"]["encoding"], 1e-9)
+    dropped = Counter()
+    for row in rows:
+        dropped.update({k.removeprefix("skipped: "): n for k, n in row.items() if "skipped" in k})
+    figures = {
+        "records read": sum(r.get("records", 0) for r in rows),
+        **{f"dropped, {why}": n for why, n in dropped.items()},
+        "documents, train": meta["documents"]["train"],
+        "documents, val": meta["documents"]["val"],
+        "tokens, train": meta["tokens"]["train"],
+        "tokens, val": meta["tokens"]["val"],
+        "vocabulary": store.tokenizer.vocab_size,
+        "bytes per token": round(size / max(tokens, 1), 3),
+        "tokens per second": round(tokens / seconds),
+        "megabytes per second": round(size / 1e6 / seconds, 1),
+    }
+    lines = [f"{name:<28}{value:>16,}" for name, value in figures.items()]
+    lines.append("tokens in a document, by percentile:")
+    lines += [f"  {p:>3}%{n:>12,}" for p, n in percentiles.items()]
+    return {"figures": figures, "length_percentiles": percentiles, "lines": lines}
+
+
+def write_sample_batch(store: TokenStore, block_size: int, rows: int = 4) -> None:
+    """One batch as a Hugging Face model takes it: labels equal ids, the model shifts them."""
+    data = LMDataset(store, "train", block_size)
+    ids = data.batch(data.fixed_ids(rows)).x
+    write_json(store.folder / "sample_batch.json", {
+        "input_ids": ids.tolist(), "labels": ids.tolist(),
+        "text": [store.tokenizer.decode(row) for row in ids.tolist()],
+    })  # fmt: skip
+
+
+def preview(store: TokenStore, n: int, block_size: int) -> str:
+    """Records token by token: position, id, text, and whether it is trained, masked or cut."""
+    index, lines = store.index["train"], []
+    data = InstructionDataset(store, "train", block_size, loss_on="response")
+    for number in data.fixed_ids(n):
+        start, length, prompt, source = index[number].tolist()
+        head, tail, response = cut_prompt(prompt, length - prompt, block_size + 1)
+        lines.append(
+            f"record {number} of {store.sources[source]}: {length} tokens "
+            "(state under --loss_on response; with all, prompts are trained too)"
+        )
+        ids = store.ids("train", start, length)
+        for i, token in enumerate(ids.tolist()):
+            cut = head <= i < prompt - tail or i >= prompt + response
+            state = "cut" if cut else "masked" if i < prompt else "trained"
+            lines.append(f"{i:>6}{token:>8}  {state:<8}{store.tokenizer.decode([token])!r}")
+    return "\n".join(lines)
+
+
+def draw_lengths(store: TokenStore, block_size: int) -> None:
+    """token_lengths.png: documents by their length in tokens, both on log scales."""
+    try:
+        pyplot = figure_library()
+    except UserError as error:
+        note(f"no token_lengths.png: {error}")
+        return
+    lengths = [int(k) for k in store.meta["lengths"]]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    edges = np.unique(np.geomspace(1, max(lengths) + 1, 60).round())
+    axes.hist(lengths, bins=edges, weights=list(store.meta["lengths"].values()))
+    axes.axvline(block_size, color="black", linestyle="--", label=f"block_size {block_size}")
+    axes.set(xscale="log", yscale="log", xlabel="tokens in a document", ylabel="documents")
+    axes.legend()
+    with atomic_write(store.folder / "token_lengths.png") as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def figure_library():
+    optional("matplotlib").use("Agg")
+    return optional("matplotlib.pyplot", "matplotlib")
+
+
+def check_model(name: str, store: TokenStore, block_size: int) -> str:
+    """Loss of a Hugging Face model on a batch, twice: by its own shift, and by ours.
+
+    Labels go in unshifted. A model given shifted labels trains on the token after the next.
+    """
+    transformers = optional("transformers")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+    except Exception as error:
+        raise UserError(f"--check_model {name}: {one_line(error)}") from None
+    data = LMDataset(store, "train", block_size)
+    ids = data.batch(data.fixed_ids(4)).x
+    if ids.max() >= model.config.vocab_size:
+        raise UserError(f"--check_model {name}: it has {model.config.vocab_size} ids, the store "
+                        f"{store.tokenizer.vocab_size}; prepare with its tokenizer")  # fmt: skip
+    with torch.no_grad():
+        out = model(input_ids=ids, labels=ids)
+    ours = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    shapes = f"ids {tuple(ids.shape)} -> logits {tuple(out.logits.shape)}"
+    if abs(out.loss.item() - ours.item()) > 1e-3 * max(1.0, ours.item()):
+        raise UserError(f"--check_model {name}: its loss is {out.loss:.4f} and should be {ours:.4f}: "
+                        "it does not shift labels as expected")  # fmt: skip
+    return f"{name}: {shapes}, loss {out.loss:.4f}, by our own shift {ours:.4f}"
+
+
+# --- export ---
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ ' ' + m['content'] + '\\n<|sep|>' }}{% else %}"
+    "{{ '### Instruction: ' + m['content'] + '\\n### Input: \\n### Output:' }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
+    out_dir = Path(config.out_dir)
+    if out_dir.exists() and any(out_dir.iterdir()) and not config.overwrite:
+        raise UserError(f"{out_dir} is not empty: pass --overwrite or another --out_dir")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".export.") as work:
+        folder = Path(work) / "model"
+        folder.mkdir()
+        if config.adapter:
+            export_adapter(load_model(config.ckpt, merge=False), folder)
+        else:
+            export_model(load_model(config.ckpt, merge=config.merge), folder)
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        folder.rename(out_dir)
+    print(out_dir)
+
+
+def export_model(loaded: Loaded, folder: Path) -> None:
+    """Write a Hugging Face folder and check it: UserError if a logit differs by more than 1e-4."""
+    safetensors = optional("safetensors.torch", "safetensors")
+    optional("transformers")
+    model, tokenizer, config = loaded.model.float().eval(), loaded.tokenizer, loaded.model.config
+    if loaded.state.get("lora") and any("lora_" in n for n, _ in model.named_parameters()):
+        unwrap_lora(model)  # --no-merge: the base as it was, for an adapter to load upon
+    kind = interchange_kind(config)
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
+    ids["eos_token_id"] = sorted({tokenizer.eos_id, tokenizer.sep_id})
+    settings = INTERCHANGE[kind][1](config) | ids | {"dtype": "float32"}
+    safetensors.save_file(to_hf(model_weights(model), config), folder / "model.safetensors",
+                          {"format": "pt"})  # fmt: skip
+    write_json(folder / "config.json", settings)
+    write_json(folder / "generation_config.json",
+               ids | {"do_sample": True, "temperature": 0.9, "top_k": 30})  # fmt: skip
+    export_tokenizer(tokenizer, config.block_size, folder, loaded.is_tuned)
+    (folder / "README.md").write_text(model_card(loaded, kind), encoding="utf-8")
+    check_export(model, tokenizer, folder)
+
+
+def export_tokenizer(tokenizer: Tokenizer, block_size: int, folder: Path, tuned: bool) -> None:
+    library = byte_library() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library
+    library.save(str(folder / "tokenizer.json"))
+    token = library.id_to_token
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+        **{f"{n}_token": token(getattr(tokenizer, f"{n}_id")) for n in ("bos", "eos", "pad")},
+        "sep_token": token(tokenizer.sep_id),
+    }
+    if tuned:
+        sep = token(tokenizer.sep_id)
+        settings["chat_template"] = CHAT_TEMPLATE.replace("<|sep|>", sep)
+        (folder / "chat_template.jinja").write_text(settings["chat_template"], encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def check_export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Load the folder as anybody would and compare ids and logits on real text."""
+    transformers = optional("transformers")
+    text = "First Citizen:\nBefore we proceed any further, hear me speak. Größe 你好\n"
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode(text).astype(np.int64)[: model.config.block_size]
+    if theirs(text, add_special_tokens=False)["input_ids"][: len(ids)] != ids.tolist():
+        raise UserError("export failed its check: the tokenizer written gives other ids")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    x = torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        difference = (peer(x).logits - model.cpu()(x)[0]).abs().max().item()
+    if not difference <= 1e-4:
+        raise UserError(f"export failed its check: logits differ by {difference:.2e}")
+    note(f"logits agree with {type(peer).__name__} to {difference:.1e}")
+
+
+def model_card(loaded: Loaded, kind: str) -> str:
+    state, config = loaded.state, loaded.model.config
+    progress = state.get("progress", {})
+    settings = "\n".join(f"| {k} | {v} |" for k, v in sorted(state.get("config", {}).items())
+                         if v not in ("", None, 0, False))  # fmt: skip
+    figures = (f"Best validation loss {progress['best']:.4f} nats a token at step "
+               f"{progress['best_step']} of {progress['total']}." if progress else "")  # fmt: skip
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {kind}, "
+        f"{loaded.model.n_params():,} parameters\n\nTrained with llm_pipeline.py: {config.n_layer} "
+        f"layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}, "
+        f"{config.vocab_size} token ids. {figures}\n\nPrompts of a tuned model look like this, and "
+        f"the answer ends with its separator token:\n\n```\n"
+        f"{instruction_prompt('INSTRUCTION', 'INPUT')}\n```\n\n## Training settings\n\n"
+        f"| setting | value |\n|---|---|\n{settings}\n"
+    )
+
+
+def unwrap_lora(model: GPT) -> None:
+    """Take the adapters out and leave the base weights as they are."""
+    for block in model.blocks:
+        for part in (block.attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if hasattr(layer, "lora_A"):
+                    setattr(part, name, layer.get_base_layer())
+
+
+def export_adapter(loaded: Loaded, folder: Path) -> None:
+    """A peft adapter for the exported base (export it with --no-merge).
+
+    Where their model has several matrices for one of ours, each gets our A and its rows of B.
+    """
+    safetensors = optional("safetensors.torch", "safetensors")
+    lora, config = loaded.state.get("lora"), loaded.model.config
+    if not lora:
+        raise UserError("--adapter: this checkpoint was not tuned with --method lora")
+    kind = interchange_kind(config)
+    weights, tensors, targets = loaded.model.state_dict(), {}, set()
+    for ours, theirs, transposed, rows in table_rows(kind, config):
+        stem = ours.removesuffix(".weight")
+        if f"{stem}.lora_A.default.weight" not in weights:
+            continue
+        a = weights[f"{stem}.lora_A.default.weight"]
+        b = weights[f"{stem}.lora_B.default.weight"]
+        for name, part in zip(theirs, b.split(rows) if rows else [b], strict=True):
+            name = name.removesuffix(".weight")
+            targets.add(name.split(".", 3)[-1] if kind == "gpt2" else name.rsplit(".", 1)[-1])
+            for letter, tensor in (("A", a), ("B", part)):
+                key = f"base_model.model.{name}.lora_{letter}.weight"
+                tensors[key] = tensor.float().contiguous().clone()
+    safetensors.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"],
+        "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
+        "target_modules": sorted(targets), "fan_in_fan_out": kind == "gpt2", "bias": "none",
+        "inference_mode": True, "base_model_name_or_path": None,
+    })  # fmt: skip
+
+
+# --- bench ---
+
+
+def median_seconds(function: Callable, rt: Runtime, rounds: int) -> float:
+    """Median time of a call, the device waited for."""
+    times = []
+    for _ in range(rounds + 1):
+        wait(rt)
+        started = time.perf_counter()
+        function()
+        wait(rt)
+        times.append(time.perf_counter() - started)
+    return sorted(times[1:])[rounds // 2]  # the first warms up
+
+
+def wait(rt: Runtime) -> None:
+    if rt.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_peak(rt: Runtime, rounds: int) -> float:
+    """FLOP/s of a large square matrix product in the run's dtype."""
+    n = 8192 if rt.device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=rt.device, dtype=rt.dtype)
+    return 2 * n**3 / median_seconds(lambda: a @ a, rt, rounds)
+
+
+def matvec_bytes_per_second(rt: Runtime, rounds: int) -> float:
+    """Bytes a second at which a matrix too large for the caches is read by a product."""
+    n = 16384 if rt.device.type == "cuda" else 8192
+    a = torch.randn(n, n, device=rt.device, dtype=rt.dtype)
+    v = torch.randn(n, 1, device=rt.device, dtype=rt.dtype)
+    return a.nbytes / median_seconds(lambda: a @ v, rt, rounds)
+
+
+def flops_per_token(model: GPT, T: int) -> float:
+    """Forward and backward: 6 a parameter in matrix products, 12 L T H D for attention.
+
+    Chowdhery et al. (2022), appendix B; embeddings are looked up, not multiplied.
+    """
+    c = model.config
+    used = sum(p.numel() for b in model.blocks for p in b.parameters()) + model.head.weight.numel()
+    return 6 * used + 12 * c.n_layer * T * c.n_head * c.head_dim
+
+
+class SyntheticDataset:
+    """Random windows for measuring speed."""
+
+    def __init__(self, vocab_size: int, block_size: int):
+        self.vocab_size, self.block_size = vocab_size, block_size
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        return places
+
+    def n_targets(self, ids: np.ndarray) -> int:
+        return len(ids) * self.block_size
+
+    def batch(self, ids: np.ndarray, rows=slice(None)) -> Batch:
+        shape = (len(ids[rows]), self.block_size + 1)
+        tokens = torch.from_numpy(np.random.default_rng(ids[0]).integers(0, self.vocab_size, shape))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+def hf_peer(config: GPTConfig):
+    """A transformers model of the same shape, with random weights."""
+    transformers = optional("transformers")
+    settings = INTERCHANGE[interchange_kind(config)][1](config)
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**settings)
+    )
+
+
+def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
+    """Print and optionally save the figures; see README for what each means."""
+    vocab_size = 260 if config.tokenizer == "byte" else config.vocab_size
+    model = GPT(model_config(config, vocab_size)).to(rt.device)
+    T, rows = config.block_size, config.batch_size
+    loader = Loader(SyntheticDataset(vocab_size, T), rows, config.grad_accum, rt)
+    progress = Progress(total=10**9, grad_accum=config.grad_accum,
+                        grad_checkpointing=config.grad_checkpointing)  # fmt: skip
+    model.grad_checkpointing = config.grad_checkpointing
+    net = distribute(model, config, rt, 10**9)
+    run = Run(config, rt, model, net, next_token_loss, make_optimizers(model, config), loader,
+              None, progress, {}, Path(config.out_dir), "",
+              torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16))  # fmt: skip
+
+    def our_step():
+        batch, n_targets = loader.step(run.progress.step)
+        surviving_step(run, batch, n_targets)
+        run.progress.step += 1
+
+    sides = {"": our_step}
+    if config.vs == "hf":
+        sides |= {"hf_": hf_step(config, rt, model, rt.dtype, loader),
+                  "hf_fp32_": hf_step(config, rt, model, torch.float32, loader)}  # fmt: skip
+    if rt.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = in_turns(sides, rt, config.rounds, "training")
+    # The ceiling is taken among the rounds it is compared with: clocks and neighbours drift.
+    peak = matmul_peak(rt, config.rounds)
+    tokens = rows * T
+    train_flops = tokens * flops_per_token(model, T)
+    result = {
+        "params": model.n_params(), "device": device_name(rt), "dtype": str(rt.dtype)[6:],
+        "threads": torch.get_num_threads(), "train_tokens_per_s": tokens / seconds[""],
+        "step_ms": 1e3 * seconds[""], "matmul_peak_flops": peak,
+        "mfu": train_flops / seconds[""] / peak, "peak_memory_bytes": peak_memory(rt),
+        "grad_accum": run.progress.grad_accum,
+        "grad_checkpointing": run.progress.grad_checkpointing,
+    }  # fmt: skip
+    result |= bench_decoding(config, rt, model)
+    for name, key in (("hf_", "train_ratio"), ("hf_fp32_", "train_ratio_fp32")):
+        if name in seconds:
+            result[f"{name}train_tokens_per_s"] = tokens / seconds[name]
+            result[key] = seconds[name] / seconds[""]
+    total = config.max_steps * tokens or config.epochs * corpus_bytes(config)
+    result["whole_run_tokens"] = total
+    result["whole_run_seconds"] = total / tokens * seconds[""]
+    for name, value in result.items():
+        print(
+            f"{name:<28}{value:>20,.4f}" if isinstance(value, float) else f"{name:<28}{value!s:>20}"
+        )
+    if config.json:
+        write_json(Path(config.json), result)
+
+
+def in_turns(sides: dict[str, Callable], rt: Runtime, rounds: int, what: str) -> dict[str, float]:
+    """Median seconds of each side, measured A B A B ..., so that a drifting machine is fair."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in tqdm(range(rounds + 2), desc=f"measuring {what}"):
+        for name, side in sides.items():
+            wait(rt)
+            started = time.perf_counter()
+            side()
+            wait(rt)
+            if number >= 2:  # two rounds to warm up, compile and fill caches
+                times[name].append(time.perf_counter() - started)
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def hf_step(config: BenchConfig, rt: Runtime, model: GPT, dtype: torch.dtype, loader: Loader):
+    """A training step of the peer as people write it: autocast, fused AdamW, clipping."""
+    peer = hf_peer(model.config).to(rt.device).train()
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=config.lr, fused=True)
+    step = [0]
+
+    def run():
+        batch, _ = loader.step(step[0])
+        step[0] += 1
+        for micro in batch.split(config.grad_accum):
+            with torch.autocast(rt.device.type, dtype, enabled=dtype != torch.float32):
+                loss = peer(input_ids=micro.x, labels=micro.x).loss / config.grad_accum
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
+    """Greedy decoding of half a block after a short prompt, against the bandwidth's limit."""
+    n, batch = config.block_size // 2, config.decode_batch
+    prompt = torch.arange(8, device=rt.device)
+    ours = GPT(model.config).to(rt.device, rt.dtype).eval()
+    sides = {"": lambda: [None for _ in generate(ours, prompt, n, (), batch, temperature=0.0)]}
+    if config.vs == "hf":
+        peer = hf_peer(model.config).to(rt.device).eval()
+        peer.generation_config.eos_token_id = None
+        many = prompt[None].expand(batch, -1)
+        sides["hf_"] = lambda: peer.generate(many, max_new_tokens=n, do_sample=False,
+                                             attention_mask=torch.ones_like(many))  # fmt: skip
+    seconds = in_turns(sides, rt, max(1, config.rounds // 2), "decoding")
+    read = sum(p.nbytes for p in ours.blocks.parameters()) + ours.head.weight.nbytes
+    limit = batch * matvec_bytes_per_second(rt, config.rounds) / read
+    speed = {name: batch * n / s for name, s in seconds.items()}
+    result = {"decode_tokens_per_s": speed[""], "decode_limit_tokens_per_s": limit}
+    if "hf_" in speed:
+        result |= {"hf_decode_tokens_per_s": speed["hf_"],
+                   "decode_ratio": speed[""] / speed["hf_"]}  # fmt: skip
+    return result
+
+
+def peak_memory(rt: Runtime) -> int:
+    """Most bytes in use so far: allocated on CUDA, resident in the process on a CPU."""
+    if rt.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(rt: Runtime) -> str:
+    if rt.device.type == "cuda":
+        return torch.cuda.get_device_name(rt.device)
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    return rt.device.type
+
+
+def corpus_bytes(config: DataConfig) -> int:
+    """About how many bytes of training text the configured sources hold."""
+    with contextlib.suppress(UserError):
+        return int(sum(p.stat().st_size for p in find_files(config)) * (1 - config.val_fraction))
+    return 0
+
+
+# ====================================================================================
+# 13. Command line
+# ====================================================================================
+
+
+def fit_command(loop: Callable) -> Callable:
+    def command(config: FitConfig, rt: Runtime, stop: StopSignal) -> None:
+        result = loop(config, rt, stop)
+        if not result:
+            if stop:
+                raise Interrupted
+            return
+        if rt.is_main:
+            if isinstance(config, TrainConfig) and not config.overfit_batch:
+                note(f"next: python llm_pipeline.py eval --ckpt {result}\n"
+                     f"      python llm_pipeline.py sample --ckpt {result} --prompt \"...\"\n"
+                     f"      python llm_pipeline.py finetune --ckpt {result}")  # fmt: skip
+            print(result)
+
+    command.__doc__ = loop.__doc__
+    return command
+
+
+COMMANDS: dict[str, tuple[type, Callable]] = {
+    "train": (TrainConfig, fit_command(train_loop)),
+    "finetune": (FinetuneConfig, fit_command(finetune_loop)),
+    "eval": (EvalConfig, eval_command),
+    "sample": (SampleConfig, sample_command),
+    "prepare": (PrepareConfig, prepare_command),
+    "export": (ExportConfig, export_command),
+    "bench": (BenchConfig, bench_command),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of every command, from its dataclass. Values stay text: `resolve` judges them."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("llm_pipeline.py", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (cls, _) in COMMANDS.items():
+        sub = commands.add_parser(name, help=first_line(cls), description=first_line(cls),
+                                  allow_abbrev=False)  # fmt: skip
+        for f in fields(cls):
+            choices = f.metadata.get("choices") or TABLES.get(f.name)
+            text = f.metadata["help"] + (f": {', '.join(filter(None, choices))}" if choices else "")
+            text += "" if f.default in ("", None) else f" (default: {f.default})"
+            kind = (dict(action=argparse.BooleanOptionalAction) if f.type == "bool"
+                    else dict(metavar=f.type.split(" | ")[0].upper()))  # fmt: skip
+            sub.add_argument(f"--{f.name}", default=None, help=text.replace("%", "%%"), **kind)
+    return parser
+
+
+def first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+def normalised(argv: list[str]) -> list[str]:
+    """Flags with underscores, however they were typed: --out-dir as --out_dir, --no_x as --no-x."""
+    found = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            name = "no-" + name[3:] if name.startswith("no_") else name
+            word = f"--{name}{equals}{value}"
+        found.append(word)
+    return found
+
+
+def parse(argv: list[str]):
+    """(command name, its configuration). Raises UserError listing every problem."""
+    arguments, unknown = build_parser().parse_known_args(normalised(argv))
+    command = arguments.command
+    cls = COMMANDS[command][0]
+    flags = {k: v for k, v in vars(arguments).items() if k != "command" and v is not None}
+    problems = []
+    names = [f.name for f in fields(cls)]
+    for word in unknown:
+        near = difflib.get_close_matches(word.lstrip("-").split("=")[0], names, 1)
+        problems.append(
+            f"unknown argument {word!r}" + (f"; did you mean --{near[0]}?" if near else "")
+        )
+    stored = None
+    try:
+        if flags.get("resume") and issubclass(cls, FitConfig):
+            stored = stored_settings(cls, flags)
+        config = resolve(cls, flags, stored)
+    except UserError as error:
+        problems += str(error).split("\n")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return command, config
+
+
+class UsageError(UserError):
+    """Settings that cannot work, one line each; exit code 2."""
+
+
+def stored_settings(cls: type, flags: dict) -> dict | None:
+    """The settings of the run that --resume continues, so that they need not be typed again."""
+    suffix = "_finetune" if cls is FinetuneConfig else ""
+    last = Path(flags.get("out_dir", cls.out_dir)) / f"last{suffix}.pth"
+    if not last.exists():
+        return None
+    names = {f.name for f in fields(cls)} - {"resume", "overwrite", "config", "debug", "stop_after"}
+    stored = load_checkpoint(last)["config"]
+    return {name: value for name, value in stored.items() if name in names}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code; never raises for what a user can mend."""
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    stop = StopSignal()
+    try:
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+            raise UserError(f"PyTorch {torch.__version__} is too old (its torch.load has known "
+                            "holes): pip install torch==2.13.0")  # fmt: skip
+        name, config = parse(sys.argv[1:] if argv is None else argv)
+        debug = config.debug
+        interruptible = issubclass(COMMANDS[name][0], FitConfig | EvalConfig) and name != "bench"
+        with stop if interruptible else contextlib.nullcontext(), runtime(config) as rt:
+            COMMANDS[name][1](config, rt, stop)
+        return 0
+    except UserError as error:
+        if debug:
+            raise
+        for line in str(error).split("\n"):
+            print(f"error: {line}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except Interrupted:
+        return 128 + (stop.number or signal.SIGTERM)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MemoryError, RuntimeError, OSError, RecursionError) as error:
+        if debug:
+            raise
+        print(f"error: {type(error).__name__}: {one_line(error, 300)} (--debug shows where)",
+              file=sys.stderr)  # fmt: skip
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
