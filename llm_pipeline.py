@@ -41,6 +41,7 @@ problem; 130 or 143 stopped by SIGINT or SIGTERM with `last.pth` saved.
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import csv
 import difflib
@@ -371,6 +372,10 @@ RECIPES = {
     ),
 }  # fmt: skip
 
+# What --overfit_batch sets, unless told otherwise.
+OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=1,
+               eval_interval=10**9, save_interval=10**9)  # fmt: skip
+
 TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS}
 
 
@@ -407,7 +412,7 @@ def convert(spec, value):
         except (TypeError, ValueError, OverflowError):
             what = "a whole number" if kind == "int" else "a number"
             raise ValueError(f"must be {what}, not {str(value)[:80]!r}") from None
-        if not math.isfinite(value):
+        if math.isnan(value) or (math.isinf(value) and limits.get("high") != math.inf):
             raise ValueError(f"must be finite, not {value}")
         if value < limits.get("low", -math.inf):
             raise ValueError(f"must be at least {limits['low']}, not {value}")
@@ -421,6 +426,19 @@ def convert(spec, value):
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"must be one of {', '.join(filter(None, choices))}, not {value!r}{hint}")
     return value
+
+
+def checked(cls: type, values: dict):
+    """An instance of a dataclass from what a file claims. Raises ValueError naming the field."""
+    specs = {f.name: f for f in fields(cls)}
+    if set(values) != set(specs):
+        raise ValueError(f"its settings differ: {sorted(map(str, set(values) ^ set(specs)))[:9]}")
+    for name, value in values.items():
+        try:
+            convert(specs[name], value)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    return cls(**values)
 
 
 def read_config_file(path: str) -> dict:
@@ -481,6 +499,8 @@ def resolve(cls, flags: dict, stored: dict | None = None):
         chosen["arch"] = given.get("arch", recipe.get("arch", chosen.get("arch")))
         for name in ("arch", "preset", "recipe"):
             layers |= TABLES[name].get(chosen.get(name), {})
+        if given.get("overfit_batch"):
+            layers |= OVERFIT
         known = {n: f.default for n, f in specs.items()} | layers | given
         layers = {n: v(known) if callable(v) else v for n, v in layers.items()}
         if issubclass(cls, FinetuneConfig):  # its model is the checkpoint's, its rates its own
@@ -488,8 +508,7 @@ def resolve(cls, flags: dict, stored: dict | None = None):
     config = {k: v for k, v in ((stored or layers) | given).items() if k in specs}
     config = cls(**config)
     config.given = set(given)  # what was asked for by name, not by a default or a table
-    if not problems:
-        problems = cross_checks(config)
+    problems += cross_checks(config)  # a field with a problem of its own stands at its default
     if problems:
         raise UserError("\n".join(problems))
     return config
@@ -952,7 +971,8 @@ def train_bpe(texts: Iterable[str], config: DataConfig) -> BPETokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library.train_from_iterator(batched(texts, 256), trainer)
+    clean = (SURROGATE.sub("\ufffd", text) for text in texts)
+    library.train_from_iterator(batched(clean, 256), trainer)
     ids = {f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos", "sep"))}
     return BPETokenizer(library.to_str(), ids)
 
@@ -1052,6 +1072,7 @@ def special_ids(library, folder: Path) -> dict[str, int]:
 # files -> Records -> exact duplicates dropped -> train or val, by hash -> token store
 # ====================================================================================
 
+UTF8 = codecs.getincrementaldecoder("utf-8")
 LONG_TEXT = 64 * 1024  # bytes; a longer record gives its last part to validation
 BLOCK = 1 << 20  # characters or bytes handled at a time
 # Where a tokenizer would cut too: no known pre-tokenizer joins a word to the one after it, and
@@ -1134,9 +1155,7 @@ def open_binary(path: Path):
 
 def read_text(path: Path, errors: str) -> Iterator[str]:
     """A file's text as UTF-8, in blocks. Raises UserError naming the offset of invalid bytes."""
-    import codecs
-
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    decoder = UTF8(errors)
     offset, first = 0, True
     try:
         with open_binary(path) as file:
@@ -1361,7 +1380,7 @@ def find_reader(path: Path):
             with open_binary(path) as file:
                 head = file.read(4096)
             if b"\0" not in head:
-                head[:-3].decode("utf-8")  # a character may be cut at the end
+                UTF8().decode(head)  # incremental: a character may be cut at the end
                 reader = load_plain_text
         except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error):
             pass
@@ -1453,7 +1472,8 @@ def named_split(path: Path, files: list[Path]) -> str:
         return found[0] if found else ""
 
     siblings = {said(f) for f in files if f.parent == path.parent}
-    return said(path) if {"train", "val"} <= siblings else ""
+    whole = {"train", "val"} <= siblings or (said(path) == "test" and "train" in siblings)
+    return said(path) if whole else ""
 
 
 class SeenHashes:
@@ -1646,9 +1666,10 @@ def documents(config: DataConfig, report: Report, pairs: bool) -> Iterator[tuple
 def write_documents(config: DataConfig, writer: StoreWriter, pairs: bool) -> None:
     """Tokenize in parallel batches of about 8 MB and write; stops at --max_tokens."""
     waiting, size = [], 0
-    most = 2**14 if config.max_tokens else 8 * BLOCK  # characters; small, to stop near the limit
+    most = 2**16 if config.max_tokens else 8 * BLOCK  # characters; little is read past the limit
 
-    def flush() -> None:
+    def flush() -> bool:
+        """Write what waits; whether --max_tokens is reached."""
         encoded = iter(writer.tokenizer.encode_batch([w[-1] for w in waiting if len(w) > 1]))
         for kind, *rest in waiting:
             if kind == "begin":
@@ -1657,7 +1678,10 @@ def write_documents(config: DataConfig, writer: StoreWriter, pairs: bool) -> Non
                 writer.extend(next(encoded))
             else:
                 writer.end()
+                if 0 < config.max_tokens <= sum(writer.size.values()):
+                    return True
         waiting.clear()
+        return False
 
     total = sum(p.stat().st_size for p in find_files(config)) if not config.hf_dataset else 0
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True, delay=1,
@@ -1666,12 +1690,11 @@ def write_documents(config: DataConfig, writer: StoreWriter, pairs: bool) -> Non
             waiting.append(document)
             size += len(document[-1]) if len(document) > 1 else 0
             if size > most or len(waiting) > 2**16:
-                flush()
+                if flush():
+                    return
                 bar.update(size)
                 bar.set_postfix(tokens=f"{sum(writer.size.values()):,}", refresh=False)
                 size = 0
-            if document == ("end",) and 0 < config.max_tokens <= sum(writer.size.values()):
-                break
         flush()
         bar.update(size)
 
@@ -1955,7 +1978,7 @@ class LMDataset:
     def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Sample ids at the given places of an epoch's order."""
         key = derive_seed(self.seed, epoch)
-        offset = key % (min(self.slack, self.stride - 1) + 1)
+        offset = key % (self.slack + 1)
         return permuted(places, self.n_windows, key) * self.stride + offset
 
     def fixed_ids(self, limit: int) -> np.ndarray:
@@ -2826,9 +2849,23 @@ def check_seal(path: Path) -> None:
             raise ValueError("it claims to unpack to more than its size")
 
 
+@dataclass
+class Progress:
+    """What a run knows besides weights and moments; stored in its checkpoints."""
+
+    step: int = 0  # optimizer steps done
+    total: int = 0  # optimizer steps to do
+    best: float = option(math.inf, "best validation loss", high=math.inf)
+    best_step: int = 0
+    evaluated: int = 0  # step of the last finished evaluation
+    misses: int = 0  # evaluations since the best
+    grad_accum: int = 1  # may grow, and checkpointing come on, when memory runs out
+    grad_checkpointing: bool = False
+
+
 SECTIONS = {"format": str, "model_config": dict, "weights": dict, "tokenizer": dict,
             "config": dict, "progress": dict, "optimizer": dict, "data": dict, "versions": dict,
-            "command": str, "template": str}  # fmt: skip
+            "command": str, "template": str, "scaler": dict, "stream": dict}  # fmt: skip
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -2843,6 +2880,12 @@ def load_checkpoint(path: str | Path) -> dict:
             if not isinstance(state.get(name), kind):
                 raise ValueError(f"its {name!r} is missing or not a {kind.__name__}")
         state["model_config"] = checked_model_config(state["model_config"])
+        state["progress"] = asdict(checked(Progress, state["progress"]))
+        kinds = {"train": TrainConfig, "finetune": FinetuneConfig}
+        checked(kinds[state["command"]], state["config"])
+        for f in fields(DataConfig):
+            if f.name in state["data"]:
+                convert(f, state["data"][f.name])
         for owner, tensors in (("weights", state["weights"]), *state["optimizer"].items()):
             for name, tensor in tensors.items():
                 if not isinstance(tensor, Tensor) or not tensor.is_contiguous():
@@ -2866,16 +2909,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def checked_model_config(values: dict) -> GPTConfig:
-    """A GPTConfig from a file's claims, each within its limits. Raises ValueError."""
-    specs = {f.name: f for f in fields(GPTConfig)}
-    if set(values) != set(specs):
-        raise ValueError(f"model settings differ: {sorted(set(values) ^ set(specs))}")
-    for name, value in values.items():
-        try:
-            convert(specs[name], value)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
-    config = GPTConfig(**values)
+    """A GPTConfig from a file's claims. Raises ValueError."""
+    config = checked(GPTConfig, values)
     if config.problems():
         raise ValueError("; ".join(config.problems()))
     return config
@@ -2975,11 +3010,20 @@ def gpt2_to_hf(c: GPTConfig) -> dict:
     }  # fmt: skip
 
 
+def refuse_unless(hf: dict, **fixed) -> None:
+    """Raise UserError where a setting has another value than the one this program computes."""
+    for name, value in fixed.items():
+        if hf.get(name, value) != value:
+            raise UserError(f"config.json: {name} {hf[name]!r} is not supported, only {value!r}")
+
+
 def gpt2_from_hf(hf: dict) -> dict:
     act = hf.get("activation_function", "gelu_new")
     mlp = {"gelu": "gelu", "relu": "relu"}.get(act, "gelu_tanh")
     if act not in (*GPT2_ACTIVATIONS.values(), "gelu_pytorch_tanh"):
         raise UserError(f"activation_function {act!r} is not one this program has")
+    refuse_unless(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                  add_cross_attention=False)  # fmt: skip
     return ARCHS["gpt2"] | dict(
         block_size=hf["n_positions"], n_embd=hf["n_embd"], n_layer=hf["n_layer"],
         n_head=hf["n_head"], n_inner=hf.get("n_inner") or 0, mlp=mlp,
@@ -3007,17 +3051,24 @@ def qwen3_to_hf(c: GPTConfig) -> dict:
 
 def qwen3_from_hf(hf: dict) -> dict:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default" or hf.get("attention_bias"):
-        raise UserError("scaled rotary positions and attention biases are not supported")
-    kinds = set(hf.get("layer_types") or ["full_attention"])
-    if len(kinds) > 1:
+    refuse_unless(hf, hidden_act="silu", attention_bias=False)
+    refuse_unless({"rope_type": rope.get("rope_type", rope.get("type", "default"))},
+                  rope_type="default")  # fmt: skip
+    first = (
+        hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else hf["num_hidden_layers"]
+    )
+    kinds = hf.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention"
+        for i in range(hf["num_hidden_layers"])
+    ]
+    if len(set(kinds)) > 1:
         raise UserError("layers that mix full and sliding attention are not supported")
-    sliding = kinds == {"sliding_attention"}
+    sliding = kinds[0] == "sliding_attention"
     return ARCHS["modern"] | dict(
         block_size=hf["max_position_embeddings"], n_embd=hf["hidden_size"],
         n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
         n_kv_head=hf["num_key_value_heads"], n_inner=hf["intermediate_size"],
-        head_dim=hf.get("head_dim") or 0, norm_eps=hf.get("rms_norm_eps", 1e-6), dropout=0.0,
+        head_dim=hf.get("head_dim", 128), norm_eps=hf.get("rms_norm_eps", 1e-6), dropout=0.0,
         rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 1e4))),
         tie_weights=hf.get("tie_word_embeddings", False),
         attn_window=hf.get("sliding_window") or 0 if sliding else 0,
@@ -3081,18 +3132,35 @@ def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[st
         ):
             del left[name]
     weights = {}
-    for ours, theirs, transposed, _ in table_rows(kind, config):
+    for ours, theirs, transposed, rows in table_rows(kind, config):
         for name in theirs:
             if name not in left:
                 raise UserError(f"the model lacks the tensor {name}")
         parts = [left.pop(name) for name in theirs]
-        if any(p.ndim != parts[0].ndim for p in parts):
-            raise UserError(f"{theirs[0]} has shape {tuple(parts[0].shape)}")
+        for name, part, size in zip(theirs, parts, rows, strict=False):  # rows: if several
+            if part.shape != (size, config.n_embd):
+                raise UserError(
+                    f"{name} has shape {tuple(part.shape)}, not {(size, config.n_embd)}"
+                )
+        if not all(part.isfinite().all() for part in parts):
+            raise UserError(f"{theirs[0]} holds values that are not finite")
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         weights[ours] = (tensor.T if transposed else tensor).contiguous().float()
     if left:
         raise UserError(f"the model holds a tensor this program does not know: {sorted(left)[0]}")
     return weights
+
+
+def read_hf_config(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold an object, not {type(settings).__name__}")
+    return settings
 
 
 def load_hf(name: str) -> tuple[GPT, Tokenizer]:
@@ -3112,24 +3180,28 @@ def load_hf(name: str) -> tuple[GPT, Tokenizer]:
                 f"({one_line(error, 90)})"
             ) from None
     try:
-        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        hf = read_hf_config(folder / "config.json")
         kind = hf.get("model_type")
         if kind not in INTERCHANGE:
             raise UserError(f"{name}: model_type {kind!r} is not one of {', '.join(INTERCHANGE)}")
-        shape = INTERCHANGE[kind][2](hf) | {"vocab_size": hf["vocab_size"]}
-        config = checked_model_config(asdict(GPTConfig(**shape)))
+        try:
+            shape = INTERCHANGE[kind][2](hf) | {"vocab_size": hf["vocab_size"]}
+            specs = {f.name: f for f in fields(GPTConfig)}
+            for n, value in shape.items():
+                try:
+                    shape[n] = convert(specs[n], value)
+                except ValueError as error:
+                    raise ValueError(f"{n} {error}") from None
+            config = checked_model_config(asdict(GPTConfig(**shape)))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{name}: config.json: {one_line(error)}") from None
         tensors = {}
         safetensors = optional("safetensors.torch", "safetensors")
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             pickled = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
-            raise UserError(
-                f"{name}: no .safetensors file"
-                + (
-                    f"; {pickled[0]} is a pickle, which can run code, and is not read"
-                    * bool(pickled)
-                )
-            )
+            hint = f"; {pickled[0]} is a pickle, which can run code: not read" if pickled else ""
+            raise UserError(f"{name}: no .safetensors file{hint}")
         for file in files:
             tensors |= safetensors.load_file(file)
         model = build_model(config, from_hf(tensors, kind, config))
@@ -3172,8 +3244,16 @@ LORA_LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "up": "mlp.up", "down": "
 
 
 def add_lora(model: GPT, lora: dict) -> None:
-    """Put peft's adapters around the target layers; they alone train."""
+    """Put peft's adapters around the target layers. Raises UserError on settings that cannot be."""
     peft = optional("peft")
+    try:
+        for f in fields(FinetuneConfig):
+            if f.name in ("lora_r", "lora_alpha", "lora_dropout"):
+                convert(f, lora[f.name.removeprefix("lora_")])
+        if not set(lora["targets"]) <= set(LORA_LAYERS.values()):
+            raise ValueError(f"targets {lora['targets']}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"LoRA settings are not valid: {one_line(error)}") from None
     settings = peft.LoraConfig(
         r=lora["r"],
         lora_alpha=lora["alpha"],
@@ -3458,20 +3538,6 @@ FREE_ON_RESUME = {
     "patience", "device", "threads", "vram_limit_gb", "compile", "ckpt", "init_from", "fsdp",
     "grad_accum", "report_samples", "preset", "recipe",
 }  # fmt: skip
-
-
-@dataclass
-class Progress:
-    """What a run knows besides weights and moments; stored in its checkpoints."""
-
-    step: int = 0  # optimizer steps done
-    total: int = 0  # optimizer steps to do
-    best: float = math.inf  # best validation loss
-    best_step: int = 0
-    evaluated: int = 0  # step of the last finished evaluation
-    misses: int = 0  # evaluations since the best
-    grad_accum: int = 1  # may grow, and checkpointing come on, when memory runs out
-    grad_checkpointing: bool = False
 
 
 @dataclass
@@ -3838,6 +3904,8 @@ def check_drift(resumed: dict, about: dict) -> None:
 
 def existing_run(config: FitConfig, suffix: str) -> dict | None:
     """The state to resume, None for a new run; a UserError rather than a run overwritten."""
+    if config.overfit_batch:  # saves nothing
+        return None
     last = Path(config.out_dir) / f"last{suffix}.pth"
     best = last.with_name(f"best{suffix}.pth")
     if config.resume:
@@ -3900,6 +3968,8 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal) -> str:
     pairs = config.objective == "dpo"
     store = open_store(config, rt, base.tokenizer, pairs)
     before = finetune_report(config, rt, base, base)
+    if pairs and config.dropout is None:
+        config.dropout = 0.0  # as the reference log-probabilities are computed
     changes = {n: getattr(config, n) for n in ("dropout", "attn") if getattr(config, n) is not None}
     model = with_settings(base.model, **changes)
     reference = reference_log_probs(config, rt, model, store) if pairs else None
@@ -3979,7 +4049,10 @@ def run_fit(config: FitConfig, rt: Runtime, stop: StopSignal, loaded: Loaded,
         ended = fit(run)
     p = run.progress
     if config.overfit_batch:
-        return f"one batch learned to loss {p.best:.4f} after {p.best_step} steps"
+        if not p.best < 0.05:
+            raise UserError(f"one batch is not learned by heart after {p.step} steps: loss "
+                            f"{p.best:.4f}; suspect the learning rate, or the model")  # fmt: skip
+        return f"one batch is learned by heart: loss {p.best:.4f} after {p.step} steps"
     best = run.path("best")
     note({
         "done": f"done: best validation loss {p.best:.4f} at step {p.best_step}",
@@ -4388,8 +4461,9 @@ def download(name: str, data_dir: Path, mirror: str = "") -> None:
     part = data_dir / f".{name}.part"
     data_dir.mkdir(parents=True, exist_ok=True)
     done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
     try:
+        headers = {"Range": f"bytes={done}-"} if done else {}
+        request = urllib.request.Request(address, headers=headers)
         with urllib.request.urlopen(request, timeout=30) as reply:
             resumed = reply.status == 206
             length = reply.headers.get("Content-Length")
@@ -4962,10 +5036,19 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+class UsageError(UserError):
+    """Settings that cannot work, one line each; exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> Parser:
     """Flags of every command, from its dataclass. Values stay text: `resolve` judges them."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("llm_pipeline.py", description=__doc__, formatter_class=raw)
+    parser = Parser("llm_pipeline.py", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (cls, _) in COMMANDS.items():
         sub = commands.add_parser(name, help=first_line(cls), description=first_line(cls),
@@ -5022,10 +5105,6 @@ def parse(argv: list[str]):
     return command, config
 
 
-class UsageError(UserError):
-    """Settings that cannot work, one line each; exit code 2."""
-
-
 def stored_settings(cls: type, flags: dict) -> dict | None:
     """The settings of the run that --resume continues, so that they need not be typed again."""
     suffix = "_finetune" if cls is FinetuneConfig else ""
@@ -5033,7 +5112,7 @@ def stored_settings(cls: type, flags: dict) -> dict | None:
     if not last.exists():
         return None
     names = {f.name for f in fields(cls)} - {"resume", "overwrite", "config", "debug", "stop_after"}
-    stored = load_checkpoint(last)["config"]
+    stored = load_checkpoint(last)["config"]  # its types and limits are checked there
     return {name: value for name, value in stored.items() if name in names}
 
 
@@ -5064,7 +5143,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (MemoryError, RuntimeError, OSError, RecursionError) as error:
+    except Exception as error:  # not foreseen: a bug here, or in a library
         if debug:
             raise
         print(f"error: {type(error).__name__}: {one_line(error, 300)} (--debug shows where)",
