@@ -69,6 +69,9 @@ from glob import glob
 from itertools import islice
 from pathlib import Path
 
+if __name__ == "__main__":  # ctrl-c during the slow imports below: no traceback, exit code 130
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -1074,7 +1077,7 @@ def special_ids(library, folder: Path) -> dict[str, int]:
 
 UTF8 = codecs.getincrementaldecoder("utf-8")
 LONG_TEXT = 64 * 1024  # bytes; a longer record gives its last part to validation
-BLOCK = 1 << 20  # characters or bytes handled at a time
+BLOCK = 1 << 16  # characters or bytes handled at a time
 # Where a tokenizer would cut too: no known pre-tokenizer joins a word to the one after it, and
 # failing that, few join what stands before white space to it.
 SAFE_CUTS = (re.compile(r"\w(?= \w)"), re.compile(r"\S(?=\s)"))
@@ -1666,7 +1669,7 @@ def documents(config: DataConfig, report: Report, pairs: bool) -> Iterator[tuple
 def write_documents(config: DataConfig, writer: StoreWriter, pairs: bool) -> None:
     """Tokenize in parallel batches of about 8 MB and write; stops at --max_tokens."""
     waiting, size = [], 0
-    most = 2**16 if config.max_tokens else 8 * BLOCK  # characters; little is read past the limit
+    most = BLOCK if config.max_tokens else 128 * BLOCK  # characters; little is read past the limit
 
     def flush() -> bool:
         """Write what waits; whether --max_tokens is reached."""
@@ -3761,7 +3764,9 @@ def fit(run: Run) -> str:
             if (p.step % config.eval_interval == 0 or new_epoch or last) and p.step > p.evaluated:
                 assess(run, recorder, loss)
             late = 0 < config.max_minutes * 60 < time.perf_counter() - started
-            signalled, late = map(any, zip(run.rt.sum(bool(run.stop), late), strict=True))
+            signalled, late = map(bool, run.rt.sum(bool(run.stop), late))
+            if signalled and not run.stop:  # it came to another process
+                run.stop.number = signal.SIGTERM
             reasons = {
                 "done": last,
                 "early": 0 < config.patience <= p.misses,

@@ -1,0 +1,644 @@
+"""Checkpoints: whole or not there, exact, and refused when they lie."""
+
+import ast
+import builtins
+import ctypes
+import errno
+import functools
+import importlib
+import io
+import marshal
+import operator
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, PROGRAM, SHAPE, curve, differences, run, tensors, words
+
+import llm_pipeline as lp
+
+SHORT = [*CPU, *SHAPE, *words("--batch_size 8 --max_steps 10 --lr 1e-3")]
+
+
+def refused(path: Path) -> bool:
+    """Whether loading says so in the one way that is meant; any other exception fails the test."""
+    try:
+        lp.load_checkpoint(path)
+    except lp.UserError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        return True
+    return False
+
+
+def seal(archive: bytes) -> bytes:
+    """Any archive without a comment, with the checksum that would make it acceptable."""
+    body = archive[:-2]
+    comment = lp.SEAL + sha256(body).digest()
+    return body + len(comment).to_bytes(2, "little") + comment
+
+
+def unsealed(state) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def stored(path: Path) -> dict:
+    """A checkpoint's state as it stands in the file."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# --- what is saved is what is loaded ---
+
+
+def test_round_trip(tiny_checkpoint, tmp_path):
+    state = stored(tiny_checkpoint)
+    lp.save_checkpoint(tmp_path / "again.pth", state)
+    assert differences(tiny_checkpoint, tmp_path / "again.pth") == []
+    again = stored(tmp_path / "again.pth")
+    assert {k: v for k, v in again.items() if k not in ("weights", "optimizer")} == {
+        k: v for k, v in state.items() if k not in ("weights", "optimizer")
+    }
+
+
+def test_the_seal_of_this_test_is_the_seal_of_the_program(tiny_checkpoint, tmp_path):
+    """Else the hostile files below would be refused for a wrong checksum alone."""
+    path = tmp_path / "resealed.pth"
+    path.write_bytes(seal(unsealed(stored(tiny_checkpoint))))
+    assert differences(tiny_checkpoint, path) == []
+
+
+def test_a_checkpoint_needs_nothing_else(tiny_checkpoint, tmp_path):
+    shutil.copy(tiny_checkpoint, tmp_path / "moved.pth")
+    flags = words("--prompt x --max_new_tokens 4 --device cpu --ckpt moved.pth")
+    run("sample", *flags, cwd=tmp_path).ok()
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    for command in ("sample", "eval", "finetune", "export"):
+        result = run(command, "--ckpt", tmp_path / "none.pth", cwd=tmp_path, HF_HUB_OFFLINE="1")
+        result.fails(1, "none.pth")
+
+
+# --- damage ---
+
+
+def test_every_flipped_bit_is_found(tiny_checkpoint, tmp_path):
+    content, path = bytearray(tiny_checkpoint.read_bytes()), tmp_path / "flipped.pth"
+    rng, n = random.Random(1), len(tiny_checkpoint.read_bytes()) * 8
+    places = [0, n - 1, n - 8 * 35, n - 8 * 41, n - 8 * 45] + [rng.randrange(n) for _ in range(40)]
+    for place in places:
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        content[place // 8] ^= 1 << place % 8
+        assert refused(path), f"bit {place}"
+    path.write_bytes(content)
+    assert not refused(path)
+
+
+def test_every_truncation_is_found(tiny_checkpoint, tmp_path):
+    content, path = tiny_checkpoint.read_bytes(), tmp_path / "cut.pth"
+    rng = random.Random(2)
+    lengths = [0, 1, 2, 40, 41, 42, len(content) - 41, len(content) - 1]
+    for length in lengths + [rng.randrange(len(content)) for _ in range(20)]:
+        path.write_bytes(content[:length])
+        assert refused(path), length
+
+
+def test_every_splice_is_found(tiny_checkpoint, tmp_path):
+    content, path = tiny_checkpoint.read_bytes(), tmp_path / "spliced.pth"
+    rng = random.Random(3)
+    for _ in range(20):
+        a, b, n = (rng.randrange(len(content)) for _ in range(3))
+        piece = content[a : a + n]
+        for changed in (
+            content[:b] + piece + content[b:],  # inserted
+            content[:b] + piece + content[b + len(piece) :],  # written over
+            content[:a] + content[a + n :],  # taken out
+            content + piece,  # appended
+            piece + content,  # put before
+        ):
+            if changed != content:
+                path.write_bytes(changed)
+                assert refused(path), (a, b, n)
+
+
+@pytest.mark.parametrize("command", ["sample --prompt x", "eval", "finetune", "export", "resume"])
+def test_damage_stops_every_command_with_one_line(command, corpus, tiny_checkpoint, tmp_path):
+    content = bytearray(tiny_checkpoint.read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / "last.pth").write_bytes(content)
+    if command == "resume":
+        result = run("train", *corpus, *SHORT, "--resume", "--out_dir", tmp_path)
+    else:
+        result = run(*words(command), "--ckpt", tmp_path / "last.pth", cwd=tmp_path)
+    result.fails(result.code or 1, "last.pth", "checksum")
+    assert len(result.errors) == 1
+
+
+# --- pickles that would run code ---
+
+
+class Call:
+    """Pickles as the call of a function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+    def __call__(self):
+        """Callable, so that the result of one call can be called by the next."""
+
+
+def payloads(marker: Path) -> dict[str, object]:
+    """Objects that would write `marker` when they are unpickled carelessly."""
+    name, shell = str(marker), f"touch {marker}"
+    code = f"open({name!r}, 'w').close()"
+    inner = pickle.dumps(Call(os.system, shell))
+    return {
+        "os.system": Call(os.system, shell),
+        "os.popen": Call(os.popen, shell),
+        "subprocess.call": Call(subprocess.call, ["touch", name]),
+        "subprocess.Popen": Call(subprocess.Popen, ["touch", name]),
+        "eval": Call(eval, code),
+        "exec": Call(exec, code),
+        "open for writing": Call(open, name, "w"),
+        "Path.touch": Call(operator.methodcaller("touch"), Path(name)),
+        "os.open": Call(os.open, name, os.O_CREAT | os.O_WRONLY),
+        "a chain of getters": Call(
+            Call(operator.attrgetter("system"), Call(importlib.import_module, "os")), shell
+        ),
+        "functools.partial": Call(functools.partial(os.system, shell)),
+        "pickle in a pickle": Call(pickle.loads, inner),
+        "torch.load in a pickle": Call(
+            functools.partial(torch.load, weights_only=False), io.BytesIO(inner)
+        ),
+        "map over system": Call(list, Call(map, os.system, [shell])),
+        "import": Call(importlib.import_module, "this"),
+        "__import__": Call(builtins.__import__, "this"),
+        "ctypes": Call(ctypes.CDLL, name),
+        "marshal": Call(exec, Call(marshal.loads, marshal.dumps(compile(code, "x", "exec")))),
+        "shutil.copyfile": Call(shutil.copyfile, __file__, name),
+    }
+
+
+KINDS = sorted(payloads(Path("marker")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pickle_that_would_run_code_is_refused(kind, tiny_checkpoint, tmp_path):
+    """Alone and inside a good checkpoint, with and without a valid seal, new and old format."""
+    marker, path = tmp_path / "marker", tmp_path / "hostile.pth"
+    payload = payloads(marker)[kind]
+    state = stored(tiny_checkpoint)
+    old = io.BytesIO()
+    torch.save(payload, old, _use_new_zipfile_serialization=False)
+    files = [pickle.dumps(payload), old.getvalue()]
+    for value in (payload, state | {"data": payload}, state | {payload: 1}):
+        archive = unsealed(value)
+        files += [archive, seal(archive)]
+    for number, content in enumerate(files):
+        path.write_bytes(content)
+        assert refused(path), number
+        assert not marker.exists(), number
+
+
+PLACES = {
+    "sample": "sample --prompt x --ckpt {}",
+    "eval": "eval --ckpt {}",
+    "finetune": "finetune --ckpt {}",
+    "export": "export --ckpt {}",
+    "init_from": "train --init_from {}",
+    "config": "train --config {}",
+    "tokenizer": "train --tokenizer {}",
+    "data": "train --data_dir {} --preset cpu-debug --max_steps 1",
+    "eval data": "eval --ckpt good.pth --data_dir {}",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_place_that_reads_a_file_runs_its_code(place, tiny_checkpoint, tmp_path):
+    shutil.copy(tiny_checkpoint, tmp_path / "good.pth")
+    marker = tmp_path / "marker"
+    archive = unsealed(payloads(marker)["os.system"])
+    raw = pickle.dumps(payloads(marker)["os.system"])
+    for name, content in (("a.pth", seal(archive)), ("b.bin", archive), ("c.pkl", raw),
+                          ("d.json", raw), ("e.yaml", b"!!python/object/apply:os.system "
+                           b"['touch marker']"), ("f.parquet", raw)):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        command = [*words(PLACES[place].format(name)), "--device", "cpu"]
+        result = run(*command, cwd=tmp_path, HF_HUB_OFFLINE="1")
+        if (place, name) != ("data", "e.yaml"):  # any text is data to train on
+            result.fails(result.code or 1)
+        assert not marker.exists(), name
+
+
+@pytest.mark.parametrize("place", ["resume", "folder"])
+def test_no_folder_that_is_read_runs_its_code(place, corpus, tmp_path):
+    marker = tmp_path / "marker"
+    archive = unsealed(payloads(marker)["os.system"])
+    for name in ("last.pth", "pytorch_model.bin", "model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(seal(archive))
+    if place == "resume":
+        result = run("train", *corpus, *SHORT, "--resume", "--out_dir", tmp_path)
+    else:
+        result = run("sample", "--prompt", "x", "--ckpt", tmp_path)
+    result.fails(result.code or 1)
+    assert not marker.exists()
+
+
+def test_the_source_has_no_unsafe_load():
+    tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
+    loads = 0
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name, flags = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if name == "torch.load":
+            loads += 1
+            assert flags.get("weights_only") == "True"
+        assert not name.startswith(("pickle.", "marshal.", "dill.", "os.system", "os.popen"))
+        assert name not in ("eval", "exec", "yaml.load", "torch.hub.load", "__import__")
+        assert flags.get("weights_only", "True") == "True"
+        for flag in ("allow_pickle", "trust_remote_code", "shell"):
+            assert flags.get(flag, "False") == "False", (name, flag)
+    assert loads
+
+
+# --- archives and contents that lie, with a valid seal ---
+
+
+def try_all(path: Path, corpus: list, base: Path | None = None) -> list[str]:
+    """The file as --ckpt and as the run (finetune from `base`) to resume: what was not clean."""
+    wrong = []
+    resume = ["train", *SHORT]
+    if base:
+        shutil.copy(path, path.with_name("last_finetune.pth"))
+        resume = ["finetune", *CPU, "--report_samples", 0, "--ckpt", base]
+    for command in (
+        ["sample", *words("--prompt x --max_new_tokens 2 --device cpu --ckpt"), path],
+        [*resume, *corpus, "--resume", "--out_dir", path.parent],
+    ):
+        try:
+            result = run(*command)
+        except Exception as error:
+            wrong.append(f"{command[0]}: {type(error).__name__}: {error}")
+            continue
+        if result.code not in (0, 1, 2) or "Traceback" in result.err:
+            wrong.append(f"{command[0]}: exit {result.code}: {result.err}")
+    return wrong
+
+
+def is_clean(path: Path) -> bool:
+    """Whether loading succeeds or says no in the one way that is meant."""
+    try:
+        lp.load_checkpoint(path)
+    except lp.UserError:
+        pass
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+        return False
+    return True
+
+
+def test_damage_under_a_valid_seal_is_no_traceback(tiny_checkpoint, tmp_path):
+    """Bits flipped and bytes cut before the checksum was made: in the archive and its pickle."""
+    content, rng, path = unsealed(stored(tiny_checkpoint)), random.Random(6), tmp_path / "a.pth"
+    pickled = content.index(b"data.pkl")
+    for i in range(300):
+        changed = bytearray(content)
+        ends = (pickled, pickled + 9000) if i % 2 else (len(content) - 6000, len(content) - 2)
+        for _ in range(rng.randint(1, 3)):
+            changed[rng.randrange(*ends)] ^= 1 << rng.randrange(8)
+        path.write_bytes(seal(bytes(changed)))
+        assert is_clean(path), i
+
+
+def test_a_tensor_that_claims_more_than_it_holds(tiny_checkpoint, tmp_path):
+    """One stored number, 10**12 elements of stride 0: no memory is taken for it."""
+    import resource
+
+    bomb = torch.zeros(1).expand(10**6, 10**6)
+    state, path = stored(tiny_checkpoint), tmp_path / "bomb.pth"
+    name = next(iter(state["weights"]))
+    moments = state["optimizer"][name]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for changed in (
+        state | {"weights": state["weights"] | {name: bomb}},
+        state | {"optimizer": state["optimizer"] | {name: moments | {"exp_avg": bomb}}},
+        state | {"optimizer": {name: {"exp_avg": bomb}}},
+    ):
+        lp.save_checkpoint(path, changed)
+        assert path.stat().st_size < 10**6
+        assert refused(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"n_embd": 10**9},
+        {"n_layer": 10**9},
+        {"vocab_size": 2**62},
+        {"block_size": 10**12},
+        {"n_inner": -1},
+        {"n_head": 0},
+        {"n_embd": "64"},
+        {"dropout": float("nan")},
+        {"dropout": 2.0},
+        {"pos": "rope" * 1000},
+        {"n_layer": 1024},
+        {"n_embd": 2**16, "n_head": 2, "head_dim": 2**12},
+        {"block_size": 2**20, "pos": "alibi"},
+        {"unknown": 1},
+    ],
+)
+def test_a_model_that_claims_another_size(claim, tiny_checkpoint, tmp_path):
+    state = stored(tiny_checkpoint)
+    state["model_config"] |= claim
+    lp.save_checkpoint(tmp_path / "lie.pth", state)
+    result = run("sample", *words("--prompt x --device cpu --ckpt"), tmp_path / "lie.pth")
+    result.fails(1)
+    assert len(result.errors) == 1
+
+
+def test_a_zip_bomb_is_refused(tiny_checkpoint, tmp_path):
+    source = zipfile.ZipFile(io.BytesIO(unsealed(stored(tiny_checkpoint))))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in source.infolist():
+            archive.writestr(entry.filename, source.read(entry))
+        archive.writestr("archive/data/bomb", bytes(2**26))
+    (tmp_path / "bomb.pth").write_bytes(seal(packed.getvalue()))
+    assert refused(tmp_path / "bomb.pth")
+
+
+WRONG = [None, -1, 10**30, float("nan"), "text", [], {}, True, [1] * 3, {"a": {"b": 1}}, 1.5]
+
+
+@pytest.fixture(scope="module")
+def lora_checkpoint(tmp_path_factory, corpus, tiny_checkpoint) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    flags = words("--method lora --max_steps 2 --batch_size 4 --report_samples 0 --device cpu")
+    run("finetune", *corpus, *flags, "--ckpt", tiny_checkpoint, "--out_dir", folder).ok()
+    return folder / "best_finetune.pth"
+
+
+def lies(state: dict, rng: random.Random, share: float = 0.3):
+    """(what was changed, a state): each section and each field gone, or of other type and size."""
+    for section, value in state.items():
+        yield f"{section} gone", {k: v for k, v in state.items() if k != section}
+        for wrong in rng.sample(WRONG, 1 if share < 1 else 4):
+            yield f"{section} = {wrong}", state | {section: wrong}
+        for field in value if isinstance(value, dict) else ():
+            wrong = rng.choice(WRONG)
+            rest = {k: v for k, v in value.items() if k != field}
+            if rng.random() < share:
+                yield f"{section}.{field} = {wrong}", state | {section: rest | {field: wrong}}
+            if rng.random() < share / 4:
+                yield f"{section}.{field} gone", state | {section: rest}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_every_field_may_lie(lora, tiny_checkpoint, lora_checkpoint, corpus, tmp_path):
+    path, rng, wrong = tmp_path / "last.pth", random.Random(5), []
+    base = tiny_checkpoint if lora else None
+    for what, state in lies(stored(lora_checkpoint if lora else tiny_checkpoint), rng):
+        lp.save_checkpoint(path, state)
+        wrong += [f"{what}: {line}" for line in try_all(path, corpus, base)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "integers", "half", "moments"])
+def test_weights_that_do_not_fit(change, tiny_checkpoint, corpus, tmp_path):
+    state, path = stored(tiny_checkpoint), tmp_path / "last.pth"
+    weights, name = state["weights"], next(iter(state["weights"]))
+    if change == "missing":
+        del weights[name]
+    elif change == "extra":
+        weights["blocks.9.extra"] = torch.zeros(3)
+    elif change == "shape":
+        weights[name] = weights[name].T.contiguous()
+    elif change == "integers":
+        weights[name] = weights[name].long()
+    elif change == "moments":
+        state["optimizer"][name]["exp_avg"] = torch.zeros(3, 3)
+    else:
+        weights[name] = weights[name].half()
+    lp.save_checkpoint(path, state)
+    assert try_all(path, corpus) == []
+    if change in ("missing", "extra", "shape", "integers"):
+        flags = words("--prompt x --max_new_tokens 2 --device cpu --ckpt")
+        run("sample", *flags, path).fails(1, "blocks.9.extra" if change == "extra" else name)
+
+
+# --- saving under adverse conditions ---
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [p.name for p in folder.rglob("*") if "tmp" in p.name]
+
+
+@pytest.fixture
+def started(corpus, tmp_path) -> list:
+    """A run stopped at step 4 in tmp_path/run; returns the command that goes on."""
+    command = ["train", *corpus, *SHORT, "--save_interval", "1", "--out_dir", tmp_path / "run"]
+    run(*command, "--stop_after", 4).ok()
+    return [*command, "--resume"]
+
+
+def intact(folder: Path, content: bytes) -> None:
+    """The checkpoint is the one from before, and no temporary file was left."""
+    assert (folder / "last.pth").read_bytes() == content
+    assert tensors(folder / "last.pth")
+    assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_failing_disk_loses_nothing(function, started, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    before = (folder / "last.pth").read_bytes()
+    real = getattr(os, function)
+
+    def fail(*args, **more):
+        """Only checkpoints meet the fault: the run gets as far as its first save."""
+        about = os.readlink(f"/proc/self/fd/{args[0]}") if function == "fsync" else str(args[1])
+        if ".pth" in about:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, fail)
+        result = run(*started).fails(1, "last.pth", "Input/output error")
+    assert len(result.errors) == 1
+    intact(folder, before)
+    run(*started).ok()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_file_that_may_not_grow(share, started, tmp_path):
+    """The limit on a file's size makes write fail in the midst of a save, as a full disk does."""
+    import resource
+
+    folder = tmp_path / "run"
+    before = (folder / "last.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        size = 10_000 + int(share * len(before))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        result = run(*started)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    result.fails(1, "last.pth", "bytes")
+    assert len(result.errors) == 1
+    intact(folder, before)
+    run(*started).ok()
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Mount something for a while; skips where that is not allowed."""
+    mounted = []
+
+    def mount(*argv) -> Path:
+        point = Path(argv[-1])
+        point.mkdir(exist_ok=True)
+        if (
+            not shutil.which("mount")
+            or subprocess.run(["mount", *argv], capture_output=True).returncode
+        ):
+            pytest.skip("mounting needs root")
+        mounted.append(point)
+        return point
+
+    yield mount
+    for point in reversed(mounted):
+        subprocess.run(["umount", point], check=True)
+
+
+@pytest.mark.parametrize("free", [0, 1000, 100_000])
+def test_a_full_disk(free, corpus, tmp_path, mount):
+    disk = mount("-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path / "disk"))
+    command = ["train", *corpus, *SHORT, "--save_interval", "1", "--out_dir", disk / "run"]
+    run(*command, "--stop_after", 4).ok()
+    before = (disk / "run/last.pth").read_bytes()
+    room = shutil.disk_usage(disk).free
+    (disk / "filler").write_bytes(bytes(max(0, room - free)))
+    result = run(*command, "--resume").fails(1, str(disk / "run"), "bytes")
+    assert len(result.errors) == 1
+    intact(disk / "run", before)
+    (disk / "filler").unlink()
+    run(*command, "--resume").ok()
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "whole").ok()
+    assert differences(tmp_path / "whole/last.pth", disk / "run/last.pth") == []
+
+
+def test_a_full_disk_before_the_first_save(corpus, tmp_path, mount):
+    disk = mount("-t", "tmpfs", "-o", "size=200k", "none", str(tmp_path / "disk"))
+    result = run("train", *corpus, *SHORT, "--out_dir", disk / "run").fails(1, "bytes")
+    assert len(result.errors) == 1
+    assert not list(disk.glob("run/*.pth"))
+    assert leftovers(disk) == []
+
+
+def test_a_read_only_folder(corpus, tmp_path, started, mount):
+    folder = tmp_path / "run"
+    before = (folder / "last.pth").read_bytes()
+    if os.getuid():
+        folder.chmod(0o500)
+    else:  # permissions do not bind root: a read-only mount does
+        mount("--bind", str(folder), str(folder))
+        if subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)]).returncode:
+            pytest.skip("cannot mount read-only")
+    try:
+        result = run(*started).fails(1, str(folder))
+    finally:
+        if os.getuid():
+            folder.chmod(0o700)
+    assert len(result.errors) == 1
+    intact(folder, before)
+
+
+def test_stale_temporaries_are_swept(started, tmp_path):
+    folder = tmp_path / "run"
+    for name in (".last.pth.999999.tmp", ".metrics.csv.999999.tmp", ".best.pth.1.tmp"):
+        (folder / name).write_bytes(b"half")
+    run(*started).ok()
+    assert leftovers(folder) == []
+
+
+def test_nothing_is_renamed_before_it_is_synced(corpus, tmp_path, monkeypatch):
+    """Else a power cut may leave the new name with nothing in it; then the folder's own sync."""
+    synced, waiting, replace, fsync = set(), [], os.replace, os.fsync
+
+    def watch_sync(descriptor):
+        fsync(descriptor)
+        stat = os.fstat(descriptor)
+        synced.add((stat.st_ino, stat.st_size))
+        if stat.st_ino == tmp_path.stat().st_ino:
+            waiting.clear()
+
+    def watch_rename(source, target):
+        assert (os.stat(source).st_ino, os.stat(source).st_size) in synced, target
+        waiting.append(target)
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watch_sync)
+    monkeypatch.setattr(os, "replace", watch_rename)
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path).ok()
+    assert synced
+    assert not waiting
+
+
+def test_best_is_written_before_last(corpus, tmp_path, monkeypatch):
+    """A run killed between the two has a best that its last knows nothing of, never the reverse."""
+    names, replace = [], os.replace
+
+    def watch(source, target):
+        names.append(Path(target).name)
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    run("train", *corpus, *SHORT, "--max_steps", 4, "--out_dir", tmp_path).ok()
+    assert [n for n in names if n.endswith(".pth")] == ["best.pth", "last.pth"]
+
+
+def test_a_broken_log_is_mended(started, tmp_path):
+    """A crash may cut metrics.csv anywhere: whole rows up to the resumed step stay."""
+    log = tmp_path / "run/metrics.csv"
+    rows = curve(tmp_path / "run", "val")
+    with open(log, "a") as file:
+        file.write("9,2,train,1.0,1.0,1,1,1,,,\n4,0,tra")
+    run(*started).ok()
+    assert curve(tmp_path / "run", "val")[: len(rows)] == rows
+    steps = [step for step, _ in curve(tmp_path / "run")]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_stdout_that_is_full(command, corpus, tiny_checkpoint, tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    argv = {
+        "train": ["train", *corpus, *SHORT, "--out_dir", tmp_path],
+        "sample": [*words("sample --prompt x --device cpu --ckpt"), tiny_checkpoint],
+    }[command]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), *map(str, argv)],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr

@@ -1,0 +1,405 @@
+"""Section 7 and `sample`: against a loop without a cache, and against transformers."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import run, run_process
+
+import llm_pipeline as lp
+
+MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False, norm_eps=1e-6)
+SHAPES = {
+    "gpt2": {},
+    "gpt2, window": dict(attn_window=5),
+    "modern": MODERN,
+    "modern, grouped": MODERN | dict(n_kv_head=2),
+    "modern, window": MODERN | dict(attn_window=5),
+    "modern, grouped, window": MODERN | dict(attn_window=7, n_kv_head=1),
+    "modern, window of the block": MODERN | dict(attn_window=16),
+    "alibi": dict(pos="alibi"),
+    "alibi, window": dict(pos="alibi", attn_window=5),
+}
+
+
+def make(seed=0, std=0.3, **shape):
+    """A small model whose weights are large enough for its choices to depend on the context."""
+    small = dict(block_size=16, n_layer=2, n_head=4, n_embd=32, dropout=0.0, tie_weights=False)
+    torch.manual_seed(seed)
+    model = lp.GPT(lp.GPTConfig(**small | dict(vocab_size=61) | shape)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if p.ndim == 1 and not name.endswith("bias") else 0.0, std)
+    return model
+
+
+def slides(config):
+    """Whether decoding goes on for ever: a window over positions that have no last row."""
+    return 0 < config.attn_window < config.block_size and config.pos != "learned"
+
+
+def naive(model, prompt, count, **sampling):
+    """Greedy, or seeded, decoding without a cache: the whole context again for every token."""
+    block = model.config.block_size
+    context = prompt if slides(model.config) else prompt[-block:]
+    seen, made = prompt.tolist(), []
+    for _ in range(count):
+        if len(context) > block and not slides(model.config):
+            context = context[-max(1, block // 2) :]  # full: on from the last half
+        with torch.no_grad():
+            logits = model(context[None])[0][0, -1]
+        made.append(int(logits.argmax()) if not sampling else choose(logits, seen, **sampling))
+        context = torch.cat([context, torch.tensor(made[-1:])])
+        seen.append(made[-1])
+    return made
+
+
+def choose(logits, seen, repetition_penalty):
+    logits = logits.clone()
+    for token in set(seen):
+        positive = logits[token] > 0
+        logits[token] *= 1 / repetition_penalty if positive else repetition_penalty
+    return int(logits.argmax())
+
+
+def decode(model, prompt, count, **settings):
+    """One list of ids for each sample."""
+    steps = list(lp.generate(model, prompt, count, **settings))
+    return [list(sample) for sample in zip(*steps, strict=True)]
+
+
+def prompt_of(length, seed=1):
+    return torch.randint(0, 61, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+# --- the cache ---
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 15, 16, 17, 40])
+@pytest.mark.parametrize("name", SHAPES)
+def test_cached_equals_naive(name, length):
+    model, prompt = make(**SHAPES[name]), prompt_of(length)
+    wanted = naive(model, prompt, 45)
+    assert decode(model, prompt, 45, temperature=0.0) == [wanted]
+    assert len(set(wanted)) > 5  # the choice depends on the context
+
+
+@pytest.mark.parametrize("block", [2, 3, 5])
+def test_cached_equals_naive_in_tiny_blocks(block):
+    for shape in ({}, MODERN, dict(pos="alibi", attn_window=1), MODERN | dict(attn_window=2)):
+        model = make(block_size=block, **shape)
+        for length in (1, 2, 4):
+            prompt = prompt_of(length)
+            assert decode(model, prompt, 20, temperature=0.0) == [naive(model, prompt, 20)]
+
+
+def test_repetition_penalty_counts_prompt_and_output():
+    model, prompt = make(), prompt_of(6)
+    settings = dict(temperature=0.0, repetition_penalty=1.7)
+    assert decode(model, prompt, 30, **settings) == [
+        naive(model, prompt, 30, repetition_penalty=1.7)
+    ]
+    assert decode(model, prompt, 30, **settings) != decode(model, prompt, 30, temperature=0.0)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_greedy_equals_transformers_over_200_tokens(arch):
+    transformers = pytest.importorskip("transformers")
+    shape = dict(block_size=256, vocab_size=300)
+    if arch == "gpt2":
+        model = make(std=0.2, **shape)
+        peer = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=300, n_positions=256, n_embd=32, n_layer=2, n_head=4,
+                activation_function="gelu", tie_word_embeddings=False,
+            )
+        )  # fmt: skip
+    else:
+        model = make(std=0.2, **shape, **MODERN, n_kv_head=2)
+        peer = transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
+                vocab_size=300, hidden_size=32, intermediate_size=model.config.n_inner,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                max_position_embeddings=256, rms_norm_eps=1e-6,
+                tie_word_embeddings=False,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            )
+        )  # fmt: skip
+    peer.load_state_dict(lp.to_hf(lp.model_weights(model), model.config))
+    prompt = prompt_of(20)
+    theirs = peer.eval().generate(
+        prompt[None], max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    ours = decode(model, prompt, 200, temperature=0.0)[0]
+    assert ours == theirs[0, 20:].tolist()
+    assert len(set(ours)) > 20
+
+
+# --- sampling ---
+
+
+def test_samples_share_a_prefill_and_follow_the_seed():
+    model, prompt = make(), prompt_of(10)
+    prefills = []
+    hidden = type(model).hidden
+
+    def counted(self, idx, *rest, **more):
+        prefills.append(tuple(idx.shape))
+        return hidden(self, idx, *rest, **more)
+
+    model.hidden = counted.__get__(model)
+    first = decode(model, prompt, 5, num_samples=3, seed=7)
+    assert [shape for shape in prefills if shape[1] > 1] == [(1, 10)]
+    assert first == decode(model, prompt, 5, num_samples=3, seed=7)
+    assert first != decode(model, prompt, 5, num_samples=3, seed=8)
+    assert len({tuple(sample) for sample in first}) == 3
+
+
+def test_samples_at_temperature_0_are_the_greedy_one():
+    for name in ("gpt2", "modern, window"):
+        model, prompt = make(**SHAPES[name]), prompt_of(10)
+        wanted = naive(model, prompt, 30)
+        assert decode(model, prompt, 30, num_samples=3, temperature=0.0) == [wanted] * 3
+        tiny = decode(model, prompt, 30, temperature=1e-9)
+        assert tiny == [wanted]  # the limit, and no overflow on the way
+
+
+def test_a_stopped_sample_stays_stopped():
+    model, prompt = make(std=0.05), prompt_of(4)
+    stop = tuple(range(0, 61, 3))
+    samples = decode(model, prompt, 200, num_samples=8, seed=3, stop_ids=stop)
+    free = decode(model, prompt, 200, num_samples=8, seed=3)
+    for sample, whole in zip(samples, free, strict=True):
+        end = next(i for i, token in enumerate(whole) if token in stop)
+        assert sample[:end] == whole[:end]
+        assert set(sample[end:]) <= {-1}
+    assert len(samples[0]) < 200  # it ends when all have stopped
+
+
+def test_sampled_frequencies_are_the_models_probabilities():
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(20_000, -1)
+    drawn = lp.sample_next(logits, 0.7, generator=torch.Generator().manual_seed(0))
+    found = torch.bincount(drawn, minlength=4) / 20_000
+    torch.testing.assert_close(found, (logits[0] / 0.7).softmax(0), atol=0.015, rtol=0)
+
+
+def support(logits, draws=400, **settings):
+    """The tokens that `sample_next` ever draws, by row."""
+    generator = torch.Generator().manual_seed(0)
+    many = logits.repeat_interleave(draws, 0)
+    if "seen" in settings:
+        settings["seen"] = settings["seen"].repeat_interleave(draws, 0)
+    drawn = lp.sample_next(many, generator=generator, **settings).view(len(logits), draws)
+    return [set(row.tolist()) for row in drawn]
+
+
+WARPERS = [
+    dict(top_k=1),
+    dict(top_k=4),
+    dict(top_k=100),
+    dict(top_p=0.3),
+    dict(top_p=0.8),
+    dict(min_p=0.2),
+    dict(min_p=1.0),
+    dict(temperature=1.6, top_k=6, top_p=0.9, min_p=0.15),
+    dict(temperature=0.6, top_p=0.95, min_p=0.05),
+    dict(repetition_penalty=1.8, top_k=5),
+    dict(repetition_penalty=0.5, temperature=1.3, top_p=0.7),
+]
+
+
+@pytest.mark.parametrize("settings", WARPERS, ids=str)
+def test_filters_are_those_of_transformers(settings):
+    pytest.importorskip("transformers")
+    from transformers.generation import logits_process as theirs
+
+    logits = torch.randn(20, 12, generator=torch.Generator().manual_seed(5)) * 2
+    ids = torch.randint(0, 12, (20, 3), generator=torch.Generator().manual_seed(6))
+    seen = torch.zeros(20, 12, dtype=torch.bool).scatter_(1, ids, True)
+    chain = theirs.LogitsProcessorList()
+    if "repetition_penalty" in settings:
+        penalty = settings["repetition_penalty"]
+        chain.append(theirs.RepetitionPenaltyLogitsProcessor(penalty))
+    chain.append(theirs.TemperatureLogitsWarper(float(settings.get("temperature", 1.0))))
+    if "top_k" in settings:
+        chain.append(theirs.TopKLogitsWarper(settings["top_k"]))
+    if "top_p" in settings:
+        chain.append(theirs.TopPLogitsWarper(settings["top_p"]))
+    if "min_p" in settings:
+        chain.append(theirs.MinPLogitsWarper(settings["min_p"]))
+    wanted = chain(ids, logits.clone()).softmax(-1)
+    for row, drawn in enumerate(support(logits, **settings, seen=seen)):
+        allowed = set((wanted[row] > 0).nonzero().flatten().tolist())
+        likely = set((wanted[row] > 0.03).nonzero().flatten().tolist())
+        assert likely <= drawn <= allowed, row
+    many = logits[:1].expand(20_000, -1)
+    drawn = lp.sample_next(
+        many, **settings, seen=seen[:1].expand(20_000, -1),
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    found = torch.bincount(drawn, minlength=12) / 20_000
+    torch.testing.assert_close(found, wanted[0], atol=0.015, rtol=0)
+
+
+def test_the_likeliest_token_always_survives():
+    logits = torch.tensor([[9.0, 1.0, 0.0]])
+    for settings in (dict(top_p=1e-6), dict(min_p=1.0), dict(top_k=1), dict(temperature=0.0)):
+        assert support(logits, **settings) == [{0}]
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, corpus, tiny_checkpoint):
+    """A base and its finetune."""
+    folder = tmp_path_factory.mktemp("tuned")
+    tune = ["--ckpt", tiny_checkpoint, "--out_dir", folder, "--report_samples", "0"]
+    flags = ["--device", "cpu", "--dtype", "float32", "--max_steps", "2", "--batch_size", "4"]
+    run("finetune", *corpus, *tune, *flags).ok()
+    return {"base": tiny_checkpoint, "tuned": folder / "best_finetune.pth"}
+
+
+def sample(ckpt, *flags):
+    return run("sample", "--ckpt", ckpt, "--device", "cpu", *flags).ok().out
+
+
+def greedy_text(ckpt, text, count=40):
+    """What the naive loop says, up to a token that ends it."""
+    loaded = lp.load_model(str(ckpt))
+    ids = np.array([257, *text.encode()])
+    made = naive(loaded.model.eval(), torch.from_numpy(ids), count)
+    end = next((i for i, token in enumerate(made) if token in (258, 259)), count)
+    return lp.ByteTokenizer().decode(made[:end])
+
+
+def test_sample_prints_the_text_alone(checkpoints):
+    flags = ["--prompt", "sun", "--temperature", "0", "--max_new_tokens", "40"]
+    wanted = greedy_text(checkpoints["base"], "sun")
+    result = run_process("sample", "--ckpt", checkpoints["base"], "--device", "cpu", *flags).ok()
+    assert result.out == wanted + "\n"
+    two = sample(checkpoints["base"], *flags, "--num_samples", "2")
+    assert two.rstrip() == f"--- sample 1\n{wanted}\n--- sample 2\n{wanted}".rstrip()
+
+
+def test_sample_is_deterministic_in_the_seed(checkpoints):
+    texts = [sample(checkpoints["base"], "--prompt", "a", "--seed", s) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("template", ["auto", "raw", "instruct"])
+@pytest.mark.parametrize("name", ["base", "tuned"])
+def test_prompt_template(checkpoints, name, template):
+    wrapped = "### Instruction: Repeat 3.\n### Input: sun moon\n### Output:"
+    wraps = template == "instruct" or (template == "auto" and name == "tuned")
+    wanted = greedy_text(checkpoints[name], wrapped if wraps else "Repeat 3.", 12)
+    flags = ["--prompt", "Repeat 3.", "--input", "sun moon", "--template", template]
+    out = sample(checkpoints[name], *flags, "--temperature", "0", "--max_new_tokens", "12")
+    assert out == wanted + "\n"
+
+
+def test_prompt_longer_than_the_block(checkpoints):
+    prompt = "the quick brown fox " * 20
+    flags = ["--prompt", prompt, "--temperature", "0", "--max_new_tokens", "50"]
+    assert (
+        sample(checkpoints["base"], *flags) == greedy_text(checkpoints["base"], prompt, 50) + "\n"
+    )
+
+
+def test_prompt_from_standard_input(checkpoints, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("sun"))
+    out = sample(checkpoints["base"], "--temperature", "0", "--max_new_tokens", "9")
+    assert out == greedy_text(checkpoints["base"], "sun", 9) + "\n"
+
+
+def test_empty_prompt(checkpoints):
+    out = sample(checkpoints["base"], "--prompt", "", "--temperature", "0", "--max_new_tokens", "5")
+    assert out == greedy_text(checkpoints["base"], "", 5) + "\n"
+
+
+# --- text from tokens: a model that says what we want ---
+
+
+class Parrot(torch.nn.Module):
+    """A model that goes on with `text`, one byte a step, whatever it is asked."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.config = lp.GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=4096)
+        self.tok_emb = torch.nn.Embedding(260, 2)
+        self.said = [*text.encode(), 258]
+        self.turn = 0
+
+    def hidden(self, idx, cache):
+        cache.advance(idx.shape[1])
+        return torch.zeros(len(idx), idx.shape[1], 2)
+
+    def head(self, h):
+        logits = torch.full((len(h), 260), -1e9)
+        logits[:, self.said[self.turn]] = 0.0
+        self.turn += 1
+        return logits
+
+
+def pieces(text, stop="", num_samples=1):
+    loaded = lp.Loaded(Parrot(text), lp.ByteTokenizer(), {})
+    config = lp.SampleConfig(stop=stop, max_new_tokens=500, num_samples=num_samples)
+    rt = lp.Runtime(torch.device("cpu"), torch.float32)
+    return list(lp.sample_text(loaded, config, rt, "x"))
+
+
+@pytest.mark.parametrize("text", ["plain", "Größe 你好 👋🏽 e\u0301", "", "\n\n", "a\ufffdb"])
+def test_streamed_pieces_are_whole_characters_and_add_up(text):
+    found = pieces(text)
+    assert "".join(found) == text
+    if "\ufffd" not in text:
+        assert [p for p in found if p] == list(text)  # a character as soon as it is whole
+
+
+def test_bytes_that_are_no_character_do_not_hold_up_the_rest():
+    loaded = lp.Loaded(Parrot(""), lp.ByteTokenizer(), {})
+    loaded.model.said = [0xE4, 0xBD, *b"ok", 0xFF, 0xFF, *b"then more text", 0xE4, 258]
+    rt = lp.Runtime(torch.device("cpu"), torch.float32)
+    found = list(lp.sample_text(loaded, lp.SampleConfig(), rt, "x"))
+    assert "".join(found) == "\ufffdok\ufffd\ufffdthen more text\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "wanted"),
+    [
+        ("one two three", "two", "one "),
+        ("one two three", "four", "one two three"),
+        ("one\ntwo", r"\n", "one"),
+        ("aab", "ab", "a"),
+        ("aaab", "aab", "a"),
+        ("abab abac", "abac", "abab "),
+        ("end of tex", "text", "end of tex"),  # the beginning of a stop is text in the end
+        ("stop", "stop", ""),
+        ("你好吗", "好", "你"),
+        ("x你", "你好", "x你"),
+    ],
+)
+def test_stop_strings(text, stop, wanted):
+    """Bytes are tokens here, so that every stop string of two characters straddles tokens."""
+    assert "".join(pieces(text, stop)) == wanted
+    both = pieces(text, stop, num_samples=2)
+    assert "".join(both) == f"--- sample 1\n{wanted}\n--- sample 2\n{wanted}\n"
+
+
+def test_nothing_after_a_possible_stop_is_shown_early():
+    shown = ""
+    for piece in pieces("one stone", "stop"):
+        shown += piece
+        assert not shown.endswith(("s", "st", "sto")) or shown == "one stone"
+    assert shown == "one stone"
+
+
+def test_decoding_leaves_the_model_as_it_was():
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    decode(model, prompt_of(5), 30, num_samples=2)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not model.training

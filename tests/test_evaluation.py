@@ -1,0 +1,293 @@
+"""Section 12, `eval`: every figure against one computed here, a token at a time."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, PROGRAM, finish, run
+
+import llm_pipeline as lp
+
+BLOCK = 32
+WORDS = ["sun", "moon", "river", "stone", "cloud", "bird", "lamp", "Größe", "你好", "naïve"]
+LABELS = ["red", "sky", "ten"]
+# Weights so large that every token of context matters, and that stay as they are.
+MODEL = [*CPU, "--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--block_size", BLOCK]
+MODEL += ["--init_std", 0.3, "--max_steps", 1, "--batch_size", 4, "--lr", 1e-9]
+
+
+def prompt_of(row):
+    return f"### Instruction: {row['instruction']}\n### Input: {row['input']}\n### Output:"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A folder of three sources, and their records by source as (prompt, response) texts."""
+    folder, draw = tmp_path_factory.mktemp("texts"), random.Random(0)
+    raw = folder / "raw"
+    raw.mkdir()
+
+    def words(n):
+        return " ".join(draw.choice(WORDS) for _ in range(n))
+
+    tasks = [{"instruction": f"Say {i}.", "input": words(i % 4), "output": words(i % 20 + 1)}
+             for i in range(20)]  # fmt: skip
+    messages = [(draw.choice(LABELS), f"{i} {words(draw.randrange(4))}") for i in range(40)]
+    lengths = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 3 * BLOCK + 5, 200]
+    plain = ["".join(draw.choice("abcdefgh ") for _ in range(n - 1)) + "z" for n in lengths]
+    (raw / "tasks.json").write_text(json.dumps(tasks), encoding="utf-8")
+    lines = [json.dumps({"text": text}) + "\n" for text in plain]
+    (raw / "plain.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = [f"{label}\t{message}\n" for label, message in messages]
+    (raw / "SMSSpamCollection").write_text("".join(lines), encoding="utf-8")
+    records = {
+        "instructions": [(prompt_of(t), f" {t['output']}\n") for t in tasks],
+        "plain.jsonl": [("", text) for text in plain],
+        "sms": [
+            (
+                prompt_of({"instruction": "classify if the SMS is spam or ham", "input": message}),
+                f" {label}\n",
+            )
+            for label, message in messages
+        ],
+    }
+    flags = ["--data_dir", raw, "--processed_dir", folder / "processed"]
+    return flags, records
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, texts):
+    out = tmp_path_factory.mktemp("random")
+    run("train", *texts[0], *MODEL, "--val_fraction", "0.4", "--out_dir", out).ok()
+    return out / "best.pth"
+
+
+def evaluate(checkpoint, flags, tmp_path, *more):
+    path = tmp_path / "figures.json"
+    result = run("eval", "--ckpt", checkpoint, *flags, "--device", "cpu", "--json", path, *more)
+    return json.loads(result.ok().out and path.read_text(encoding="utf-8"))
+
+
+def naive_losses(model, ids, block):
+    """Loss of every id after the first, each by a forward pass of its own.
+
+    Windows follow one another; the last reaches back for as much context as the block holds.
+    """
+    n, losses = len(ids) - 1, []
+    for target in range(1, n + 1):
+        end = min(((target - 1) // block + 1) * block, n)
+        context = ids[max(0, end - block) : target]
+        with torch.no_grad():
+            logits = model(torch.tensor([context]))[0][0, -1]
+        losses.append(-logits.double().log_softmax(0)[ids[target]].item())
+    return losses
+
+
+def naive_figures(loaded, records, block=BLOCK):
+    """Loss, bits per byte, tokens and bytes of (prompt, response) records."""
+    tokenizer, model = loaded.tokenizer, loaded.model.eval()
+    nll = text_nll = tokens = size = 0
+    for prompt, response in records:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt), *tokenizer.encode(response)]
+        ids = list(map(int, ids)) + [tokenizer.sep_id] * bool(prompt)
+        losses = naive_losses(model, ids, block)
+        nll, tokens = nll + sum(losses), tokens + len(losses)
+        text_nll += sum(losses) - (losses[-1] if prompt else 0.0)
+        size += len((prompt + response).encode())
+    loss = nll / tokens
+    return dict(loss=loss, ppl=math.exp(min(20, loss)), tokens=tokens, bytes=size,
+                bits_per_byte=text_nll / math.log(2) / size)  # fmt: skip
+
+
+def assert_figures(found, wanted):
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+# --- loss ---
+
+
+@pytest.mark.parametrize("block", [BLOCK, 7])
+def test_figures_equal_the_naive_loop(checkpoint, texts, tmp_path, block):
+    flags, records = texts
+    result = evaluate(checkpoint, flags, tmp_path, "--split", "all", "--block_size", block)
+    loaded = lp.load_model(str(checkpoint), block_size=block)
+    assert result["sources"].keys() == records.keys()
+    for name, mine in records.items():
+        assert_figures(result["sources"][name], naive_figures(loaded, mine, block))
+        assert result["sources"][name]["records"] == len(mine)
+    everything = [record for mine in records.values() for record in mine]
+    assert_figures(result, naive_figures(loaded, everything, block))
+
+
+def test_figures_of_a_bpe_model(texts, tmp_path):
+    pytest.importorskip("tokenizers")
+    flags, records = texts
+    bpe = ["--tokenizer", "bpe", "--vocab_size", "300", "--out_dir", tmp_path / "run"]
+    run("train", *flags, *MODEL, *bpe).ok()
+    result = evaluate(tmp_path / "run" / "best.pth", flags, tmp_path, "--split", "all")
+    everything = [record for mine in records.values() for record in mine]
+    loaded = lp.load_model(str(tmp_path / "run" / "best.pth"))
+    assert_figures(result, naive_figures(loaded, everything))
+
+
+def test_batches_do_not_change_the_figures(checkpoint, texts, tmp_path):
+    one, many = (evaluate(checkpoint, texts[0], tmp_path, "--batch_size", n) for n in (1, 64))
+    assert_figures(one, {k: v for k, v in many.items() if k != "sources"})
+    for name, source in many["sources"].items():
+        assert one["sources"][name].get("confusion") == source.get("confusion")
+
+
+def test_splits_add_up(checkpoint, texts, tmp_path):
+    val, train, both = (evaluate(checkpoint, texts[0], tmp_path, "--split", s)
+                        for s in ("val", "train", "all"))  # fmt: skip
+    for name in ("tokens", "bytes"):
+        assert val[name] + train[name] == both[name] and val[name] > 0 < train[name]
+        for result in (val, train, both):
+            assert sum(s[name] for s in result["sources"].values()) == result[name]
+    weighted = (val["loss"] * val["tokens"] + train["loss"] * train["tokens"]) / both["tokens"]
+    assert weighted == pytest.approx(both["loss"], rel=1e-6)
+    for name, source in both["sources"].items():
+        parts = [r["sources"][name]["records"] for r in (val, train) if name in r["sources"]]
+        assert sum(parts) == source["records"]
+
+
+def test_default_split_is_what_training_did_not_see(checkpoint, texts, tmp_path):
+    """The checkpoint's own val_fraction (0.4) and seed, with nothing said."""
+    result = evaluate(checkpoint, texts[0], tmp_path)
+    config = lp.DataConfig(data_dir=str(texts[0][1]), processed_dir=str(tmp_path), val_fraction=0.4)
+    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
+    index = store.index["val"]
+    wanted = int((index["length"] - 1 - (index["prompt"] == 1)).sum())
+    assert result["tokens"] == wanted
+    assert sum(s["records"] for s in result["sources"].values()) == len(index)
+
+
+def test_max_batches_bounds_each_source(checkpoint, texts, tmp_path):
+    flags = [*texts[0], "--split", "all"]
+    whole = evaluate(checkpoint, flags, tmp_path)
+    few = evaluate(checkpoint, flags, tmp_path, "--batch_size", "3", "--max_batches", "2")
+    assert few["sources"].keys() == whole["sources"].keys()
+    for name, source in few["sources"].items():
+        assert 0 < source["tokens"] <= min(6 * BLOCK, whole["sources"][name]["tokens"])
+        assert source["records"] <= 6
+        assert sum(c["support"] for c in source.get("classes", {}).values()) <= 6
+    assert evaluate(checkpoint, flags, tmp_path, "--max_batches", "1000000") == whole
+
+
+def test_another_split_seed_is_warned_of(checkpoint, texts):
+    quiet = run("eval", "--ckpt", checkpoint, *texts[0], *CPU).ok()
+    assert "warning" not in quiet.err
+    for flag in (["--split_seed", "5"], ["--val_fraction", "0.2"]):
+        loud = run("eval", "--ckpt", checkpoint, *texts[0], *CPU, *flag).ok()
+        assert "warning" in loud.err and flag[0] in loud.err
+
+
+def test_other_data_is_noted(checkpoint, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "other.txt").write_text("something else\n" * 9, encoding="utf-8")
+    flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "p", "--split", "all"]
+    assert "not the data" in run("eval", "--ckpt", checkpoint, *flags, *CPU).ok().err
+
+
+# --- classes ---
+
+
+def naive_guesses(model, records, block):
+    """The likeliest label of each record, its prompt cut in the middle where it is too long."""
+    guesses = []
+    for prompt, _ in records:
+        scores = []
+        for label in LABELS:
+            head = [257, *prompt.encode()]
+            answer = [*f" {label}\n".encode(), 259]
+            if (kept := block + 1 - len(answer)) < len(head):
+                head = head[: kept - kept // 2] + head[len(head) - kept // 2 :]
+            with torch.no_grad():
+                table = model(torch.tensor([head + answer[:-1]]))[0][0].double().log_softmax(-1)
+            first = len(head) - 1
+            scores.append(sum(table[first + i, t].item() for i, t in enumerate(answer)))
+        guesses.append(LABELS[int(np.argmax(scores))])
+    return guesses
+
+
+@pytest.mark.parametrize("block", [64, 128])  # prompts cut, and whole
+def test_classes_equal_scikit_learn(texts, tmp_path, block):
+    metrics = pytest.importorskip("sklearn.metrics")
+    flags, records = texts
+    out = ["--block_size", block, "--out_dir", tmp_path / "run"]
+    run("train", *flags, *MODEL, *out, "--seed", 5).ok()
+    checkpoint = tmp_path / "run" / "best.pth"
+    model = lp.load_model(str(checkpoint)).model.eval()
+    result = evaluate(checkpoint, flags, tmp_path, "--split", "all")
+    source = result["sources"]["sms"]
+    truth = [response.strip() for _, response in records["sms"]]
+    guesses = naive_guesses(model, records["sms"], block)
+    assert len(set(guesses)) > 1
+    assert source["accuracy"] == pytest.approx(metrics.accuracy_score(truth, guesses))
+    assert source["confusion"]["labels"] == LABELS
+    table = metrics.confusion_matrix(truth, guesses, labels=LABELS)
+    assert source["confusion"]["true_by_predicted"] == table.tolist()
+    rows = metrics.precision_recall_fscore_support(truth, guesses, labels=LABELS, zero_division=0)
+    for label, *wanted in zip(LABELS, *rows, strict=True):
+        found = source["classes"][label]
+        assert [found[k] for k in ("precision", "recall", "f1")] == pytest.approx(wanted[:3])
+        assert found["support"] == wanted[3]
+
+
+def test_json_and_table(tmp_path):
+    """Spam and ham from their own format; the keys that the design promises."""
+    sms = tmp_path / "raw" / "sms_spam_collection" / "SMSSpamCollection"
+    sms.parent.mkdir(parents=True)
+    lines = [f"{'spam' if i % 3 else 'ham'}\tmessage {i} says {i * i}\n" for i in range(60)]
+    sms.write_text("".join(lines), encoding="utf-8")
+    flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "p"]
+    run("train", *flags, *MODEL, "--out_dir", tmp_path / "run").ok()
+    checkpoint = tmp_path / "run" / "best.pth"
+    result = evaluate(checkpoint, flags, tmp_path, "--split", "all")
+    figures = {"loss", "ppl", "bits_per_byte", "tokens", "bytes"}
+    assert result.keys() >= figures | {"sources"}
+    source = result["sources"]["sms"]
+    assert source.keys() >= figures | {"records", "accuracy", "classes"}
+    assert source["classes"].keys() == {"ham", "spam"}
+    assert source["classes"]["spam"].keys() == {"precision", "recall", "f1", "support"}
+    assert source["classes"]["spam"]["support"] == 40
+    out = run("eval", "--ckpt", checkpoint, *flags, *CPU, "--split", "all").ok().out
+    ham = source["classes"]["ham"]
+    for value in (result["loss"], result["bits_per_byte"], source["accuracy"], ham["f1"]):
+        assert f"{value:.4f}" in out
+    assert "ham" in out and "spam" in out
+
+
+def test_free_text_gets_no_classes(checkpoint, texts, tmp_path):
+    result = evaluate(checkpoint, texts[0], tmp_path, "--split", "all")
+    for name, source in result["sources"].items():
+        assert ("classes" in source) is (name == "sms")
+
+
+# --- several processes ---
+
+
+def test_two_processes_give_the_same_figures(checkpoint, texts, tmp_path):
+    wanted = evaluate(checkpoint, texts[0], tmp_path, "--split", "all", "--batch_size", "4")
+    path = tmp_path / "two.json"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        PROGRAM, "eval", "--ckpt", checkpoint, *texts[0], "--split", "all", "--batch_size", "4",
+        "--json", path, "--device", "cpu",
+    ]  # fmt: skip
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    result = finish(subprocess.Popen(list(map(str, command)), **pipes)).ok()
+    assert result.out.count("total") == 1  # one process prints
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert_figures(found, {k: v for k, v in wanted.items() if k != "sources"})
+    assert found["sources"].keys() == wanted["sources"].keys()
+    for name, source in wanted["sources"].items():
+        assert found["sources"][name].get("confusion") == source.get("confusion")
+        assert found["sources"][name]["records"] == source["records"]
+        assert found["sources"][name]["loss"] == pytest.approx(source["loss"], rel=1e-9)

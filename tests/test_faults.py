@@ -1,0 +1,448 @@
+"""Kills, signals, two runs in one folder, several processes: the result is the same bits."""
+
+import functools
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    CPU,
+    ROOT,
+    SHAPE,
+    Child,
+    curve,
+    differences,
+    finish,
+    largest_difference,
+    metrics,
+    run,
+    start,
+    tensors,
+    wait_for,
+    words,
+)
+
+import llm_pipeline as lp
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+TEN = words("--max_steps 10 --batch_size 8 --lr 1e-3 --log_interval 1 --save_interval 1")
+SHORT = [*CPU, *SHAPE, *TEN, "--eval_interval", "3"]
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+# --- faults that a child injects into itself ---
+
+
+def around_losses(before) -> None:
+    """Call `before(training)` ahead of every loss that the program computes."""
+    make = lp.OBJECTIVES["ntp"]
+
+    def factory(config):
+        objective = make(config)
+
+        def wrapped(model, batch):
+            before(torch.is_grad_enabled())
+            return objective(model, batch)
+
+        return wrapped
+
+    lp.OBJECTIVES["ntp"] = factory
+
+
+def slow(seconds: float) -> None:
+    """A run that takes its time."""
+    around_losses(lambda training: time.sleep(seconds))
+
+
+def signal_in(where: str, count: int, number: int) -> None:
+    """Send this process a signal in its `count`-th step, evaluation or save."""
+    calls = []
+
+    def tick() -> None:
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), number)
+
+    if where == "save":
+        fsync = os.fsync
+        os.fsync = lambda descriptor: (fsync(descriptor), tick())[0]
+    else:
+        around_losses(lambda training: tick() if training == (where == "step") else None)
+
+
+def die_in(count: int, after: bool) -> None:
+    """End this process, as a power cut would, at its `count`-th sync or rename."""
+    calls = []
+
+    def wrap(function):
+        def wrapped(*args):
+            calls.append(1)
+            if len(calls) == count and not after:
+                os._exit(9)
+            result = function(*args)
+            if len(calls) == count:
+                os._exit(9)
+            return result
+
+        return wrapped
+
+    os.fsync, os.replace = wrap(os.fsync), wrap(os.replace)
+
+
+# --- what must hold afterwards ---
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> Path:
+    """The folder of the run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("train", *corpus, *SHORT, "--out_dir", folder).ok()
+    return folder
+
+
+@pytest.fixture
+def command(corpus, tmp_path) -> list:
+    return ["train", *corpus, *SHORT, "--out_dir", tmp_path / "run"]
+
+
+def same(whole: Path, folder: Path) -> None:
+    """Two finished runs with the same bits, the same curves, and nothing lying about."""
+    for name in ("last.pth", "best.pth"):
+        assert differences(whole / name, folder / name) == [], name
+    for split in ("train", "val"):
+        assert curve(whole, split) == curve(folder, split)
+    steps = [step for step, _ in curve(folder)]
+    assert steps == list(range(1, steps[-1] + 1))  # each exactly once
+    assert not [p.name for p in folder.iterdir() if "tmp" in p.name]
+
+
+def steps_done(folder: Path) -> int:
+    return lp.load_checkpoint(folder / "last.pth")["progress"]["step"]
+
+
+# --- kills ---
+
+
+def kill_until_done(command: list, folder: Path, rng: random.Random, kills: int) -> int:
+    """Kill the run at random moments, resuming it each time. Returns how many kills it took."""
+    done = 0
+    for _ in range(kills):
+        child = Child(*command, "--resume", hook=functools.partial(slow, 0.02))
+        child.process.join(rng.uniform(0.0, 0.8))
+        if child.process.exitcode is None:
+            child.send(signal.SIGKILL)
+            done += 1
+        assert child.finish().code in (0, -signal.SIGKILL)
+        if (folder / "last.pth").exists() and (folder / "metrics.csv").exists():
+            logged = [step for step, _ in curve(folder)]
+            assert steps_done(folder) >= max(logged, default=0) - 1  # one save interval
+    return done
+
+
+def test_kills_at_random_moments(command, whole, tmp_path):
+    kill_until_done(command, tmp_path / "run", random.Random(1), 6)
+    run(*command, "--resume").ok()
+    same(whole, tmp_path / "run")
+
+
+def killed_at_every_call(command: list, whole: Path, base: Path, folder: Path, after: bool) -> int:
+    """End the run at its 1st, 2nd, 3rd ... sync or rename, until one has no such call."""
+    for count in range(1, 1000):
+        shutil.rmtree(folder, ignore_errors=True)
+        if base.exists():
+            shutil.copytree(base, folder)
+        code = (
+            Child(*command, "--resume", hook=functools.partial(die_in, count, after)).finish().code
+        )
+        assert code in (0, 9)
+        for name in ("last.pth", "best.pth"):
+            if base.exists() or (folder / name).exists():
+                assert tensors(folder / name)
+        if code == 0:
+            return count - 1
+        run(*command, "--resume").ok()
+        same(whole, folder)
+    raise AssertionError("no end")
+
+
+def test_killed_in_every_sync_and_rename_of_a_save(command, whole, tmp_path):
+    base = tmp_path / "base"
+    run(*command[:-1], base, "--stop_after", 9).ok()
+    assert killed_at_every_call(command, whole, base, tmp_path / "run", after=False) > 6
+
+
+def test_killed_while_the_store_is_written(corpus, tmp_path, whole):
+    """A half-written token store is never used."""
+    stores, folder = tmp_path / "stores", tmp_path / "run"
+    command = ["train", *corpus, "--processed_dir", stores, *SHORT, "--out_dir", folder]
+    for count in range(1, 5):
+        shutil.rmtree(stores, ignore_errors=True)
+        hook = functools.partial(die_in, count, False)
+        assert Child(*command, "--overwrite", hook=hook).finish().code == 9
+    run(*command, "--overwrite").ok()
+    same(whole, folder)
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize(
+    ("where", "count"), [("step", 1), ("step", 6), ("evaluation", 2), ("save", 3), ("save", 9)]
+)
+def test_a_signal_stops_saves_and_resumes(where, count, number, command, whole, tmp_path):
+    child = Child(*command, hook=functools.partial(signal_in, where, count, number))
+    result = child.finish()
+    assert result.code == CODES[number], result.err
+    assert "Traceback" not in result.err
+    assert signal.Signals(number).name in result.err
+    assert steps_done(tmp_path / "run") < 10
+    run(*command, "--resume").ok()
+    same(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_is_answered_within_seconds(number, command, tmp_path):
+    child = Child(*command, hook=functools.partial(slow, 0.3))
+    wait_for(lambda: (tmp_path / "run/metrics.csv").exists() and curve(tmp_path / "run"))
+    sent = time.monotonic()
+    child.send(number)
+    assert child.finish().code == CODES[number]
+    assert time.monotonic() - sent < 5
+
+
+def test_a_second_signal_exits_at_once(command, tmp_path):
+    child = Child(*command, hook=functools.partial(slow, 30))
+    wait_for(lambda: (tmp_path / "run/metrics.csv").exists())
+    time.sleep(0.5)
+    child.send(signal.SIGTERM)
+    time.sleep(0.5)
+    child.send(signal.SIGTERM)
+    assert child.finish(10).code == 143
+
+
+@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("delay", [0.3, 1.5])
+def test_a_signal_at_start_up(delay, number, command, whole, tmp_path):
+    """While Python imports torch, too: whatever happens, the run can be begun again."""
+    process = start(*command)
+    time.sleep(delay)
+    process.send_signal(number)
+    result = finish(process, 20)
+    assert result.code in (CODES[number], -number, 0)
+    assert "Traceback" not in result.err, result.err
+    run(*command, "--resume").ok()
+    same(whole, tmp_path / "run")
+
+
+def test_a_signal_during_eval_ends_it(tiny_checkpoint, corpus):
+    flags = words("--device cpu --batch_size 1 --split all --block_size 2 --ckpt")
+    process = start("eval", *corpus, *flags, tiny_checkpoint)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process, 10)
+    assert result.code in (143, -15, 0)
+    assert "Traceback" not in result.err
+
+
+# --- two runs, one folder ---
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_the_second_run_is_refused(flag, command, whole, tmp_path):
+    first = Child(*command, hook=functools.partial(slow, 0.15))
+    wait_for((tmp_path / "run/last.pth").exists)
+    result = run(*command, flag).fails(1, str(tmp_path / "run"), "another run")
+    assert len(result.errors) == 1
+    assert first.finish().code == 0
+    same(whole, tmp_path / "run")
+
+
+def test_the_lock_dies_with_its_holder(command, whole, tmp_path):
+    first = Child(*command, hook=functools.partial(slow, 0.5))
+    wait_for((tmp_path / "run/last.pth").exists)
+    first.send(signal.SIGKILL)
+    first.finish()
+    run(*command, "--resume").ok()
+    same(whole, tmp_path / "run")
+
+
+def test_two_runs_may_build_the_same_store(corpus, whole, tmp_path):
+    """At the same moment: each ends with the whole store."""
+    stores = ["--processed_dir", tmp_path / "stores"]
+    folders = [tmp_path / name for name in "abc"]
+    children = [Child("train", *corpus, *stores, *SHORT, "--out_dir", f) for f in folders]
+    for child, folder in zip(children, folders, strict=True):
+        assert child.finish().code == 0
+        same(whole, folder)
+
+
+# --- several processes ---
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def together(*argv, n: int = 2, hook=None) -> list[Child]:
+    """The program as torchrun starts it, without torchrun's own seconds."""
+    env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [Child(*argv, hook=hook, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(n)]
+
+
+def run_together(*argv, n: int = 2) -> list:
+    results = [child.finish(120) for child in together(*argv, n=n)]
+    assert [r.code for r in results] == [0] * n, results[0].err + results[-1].err
+    return results
+
+
+def test_two_processes_give_the_bits_of_two_micro_batches(corpus, tmp_path):
+    base = ["train", *corpus, *SHORT, "--out_dir"]
+    run(*base, tmp_path / "one", "--grad_accum", 2).ok()
+    run_together(*base, tmp_path / "two")
+    for name in ("last.pth", "best.pth"):
+        assert differences(tmp_path / "one" / name, tmp_path / "two" / name) == []
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert [step for step, _ in one] == [step for step, _ in two]  # once, by the first process
+    values = [[float(loss) for _, loss in rows] for rows in (one, two)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)  # a sum over processes is in float64
+
+
+@pytest.mark.parametrize("flags", ["--optimizer adamw", "--fsdp", "--recipe fast --fsdp"])
+def test_two_processes_train_like_one(flags, corpus, tmp_path):
+    base = ["train", *corpus, *SHORT, "--dropout", 0, *words(flags), "--out_dir"]
+    alone = [a for a in base if a != "--fsdp"]
+    run(*alone, tmp_path / "one").ok()
+    run_together(*base, tmp_path / "two")
+    distance = largest_difference(tmp_path / "one/last.pth", tmp_path / "two/last.pth")
+    assert distance < (1e-2 if "fast" in flags else 1e-4)  # Muon multiplies in bf16
+    vals = [[float(loss) for _, loss in curve(tmp_path / x, "val")] for x in ("one", "two")]
+    assert vals[0] == pytest.approx(vals[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]])
+def test_saved_by_two_resumed_by_one_and_by_two(flags, corpus, tmp_path):
+    base = ["train", *corpus, *SHORT, "--dropout", "0", "--out_dir"]
+    run(*base, tmp_path / "whole").ok()
+    run_together(*base, tmp_path / "two", *flags, "--stop_after", 5)
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    run(*base, tmp_path / "one", "--resume", *(["--no_fsdp"] if flags else [])).ok()
+    run_together(*base, tmp_path / "two", *flags, "--resume")
+    for name in ("one", "two"):
+        assert largest_difference(tmp_path / "whole/last.pth", tmp_path / name / "last.pth") < 1e-4
+        assert [s for s, _ in curve(tmp_path / name)] == list(range(1, 11))
+
+
+def test_two_processes_finetune_like_one(corpus, tiny_checkpoint, tmp_path):
+    flags = words("--batch_size 8 --max_steps 4 --dropout 0 --report_samples 0")
+    base = ["finetune", *corpus, *CPU, *flags, "--ckpt", tiny_checkpoint, "--out_dir"]
+    run(*base, tmp_path / "one").ok()
+    run_together(*base, tmp_path / "two")
+    pair = [tmp_path / name / "last_finetune.pth" for name in ("one", "two")]
+    assert largest_difference(*pair) < 1e-4
+
+
+def test_any_number_of_processes_sees_the_same_samples():
+    class Everything:
+        def __len__(self):
+            return 100
+
+        def epoch_ids(self, epoch, places):
+            return places
+
+        def batch(self, ids, rows):
+            return lp.Batch(torch.from_numpy(ids[rows])[:, None], torch.zeros(len(ids[rows]), 1))
+
+        def n_targets(self, ids):
+            return len(ids)
+
+    def micro_batches(step: int, accum: int, world: int) -> list:
+        """Samples of each micro-batch, in the order in which their gradients are summed."""
+        found = {}
+        for rank in range(world):
+            rt = lp.Runtime(torch.device("cpu"), torch.float32, rank, world)
+            batch, _ = lp.Loader(Everything(), 8, accum, rt).step(step)
+            for i, part in enumerate(batch.split(accum)):
+                found[i * world + rank] = part.x[:, 0].tolist()
+        return [found[key] for key in sorted(found)]
+
+    for step in (0, 3, 11, 12, 40):
+        for parts in (2, 4, 8):
+            alone = micro_batches(step, parts, 1)
+            for world in (2, 4, 8):
+                if parts % world == 0:
+                    assert micro_batches(step, parts // world, world) == alone
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all(rank, corpus, tmp_path):
+    base = ["train", *corpus, *SHORT, "--out_dir"]
+    run_together(*base, tmp_path / "whole")
+    children = together(*base, tmp_path / "run", hook=functools.partial(slow, 0.15))
+    wait_for((tmp_path / "run/last.pth").exists)
+    children[rank].send(signal.SIGTERM)
+    assert [child.finish(30).code for child in children] == [143, 143]
+    assert steps_done(tmp_path / "run") < 10
+    run_together(*base, tmp_path / "run", "--resume")
+    same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_death_of_a_process_ends_the_others(corpus, tmp_path):
+    base = ["train", *corpus, *SHORT, "--out_dir", tmp_path / "run"]
+    children = together(*base, hook=functools.partial(slow, 0.15))
+    wait_for((tmp_path / "run/last.pth").exists)
+    children[1].send(signal.SIGKILL)
+    children[1].finish()
+    result = children[0].finish(40)
+    assert result.code == 1, result.err
+    assert result.errors, result.err
+    assert "Traceback" not in result.err
+    run(*base, "--resume").ok()
+
+
+WRAPPER = f"""
+import functools, sys
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
+import llm_pipeline, test_faults
+test_faults.slow(0.2)
+sys.exit(llm_pipeline.main())
+"""
+
+
+def test_sigterm_to_torchrun(corpus, tmp_path):
+    base = ["train", *corpus, *SHORT, "--out_dir"]
+    run_together(*base, tmp_path / "whole")
+    (tmp_path / "wrapper.py").write_text(WRAPPER)
+    argv = [*words("-m torch.distributed.run --nproc_per_node 2 --master_port"), free_port()]
+    argv += [tmp_path / "wrapper.py", *base, tmp_path / "run"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for((tmp_path / "run/last.pth").exists, 60)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process, 40)
+    assert result.code != 0
+    assert 0 < steps_done(tmp_path / "run") < 10
+    assert "saving and stopping" in result.err
+    run_together(*base, tmp_path / "run", "--resume")
+    same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_one_process_alone_names_fsdp(corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--fsdp", "--out_dir", tmp_path).fails(1, "torchrun")
+    assert not metrics_exist(tmp_path)
+
+
+def metrics_exist(folder: Path) -> bool:
+    return (folder / "metrics.csv").exists() and bool(metrics(folder))

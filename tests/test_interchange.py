@@ -1,0 +1,642 @@
+"""Section 9, `export`, LoRA and DPO: against transformers, tokenizers and peft."""
+
+import csv
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, differences, finish, run, tensors
+
+import llm_pipeline as lp
+
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+SMALL = ["--n_layer", 2, "--n_head", 4, "--n_embd", 32, "--block_size", 64]
+SMALL += [*CPU, "--batch_size", 4, "--max_steps", 2]
+TUNE = [*CPU, "--batch_size", 4, "--max_steps", 3, "--lr", 1e-2, "--report_samples", 0]
+LORA = ["--method", "lora", "--lora_r", 3, "--lora_alpha", 7]
+ARCHS = {"gpt2": ["--arch", "gpt2"], "modern": ["--arch", "modern", "--n_kv_head", 2]}
+GPT2 = dict(vocab_size=260, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+QWEN3 = dict(
+    vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+    tie_word_embeddings=True,
+)  # fmt: skip
+SLIDING = dict(use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention"] * 2)
+PEERS = {
+    "gpt2": ("gpt2", {}),
+    "gpt2, untied": ("gpt2", dict(tie_word_embeddings=False)),
+    "gpt2, exact gelu, narrow": ("gpt2", dict(activation_function="gelu", n_inner=40)),
+    "gpt2, relu, one head": ("gpt2", dict(activation_function="relu", n_head=1)),
+    "qwen3": ("qwen3", {}),
+    "qwen3, untied": ("qwen3", dict(tie_word_embeddings=False)),
+    "qwen3, grouped": ("qwen3", dict(num_key_value_heads=2)),
+    "qwen3, one key head, wide": ("qwen3", dict(num_key_value_heads=1, head_dim=20)),
+    "qwen3, theta": ("qwen3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen3, sliding": ("qwen3", SLIDING),
+    "qwen3, more ids than its tokenizer": ("qwen3", dict(vocab_size=300)),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, corpus):
+    """A checkpoint of each architecture, and its export."""
+    found = {}
+    for arch, flags in ARCHS.items():
+        folder = tmp_path_factory.mktemp(arch)
+        run("train", *corpus, *SMALL, *flags, "--init_std", 0.1, "--out_dir", folder).ok()
+        found[arch] = folder / "best.pth"
+        export(found[arch], folder / "hf")
+    return found
+
+
+def export(ckpt, folder, *flags):
+    assert run("export", "--ckpt", ckpt, "--out_dir", folder, *flags).ok().out == f"{folder}\n"
+    return folder
+
+
+def save_peer(name, folder, tokenizer_from, **save):
+    """A random model of transformers' own class, saved by it, beside our byte tokenizer."""
+    kind, shape = PEERS[name]
+    torch.manual_seed(4)
+    if kind == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | shape))
+    else:
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**QWEN3 | shape))
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too
+            parameter.normal_(float(parameter.ndim == 1), 0.2)
+    model.eval().save_pretrained(folder, **save)
+    for file in tokenizer_from.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return model
+
+
+def load_peer(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def stored(folder):
+    """Every tensor of a folder's safetensors files."""
+    found = {}
+    for file in Path(folder).glob("*.safetensors"):
+        found |= safetensors.load_file(file)
+    return found
+
+
+def some_ids(length=64, rows=3, vocab=256):
+    return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        out = model.eval()(ids)
+    return out[0] if isinstance(out, tuple) else out.logits
+
+
+def assert_same_logits(one, two, ids=None):
+    ids = some_ids() if ids is None else ids
+    torch.testing.assert_close(logits(one, ids), logits(two, ids), rtol=0, atol=1e-4)
+
+
+def entry_names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_round_trip_is_bit_for_bit(name, bases, tmp_path):
+    peer = save_peer(name, tmp_path / "theirs", bases["gpt2"].parent / "hf")
+    ours = lp.load_model(str(tmp_path / "theirs"))
+    assert_same_logits(ours.model, peer)
+    export(tmp_path / "theirs", tmp_path / "back")
+    before, after = stored(tmp_path / "theirs"), stored(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+    assert_same_logits(load_peer(tmp_path / "back"), peer)
+    assert isinstance(ours.tokenizer, lp.ByteTokenizer)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_greedy_generation_survives_the_crossing(arch, bases):
+    loaded, peer = lp.load_model(str(bases[arch])), load_peer(bases[arch].parent / "hf")
+    prompt = some_ids(8, 1)[0]
+    steps = lp.generate(loaded.model.eval(), prompt, 56, temperature=0.0)
+    theirs = peer.generate(
+        prompt[None], max_new_tokens=56, do_sample=False, eos_token_id=None, pad_token_id=256
+    )
+    assert [ids[0] for ids in steps] == theirs[0, 8:].tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt2, untied", "qwen3, grouped"])
+def test_several_files_and_other_dtypes(name, bases, tmp_path):
+    tokenizer = bases["gpt2"].parent / "hf"
+    peer = save_peer(name, tmp_path / "shards", tokenizer, max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert_same_logits(lp.load_model(str(tmp_path / "shards")).model, peer)
+    peer.to(torch.bfloat16).save_pretrained(tmp_path / "low")
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "low")
+    assert_same_logits(lp.load_model(str(tmp_path / "low")).model, load_peer(tmp_path / "low"))
+
+
+def test_a_base_model_without_its_head(bases, tmp_path):
+    """As OpenAI's own GPT-2 is stored: no prefix, and the causal mask as a buffer."""
+    peer = save_peer("gpt2", tmp_path, bases["gpt2"].parent / "hf")
+    plain = {k.removeprefix("transformer."): v for k, v in stored(tmp_path).items()}
+    plain |= {f"h.{i}.attn.bias": torch.ones(64, 64).tril()[None, None] for i in (0, 1)}
+    safetensors.save_file(plain, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_same_logits(lp.load_model(str(tmp_path)).model, peer)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rope_parameters="absent", rope_theta=1e6),
+        dict(rope_parameters="absent", rope_theta=1e6, rope_scaling=None),
+        dict(layer_types="absent", use_sliding_window=False, sliding_window=4),
+        dict(layer_types="absent", use_sliding_window=True, sliding_window=4, max_window_layers=0),
+        dict(layer_types="absent", use_sliding_window=True, sliding_window=4, max_window_layers=2),
+        dict(head_dim="absent", num_attention_heads=4, hidden_size=32),
+    ],
+    ids=str,
+)
+def test_settings_in_their_older_spelling(changes, bases, tmp_path):
+    shape = "qwen3, one key head, wide" if "head_dim" in changes else "qwen3"
+    save_peer(shape, tmp_path, bases["gpt2"].parent / "hf")
+    edit_json(**changes)(tmp_path)
+    if "head_dim" in changes:  # transformers' default is 128
+        peer = transformers.Qwen3ForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path))
+        peer.save_pretrained(tmp_path)
+        edit_json(**changes)(tmp_path)
+    assert_same_logits(lp.load_model(str(tmp_path)).model, load_peer(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3, grouped"])
+def test_train_and_finetune_begin_with_their_weights(name, bases, corpus, tmp_path):
+    peer = save_peer(name, tmp_path / "hf", bases["gpt2"].parent / "hf")
+    still = [*CPU, "--max_steps", 1, "--batch_size", 4, "--lr", 1e-30, "--weight_decay", 0]
+    run("train", *corpus, *still, "--init_from", tmp_path / "hf", "--out_dir", tmp_path / "a").ok()
+    tune = ["--ckpt", tmp_path / "hf", "--out_dir", tmp_path / "b", "--report_samples", 0]
+    run("finetune", *corpus, *still, *tune).ok()
+    for best in ("a/best.pth", "b/best_finetune.pth"):
+        assert_same_logits(lp.load_model(str(tmp_path / best)).model, peer)
+
+
+def test_a_shorter_block_is_cut_and_a_longer_one_refused(bases, corpus, tmp_path):
+    save_peer("gpt2", tmp_path / "hf", bases["gpt2"].parent / "hf")
+    tune = ["finetune", *corpus, *TUNE, "--ckpt", tmp_path / "hf", "--out_dir", tmp_path / "run"]
+    run(*tune, "--block_size", 128).fails(1, "--block_size 128", "64")
+    run(*tune, "--block_size", 32).ok()
+    assert lp.load_model(str(tmp_path / "run" / "best_finetune.pth")).model.config.block_size == 32
+
+
+# --- tokenizers ---
+
+
+def random_texts(n, seed=0):
+    draw = random.Random(seed)
+    pools = [range(32, 127), range(0x20), range(0x80, 0x800), range(0x800, 0xD800),
+             range(0xE000, 0x10000), range(0x10000, 0x110000)]  # fmt: skip
+    for _ in range(n):
+        yield "".join(chr(draw.choice(draw.choice(pools))) for _ in range(draw.randrange(20)))
+
+
+def test_exported_byte_tokenizer_is_ours(bases):
+    theirs = transformers.AutoTokenizer.from_pretrained(bases["gpt2"].parent / "hf")
+    ours = lp.ByteTokenizer()
+    texts = [*random_texts(10_000), " leading", "trailing ", "a  b . , n't", "e\u0301", ""]
+    found = theirs(texts, add_special_tokens=False)["input_ids"]
+    for text, ids in zip(texts, found, strict=True):
+        assert ids == ours.encode(text).tolist(), repr(text)
+    assert theirs.batch_decode(found) == texts
+    assert len(theirs) == 260
+    names = ("pad", "bos", "eos", "sep")
+    assert [getattr(theirs, f"{n}_token_id") for n in names] == [256, 257, 258, 259]
+
+
+def test_exported_bpe_tokenizer_is_ours(corpus, tmp_path):
+    bpe = ["--tokenizer", "bpe", "--vocab_size", 320, "--out_dir", tmp_path / "run"]
+    run("train", *corpus, *SMALL, *bpe).ok()
+    folder = export(tmp_path / "run" / "best.pth", tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = lp.load_model(str(tmp_path / "run" / "best.pth")).tokenizer
+    back = lp.load_model(str(folder)).tokenizer
+    for text in [*random_texts(500), "Repeat 3. sun moon tree ### Output: sunsun"]:
+        ids = ours.encode(text).tolist()
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert back.encode(text).tolist() == ids
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    for name in ("pad_id", "bos_id", "eos_id", "sep_id"):
+        wanted = getattr(ours, name)
+        assert getattr(theirs, f"{name[:3]}_token_id") == wanted == getattr(back, name)
+
+
+# --- what else stands in an exported folder ---
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, bases, corpus):
+    """A fully tuned checkpoint."""
+    folder = tmp_path_factory.mktemp("tuned")
+    run("finetune", *corpus, *TUNE, "--ckpt", bases["gpt2"], "--out_dir", folder).ok()
+    return folder / "best_finetune.pth"
+
+
+def test_chat_template_renders_the_prompt(bases, tuned, tmp_path):
+    theirs = transformers.AutoTokenizer.from_pretrained(export(tuned, tmp_path / "hf"))
+    question = {"role": "user", "content": "Name a colour."}
+    text = "### Instruction: Name a colour.\n### Input: \n### Output:"
+    wanted = [257, *text.encode()]
+
+    def ids(messages, **settings):
+        return theirs.apply_chat_template(messages, return_dict=False, **settings)
+
+    assert ids([question], add_generation_prompt=True) == wanted
+    answered = [question, {"role": "assistant", "content": "red"}]
+    assert ids(answered) == [*wanted, *b" red\n", 259]
+    plain = transformers.AutoTokenizer.from_pretrained(bases["gpt2"].parent / "hf")
+    assert plain.chat_template is None
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_pipeline_answers(arch, bases):
+    folder = bases[arch].parent / "hf"
+    pipe = transformers.pipeline("text-generation", model=str(folder), device="cpu")
+    [answer] = pipe("sun moon", max_new_tokens=5, do_sample=False)
+    assert answer["generated_text"].startswith("sun moon")
+    config = transformers.GenerationConfig.from_pretrained(folder)
+    assert config.bos_token_id == 257 and set(config.eos_token_id) == {258, 259}
+
+
+def test_pipeline_answers_chats(tuned, tmp_path):
+    folder = export(tuned, tmp_path / "hf")
+    pipe = transformers.pipeline("text-generation", model=str(folder), device="cpu")
+    chat = [{"role": "user", "content": "Repeat 3."}]
+    [answer] = pipe(chat, max_new_tokens=5, do_sample=False)
+    assert [m["role"] for m in answer["generated_text"]] == ["user", "assistant"]
+
+
+def test_model_card_names_settings_and_figures(bases):
+    card = (bases["gpt2"].parent / "hf" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and "library_name: transformers" in card
+    state = lp.load_checkpoint(bases["gpt2"])
+    assert f"{state['progress']['best']:.4f}" in card
+    assert "batch_size | 4" in card
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--pos", "alibi"], "pos=alibi"),
+        (["--norm", "rmsnorm"], "norm=rmsnorm"),
+        (["--mlp", "swiglu"], "mlp=swiglu"),
+        (["--n_kv_head", 2], "n_kv_head=2"),
+        (["--attn_window", 8], "attn_window=8"),
+        (["--qk_norm"], "qk_norm=True"),
+        (["--no_bias"], "bias=False"),
+        (["--arch", "modern", "--mlp", "gelu"], "mlp=gelu"),
+        (["--arch", "modern", "--no_qk_norm"], "qk_norm=False"),
+        (["--arch", "modern", "--pos", "learned"], "norm=rmsnorm"),
+    ],
+)
+def test_what_no_class_holds_is_refused_by_name(flags, name, corpus, tmp_path):
+    run("train", *corpus, *SMALL, "--out_dir", tmp_path / "run", *flags).ok()
+    result = run("export", "--ckpt", tmp_path / "run" / "best.pth", "--out_dir", tmp_path / "hf")
+    result.fails(1, name)
+    assert len(result.errors) == 1 and entry_names(tmp_path) == ["run"]
+
+
+def edit_json(**changes):
+    def edit(folder):
+        path = folder / "config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) | changes
+        kept = {k: v for k, v in settings.items() if v != "absent"}
+        path.write_text(json.dumps(kept), encoding="utf-8")
+
+    return edit
+
+
+def edit_tensors(change):
+    def edit(folder):
+        found = stored(folder)
+        change(found)
+        safetensors.save_file(found, folder / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+def only_pickle(folder):
+    torch.save(stored(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BROKEN = {
+    "missing tensor": (
+        edit_tensors(lambda t: t.pop("transformer.h.1.mlp.c_fc.weight")),
+        "transformer.h.1.mlp.c_fc.weight",
+    ),
+    "unknown tensor": (edit_tensors(lambda t: t.update(extra=torch.zeros(2))), "extra"),
+    "wrong shape": (
+        edit_tensors(lambda t: t.update({"transformer.ln_f.weight": torch.ones(31)})),
+        "_f.weight",
+    ),
+    "wrong rank": (
+        edit_tensors(lambda t: t.update({"transformer.wte.weight": torch.ones(260)})),
+        "shape (260,)",
+    ),
+    "not a number": (
+        edit_tensors(lambda t: t["transformer.wte.weight"].fill_(math.nan)),
+        "transformer.wte.weight",
+    ),
+    "pickle": (only_pickle, "pytorch_model.bin"),
+    "truncated": (truncate, ""),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+    "unknown architecture": (edit_json(model_type="llama"), "llama"),
+    "no architecture": (edit_json(model_type="absent"), "model_type"),
+    "unknown activation": (edit_json(activation_function="mish"), "mish"),
+    "missing setting": (edit_json(n_embd="absent"), "n_embd"),
+    "setting of a wrong type": (edit_json(n_head="many"), "n_head"),
+    "impossible setting": (edit_json(n_head=5), "n_head"),
+    "attention scaled otherwise": (
+        edit_json(scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx",
+    ),
+    "attention not scaled": (edit_json(scale_attn_weights=False), "scale_attn_weights"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "broken tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        "tokenizer.json",
+    ),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_folders_are_refused_in_one_line(what, bases, corpus, tmp_path):
+    spoil, word = BROKEN[what]
+    save_peer("gpt2", tmp_path / "hf", bases["gpt2"].parent / "hf")
+    spoil(tmp_path / "hf")
+    for command in (
+        ["finetune", "--ckpt", tmp_path / "hf", *corpus, *TUNE, "--out_dir", tmp_path / "run"],
+        ["train", "--init_from", tmp_path / "hf", *corpus, *CPU, "--out_dir", tmp_path / "run"],
+        ["export", "--ckpt", tmp_path / "hf", "--out_dir", tmp_path / "back"],
+    ):
+        result = run(*command).fails(1, word, str(tmp_path / "hf"))
+        assert len(result.errors) == 1
+        assert entry_names(tmp_path) == ["hf"], "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        (dict(attention_bias=True), "attention"),
+        (dict(rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=1e4)), "rope"),
+        (dict(rope_parameters="absent", rope_scaling=dict(type="linear", factor=2.0)), "rope"),
+        (dict(layer_types=["sliding_attention", "full_attention"]), "sliding"),
+        (dict(hidden_act="relu"), "hidden_act"),
+    ],
+    ids=str,
+)
+def test_qwen3_variants_that_we_lack_are_refused(changes, word, bases, tmp_path):
+    save_peer("qwen3", tmp_path / "hf", bases["gpt2"].parent / "hf")
+    edit_json(**changes)(tmp_path / "hf")
+    result = run("export", "--ckpt", tmp_path / "hf", "--out_dir", tmp_path / "back")
+    assert len(result.fails(1, word).errors) == 1
+
+
+def test_parts_of_a_fused_matrix_are_checked_one_by_one(bases, tmp_path):
+    """Query and key exchanged: their rows add up, and still each is wrong."""
+    save_peer("qwen3, grouped", tmp_path / "hf", bases["gpt2"].parent / "hf")
+    found = stored(tmp_path / "hf")
+    q, k = (f"model.layers.0.self_attn.{n}_proj.weight" for n in "qk")
+    found[q], found[k] = found[k], found[q]
+    safetensors.save_file(found, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    result = run("export", "--ckpt", tmp_path / "hf", "--out_dir", tmp_path / "back")
+    assert len(result.fails(1, "q_proj").errors) == 1
+
+
+def test_export_overwrites_only_when_told(bases, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine.txt").write_text("keep me")
+    command = ["export", "--ckpt", bases["gpt2"], "--out_dir", tmp_path / "hf"]
+    run(*command).fails(1, "--overwrite")
+    assert entry_names(tmp_path / "hf") == ["mine.txt"]
+    run(*command, "--overwrite").ok()
+    assert entry_names(tmp_path) == ["hf"] and (tmp_path / "hf" / "model.safetensors").exists()
+
+
+# --- LoRA ---
+
+
+@pytest.fixture(scope="module", params=list(ARCHS))
+def lora(request, tmp_path_factory, bases, corpus):
+    """(base, tuned with adapters)."""
+    folder, base = tmp_path_factory.mktemp("lora"), bases[request.param]
+    result = run("finetune", *corpus, *TUNE, *LORA, "--ckpt", base, "--out_dir", folder).ok()
+    assert result.out.strip() == str(folder / "best_finetune.pth")
+    return base, folder / "best_finetune.pth", result.err
+
+
+def test_lora_trains_its_adapters_alone(lora):
+    pytest.importorskip("peft")
+    base, tuned, log = lora
+    before, after = tensors(base, ("weights",)), tensors(tuned, ("weights",))
+    plain = {name.replace(".base_layer", ""): t for name, t in after.items() if "lora_" not in name}
+    assert before.keys() == plain.keys()
+    assert all(torch.equal(before[name], plain[name]) for name in before)
+    adapters = {name: t for name, t in after.items() if "lora_" in name}
+    assert len(adapters) == 2 * 4 * 2  # A and B, four matrices, two layers
+    assert all(t.abs().max() > 0 for t in adapters.values())
+    count = sum(t.numel() for t in adapters.values())
+    assert f"{count:,}" in log
+    state = lp.load_checkpoint(tuned)
+    moments = [t for name, t in tensors(tuned, ("optimizer",)).items() if "exp_avg_sq" in name]
+    assert sum(t.numel() for t in moments) == count
+    assert state["lora"]["r"] == 3
+
+
+def test_lora_merged_equals_unmerged(lora):
+    base, tuned, _ = lora
+    merged = lp.load_model(str(tuned)).model
+    adapted = lp.load_model(str(tuned), merge=False).model
+    assert_same_logits(merged, adapted)
+    moved = (logits(merged, some_ids()) - logits(lp.load_model(str(base)).model, some_ids())).abs()
+    assert moved.max() > 1e-2
+    assert merged.state_dict().keys() == lp.load_model(str(base)).model.state_dict().keys()
+
+
+def test_lora_checkpoint_is_self_contained(lora, corpus, tmp_path):
+    _, tuned, _ = lora
+    moved = shutil.copy(tuned, tmp_path / "alone.pth")
+    wanted = run("eval", "--ckpt", tuned, *corpus, *CPU).ok().out
+    assert run("eval", "--ckpt", moved, *corpus, *CPU).ok().out == wanted
+    ids = some_ids(5, 1)[0]
+    model = lp.load_model(str(moved)).model.eval()
+    assert len(list(lp.generate(model, ids, 5))) == 5
+
+
+def test_lora_exports_merged(lora, tmp_path):
+    _, tuned, _ = lora
+    peer = load_peer(export(tuned, tmp_path / "hf"))
+    assert_same_logits(lp.load_model(str(tuned), merge=False).model, peer)
+
+
+def test_peft_loads_the_adapter_on_the_exported_base(lora, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, tuned, _ = lora
+    root = export(tuned, tmp_path / "base", "--no_merge")
+    assert all(torch.equal(t, stored(base.parent / "hf")[name]) for name, t in stored(root).items())
+    adapter = export(tuned, tmp_path / "adapter", "--adapter")
+    model = peft.PeftModel.from_pretrained(load_peer(root), adapter)
+    assert_same_logits(lp.load_model(str(tuned)).model, model)
+    assert_same_logits(lp.load_model(str(tuned)).model, model.merge_and_unload())
+
+
+def test_adapter_of_few_targets(bases, corpus, tmp_path):
+    peft = pytest.importorskip("peft")
+    for arch, targets in (("gpt2", "proj"), ("gpt2", "up,down"), ("modern", "qkv")):
+        work = tmp_path / f"{arch}-{targets}"
+        flags = ["--lora_targets", targets, "--ckpt", bases[arch], "--out_dir", work]
+        run("finetune", *corpus, *TUNE, *LORA, *flags).ok()
+        tuned = work / "best_finetune.pth"
+        adapter = export(tuned, work / "adapter", "--adapter")
+        model = peft.PeftModel.from_pretrained(load_peer(bases[arch].parent / "hf"), adapter)
+        assert_same_logits(lp.load_model(str(tuned)).model, model)
+
+
+def test_lora_resumes_bit_for_bit(bases, corpus, tmp_path):
+    flags = [*corpus, *TUNE, *LORA, "--lora_dropout", 0.3, "--ckpt", bases["gpt2"]]
+    run("finetune", *flags, "--out_dir", tmp_path / "one").ok()
+    run("finetune", *flags, "--out_dir", tmp_path / "two", "--stop_after", 2).ok()
+    run("finetune", *flags, "--out_dir", tmp_path / "two", "--resume").ok()
+    names = ("one", "two")
+    assert not differences(*(tmp_path / name / "last_finetune.pth" for name in names))
+
+
+def test_what_has_no_adapter_exports_none(bases, tmp_path):
+    result = run("export", "--ckpt", bases["gpt2"], "--out_dir", tmp_path / "a", "--adapter")
+    result.fails(1, "--adapter", "lora")
+    assert not entry_names(tmp_path)
+
+
+def test_unknown_target_is_refused(bases, corpus, tmp_path):
+    flags = ["--ckpt", bases["gpt2"], "--out_dir", tmp_path, "--lora_targets", "qkv,heads"]
+    result = run("finetune", *corpus, *TUNE, *LORA, *flags)
+    assert (
+        result.code in (1, 2) and "--lora_targets" in result.err and "Traceback" not in result.err
+    )
+
+
+# --- preferences ---
+
+
+class Fixed(torch.nn.Module):
+    """A model whose logits are given."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, idx, targets, reduction):
+        losses = F.cross_entropy(
+            self.logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100
+        )
+        return None, losses.view_as(targets)
+
+
+def test_dpo_loss_is_the_closed_form():
+    torch.manual_seed(0)
+    pairs, width, beta = 3, 7, 0.3
+    model = Fixed(torch.randn(2 * pairs, width, 11))
+    y = torch.randint(0, 11, (2 * pairs, width))
+    for row in range(2 * pairs):
+        y[row, : row % 4] = lp.IGNORE
+    reference = torch.randn(2 * pairs) * 5
+    batch = lp.Batch(torch.zeros_like(y), y, {}, reference)
+    objective = lp.OBJECTIVES["dpo"](lp.FinetuneConfig(dpo_beta=beta))
+    found, count = objective(model, batch)
+
+    table = model.logits.detach().log_softmax(-1)
+    said = [sum(table[row, t, y[row, t]].item() for t in range(width) if y[row, t] >= 0)
+            for row in range(2 * pairs)]  # fmt: skip
+    margins = [beta * ((said[i] - reference[i].item()) - (said[i + 1] - reference[i + 1].item()))
+               for i in range(0, 2 * pairs, 2)]  # fmt: skip
+    assert count == pairs
+    assert found.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins), rel=1e-5)
+    assert float(batch.stats["reward_margin"]) == pytest.approx(sum(margins), rel=1e-5)
+    assert float(batch.stats["reward_accuracy"]) == sum(m > 0 for m in margins)
+    found.backward()
+    slope = beta / (1 + math.exp(margins[0]))  # of the loss, by the first chosen answer's logits
+    wanted = slope * (table[0].exp() - F.one_hot(y[0].clamp(min=0), 11)) * (y[0] >= 0)[:, None]
+    torch.testing.assert_close(model.logits.grad[0], wanted)
+
+
+def dpo_rows(folder, split):
+    with open(folder / "metrics_finetune.csv", encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["split"] == split]
+
+
+@pytest.mark.parametrize("method", [[], LORA], ids=["full", "lora"])
+def test_dpo_raises_reward_accuracy(method, data, bases, tmp_path):
+    entries = json.loads(next((data / "preference").glob("*.json")).read_text(encoding="utf-8"))
+    short = [e for e in entries if len(e["chosen"] + e["rejected"]) < 80][:120]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "pairs.json").write_text(json.dumps(short), encoding="utf-8")
+    flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "processed", *CPU]
+    flags += ["--objective", "dpo", "--batch_size", 8, "--max_steps", 30, "--lr", 1e-2]
+    flags += ["--val_fraction", 0.2, "--eval_interval", 10, "--log_interval", 1, "--ckpt"]
+    flags += [bases["modern"], "--out_dir", tmp_path / "run", "--report_samples", 0]
+    flags += ["--dropout", 0]
+    run("finetune", *flags, *method).ok()
+    train, val = (dpo_rows(tmp_path / "run", split) for split in ("train", "val"))
+    first = train[0]
+    assert float(first["reward_margin"]) == pytest.approx(0.0, abs=1e-3)  # it is the reference
+    assert float(first["loss"]) == pytest.approx(math.log(2), abs=1e-3)
+    start, end = val[0], val[-1]
+    assert int(end["step"]) == 30
+    assert float(end["reward_accuracy"]) > 0.55 > float(first["reward_accuracy"])
+    assert float(end["reward_margin"]) > float(start["reward_margin"]) - 1e-9
+    assert float(end["loss"]) < math.log(2)
+    assert float(np.mean([float(row["reward_accuracy"]) for row in train[-5:]])) > 0.75
+
+
+def test_dpo_without_pairs_is_refused(bases, corpus, tmp_path):
+    flags = ["--ckpt", bases["gpt2"], "--out_dir", tmp_path / "run", "--objective", "dpo"]
+    assert len(run("finetune", *corpus, *TUNE, *flags).fails(1).errors) == 1
+
+
+def test_missing_package_is_named(bases, tmp_path):
+    """Without safetensors: the line to type."""
+    code = (
+        "import sys; sys.modules['safetensors'] = sys.modules['safetensors.torch'] = None\n"
+        "import llm_pipeline; sys.exit(llm_pipeline.main(sys.argv[1:]))"
+    )
+    argv = ["export", "--ckpt", str(bases["gpt2"]), "--out_dir", str(tmp_path / "hf")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    here = str(Path(lp.__file__).parent)
+    result = finish(subprocess.Popen([sys.executable, "-c", code, *argv], cwd=here, **pipes))
+    result.fails(1, "pip install", "safetensors")
+    assert not entry_names(tmp_path)

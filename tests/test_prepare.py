@@ -1,0 +1,810 @@
+"""`prepare`: sources, report, reuse, kills, downloads, model check; training from what it makes."""
+
+import contextlib
+import http.server
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, differences, run
+
+import llm_pipeline as lp
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Keep what `datasets` caches in a temporary folder, and nobody on the network."""
+    if "datasets" in sys.modules:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets_are_loaded():
+    pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """As on a machine without matplotlib, which saves a moment a run."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+
+
+def rows(n: int = 60, size: int = 30) -> list[dict]:
+    rng = random.Random(0)
+    words = ["sun", "moon", "你好", "river", "stone", "Größe", "bird", "fish"]
+    return [{"text": f"{i} " + " ".join(rng.choices(words, k=size)), "id": i} for i in range(n)]
+
+
+def write_rows(path: Path, found: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in found]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def prepare(out: Path, *flags, **more):
+    return run("prepare", "--out_dir", out, *flags, **more)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    names = [f"{split}.{end}" for split in ("train", "val") for end in ("bin", "idx")]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def texts(folder: Path) -> list[str]:
+    store, found = lp.TokenStore(folder), []
+    for split in ("train", "val"):
+        for start, length, *_ in store.index[split].tolist():
+            found.append(store.tokenizer.decode(store.tokens[split][start : start + length]))
+    return sorted(found)
+
+
+# --- sources ---
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+@pytest.mark.parametrize("builder", ["json", "parquet", "text"])
+def test_streams_and_local_files_give_the_same_store(tmp_path, no_figures, builder, tokenizer):
+    found, flags = rows(), ["--tokenizer", tokenizer, "--vocab_size", 300]
+    if builder == "json":
+        path = write_rows(tmp_path / "a.jsonl", [*found, found[3], {"text": " ", "id": 0}])
+    elif builder == "parquet":
+        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        path = tmp_path / "a.parquet"
+        parquet.write_table(pa.Table.from_pylist([*found, found[3]]), path, row_group_size=7)
+    else:
+        path = tmp_path / "a.txt"
+        path.write_text("\n".join(["", *(r["text"] for r in found), found[3]["text"], ""]))
+    local = ["--doc_delimiter", r"\n"] if builder == "text" else []
+    prepare(tmp_path / "local", "--data_dir", path, *local, *flags).ok()
+    hub = ["--hf_dataset", builder, "--hf_files", path, *flags]
+    prepare(tmp_path / "hub", *hub).ok()
+    prepare(tmp_path / "stream", *hub, "--streaming").ok()
+    assert texts(tmp_path / "local") == sorted(r["text"] for r in found)
+    assert content(tmp_path / "local") == content(tmp_path / "hub") == content(tmp_path / "stream")
+
+
+def test_instructions_from_a_builder(tmp_path, no_figures):
+    """A table that holds both an instruction and its whole text is read alike everywhere."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    found = [
+        dict(instruction=f"Do {i}", input="", output=f"{i}", text=f"all {i}") for i in range(9)
+    ]
+    parquet.write_table(pa.Table.from_pylist(found), tmp_path / "a.parquet")
+    flags = ["--val_fraction", 0.2]
+    prepare(tmp_path / "local", "--data_dir", tmp_path / "a.parquet", *flags).ok()
+    hub = ["--hf_dataset", "parquet", "--hf_files", tmp_path / "a.parquet", *flags]
+    prepare(tmp_path / "hub", *hub, "--streaming").ok()
+    assert content(tmp_path / "local") == content(tmp_path / "hub")
+    assert "### Input: \n### Output: 3\n" in "".join(texts(tmp_path / "hub"))
+
+
+def test_fineweb_in_both_ways(tmp_path, data, no_figures):
+    path = data / "fineweb/fineweb_10rows.parquet"
+    flags = ["--tokenizer", data / "gpt2_bpe"]
+    prepare(tmp_path / "local", "--data_dir", path, *flags).ok()
+    hub = ["--hf_dataset", "parquet", "--hf_files", path, "--streaming"]
+    prepare(tmp_path / "hub", *hub, *flags).ok()
+    assert content(tmp_path / "local") == content(tmp_path / "hub")
+    assert len(texts(tmp_path / "hub")) == 10
+
+
+def test_several_files_by_a_pattern(tmp_path, no_figures):
+    found = rows()
+    for i in range(3):
+        write_rows(tmp_path / f"raw/{i}.jsonl", found[i::3])
+    hub = ["--hf_dataset", "json", "--hf_files", tmp_path / "raw/*.jsonl"]
+    prepare(tmp_path / "hub", *hub).ok()
+    assert texts(tmp_path / "hub") == sorted(r["text"] for r in found)
+
+
+def test_a_dataset_name_without_a_network(tmp_path, offline):
+    for streaming in ([], ["--streaming"]):
+        flags = ["--hf_dataset", "nobody/no-such-set", *streaming]
+        result = prepare(tmp_path / "st", *flags).fails(1, "nobody/no-such-set", "network")
+        assert len(result.errors) == 1
+    assert not (tmp_path / "st").exists()
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "stream"])
+@pytest.mark.parametrize("kind", ["broken", "types", "missing", "parquet", "column"])
+def test_a_builder_over_bad_files(tmp_path, kind, streaming):
+    path, builder = tmp_path / "a.jsonl", "json"
+    if kind == "broken":
+        write_rows(path, rows()).open("a").write("{broken\n")
+    elif kind == "types":
+        write_rows(path, [{"text": 5}])
+    elif kind == "column":
+        write_rows(path, [{"words": "a"}])
+    elif kind == "parquet":
+        path, builder = tmp_path / "a.parquet", "parquet"
+        path.write_bytes(b"PAR1 no table PAR1")
+    flags = ["--hf_dataset", builder, "--hf_files", path, *streaming]
+    result = prepare(tmp_path / "st", *flags).fails(1)
+    assert len(result.errors) == 1
+    assert not (tmp_path / "st").exists()
+
+
+def test_a_changed_file_behind_a_builder_is_read_again(tmp_path, no_figures):
+    found = rows()
+    for part in (found[:30], found):
+        path = write_rows(tmp_path / "a.jsonl", part)
+        prepare(tmp_path / "st", "--hf_dataset", "json", "--hf_files", path, "--streaming").ok()
+        assert texts(tmp_path / "st") == sorted(r["text"] for r in part)
+
+
+# --- limits ---
+
+
+@pytest.mark.parametrize("n", [1, 7, 59])
+def test_max_docs(tmp_path, no_figures, n):
+    write_rows(tmp_path / "a.jsonl", rows())
+    flags = ["--data_dir", tmp_path / "a.jsonl", "--max_docs", n, "--val_fraction", 1e-9]
+    prepare(tmp_path / "st", *flags).ok()
+    assert texts(tmp_path / "st") == sorted(r["text"] for r in rows()[:n])
+
+
+@pytest.mark.parametrize("most", [500, 5000])
+def test_max_tokens(tmp_path, no_figures, most):
+    write_rows(tmp_path / "a.jsonl", rows())
+    flags = ["--data_dir", tmp_path / "a.jsonl", "--max_tokens", most]
+    prepare(tmp_path / "st", *flags).ok()
+    total = sum(len(t) for t in lp.TokenStore(tmp_path / "st").tokens.values())
+    longest = max(len(r["text"].encode()) + 2 for r in rows())
+    assert most <= total <= most + longest, "it stops after the document that reaches the limit"
+
+
+# --- the report ---
+
+
+def test_the_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = [*rows(), rows()[0], {"text": "  ", "id": 0}]
+    write_rows(tmp_path / "a.jsonl", found)
+    result = prepare(tmp_path / "st", "--data_dir", tmp_path / "a.jsonl", "--block_size", 32).ok()
+    store = lp.TokenStore(tmp_path / "st")
+    assert result.out.splitlines()[-1] == str(tmp_path / "st")
+    report = json.loads((tmp_path / "st/report.json").read_text("utf-8"))
+    figures = report["figures"]
+    tokens = {s: len(t) for s, t in store.tokens.items()}
+    assert figures["records read"] == 62
+    assert figures["dropped, duplicate"] == figures["dropped, short or empty"] == 1
+    assert figures["documents, train"] + figures["documents, val"] == 60
+    for split in ("train", "val"):
+        assert figures[f"tokens, {split}"] == tokens[split]
+        assert figures[f"documents, {split}"] == len(store.index[split])
+    size = sum(len(r["text"].encode()) for r in rows())
+    assert figures["bytes per token"] == pytest.approx(size / sum(tokens.values()), abs=1e-3)
+    assert figures["tokens per second"] > 0
+    lengths = np.concatenate([store.index[s]["length"] for s in ("train", "val")])
+    percentiles = report["length_percentiles"]
+    assert percentiles["100"] == lengths.max()
+    assert percentiles["50"] == np.sort(lengths)[29]
+    for name, value in figures.items():
+        assert re.search(rf"{re.escape(name)} +{value:,}\n", result.out), name
+    assert (tmp_path / "st/token_lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "st/token_lengths.png").stat().st_size > 2000
+
+
+def test_the_sample_batch(tmp_path, no_figures):
+    write_rows(tmp_path / "a.jsonl", rows())
+    flags = ["--tokenizer", "bpe", "--vocab_size", 300, "--block_size", 24]
+    prepare(tmp_path / "st", "--data_dir", tmp_path / "a.jsonl", *flags).ok()
+    batch = json.loads((tmp_path / "st/sample_batch.json").read_text("utf-8"))
+    store = lp.TokenStore(tmp_path / "st")
+    assert np.array(batch["input_ids"]).shape == (4, 24)
+    assert batch["labels"] == batch["input_ids"], "Hugging Face models shift labels themselves"
+    stream = "".join(f",{i}" for i in store.tokens["train"].tolist()) + ","
+    for ids, text in zip(batch["input_ids"], batch["text"], strict=True):
+        assert "".join(f",{i}" for i in ids) + "," in stream
+        assert text == store.tokenizer.decode(ids)
+
+
+def test_the_preview(tmp_path, no_figures):
+    found = [dict(instruction="Say it " + "x" * 40, output="yes") for _ in range(1)]
+    write_rows(tmp_path / "a.jsonl", [*found, {"text": "plain words"}])
+    flags = ["--data_dir", tmp_path / "a.jsonl", "--val_fraction", 1e-9]
+    out = prepare(tmp_path / "st", *flags, "--preview", 5, "--block_size", 40).ok().out
+    lines = [line.split(maxsplit=3) for line in out.splitlines()]
+    states = [(int(w[1]), w[2]) for w in lines if len(w) == 4 and w[0].isdigit() and w[1].isdigit()]
+    store = lp.TokenStore(tmp_path / "st")
+    index = store.index["train"]
+    assert len(states) == index["length"].sum(), "each token of each record, once"
+    starts = [i for i, (token, _) in enumerate(states) if token == store.tokenizer.bos_id]
+    shown = sorted((states[starts[0] : starts[1]], states[starts[1] :]), key=len)
+    second, first = shown
+    (start, length, prompt, _), plain = index[0].tolist(), index[1].tolist()
+    assert [i for i, _ in first] == store.tokens["train"][start : start + length].tolist()
+    assert [s for _, s in first[prompt:]] == ["trained"] * (length - prompt)
+    kept = [s for _, s in first[:prompt]]
+    assert kept.count("masked") == 41 - (length - prompt) and kept.count("cut") == length - 41
+    assert kept[0] == kept[-1] == "masked"
+    assert [s for _, s in second] == ["masked"] + ["trained"] * (plain[1] - 1)
+
+
+def test_a_second_run_reuses_the_store(tmp_path, no_figures):
+    write_rows(tmp_path / "raw/a.jsonl", rows(2000))
+    flags = ["--data_dir", tmp_path / "raw"]
+    first = prepare(tmp_path / "st", *flags).ok()
+    before = {n: (tmp_path / "st" / n).stat().st_mtime_ns for n in content(tmp_path / "st")}
+    second = prepare(tmp_path / "st", *flags).ok()
+    assert {n: (tmp_path / "st" / n).stat().st_mtime_ns for n in before} == before
+    assert "unchanged" in second.err and "unchanged" not in first.err
+    assert second.out == first.out
+    third = prepare(tmp_path / "st", *flags, "--split_seed", 3).ok()
+    assert (tmp_path / "st/train.bin").stat().st_mtime_ns != before["train.bin"]
+    assert "unchanged" not in third.err
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    write_rows(tmp_path / "a.jsonl", rows())
+    (tmp_path / "st").mkdir()
+    (tmp_path / "st/thesis.tex").write_text("precious")
+    prepare(tmp_path / "st", "--data_dir", tmp_path / "a.jsonl").fails(1, "st", "other files")
+    assert [p.name for p in (tmp_path / "st").iterdir()] == ["thesis.tex"]
+
+
+def test_a_failed_run_leaves_the_store_before_it(tmp_path, no_figures):
+    path = write_rows(tmp_path / "a.jsonl", rows())
+    prepare(tmp_path / "st", "--data_dir", path).ok()
+    before = content(tmp_path / "st")
+    path.open("a").write("{broken\n")
+    prepare(tmp_path / "st", "--data_dir", path).fails(1, "a.jsonl:61")
+    assert content(tmp_path / "st") == before
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["st"]
+
+
+# --- kills ---
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_ten_random_moments(tmp_path, no_figures):
+    """Never a store that loads and is wrong; the next run starts clean."""
+    raw, out = write_rows(tmp_path / "raw/a.jsonl", rows(8000)), tmp_path / "out/st"
+    settings = [["--data_dir", raw, "--split_seed", seed] for seed in (1, 2)]
+    right, started = [], time.monotonic()
+    for seed, flags in enumerate(settings):
+        prepare(tmp_path / f"right{seed}", *flags).ok()
+        right.append(content(tmp_path / f"right{seed}"))
+    takes = (time.monotonic() - started) / 2
+    assert right[0] != right[1]
+    rng = random.Random(0)
+    for round in range(10):
+        child = os.fork()
+        if child == 0:
+            try:
+                prepare(out, *settings[round % 2])
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0, takes))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        try:
+            lp.TokenStore(out)
+        except lp.UserError:
+            continue
+        assert content(out) in right
+    prepare(out, *settings[0]).ok()
+    assert content(out) == right[0]
+    left = [p.name for p in out.parent.iterdir() if p.name != "st" and not p.name.endswith("lock")]
+    assert not left
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("first", [True, False], ids=["new", "rebuilt"])
+def test_killed_before_each_renaming(tmp_path, no_figures, first):
+    """The moments that chance hardly hits: between the last steps of making a store."""
+    raw, out = write_rows(tmp_path / "raw/a.jsonl", rows(40)), tmp_path / "out/st"
+    settings = [["--data_dir", raw, "--split_seed", seed] for seed in (1, 2)]
+    right = []
+    for seed, flags in enumerate(settings):
+        prepare(tmp_path / f"right{seed}", *flags).ok()
+        right.append(content(tmp_path / f"right{seed}"))
+    for moment in range(12):
+        shutil.rmtree(out, ignore_errors=True)
+        if not first:
+            prepare(out, *settings[0]).ok()
+        child = os.fork()
+        if child == 0:
+            try:
+                kill_at(moment)
+                prepare(out, *settings[1])
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        with contextlib.suppress(lp.UserError):
+            lp.TokenStore(out)
+            assert content(out) in right
+        if not os.WIFSIGNALED(status):
+            break
+    assert moment >= 2, "there are some renamings"
+    prepare(out, *settings[1]).ok()
+    assert content(out) == right[1]
+
+
+def kill_at(moment: int) -> None:
+    """End this process as by SIGKILL when it is about to rename a file for the n-th time."""
+    calls = []
+
+    def dying(rename):
+        def wrapper(*args, **more):
+            if len(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(args)
+            return rename(*args, **more)
+
+        return wrapper
+
+    os.rename, os.replace = dying(os.rename), dying(os.replace)
+
+
+# --- stores that lie ---
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    tasks = [dict(instruction=f"Do {i}", input="x " * i, output=f"{i}") for i in range(20)]
+    write_rows(folder / "raw/a.jsonl", [*rows(), *tasks])
+    prepare(folder / "st", "--data_dir", folder / "raw").ok()
+    return folder / "st"
+
+
+def spoiled(store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(store, tmp_path / "st", dirs_exist_ok=True))
+
+
+def train(data_dir: Path, out: Path, *flags):
+    return run("train", "--data_dir", data_dir, *TINY, "--out_dir", out, *flags)
+
+
+def test_truncated_tokens_are_refused(store, tmp_path):
+    for name in content(store):
+        folder = spoiled(store, tmp_path)
+        file = folder / name
+        file.write_bytes(file.read_bytes()[:-24])
+        result = train(folder, tmp_path / "run").fails(1, str(folder), name)
+        assert len(result.errors) == 1
+        (folder / name).unlink()
+        train(folder, tmp_path / "run").fails(1, str(folder))
+
+
+def test_ids_outside_the_vocabulary_are_refused(store, tmp_path):
+    folder = spoiled(store, tmp_path)
+    for split in ("train", "val"):
+        ids = np.fromfile(store / f"{split}.bin", "<u2")
+        ids[10:] = 60_000
+        ids.tofile(folder / f"{split}.bin")
+    train(folder, tmp_path / "run").fails(1, str(folder), "vocabulary")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("start", 10**6), ("start", 2**64 - 1), ("length", 10**6), ("length", 2**64 - 5),
+     ("prompt", 10**6), ("source", 99), ("prompt", 0), ("length", 0)],
+)  # fmt: skip
+def test_an_index_that_points_elsewhere_is_refused(store, tmp_path, field, value):
+    folder = spoiled(store, tmp_path)
+    index = np.fromfile(store / "train.idx", lp.INDEX)
+    index[field][len(index) // 2] = value
+    index.tofile(folder / "train.idx")
+    train(folder, tmp_path / "run").fails(1, str(folder))
+
+
+def test_a_mutated_meta_json_is_refused_or_harmless(store, tmp_path, no_figures):
+    """Each field gone or of another type: no command meets it with a traceback."""
+    meta = json.loads((store / "meta.json").read_text("utf-8"))
+    folder = spoiled(store, tmp_path)
+    lost = object()
+    for name in meta:
+        for value in (lost, None, 5, -1.5, "x", [], {}, [5], {"train": "x"}, [[[]]]):
+            changed = {k: v for k, v in meta.items() if k != name}
+            changed |= {} if value is lost else {name: value}
+            (folder / "meta.json").write_text(json.dumps(changed), "utf-8")
+            result = run("prepare", "--data_dir", folder)
+            assert result.code == 0 or len(result.errors) == 1, (name, value, result)
+            try:
+                opened = lp.TokenStore(folder)
+                assert isinstance(opened.fingerprint, str)
+            except lp.UserError:
+                pass
+    for whole in ("", "{", "[]", "5", "null", "[" * 100_000, "\0"):
+        (folder / "meta.json").write_text(whole)
+        run("prepare", "--data_dir", folder).fails(1, str(folder))
+
+
+# --- training from a store ---
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_training_from_a_prepared_folder(tmp_path, no_figures, tokenizer):
+    """It needs no further flag: the store knows its tokenizer."""
+    write_rows(tmp_path / "raw/a.jsonl", rows())
+    data = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "processed"]
+    flags = [*data, "--tokenizer", tokenizer, "--vocab_size", 300]
+    folder = run("prepare", *flags).ok().out.splitlines()[-1]
+    train(folder, tmp_path / "a").ok()
+    run("train", *flags, *TINY, "--out_dir", tmp_path / "b").ok()
+    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
+    run("eval", "--ckpt", tmp_path / "a/best.pth", "--data_dir", folder).ok()
+
+
+def test_a_store_of_another_tokenizer_is_refused(tmp_path, store, no_figures):
+    """A checkpoint brings its tokenizer; a store of other ids is no data for it."""
+    train(store, tmp_path / "a").ok()
+    write_rows(tmp_path / "raw/a.jsonl", rows())
+    flags = ["--data_dir", tmp_path / "raw", "--tokenizer", "bpe", "--vocab_size", 300]
+    prepare(tmp_path / "bpe", *flags).ok()
+    ckpt = ["--ckpt", tmp_path / "a/best.pth"]
+    run("eval", *ckpt, "--data_dir", tmp_path / "bpe").fails(1, "bpe", "tokenizer")
+
+
+# --- training from a stream ---
+
+STREAMS = {
+    "many": (rows(80), 8),
+    "long": ([{"text": "sun moon " * 400}, {"text": "river " * 300}, {"text": "x " * 500}], 8),
+    "wraps": (rows(12), 4),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("stop", [3, 8])
+def test_a_stopped_stream_goes_on_bit_for_bit(tmp_path, kind, stop):
+    found, buffer = STREAMS[kind]
+    path = write_rows(tmp_path / "a.jsonl", found)
+    flags = ["--hf_dataset", "json", "--hf_files", path, "--streaming", "--shuffle_buffer", buffer]
+    flags += ["--val_fraction", 0.3, "--eval_interval", 5, "--eval_batches", 2]
+    flags += ["--split_seed", 7]
+    command = ["train", *flags, *TINY]
+    run(*command, "--out_dir", tmp_path / "whole").ok()
+    run(*command, "--out_dir", tmp_path / "parts", "--stop_after", stop)
+    assert lp.load_checkpoint(tmp_path / "parts/last.pth")["progress"]["step"] == stop
+    run(*command, "--out_dir", tmp_path / "parts", "--resume").ok()
+    assert differences(tmp_path / "whole/last.pth", tmp_path / "parts/last.pth") == []
+
+
+def stream(path: Path, split: str, rank=0, world_size=1, tokenizer=None, batch_size=4):
+    flags = ["--hf_dataset", "json", "--hf_files", path, "--streaming", "--shuffle_buffer", 8]
+    config = lp.parse(["train", *map(str, [*flags, "--val_fraction", 0.3])])[1]
+    data = lp.StreamDataset(config, tokenizer or lp.ByteTokenizer(), 16, split)
+    rt = lp.Runtime(torch.device("cpu"), torch.float32, rank, world_size)
+    return lp.Loader(data, batch_size, 1, rt)
+
+
+def test_a_stream_is_sharded_over_processes(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", rows(40))
+    whole = stream(path, "train")
+    for world_size in (2, 4):
+        parts = [stream(path, "train", rank, world_size) for rank in range(world_size)]
+        for step in range(6):
+            batch, n_targets = whole.step(step) if world_size == 2 else stream_step(path, step)
+            mine = [p.step(step) for p in parts]
+            assert torch.equal(torch.cat([b.x for b, _ in mine]), batch.x)
+            assert {n for _, n in mine} == {n_targets}
+
+
+def stream_step(path: Path, step: int):
+    loader = stream(path, "train")
+    return [loader.step(s) for s in range(step + 1)][-1]
+
+
+def test_a_stream_keeps_validation_out_as_the_store_does(tmp_path, no_figures):
+    path = write_rows(tmp_path / "a.jsonl", rows(60, 8))
+    prepare(tmp_path / "st", "--data_dir", path, "--val_fraction", 0.3).ok()
+    store = lp.TokenStore(tmp_path / "st")
+    for split in ("train", "val"):
+        tokens, seen = store.tokens[split].tolist(), set()
+        batches = stream(path, split)
+        for step in range(-(-len(tokens) // 64)):
+            batch = batches.step(step)[0]
+            assert torch.equal(batch.x[:, 1:], batch.y[:, :-1])
+            seen |= {tuple(row) for row in batch.x.tolist()}
+        windows = {tuple(tokens[i : i + 16]) for i in range(0, len(tokens) - 16, 16)}
+        assert windows <= seen
+
+
+# --- the model check ---
+
+
+@pytest.fixture(scope="module")
+def small_gpt2(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = dict(vocab_size=260, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
+    with torch.no_grad():  # sharp enough that one place more or less shows
+        model.transformer.wte.weight.mul_(30)
+    folder = tmp_path_factory.mktemp("gpt2")
+    model.save_pretrained(folder)
+    return folder
+
+
+def check(store: Path, model, *flags):
+    return run("prepare", "--data_dir", store, "--check_model", model, *flags)
+
+
+def test_a_model_that_shifts_its_labels(store, small_gpt2, no_figures):
+    import transformers
+
+    out = check(store, small_gpt2, "--block_size", 48).ok().out
+    model = transformers.AutoModelForCausalLM.from_pretrained(small_gpt2).eval()
+    ids = torch.tensor(json.loads((store / "sample_batch.json").read_text())["input_ids"])
+    with torch.no_grad():
+        logits = model(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 260), ids[:, 1:].flatten())
+    printed = [float(x) for x in re.findall(r"\d+\.\d{4}", out)]
+    assert printed[-2:] == pytest.approx([loss.item()] * 2, abs=2e-4)
+    assert "(4, 48)" in out and "(4, 48, 260)" in out
+
+
+@pytest.fixture
+def unshifted(small_gpt2, tmp_path):
+    """The same weights in a class that compares each logit with its own input."""
+    import transformers
+
+    class UnshiftedConfig(transformers.GPT2Config):
+        model_type = "unshifted"
+
+    class Unshifted(transformers.GPT2LMHeadModel):
+        config_class = UnshiftedConfig
+
+        def forward(self, input_ids=None, labels=None, **more):
+            out = super().forward(input_ids=input_ids, **more)
+            if labels is not None:
+                out.loss = torch.nn.functional.cross_entropy(
+                    out.logits.flatten(0, 1), labels.flatten()
+                )
+            return out
+
+    transformers.AutoConfig.register("unshifted", UnshiftedConfig, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(UnshiftedConfig, Unshifted, exist_ok=True)
+    shape = transformers.GPT2Config.from_pretrained(small_gpt2).to_dict()
+    model = Unshifted(UnshiftedConfig(**{k: v for k, v in shape.items() if k != "model_type"}))
+    source = transformers.GPT2LMHeadModel.from_pretrained(small_gpt2)
+    model.load_state_dict(source.state_dict())
+    model.save_pretrained(tmp_path / "unshifted")
+    return tmp_path / "unshifted"
+
+
+def test_a_model_that_does_not_shift_is_refused(store, unshifted, no_figures):
+    check(store, unshifted, "--block_size", 48).fails(1, "unshifted", "shift")
+
+
+def test_a_model_that_cannot_take_the_batch(store, small_gpt2, tmp_path, no_figures, offline):
+    import transformers
+
+    result = check(store, small_gpt2, "--block_size", 100).fails(1, str(small_gpt2))
+    assert len(result.errors) == 1 and "--block_size 100" in result.err
+    shape = dict(vocab_size=100, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(tmp_path / "s")
+    check(store, tmp_path / "s", "--block_size", 32).fails(1, "100", "260")
+    check(store, tmp_path / "nowhere").fails(1, "nowhere")
+    model = transformers.GPT2LMHeadModel.from_pretrained(small_gpt2)
+    with torch.no_grad():
+        model.transformer.wte.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    check(store, tmp_path / "nan", "--block_size", 32).fails(1, "nan")
+
+
+# --- downloads ---
+
+
+class Mirror:
+    """A small HTTP server on the loopback address that misbehaves as it is told."""
+
+    def __init__(self, files: dict[str, bytes]):
+        self.files, self.modes, self.ranges = files, [], []
+        mirror = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                mirror.answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
+
+    def answer(self, handler) -> None:
+        mode = self.modes.pop(0) if self.modes else "good"
+        asked = handler.headers.get("Range")
+        self.ranges.append(asked)
+        body = self.files.get(handler.path.strip("/"))
+        if mode == "refuse" or body is None:
+            handler.send_error(503 if body is not None else 404)
+            return
+        if mode == "corrupt":
+            body = body[:100] + b"????" + body[104:]
+        first = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        if mode == "no ranges":
+            first = 0
+        if first and first >= len(body):
+            handler.send_error(416)
+            return
+        handler.send_response(206 if first else 200)
+        rest = body[first:]
+        if first:
+            handler.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+        if mode != "no length":
+            handler.send_header("Content-Length", str(len(rest)))
+        handler.end_headers()
+        handler.wfile.write(rest[: len(rest) // 2] if mode in ("truncate", "no length") else rest)
+
+
+@pytest.fixture
+def mirror(data):
+    served = Mirror(
+        {
+            "instruction-data.json": (data / "instruction-data.json").read_bytes(),
+            "sms+spam+collection.zip": zipped(data, "sms_spam_collection", "SMSSpamCollection"),
+            "wikitext-2-v1.zip": zipped(
+                data, "wikitext-2", *(f"wiki.{s}.tokens" for s in ("train", "valid", "test"))
+            ),
+            "input.txt": (data / "tinyshakespeare/input.txt").read_bytes(),
+        }
+    )
+    yield served
+    served.server.shutdown()
+    served.server.server_close()
+
+
+def zipped(data: Path, folder: str, *names: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("readme", "Citation: see the paper.")
+        for name in names:
+            archive.write(data / folder / name, f"{folder}/{name}")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def fetch(mirror, tmp_path, no_figures):
+    def go(name: str = "instructions"):
+        flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "out"]
+        return run("prepare", "--download", name, *flags, "--mirror", mirror.address)
+
+    return go
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    found = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+@pytest.mark.parametrize("name", ["instructions", "tinyshakespeare", "sms_spam"])
+def test_download(fetch, mirror, data, tmp_path, name):
+    fetch(name).ok()
+    files = files_in(tmp_path / "raw")
+    assert len(files) == 1
+    assert all(content == (data / file).read_bytes() for file, content in files.items())
+    assert len(lp.TokenStore(next((tmp_path / "out").glob("*/meta.json")).parent).index["train"])
+    asked = len(mirror.ranges)
+    fetch(name).ok()
+    assert len(mirror.ranges) == asked, "what is there is not fetched again"
+
+
+def test_download_of_several_files(mirror, data, tmp_path):
+    lp.download("wikitext-2", tmp_path, mirror.address)
+    files = files_in(tmp_path)
+    assert len(files) == 3
+    assert all(content == (data / file).read_bytes() for file, content in files.items())
+
+
+@pytest.mark.parametrize("mode", ["truncate", "no length", "corrupt", "refuse"])
+def test_a_broken_download_is_one_line_and_then_made_good(fetch, mirror, data, tmp_path, mode):
+    mirror.modes = [mode]
+    result = fetch().fails(1, "instruction")
+    assert len(result.errors) == 1
+    assert "again" in result.err or "same command" in result.err or "503" in result.err
+    assert not (tmp_path / "raw/instruction-data.json").exists()
+    assert not (tmp_path / "out").exists()
+    fetch().ok()
+    content = (tmp_path / "raw/instruction-data.json").read_bytes()
+    assert content == (data / "instruction-data.json").read_bytes()
+    assert len(files_in(tmp_path / "raw")) == 1, "no part is left"
+    if mode == "truncate":
+        half = len(content) // 2
+        assert mirror.ranges == [None, f"bytes={half}-"], "it went on where it broke off"
+
+
+def test_several_breaks_in_one_download(fetch, mirror, data, tmp_path):
+    mirror.modes = ["truncate", "truncate", "refuse", "no ranges"]
+    for _ in range(3):
+        fetch().fails(1, "instruction")
+    fetch().ok()
+    content = (tmp_path / "raw/instruction-data.json").read_bytes()
+    assert content == (data / "instruction-data.json").read_bytes()
+
+
+def test_the_rest_of_another_file(fetch, mirror, data, tmp_path):
+    """The server's file changed between two parts: found by its hash, and fetched anew."""
+    mirror.modes = ["truncate"]
+    fetch().fails(1, "instruction")
+    whole = mirror.files["instruction-data.json"]
+    mirror.files["instruction-data.json"] = whole[::-1]
+    fetch().fails(1, "sha256")
+    mirror.files["instruction-data.json"] = whole[: len(whole) // 3]
+    mirror.modes = ["truncate"]
+    fetch().fails(1, "instruction")
+    mirror.files["instruction-data.json"] = whole[:10]  # shorter than the part: answers 416
+    fetch().fails(1, "instruction")
+    mirror.files["instruction-data.json"] = whole
+    fetch().ok()
+    assert (tmp_path / "raw/instruction-data.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", ["middle", "end", "other", "empty"])
+def test_a_damaged_archive(fetch, mirror, tmp_path, damage):
+    name = "sms+spam+collection.zip"
+    whole = mirror.files[name]
+    middle = len(whole) // 2
+    mirror.files[name] = {
+        "middle": whole[:middle] + bytes(64) + whole[middle + 64 :],
+        "end": whole[:-30] + b"\xff" * 4 + whole[-26:],
+        "other": zipped(tmp_path, "."),
+        "empty": b"",
+    }[damage]
+    result = fetch("sms_spam").fails(1)
+    assert len(result.errors) == 1
+    assert not (tmp_path / "out").exists()
+    mirror.files[name] = whole
+    fetch("sms_spam").ok()
+    assert list(files_in(tmp_path / "raw")) == ["sms_spam_collection/SMSSpamCollection"]
+
+
+def test_no_network(tmp_path, mirror):
+    mirror.server.shutdown()
+    mirror.server.server_close()
+    flags = ["--download", "instructions", "--data_dir", tmp_path / "raw"]
+    result = run("prepare", *flags, "--mirror", mirror.address).fails(1, "instructions", "network")
+    assert len(result.errors) == 1
+    run("prepare", *flags, "--mirror", "not an address").fails(1, "not an address")
+
+
+def test_an_unknown_download(tmp_path):
+    flags = ["--download", "tinyshakespear", "--data_dir", tmp_path / "raw"]
+    result = run("prepare", *flags)
+    assert result.code in (1, 2) and len(result.errors) == 1
+    assert "tinyshakespeare" in result.err

@@ -1,0 +1,582 @@
+"""The training loop: exactness, resume, schedules, optimizers, stopping, faults in a step."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    CPU,
+    SHAPE,
+    TINY,
+    curve,
+    differences,
+    largest_difference,
+    metrics,
+    run,
+    run_process,
+    tensors,
+    words,
+    write_corpus,
+)
+
+import llm_pipeline as lp
+
+SHORT = [*CPU, *SHAPE, *words("--batch_size 8 --max_steps 10 --lr 1e-3 --log_interval 1")]
+TUNE = [*CPU, *words("--batch_size 4 --max_steps 8 --report_samples 0 --log_interval 1")]
+
+
+def progress(path: Path) -> dict:
+    return lp.load_checkpoint(path)["progress"]
+
+
+def spoil(monkeypatch, change) -> None:
+    """Inject a fault: `change(loss, batch, step)` sees every training loss before backward."""
+    make = lp.OBJECTIVES["ntp"]
+    calls = []
+
+    def factory(config):
+        objective = make(config)
+
+        def spoiled(model, batch):
+            loss, n = objective(model, batch)
+            if torch.is_grad_enabled():
+                calls.append(1)
+                loss = change(loss, batch, len(calls))
+            return loss, n
+
+        return spoiled
+
+    monkeypatch.setitem(lp.OBJECTIVES, "ntp", factory)
+
+
+# --- it learns ---
+
+
+def test_overfit_batch(tmp_path):
+    """The sanity check that the README recommends: 300 steps learn one batch by heart."""
+    flags = words("--preset cpu-debug --overfit_batch --max_steps 300 --device cpu --block_size 32")
+    result = run("train", *flags, "--out_dir", tmp_path / "run", cwd=tmp_path).ok()
+    line = result.out.strip().splitlines()[-1]
+    assert float(line.split(" loss ")[1].split()[0]) < 0.05, line
+    assert not list(tmp_path.glob("run/*.pth"))  # nothing is saved
+
+
+def test_training_lowers_the_loss(corpus, tmp_path):
+    flags = [*TINY, *words("--max_steps 60 --lr 1e-2 --dropout 0 --log_interval 1")]
+    run("train", *corpus, *flags, "--out_dir", tmp_path).ok()
+    losses = [float(loss) for _, loss in curve(tmp_path)]
+    assert losses[0] == pytest.approx(math.log(260), abs=0.3)
+    assert sum(losses[-5:]) / 5 < losses[0] - 2
+
+
+# --- the same command, the same bits ---
+
+
+def test_same_command_same_bits(corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
+    run_process("train", *corpus, *SHORT, "--out_dir", tmp_path / "b").ok()
+    for name in ("best.pth", "last.pth"):
+        assert differences(tmp_path / "a" / name, tmp_path / "b" / name) == []
+    for split in ("train", "val"):
+        assert curve(tmp_path / "a", split) == curve(tmp_path / "b", split)
+
+
+def test_another_seed_other_bits(corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
+    run("train", *corpus, *SHORT, "--seed", 7, "--out_dir", tmp_path / "b").ok()
+    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--eval_interval 1",
+        "--eval_interval 3 --eval_batches 1",
+        "--log_interval 7",
+        "--save_interval 1",
+        "--patience 9",
+    ],
+)
+def test_looking_does_not_disturb(change, corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
+    run("train", *corpus, *SHORT, *words(change), "--out_dir", tmp_path / "b").ok()
+    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
+
+
+# --- resume, bit for bit ---
+
+RESUMED = {
+    "adamw": "--eval_interval 3",
+    "accumulation": "--grad_accum 4 --eval_interval 4",
+    "muon": "--optimizer muon",
+    "fast": "--recipe fast",
+    "modern, checkpointing": "--arch modern --grad_checkpointing --n_kv_head 1",
+    "sliding": "--stride 5 --max_steps 10",
+}
+
+
+def stop_and_resume(command: list, whole: Path, split: Path, k: int, suffix: str = "") -> None:
+    """Compare a run stopped after step k and resumed with the run that was not stopped."""
+    stopped = run(*command, "--out_dir", split, "--stop_after", k).ok()
+    assert progress(split / f"last{suffix}.pth")["step"] == k, stopped.err
+    run(*command, "--out_dir", split, "--resume").ok()
+    for name in (f"last{suffix}.pth", f"best{suffix}.pth"):
+        assert differences(whole / name, split / name) == [], (k, name)
+    for part in ("train", "val"):
+        assert curve(whole, part, suffix) == curve(split, part, suffix), k
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_from_every_step(name, corpus, tmp_path):
+    """10 steps are two and a half epochs, so that some k stand at an epoch's edge."""
+    command = ["train", *corpus, *SHORT, *words(RESUMED[name])]
+    run(*command, "--out_dir", tmp_path / "whole").ok()
+    if name != "sliding":
+        epochs = {row["epoch"] for row in metrics(tmp_path / "whole")}
+        assert epochs == {"0", "1", "2"}
+    for k in range(1, 10):
+        stop_and_resume(command, tmp_path / "whole", tmp_path / f"{k}", k)
+
+
+@pytest.mark.parametrize("flags", ["", "--method lora --lora_dropout 0.1 --loss_on response"])
+def test_resume_finetune_from_every_step(flags, corpus, tiny_checkpoint, tmp_path):
+    command = ["finetune", *corpus[:4], *TUNE, "--ckpt", tiny_checkpoint, *words(flags)]
+    run(*command, "--out_dir", tmp_path / "whole").ok()
+    for k in range(1, 8):
+        stop_and_resume(command, tmp_path / "whole", tmp_path / f"{k}", k, "_finetune")
+
+
+def test_one_step_a_session(corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "whole").ok()
+    for _ in range(10):
+        run("train", *corpus, *SHORT, "--resume", "--stop_after", 1, "--out_dir", tmp_path / "b")
+    run("train", *corpus, *SHORT, "--resume", "--out_dir", tmp_path / "b").ok()
+    assert differences(tmp_path / "whole/last.pth", tmp_path / "b/last.pth") == []
+    assert curve(tmp_path / "whole") == curve(tmp_path / "b")
+
+
+def test_resume_needs_no_other_flags(corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "b", "--stop_after", 4).ok()
+    run("train", "--out_dir", tmp_path / "b", "--resume").ok()
+    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
+
+
+def test_resume_of_a_finished_run_changes_nothing(corpus, tmp_path):
+    command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
+    run(*command).ok()
+    before, rows = tensors(tmp_path / "last.pth"), curve(tmp_path)
+    result = run(*command, "--resume").ok()
+    assert result.out.strip().endswith("best.pth")
+    after = tensors(tmp_path / "last.pth")
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert curve(tmp_path) == rows
+
+
+def test_time_limit_stops_and_resumes(corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
+    flags = ["--out_dir", tmp_path / "b", "--max_minutes"]
+    run("train", *corpus, *SHORT, *flags, "1e-6").ok()
+    assert progress(tmp_path / "b/last.pth")["step"] < 10
+    run("train", *corpus, *SHORT, *flags, "0", "--resume").ok()
+    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--lr 2e-3", "lr"),
+        ("--seed 9", "seed"),
+        ("--batch_size 4", "batch_size"),
+        ("--n_embd 64", "n_embd"),
+        ("--weight_decay 0.2", "weight_decay"),
+        ("--max_steps 20", "max_steps"),
+        ("--optimizer muon", "optimizer"),
+        ("--dropout 0", "dropout"),
+        ("--stride 3", "stride"),
+        ("--split_seed 5", "split_seed"),
+    ],
+)
+def test_resume_refuses_a_changed_setting_by_name(flags, name, corpus, tmp_path):
+    command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
+    run(*command, "--stop_after", 4).ok()
+    before = (tmp_path / "last.pth").read_bytes()
+    result = run(*command, *words(flags), "--resume")
+    result.fails(result.code or 1, name)
+    assert (tmp_path / "last.pth").read_bytes() == before
+
+
+def test_resume_refuses_changed_data(tmp_path):
+    write_corpus(tmp_path / "raw")
+    command = ["train", *SHORT, *words("--data_dir raw --processed_dir stores --out_dir run")]
+    run(*command, "--stop_after", 4, cwd=tmp_path).ok()
+    with open(tmp_path / "raw/words.jsonl", "a") as file:
+        file.write(json.dumps({"text": "one more record"}) + "\n")
+    run(*command, "--resume", cwd=tmp_path).fails(1, "data")
+
+
+@pytest.mark.parametrize("name", ["torch", "threads"])
+def test_resume_warns_of_another_version(name, corpus, tmp_path):
+    command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
+    run(*command, "--stop_after", 4).ok()
+    state = lp.load_checkpoint(tmp_path / "last.pth")
+    state["model_config"] = lp.asdict(state["model_config"])
+    state["versions"][name] = "2.10.0" if name == "torch" else 64
+    lp.save_checkpoint(tmp_path / "last.pth", state)
+    result = run(*command, "--resume").ok()
+    assert any(name in line for line in result.err.splitlines() if "warning" in line), result.err
+
+
+# --- gradients ---
+
+
+def first_gradient(folder: Path, *command) -> dict[str, torch.Tensor]:
+    """AdamW's first moment after one step is a tenth of the gradient."""
+    run(*command, *words("--max_steps 1 --grad_clip 0"), "--out_dir", folder).ok()
+    suffix = "_finetune" if command[0] == "finetune" else ""
+    found = tensors(folder / f"last{suffix}.pth", ("optimizer",))
+    return {n: t * 10 for n, t in found.items() if n.endswith(".exp_avg")}
+
+
+@pytest.mark.parametrize("loss_on", ["all", "response"])
+def test_accumulation_gives_the_same_gradient_on_padded_batches(
+    loss_on, corpus, tiny_checkpoint, tmp_path
+):
+    """Records of different lengths: dividing by micro-batches instead of targets would differ."""
+    command = ["finetune", *corpus[:4], *CPU, "--ckpt", tiny_checkpoint, "--loss_on", loss_on]
+    command += words("--batch_size 8 --dropout 0 --report_samples 0")
+    whole = first_gradient(tmp_path / "1", *command)
+    for accum in (2, 4):
+        parts = first_gradient(tmp_path / f"{accum}", *command, "--grad_accum", accum)
+        for name, gradient in whole.items():
+            distance = (parts[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+            assert distance < 1e-5, (accum, name, float(distance))
+
+
+def test_padding_does_not_count(corpus):
+    """The loss of a padded batch is the sum of its records', each alone and without padding."""
+    folder, stores = corpus[1], corpus[3]
+    config = lp.DataConfig(data_dir=folder, processed_dir=stores, val_fraction=0.2)
+    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
+    model = lp.GPT(lp.GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=32)).eval()
+    for loss_on in ("all", "response"):
+        records = lp.InstructionDataset(store, "train", 128, loss_on=loss_on)
+        ids = torch.arange(len(records)).numpy()
+        batch = records.batch(ids)
+        assert (batch.y != lp.IGNORE).sum() == records.n_targets(ids) < batch.y.numel()
+        whole = model(batch.x, batch.y, "sum")[1]
+        alone = [records.batch(ids[i : i + 1]) for i in range(len(ids))]
+        assert len({one.x.shape[1] for one in alone}) > 1
+        assert float(whole) == pytest.approx(
+            sum(float(model(one.x, one.y, "sum")[1]) for one in alone), rel=1e-5
+        )
+
+
+def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
+    """Done by hand: the seeded model, the first batch of the first epoch, one backward."""
+    base = ["train", *corpus, *TINY, *words("--dropout 0 --grad_clip 0 --log_interval 1")]
+    gradient = first_gradient(tmp_path / "a", *base)
+    first = float(curve(tmp_path / "a")[0][1])
+    state = lp.load_checkpoint(tmp_path / "a/last.pth")
+    torch.manual_seed(state["config"]["seed"])
+    start = lp.GPT(state["model_config"])
+    config = lp.DataConfig(data_dir=corpus[1], processed_dir=corpus[3], val_fraction=0.2)
+    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
+    data = lp.LMDataset(store, "train", 32, seed=state["config"]["seed"])
+    batch = data.batch(data.epoch_ids(0, torch.arange(4).numpy()))
+    loss = start(batch.x, batch.y)[1]
+    assert float(loss) == pytest.approx(first, rel=1e-5)
+    loss.backward()
+    for name, parameter in start.named_parameters():
+        wanted = gradient[f"optimizer.{name}.exp_avg"]
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_clipping(corpus, tmp_path):
+    command = ["train", *corpus, *TINY, "--dropout", 0]
+    free = first_gradient(tmp_path / "a", *command)
+    run(*command, *words("--max_steps 1 --grad_clip 0.01"), "--out_dir", tmp_path / "b").ok()
+    moments = tensors(tmp_path / "b/last.pth", ("optimizer",))
+    norm = torch.stack([t.norm() for t in free.values()]).norm()
+    assert norm > 0.1
+    for name, gradient in free.items():
+        torch.testing.assert_close(moments[name] * 10, gradient * 0.01 / norm, rtol=1e-3, atol=1e-8)
+    logged = float(metrics(tmp_path / "b")[0]["grad_norm"])
+    assert logged == pytest.approx(float(norm), rel=1e-4)  # the norm before clipping
+
+
+def test_weight_decay_is_on_matrices_only(corpus, tmp_path):
+    """One step at a gradient's scale apart: only decayed weights move by lr * decay * weight."""
+    base = ["train", *corpus, *TINY, *words("--max_steps 1 --dropout 0 --lr 0.01")]
+    run(*base, "--weight_decay", 0, "--out_dir", tmp_path / "a").ok()
+    run(*base, "--weight_decay", 1, "--out_dir", tmp_path / "b").ok()
+    free, decayed = (tensors(tmp_path / f"{x}/last.pth", ("weights",)) for x in "ab")
+    for name, weight in free.items():
+        moved = not torch.equal(weight, decayed[name])
+        assert moved == (weight.ndim == 2), name
+
+
+# --- schedules and optimizers ---
+
+
+def closed_form(schedule: str, step: int, total: int, warmup: int) -> float:
+    """Share of the full rate at step 0, 1, ..., with min_lr_ratio 0.1 and decay_fraction 0.5."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    t = (step - warmup) / (total - warmup)
+    return {
+        "constant": 1.0,
+        "linear": 1 - 0.9 * t,
+        "cosine": 0.1 + 0.9 * (1 + math.cos(math.pi * t)) / 2,
+        "wsd": 1.0 if t <= 0.5 else 0.1 + 0.9 * (1 - t) / 0.5,
+    }[schedule]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_schedule_has_its_closed_form(schedule, corpus, tmp_path):
+    flags = words(f"--lr_schedule {schedule} --max_steps 40 --warmup_steps 3 --log_interval 1")
+    run("train", *corpus, *TINY, *flags, "--out_dir", tmp_path).ok()
+    rates = [float(row["lr"]) for row in metrics(tmp_path)]
+    wanted = [1e-3 * closed_form(schedule, step, 40, 3) for step in range(40)]
+    assert rates == pytest.approx(wanted, rel=1e-9)
+
+
+def test_warmup_takes_at_most_a_tenth(corpus, tmp_path):
+    flags = words("--lr_schedule constant --max_steps 20 --warmup_steps 100 --log_interval 1")
+    run("train", *corpus, *TINY, *flags, "--out_dir", tmp_path).ok()
+    rates = [float(row["lr"]) for row in metrics(tmp_path)]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3] + [1e-3] * 18)
+
+
+def muon_steps(optimizer, weights: list[torch.nn.Parameter], gradients) -> list[torch.Tensor]:
+    for step in gradients:
+        for weight, gradient in zip(weights, step, strict=True):
+            weight.grad = gradient.clone()
+        optimizer.step()
+    return [w.detach() for w in weights]
+
+
+def parameters(values: list[torch.Tensor]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(v.clone()) for v in values]
+
+
+def test_batched_muon_is_torch_muon():
+    torch.manual_seed(0)
+    shapes = [(32, 32), (32, 64), (64, 32), (32, 32), (96, 32)]
+    start = [torch.randn(s) for s in shapes]
+    gradients = [[torch.randn(s) for s in shapes] for _ in range(4)]
+    settings = dict(lr=0.02, weight_decay=0.1)
+    ours, theirs = parameters(start), parameters(start)
+    mine = muon_steps(lp.Muon(ours, {}, **settings), ours, gradients)
+    reference = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
+    torchs = muon_steps(reference, theirs, gradients)
+    for a, b, first in zip(mine, torchs, start, strict=True):
+        assert (a - b).norm() / (b - first).norm() < 0.01  # bf16 products in another order
+
+
+def test_muon_takes_a_fused_weight_apart():
+    torch.manual_seed(0)
+    parts = [torch.randn(rows, 32) for rows in (32, 16, 16)]
+    gradients = [[torch.randn_like(p) for p in parts] for _ in range(3)]
+    alone, fused = parameters(parts), parameters([torch.cat(parts)])
+    separate = muon_steps(lp.Muon(alone, {}, lr=0.02), alone, gradients)
+    together = [[torch.cat(step)] for step in gradients]
+    (joined,) = muon_steps(lp.Muon(fused, {fused[0]: [32, 16, 16]}, lr=0.02), fused, together)
+    moved = (torch.cat(separate) - torch.cat(parts)).norm()
+    assert (joined - torch.cat(separate)).norm() / moved < 0.01
+
+
+# --- how a run ends, and what it leaves ---
+
+
+def test_files_and_columns(corpus, tmp_path):
+    result = run("train", *corpus, *SHORT, "--out_dir", tmp_path / "run").ok()
+    best = tmp_path / "run/best.pth"
+    assert Path(result.out.splitlines()[-1]) == best
+    assert best.exists()
+    header = (tmp_path / "run/metrics.csv").read_text().splitlines()[0]
+    assert header.split(",")[:5] == words("step epoch split loss timestamp")
+    assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 11))
+    assert [step for step, _ in curve(tmp_path / "run", "val")] == [4, 8, 10]  # epochs' ends
+    names = {p.name for p in (tmp_path / "run").iterdir()} - {".lock"}
+    assert names == {"best.pth", "last.pth", "metrics.csv", "config.json"}
+
+
+def test_best_is_the_best(corpus, tmp_path):
+    flags = words("--max_steps 40 --eval_interval 1 --lr 0.1 --eval_batches 0")
+    run("train", *corpus, *TINY, *flags, "--out_dir", tmp_path).ok()
+    values = {step: float(loss) for step, loss in curve(tmp_path, "val")}
+    best = progress(tmp_path / "best.pth")
+    assert best["step"] == min(values, key=values.get) < 40
+    assert progress(tmp_path / "last.pth")["step"] == 40
+
+
+def test_early_stopping(corpus, tmp_path):
+    """At this rate the loss soon bounces: the run ends with its third evaluation in vain."""
+    flags = words("--max_steps 200 --eval_interval 2 --lr 0.3 --patience 3 --grad_clip 0")
+    result = run("train", *corpus, *TINY, *flags, "--out_dir", tmp_path).ok()
+    assert "stopped early" in result.err
+    values = [float(loss) for _, loss in curve(tmp_path, "val")]
+    assert len(values) - 1 - values.index(min(values)) == 3
+    assert progress(tmp_path / "last.pth")["step"] < 200
+
+
+def test_epochs_and_max_steps(corpus, tmp_path):
+    base = ["train", *corpus, *CPU, *SHAPE, "--batch_size", 8]
+    run(*base, "--epochs", 3, "--out_dir", tmp_path / "epochs").ok()
+    assert progress(tmp_path / "epochs/last.pth")["step"] == 3 * 4
+    run(*base, "--max_steps", 7, "--out_dir", tmp_path / "steps").ok()
+    assert progress(tmp_path / "steps/last.pth")["step"] == 7
+
+
+def test_a_run_is_not_overwritten_by_accident(corpus, tmp_path):
+    command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
+    run(*command).ok()
+    before = (tmp_path / "best.pth").read_bytes()
+    run(*command).fails(1, "--resume", "--overwrite", "--out_dir", "step 10")
+    assert (tmp_path / "best.pth").read_bytes() == before
+
+
+def test_overwrite_starts_afresh(corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
+    run("train", *corpus, *SHORT, "--seed", 9, "--out_dir", tmp_path / "b").ok()
+    run("train", *corpus, *SHORT, "--overwrite", "--out_dir", tmp_path / "b").ok()
+    assert differences(tmp_path / "a/best.pth", tmp_path / "b/best.pth") == []
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+
+
+def test_overwrite_that_cannot_start_loses_nothing(corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path).ok()
+    flags = ["--overwrite", "--data_dir", tmp_path / "missing", "--out_dir", tmp_path]
+    run("train", *SHORT, *flags).fails(1, "missing")
+    assert progress(tmp_path / "best.pth")["step"] > 0
+    assert len(curve(tmp_path)) == 10
+
+
+def test_finetune_shares_the_folder_of_its_base(corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path).ok()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    flags = [*corpus[:4], *TUNE, "--ckpt", tmp_path / "best.pth", "--out_dir", tmp_path]
+    result = run("finetune", *flags).ok()
+    assert Path(result.out.splitlines()[-1]) == tmp_path / "best_finetune.pth"
+    assert {n: (tmp_path / n).read_bytes() for n in before} == before
+    new = {"best_finetune.pth", "last_finetune.pth", "config_finetune.json"}
+    assert new <= {p.name for p in tmp_path.iterdir()}
+    assert [step for step, _ in curve(tmp_path, suffix="_finetune")] == list(range(1, 9))
+
+
+def test_lora_trains_the_adapters_alone(corpus, tiny_checkpoint, tmp_path):
+    flags = [*corpus[:4], *TUNE, "--ckpt", tiny_checkpoint, *words("--method lora --lr 1e-2")]
+    run("finetune", *flags, "--out_dir", tmp_path).ok()
+    state = lp.load_checkpoint(tmp_path / "best_finetune.pth")
+    assert state["optimizer"]
+    assert all("lora_" in name for name in state["optimizer"])
+    base = lp.load_checkpoint(tiny_checkpoint)["weights"]
+    for name, weight in base.items():
+        twins = [w for n, w in state["weights"].items()
+                 if n.replace(".base_layer", "") == name]  # fmt: skip
+        assert len(twins) == 1, name
+        assert torch.equal(twins[0], weight), name
+
+
+# --- a step that goes wrong ---
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_before_the_update(where, corpus, tmp_path, monkeypatch):
+    def poison(loss, batch, call):
+        if call != 7:
+            return loss
+        if where == "loss":
+            return loss * math.nan
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    command = ["train", *corpus, *SHORT, *words("--save_interval 2 --eval_interval 2")]
+    run(*command, "--out_dir", tmp_path / "clean").ok()
+    with monkeypatch.context() as patch:
+        spoil(patch, poison)
+        run(*command, "--out_dir", tmp_path / "b").fails(1, "step 7", "finite", "last.pth")
+    assert progress(tmp_path / "b/last.pth")["step"] == 6
+    for name in ("last.pth", "best.pth"):
+        assert all(t.isfinite().all() for t in tensors(tmp_path / "b" / name).values())
+    run(*command, "--resume", "--out_dir", tmp_path / "b").ok()
+    assert differences(tmp_path / "clean/last.pth", tmp_path / "b/last.pth") == []
+    assert curve(tmp_path / "clean") == curve(tmp_path / "b")
+
+
+def test_a_poisoned_weight_stops_the_first_step(corpus, tiny_checkpoint, tmp_path):
+    state = lp.load_checkpoint(tiny_checkpoint)
+    state["model_config"] = lp.asdict(state["model_config"])
+    next(iter(state["weights"].values()))[0, 0] = math.nan
+    lp.save_checkpoint(tmp_path / "poisoned.pth", state)
+    flags = [*corpus, *CPU, *words("--max_steps 4 --batch_size 4 --block_size 32")]
+    flags += ["--init_from", tmp_path / "poisoned.pth", "--out_dir", tmp_path / "run"]
+    result = run("train", *flags)
+    result.fails(1, "finite")
+    assert not list(tmp_path.glob("run/*.pth"))
+
+
+def test_running_out_of_memory_once_changes_only_rounding(corpus, tmp_path, monkeypatch):
+    def fail(loss, batch, call):
+        if call == 4:
+            raise torch.OutOfMemoryError("injected")
+        return loss
+
+    command = ["train", *corpus, *SHORT, "--dropout", 0]
+    run(*command, "--out_dir", tmp_path / "clean").ok()
+    with monkeypatch.context() as patch:
+        spoil(patch, fail)
+        result = run(*command, "--out_dir", tmp_path / "b").ok()
+    assert "out of memory at step 4" in result.err
+    assert progress(tmp_path / "b/last.pth")["grad_accum"] == 2
+    assert largest_difference(tmp_path / "clean/last.pth", tmp_path / "b/last.pth") < 1e-4
+
+
+def test_running_out_of_memory_until_checkpointing_helps(corpus, tmp_path, monkeypatch):
+    """Micro-batches shrink to one row, then checkpointing comes on; the result stays."""
+    failures = []
+
+    def fail(loss, batch, call):
+        if batch.x.shape[0] > 1 or len(failures) < 4:
+            failures.append(batch.x.shape[0])
+            raise torch.OutOfMemoryError("injected")
+        return loss
+
+    command = ["train", *corpus, *SHORT, "--dropout", 0]
+    run(*command, "--out_dir", tmp_path / "clean").ok()
+    with monkeypatch.context() as patch:
+        spoil(patch, fail)
+        run(*command, "--out_dir", tmp_path / "b").ok()
+    assert failures == [8, 4, 2, 1]
+    end = progress(tmp_path / "b/last.pth")
+    assert (end["grad_accum"], end["grad_checkpointing"]) == (8, True)
+    assert largest_difference(tmp_path / "clean/last.pth", tmp_path / "b/last.pth") < 1e-4
+
+
+def test_running_out_of_memory_for_good_says_what_to_do(corpus, tmp_path, monkeypatch):
+    def fail(loss, batch, call):
+        raise torch.OutOfMemoryError("injected")
+
+    spoil(monkeypatch, fail)
+    result = run("train", *corpus, *SHORT, "--out_dir", tmp_path).fails(1, "memory", "block_size")
+    assert len(result.errors) == 1
+
+
+def test_resume_after_a_shrunken_micro_batch(corpus, tmp_path, monkeypatch):
+    """Dropout depends on the micro-batch: what memory allowed is part of the run."""
+
+    def fail(loss, batch, call):
+        if call == 4:
+            raise torch.OutOfMemoryError("injected")
+        return loss
+
+    command = ["train", *corpus, *SHORT]
+    for name, flags in (("whole", []), ("b", ["--stop_after", "6"])):
+        with monkeypatch.context() as patch:
+            spoil(patch, fail)
+            run(*command, *flags, "--out_dir", tmp_path / name).ok()
+    run(*command, "--resume", "--out_dir", tmp_path / "b").ok()
+    assert differences(tmp_path / "whole/last.pth", tmp_path / "b/last.pth") == []
