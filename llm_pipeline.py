@@ -250,6 +250,7 @@ class FinetuneConfig(FitConfig):
 
     ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     preset: str = option("", "batch_size and grad_accum of a training preset")
+    recipe: str = option("classic", "classic: AdamW; fast: Muon at tuned rates")
     epochs: int = option(3, "passes over the training data", low=1, high=10**6)
     lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
     seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
@@ -371,6 +372,15 @@ RECIPES = {
         arch="modern", tie_weights=False, zero_init=True, dropout=0.0,
         n_inner=lambda s: 2 * s["n_embd"], rope_theta=lambda s: 3.0 * s["block_size"],
         optimizer="muon", muon_lr=0.012, muon_momentum=0.85, lr=0.015, head_lr_scale=0.4,
+        beta2=0.95, grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
+    ),
+}  # fmt: skip
+
+# The same for finetune, whose model is the checkpoint's: smaller steps, decayed to nothing.
+FINETUNE_RECIPES = {
+    "classic": {},
+    "fast": dict(
+        optimizer="muon", muon_lr=0.006, muon_momentum=0.85, lr=0.004, head_lr_scale=0.4,
         beta2=0.95, grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
     ),
 }  # fmt: skip
@@ -508,6 +518,7 @@ def resolve(cls, flags: dict, stored: dict | None = None):
         layers = {n: v(known) if callable(v) else v for n, v in layers.items()}
         if issubclass(cls, FinetuneConfig):  # its model is the checkpoint's, its rates its own
             layers = {k: v for k, v in layers.items() if k in ("batch_size", "grad_accum")}
+            layers |= FINETUNE_RECIPES.get(chosen.get("recipe"), {})
     config = {k: v for k, v in ((stored or layers) | given).items() if k in specs}
     config = cls(**config)
     config.given = set(given)  # what was asked for by name, not by a default or a table

@@ -51,6 +51,14 @@ def spoil(monkeypatch, change) -> None:
     monkeypatch.setitem(lp.OBJECTIVES, "ntp", factory)
 
 
+@pytest.fixture(scope="module")
+def wide_checkpoint(tmp_path_factory, corpus) -> Path:
+    """A base whose block holds whole records, so that batches of them are padded."""
+    folder = tmp_path_factory.mktemp("wide")
+    run("train", *corpus, *TINY, *words("--block_size 128 --max_steps 4"), "--out_dir", folder).ok()
+    return folder / "best.pth"
+
+
 # --- it learns ---
 
 
@@ -141,8 +149,8 @@ def test_resume_from_every_step(name, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["", "--method lora --lora_dropout 0.1 --loss_on response"])
-def test_resume_finetune_from_every_step(flags, corpus, tiny_checkpoint, tmp_path):
-    command = ["finetune", *corpus[:4], *TUNE, "--ckpt", tiny_checkpoint, *words(flags)]
+def test_resume_finetune_from_every_step(flags, corpus, wide_checkpoint, tmp_path):
+    command = ["finetune", *corpus[:4], *TUNE, "--ckpt", wide_checkpoint, *words(flags)]
     run(*command, "--out_dir", tmp_path / "whole").ok()
     for k in range(1, 8):
         stop_and_resume(command, tmp_path / "whole", tmp_path / f"{k}", k, "_finetune")
@@ -242,10 +250,10 @@ def first_gradient(folder: Path, *command) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("loss_on", ["all", "response"])
 def test_accumulation_gives_the_same_gradient_on_padded_batches(
-    loss_on, corpus, tiny_checkpoint, tmp_path
+    loss_on, corpus, wide_checkpoint, tmp_path
 ):
     """Records of different lengths: dividing by micro-batches instead of targets would differ."""
-    command = ["finetune", *corpus[:4], *CPU, "--ckpt", tiny_checkpoint, "--loss_on", loss_on]
+    command = ["finetune", *corpus[:4], *CPU, "--ckpt", wide_checkpoint, "--loss_on", loss_on]
     command += words("--batch_size 8 --dropout 0 --report_samples 0")
     whole = first_gradient(tmp_path / "1", *command)
     for accum in (2, 4):
@@ -405,7 +413,9 @@ def test_files_and_columns(corpus, tmp_path):
 
 
 def test_best_is_the_best(corpus, tmp_path):
-    flags = words("--max_steps 40 --eval_interval 1 --lr 0.1 --eval_batches 0")
+    flags = words(
+        "--max_steps 40 --eval_interval 1 --lr 0.5 --lr_schedule constant --eval_batches 0"
+    )
     run("train", *corpus, *TINY, *flags, "--out_dir", tmp_path).ok()
     values = {step: float(loss) for step, loss in curve(tmp_path, "val")}
     best = progress(tmp_path / "best.pth")

@@ -406,7 +406,8 @@ PROTECTIONS = {
     "seed": ("torch.manual_seed(seed)", "pass", "test_training.py", "same_command"),
     "mask": ("width), IGNORE,", "width), 0,", "test_training.py", "padding"),
     "finite": ("math.isfinite(", "(lambda _: True)(", "test_training.py", "not_finite"),
-    "count of all targets": ("world_size / n_targets", "world_size / accum / micro.y.numel()",
+    "count of all targets": ("world_size / n_targets",
+                             "world_size / accum / (micro.y != IGNORE).sum()",
                              "test_training.py", "accumulation_gives"),
 }  # fmt: skip
 
