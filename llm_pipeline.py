@@ -380,7 +380,7 @@ RECIPES = {
 FINETUNE_RECIPES = {
     "classic": {},
     "fast": dict(
-        optimizer="muon", muon_lr=0.006, muon_momentum=0.85, lr=0.004, head_lr_scale=0.4,
+        optimizer="muon", muon_lr=0.012, muon_momentum=0.85, lr=0.008, head_lr_scale=0.4,
         beta2=0.95, grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
     ),
 }  # fmt: skip
@@ -2913,8 +2913,7 @@ def load_checkpoint(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it holds more than plain data ({one_line(error, 90)})"
                         ) from None  # fmt: skip
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError, EOFError,
-            zipfile.BadZipFile, MemoryError, OverflowError) as error:  # fmt: skip
+    except Exception as error:  # a damaged pickle fails in any way
         raise UserError(
             f"{path} is not a usable checkpoint: {one_line(error, 120)}; use another one, such as "
             "best.pth or last.pth beside it"
@@ -5098,6 +5097,10 @@ def normalised(argv: list[str]) -> list[str]:
 
 def parse(argv: list[str]):
     """(command name, its configuration). Raises UserError listing every problem."""
+    first = next((word for word in argv if not word.startswith("-")), "")
+    near = difflib.get_close_matches(first, COMMANDS, 1)
+    if first not in COMMANDS and near:
+        raise UsageError(f"unknown command {first!r}; did you mean {near[0]}?")
     arguments, unknown = build_parser().parse_known_args(normalised(argv))
     command = arguments.command
     cls = COMMANDS[command][0]
