@@ -2396,6 +2396,17 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * keep.to(x.dtype).mul_(256 / kept)
 
 
+class Linear(nn.Linear):
+    """nn.Linear, where one row on a CPU, as in decoding, goes to the faster matrix-vector kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        decoding = x.numel() == self.in_features and not torch.is_grad_enabled()
+        if decoding and x.device.type == "cpu" and x.dtype == self.weight.dtype:
+            y = torch.mv(self.weight, x.view(-1))
+            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
 class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p, self.training)
@@ -2442,8 +2453,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.qkv = nn.Linear(config.n_embd, q + 2 * kv, bias=config.bias)
-        self.proj = nn.Linear(q, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, q + 2 * kv, bias=config.bias)
+        self.proj = Linear(q, config.n_embd, bias=config.bias)
         self.drop = Dropout(config.dropout)
         if config.qk_norm:
             self.q_norm = nn.Parameter(torch.ones(config.head_dim))
@@ -2475,8 +2486,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp]
         wide = config.n_inner * (2 if config.mlp == "swiglu" else 1)
-        self.up = nn.Linear(config.n_embd, wide, bias=config.bias)
-        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, wide, bias=config.bias)
+        self.down = Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -2547,7 +2558,7 @@ class GPT(nn.Module):
         self.drop = Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
         self.norm_f = NORMS[config.norm](config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
         self.grad_checkpointing = False
@@ -2654,7 +2665,7 @@ class KVCache:
         self.ring = 0 < c.attn_window < c.block_size
         self.size = c.attn_window if self.ring else c.block_size
         shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
-        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
         self.length = 0  # tokens seen, wherever they are stored
 
     @property
@@ -2665,13 +2676,14 @@ class KVCache:
 
     def expand(self, batch: int) -> None:
         """One prefilled sequence becomes `batch` sequences that start with it."""
-        if batch != self.data.shape[2]:
-            self.data = self.data.expand(-1, -1, batch, -1, -1, -1).contiguous()
+        if batch != len(self.keys[0]):
+            self.keys = [t.expand(batch, -1, -1, -1).contiguous() for t in self.keys]
+            self.values = [t.expand(batch, -1, -1, -1).contiguous() for t in self.values]
 
     def advance(self, T: int) -> Tensor:
         """Count T new tokens (many into an empty cache, or one). Returns the keys' positions."""
         self.old, self.length = self.length, self.length + T
-        device = self.data.device
+        device = self.keys[0].device
         if T > 1 or not self.ring or self.length <= self.size:
             return torch.arange(self.length, device=device)
         slots = torch.arange(self.size, device=device)  # slot s holds the latest p = s mod size
@@ -2680,11 +2692,10 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values, (B, K, T, D); return those to attend to."""
-        keys, values = self.data[0, layer], self.data[1, layer]
-        T = k.shape[2]
-        if T == 1:
+        keys, values = self.keys[layer], self.values[layer]
+        if k.shape[2] == 1:
             slot = self.old % self.size
-            keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
+            keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
         else:
             kept = torch.arange(max(self.old, self.length - self.size), self.length)
             slots = (kept % self.size).to(k.device)
