@@ -65,6 +65,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from glob import glob
 from itertools import islice
 from pathlib import Path
@@ -371,6 +372,7 @@ RECIPES = {
     "fast": dict(
         arch="modern", tie_weights=False, zero_init=True, dropout=0.0,
         n_inner=lambda s: 2 * s["n_embd"], rope_theta=lambda s: 3.0 * s["block_size"],
+        n_kv_head=lambda s: s["n_head"] // 2 if s["n_head"] % 2 == 0 else s["n_head"],
         optimizer="muon", muon_lr=0.012, muon_momentum=0.85, lr=0.015, head_lr_scale=0.4,
         beta2=0.95, grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
     ),
@@ -506,19 +508,18 @@ def resolve(cls, flags: dict, stored: dict | None = None):
                 except ValueError as error:
                     problems.append(f"{origin}{name} {error}")
     layers = {}
+    recipes = FINETUNE_RECIPES if issubclass(cls, FinetuneConfig) else RECIPES
     if stored is None:
         chosen = {n: given.get(n, specs[n].default) for n in TABLES if n in specs}
-        recipe = RECIPES.get(chosen.get("recipe"), {})
+        recipe = recipes.get(chosen.get("recipe"), {})
         chosen["arch"] = given.get("arch", recipe.get("arch", chosen.get("arch")))
-        for name in ("arch", "preset", "recipe"):
-            layers |= TABLES[name].get(chosen.get(name), {})
+        layers = ARCHS.get(chosen["arch"], {}) | PRESETS.get(chosen.get("preset"), {}) | recipe
         if given.get("overfit_batch"):
             layers |= OVERFIT
         known = {n: f.default for n, f in specs.items()} | layers | given
         layers = {n: v(known) if callable(v) else v for n, v in layers.items()}
         if issubclass(cls, FinetuneConfig):  # its model is the checkpoint's, its rates its own
-            layers = {k: v for k, v in layers.items() if k in ("batch_size", "grad_accum")}
-            layers |= FINETUNE_RECIPES.get(chosen.get("recipe"), {})
+            layers = {k: v for k, v in layers.items() if k in ("batch_size", "grad_accum", *recipe)}
     config = {k: v for k, v in ((stored or layers) | given).items() if k in specs}
     config = cls(**config)
     config.given = set(given)  # what was asked for by name, not by a default or a table
@@ -909,6 +910,14 @@ class BPETokenizer:
 
 
 Tokenizer = ByteTokenizer | BPETokenizer
+
+
+@lru_cache(maxsize=4)
+def bpe_tokenizer(library_json: str, **special_ids: int) -> BPETokenizer:
+    """A BPETokenizer, made once: a large vocabulary takes a second."""
+    return BPETokenizer(library_json, special_ids)
+
+
 POOL = ThreadPoolExecutor(os.cpu_count())  # starts its threads when first used
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -988,7 +997,7 @@ def train_bpe(texts: Iterable[str], config: DataConfig) -> BPETokenizer:
     clean = (SURROGATE.sub("\ufffd", text) for text in texts)
     library.train_from_iterator(batched(clean, 256), trainer)
     ids = {f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos", "sep"))}
-    return BPETokenizer(library.to_str(), ids)
+    return bpe_tokenizer(library.to_str(), **ids)
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
@@ -1008,7 +1017,10 @@ def tokenizer_from_spec(spec: dict) -> Tokenizer:
     if spec.get("kind") == "byte":
         return ByteTokenizer()
     if spec.get("kind") == "bpe" and isinstance(spec.get("json"), str):
-        return BPETokenizer(spec["json"], spec)
+        ids = {key: spec.get(key) for key in ("bos_id", "eos_id", "sep_id", "pad_id")}
+        if all(type(number) is int for number in ids.values()):
+            return bpe_tokenizer(spec["json"], **ids)
+        raise UserError(f"the tokenizer's special tokens are not ids: {ids}")
     raise UserError(f"unknown tokenizer kind {spec.get('kind')!r}")
 
 
@@ -1052,7 +1064,7 @@ def load_tokenizer(name: str) -> Tokenizer:
                 f"--tokenizer {name}: no such file or folder, and the Hub did not answer "
                 f"({one_line(error, 90)}); give a local folder with vocab.json and merges.txt"
             ) from None
-    return BPETokenizer(library.to_str(), special_ids(library, folder))
+    return bpe_tokenizer(library.to_str(), **special_ids(library, folder))
 
 
 def special_ids(library, folder: Path) -> dict[str, int]:
@@ -2256,7 +2268,8 @@ class Loader:
     def fixed(self, limit: int) -> Iterator[Batch]:
         """This process's share of `limit` fixed batches (0: all)."""
         ids = self.dataset.fixed_ids(limit * self.batch_size)
-        micro = max(1, self.batch_size // (self.grad_accum * self.rt.world_size))
+        # Without gradients to keep, four micro-batches take the room of one.
+        micro = max(1, 4 * self.batch_size // (self.grad_accum * self.rt.world_size))
         parts = [ids[i : i + micro] for i in range(0, len(ids), micro)]
         for first in range(0, len(parts), self.rt.world_size):
             # Processes run in step (sharded weights are gathered together): one without a
