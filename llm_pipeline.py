@@ -443,17 +443,20 @@ def convert(spec, value):
     return value
 
 
+def claimed(spec, value):
+    """`convert` for a value that a file claims: the ValueError names the field."""
+    try:
+        return convert(spec, value)
+    except ValueError as error:
+        raise ValueError(f"{spec.name} {error}") from None
+
+
 def checked(cls: type, values: dict):
     """An instance of a dataclass from what a file claims. Raises ValueError naming the field."""
     specs = {f.name: f for f in fields(cls)}
     if set(values) != set(specs):
         raise ValueError(f"its settings differ: {sorted(map(str, set(values) ^ set(specs)))[:9]}")
-    for name, value in values.items():
-        try:
-            convert(specs[name], value)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
-    return cls(**values)
+    return cls(**{name: claimed(specs[name], value) for name, value in values.items()})
 
 
 def read_config_file(path: str) -> dict:
@@ -1604,7 +1607,7 @@ def split_text(
         done += len(data)
         block = carry + block
         cut = next((m[-1] for pattern in SAFE_CUTS if (m := cuts(pattern, block))), 0)
-        if not cut and len(block) > 4 * BLOCK:  # a text without spaces: cut it where it stands
+        if not cut and len(block) > 64 * BLOCK:  # a text without spaces: cut it where it stands
             cut = len(block)
         if cut:
             yield part, block[:cut]
@@ -2623,6 +2626,19 @@ class GPT(nn.Module):
                 x = block(x, rotation, mask, cache)
         return self.norm_f(x)
 
+    def chunked_loss(self, h: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """The loss of a large vocabulary, (B T, C) hidden states a chunk of rows at a time."""
+        if torch.is_grad_enabled() and reduction == "sum":
+            kind = h.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+            return ChunkedCrossEntropy.apply(h, self.head.weight, targets.ravel(), dtype)
+        chunks = zip(h.split(1024), targets.ravel().split(1024), strict=True)
+        losses = torch.cat([
+            F.cross_entropy(self.head(part).float(), y, ignore_index=IGNORE, reduction="none")
+            for part, y in chunks
+        ])  # fmt: skip
+        return losses.sum() if reduction == "sum" else losses.view_as(targets)
+
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -2636,11 +2652,8 @@ class GPT(nn.Module):
         if idx.shape[1] > self.config.block_size and self.config.pos == "learned":
             raise ValueError(f"{idx.shape[1]} tokens exceed block_size {self.config.block_size}")
         h = self.hidden(idx)
-        if targets is not None and reduction == "sum" and self.config.vocab_size > 4096:
-            kind = h.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-            flat = h.reshape(-1, h.shape[-1])
-            return None, ChunkedCrossEntropy.apply(flat, self.head.weight, targets.ravel(), dtype)
+        if targets is not None and reduction != "mean" and self.config.vocab_size > 4096:
+            return None, self.chunked_loss(h.flatten(0, 1), targets, reduction)
         logits = self.head(h).float()
         if targets is None:
             return logits, None
@@ -2919,11 +2932,11 @@ def load_checkpoint(path: str | Path) -> dict:
                 raise ValueError(f"its {name!r} is missing or not a {kind.__name__}")
         state["model_config"] = checked_model_config(state["model_config"])
         state["progress"] = asdict(checked(Progress, state["progress"]))
-        kinds = {"train": TrainConfig, "finetune": FinetuneConfig}
-        checked(kinds[state["command"]], state["config"])
-        for f in fields(DataConfig):
-            if f.name in state["data"]:
-                convert(f, state["data"][f.name])
+        kind = {"train": TrainConfig, "finetune": FinetuneConfig}[state["command"]]
+        for f in fields(kind):  # settings may come and go between versions of this program
+            for section in (state["config"], state["data"]):
+                if f.name in section:
+                    claimed(f, section[f.name])
         for owner, tensors in (("weights", state["weights"]), *state["optimizer"].items()):
             for name, tensor in tensors.items():
                 if not isinstance(tensor, Tensor) or not tensor.is_contiguous():
@@ -3224,11 +3237,7 @@ def load_hf(name: str) -> tuple[GPT, Tokenizer]:
         try:
             shape = INTERCHANGE[kind][2](hf) | {"vocab_size": hf["vocab_size"]}
             specs = {f.name: f for f in fields(GPTConfig)}
-            for n, value in shape.items():
-                try:
-                    shape[n] = convert(specs[n], value)
-                except ValueError as error:
-                    raise ValueError(f"{n} {error}") from None
+            shape = {name: claimed(specs[name], value) for name, value in shape.items()}
             config = checked_model_config(asdict(GPTConfig(**shape)))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{name}: config.json: {one_line(error)}") from None
