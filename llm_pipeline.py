@@ -562,9 +562,14 @@ def model_config(config: GPTConfig, vocab_size: int) -> GPTConfig:
 # ====================================================================================
 
 
+def is_main() -> bool:
+    """Whether this is the first process, known before the process group is."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def note(text: str) -> None:
     """A line on stderr, once however many processes there are, above any progress bar."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_main():
         tqdm.write(text, file=sys.stderr)
 
 
@@ -1785,10 +1790,6 @@ class TokenStore:
     def fingerprint(self) -> str:
         """Of the tokens and the index themselves, whatever files they came from."""
         return str(self.meta["fingerprint"])
-
-
-def is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def unescape(text: str) -> str:

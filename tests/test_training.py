@@ -529,17 +529,22 @@ def test_a_poisoned_weight_stops_the_first_step(corpus, tiny_checkpoint, tmp_pat
     assert not list(tmp_path.glob("run/*.pth"))
 
 
+def run_with_and_without(fail, corpus, tmp_path, monkeypatch):
+    """The same run twice: into "clean" undisturbed, into "b" with `fail` in its objective."""
+    command = ["train", *corpus, *SHORT, "--dropout", 0]
+    run(*command, "--out_dir", tmp_path / "clean").ok()
+    with monkeypatch.context() as patch:
+        spoil(patch, fail)
+        return run(*command, "--out_dir", tmp_path / "b").ok()
+
+
 def test_running_out_of_memory_once_changes_only_rounding(corpus, tmp_path, monkeypatch):
     def fail(loss, batch, call):
         if call == 4:
             raise torch.OutOfMemoryError("injected")
         return loss
 
-    command = ["train", *corpus, *SHORT, "--dropout", 0]
-    run(*command, "--out_dir", tmp_path / "clean").ok()
-    with monkeypatch.context() as patch:
-        spoil(patch, fail)
-        result = run(*command, "--out_dir", tmp_path / "b").ok()
+    result = run_with_and_without(fail, corpus, tmp_path, monkeypatch)
     assert "out of memory at step 4" in result.err
     assert progress(tmp_path / "b/last.pth")["grad_accum"] == 2
     assert largest_difference(tmp_path / "clean/last.pth", tmp_path / "b/last.pth") < 1e-4
@@ -555,11 +560,7 @@ def test_running_out_of_memory_until_checkpointing_helps(corpus, tmp_path, monke
             raise torch.OutOfMemoryError("injected")
         return loss
 
-    command = ["train", *corpus, *SHORT, "--dropout", 0]
-    run(*command, "--out_dir", tmp_path / "clean").ok()
-    with monkeypatch.context() as patch:
-        spoil(patch, fail)
-        run(*command, "--out_dir", tmp_path / "b").ok()
+    run_with_and_without(fail, corpus, tmp_path, monkeypatch)
     assert failures == [8, 4, 2, 1]
     end = progress(tmp_path / "b/last.pth")
     assert (end["grad_accum"], end["grad_checkpointing"]) == (8, True)
