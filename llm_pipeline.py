@@ -2384,16 +2384,62 @@ class ALiBiPositions(Positions):
         return slopes[:, None, None] * (k_pos - q_pos[:, None])
 
 
+class FusedRMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
+
+    CPUs have no kernel for it. With the gradient written out it takes half the passes over memory
+    that autograd would: with xhat = x / rms, dx = (g w - xhat mean(g w xhat)) / rms.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normal = x * inverse
+        ctx.save_for_backward(normal, inverse, weight)
+        return (normal * weight).to(torch.promote_types(x.dtype, weight.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        normal, inverse, weight = ctx.saved_tensors
+        product = grad * normal
+        grad_weight = product.flatten(0, -1 - weight.ndim).sum(0)
+        grad = grad * weight
+        mean = torch.linalg.vecdot(grad, normal).div_(normal.shape[-1]).unsqueeze(-1)
+        return torch.addcmul(grad, normal, mean, value=-1).mul_(inverse), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension; a weight of more dimensions gives each head its own."""
+    if x.device.type == "cpu":
+        return FusedRMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
 POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions, "alibi": ALiBiPositions}
 NORMS = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
-    "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, config.norm_eps),
+    "rmsnorm": lambda config: RMSNorm(config.n_embd, config.norm_eps),
 }
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * value, the two halves of x (Shazeer, 2020)."""
+    gate, value = x.chunk(2, -1)
+    return F.silu(gate) * value
+
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
-    "swiglu": lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+    "swiglu": swiglu,
 }
 
 
@@ -2409,14 +2455,30 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return F.dropout(x, p)
     kept = 256 - round(256 * p)
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.uint8)[: x.numel()].view(x.shape) < kept
-    return x * keep.to(x.dtype).mul_(256 / kept)
+    drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
+    keep = torch.lt(drawn, kept, out=torch.empty_like(x))  # 1 or 0, without a pass to convert it
+    return x * keep.mul_(256 / kept)
 
 
 class Linear(nn.Linear):
-    """nn.Linear, where one row on a CPU, as in decoding, goes to the faster matrix-vector kernel."""
+    """nn.Linear, with two short cuts for the few rows of decoding on a CPU."""
+
+    packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Lay bf16 weights out as oneDNN wants them, once and for all: they may not change after."""
+        kernels, weight = torch.ops.mkldnn, self.weight
+        if (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.bfloat16
+            and hasattr(kernels, "_linear_pointwise")
+            and kernels._is_mkldnn_bf16_supported()
+        ):
+            self.packed = kernels._reorder_linear_weight(weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         decoding = x.numel() == self.in_features and not torch.is_grad_enabled()
         if decoding and x.device.type == "cpu" and x.dtype == self.weight.dtype:
             y = torch.mv(self.weight, x.view(-1))
@@ -2435,13 +2497,16 @@ def attention_manual(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_dro
     q: (B, H, Tq, D); k, v: (B, K, Tk, D) where K divides H; mask broadcasts to (B, H, Tq, Tk),
     and None means causal, the last query standing at the last key.
     """
-    (B, H, Tq, D), Tk = q.shape, k.shape[-2]
-    k, v = (t.repeat_interleave(H // t.shape[1], 1) if t.shape[1] < H else t for t in (k, v))
+    (B, H, Tq, D), (K, Tk) = q.shape, k.shape[1:3]
+    G = H // K  # query heads that share a key head stand below one another: (B K, G Tq, D)
     if mask is None:  # -inf above the diagonal: no token sees those after it
         mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu(Tk - Tq + 1)
-    q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
-    mask = mask.expand(B, H, Tq, Tk).reshape(B * H, Tq, Tk) if mask.ndim > 2 else mask
-    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))  # (B H, Tq, Tk)
+    if mask.ndim > 2:
+        mask = mask.expand(B, H, Tq, Tk).reshape(B * K, G * Tq, Tk)
+    else:
+        mask = mask.repeat(G, 1)
+    q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))  # (B K, G Tq, Tk)
     weights = dropout(scores.softmax(-1), p_drop, True)  # each row sums to 1
     return (weights @ v).view(B, H, Tq, D)
 
@@ -2486,7 +2551,7 @@ class CausalSelfAttention(nn.Module):
             scale = torch.cat(
                 [self.q_norm.expand(c.n_head, -1), self.k_norm.expand(c.n_kv_head, -1)]
             )
-            qk = F.rms_norm(qk, (c.head_dim,), None, c.norm_eps) * scale
+            qk = rms_norm(qk, scale, c.norm_eps)
         qk = rotate(qk, rotation).to(v.dtype).transpose(1, 2)  # (B, H + K, T, D)
         q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
         v = v.transpose(1, 2)
@@ -2591,6 +2656,14 @@ class GPT(nn.Module):
                 p.normal_(0.0, small if name.endswith(("proj.weight", "down.weight")) else std)
             elif name.endswith("bias"):
                 p.zero_()
+
+    def for_decoding(self, device: torch.device, dtype: torch.dtype) -> GPT:
+        """This model, moved there for good: ready to generate as fast as it can, not to train."""
+        self.to(device, dtype).eval()
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        return self
 
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -3411,12 +3484,24 @@ OBJECTIVES: dict[str, Callable] = {
 }
 
 
+def undecorated(method: Callable) -> Callable:
+    """An optimizer's method without a wrapper that imports torch._dynamo: a second of every start."""
+    return getattr(method, "__wrapped__", method)
+
+
+class AdamW(torch.optim.AdamW):
+    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
+    step = torch.no_grad()(undecorated(torch.optim.AdamW.step))
+
+
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan, 2024) with all matrices of one shape in one batched product.
 
     A fused weight is orthogonalised matrix by matrix, as `rows` divides it. A small model's step
     would otherwise go into launching hundreds of tiny products.
     """
+
+    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
 
     def __init__(self, params, rows: dict[nn.Parameter, list[int]], **settings):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
@@ -3509,7 +3594,7 @@ def make_optimizers(model: GPT, config: FitConfig) -> list[torch.optim.Optimizer
         groups.append(dict(params=hidden, lr=config.lr, weight_decay=decay))
     groups = [g for g in groups if g["params"]]
     fused = next(iter(trained.values())).device.type in ("cpu", "cuda")
-    optimizers.append(torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=fused))
+    optimizers.append(AdamW(groups, betas=(0.9, config.beta2), fused=fused))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -3643,7 +3728,7 @@ def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, di
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
         run.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad()
     run.scaler.update()
     return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
 
@@ -3670,8 +3755,7 @@ def surviving_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float
         try:
             return train_step(run, batch, n_targets)
         except torch.OutOfMemoryError:
-            for optimizer in run.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            run.model.zero_grad()
             p = run.progress
             if run.rt.world_size > 1:  # the others are waiting inside a collective
                 raise UserError("out of GPU memory: raise --grad_accum, or pass "
@@ -4447,7 +4531,7 @@ class TextStream:
 
 def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
     loaded = load_model(config.ckpt)
-    loaded.model.to(rt.device, rt.dtype).eval()
+    loaded.model.for_decoding(rt.device, rt.dtype)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
 
@@ -5003,7 +5087,7 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     """Greedy decoding of half a block after a short prompt, against the bandwidth's limit."""
     n, batch = config.block_size // 2, config.decode_batch
     prompt = torch.arange(8, device=rt.device)
-    ours = GPT(model.config).to(rt.device, rt.dtype).eval()
+    ours = GPT(model.config).for_decoding(rt.device, rt.dtype)
     sides = {"": lambda: [None for _ in generate(ours, prompt, n, (), batch, temperature=0.0)]}
     if config.vs == "hf":
         peer = hf_peer(model.config).to(rt.device).eval()

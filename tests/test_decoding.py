@@ -139,6 +139,21 @@ def test_greedy_equals_transformers_over_200_tokens(arch):
 # --- sampling ---
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("shape", [{}, MODERN])
+def test_weights_packed_for_decoding_give_the_same_logits(shape, rows):
+    model = make(**shape)
+    expected = copy.deepcopy(model).bfloat16()
+    packed = model.for_decoding(torch.device("cpu"), torch.bfloat16)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert packed.blocks[0].mlp.up.packed is not None
+    idx = prompt_of(12).expand(rows, -1)
+    with torch.inference_mode():
+        a, b = packed(idx)[0], expected(idx)[0]
+    assert torch.allclose(a, b, atol=0.05 * b.abs().max().item())
+    assert not torch.equal(a, torch.zeros_like(a))
+
+
 def test_samples_share_a_prefill_and_follow_the_seed():
     model, prompt = make(), prompt_of(10)
     prefills = []

@@ -165,6 +165,17 @@ def test_logits_equal_the_reference(name, attn):
     torch.testing.assert_close(found, reference_logits(model, ids[0]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_rms_norm_and_its_gradient_are_torchs(per_head):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 8, dtype=torch.float64) if per_head else torch.randn(8).double()
+    weight.requires_grad_()
+    expected = F.rms_norm(x, (8,), None, 1e-6) * weight
+    assert torch.allclose(lp.rms_norm(x, weight, 1e-6), expected, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, w: lp.rms_norm(x, w, 1e-6), (x, weight))
+
+
 def test_alibi_slopes_are_those_of_the_paper():
     assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
     for n_head in (1, 2, 3, 6, 8, 12, 16):

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -382,6 +385,28 @@ def test_batched_muon_is_torch_muon():
     torchs = muon_steps(reference, theirs, gradients)
     for a, b, first in zip(mine, torchs, start, strict=True):
         assert (a - b).norm() / (b - first).norm() < 0.01  # bf16 products in another order
+
+
+def test_optimizers_step_as_torchs_and_leave_dynamo_out():
+    """torch imports torch._dynamo at an optimizer's first use, a second of every start."""
+    code = """
+import sys, torch, llm_pipeline as lp
+torch.manual_seed(0)
+start, gradient = torch.randn(8, 8), torch.randn(8, 8)
+def stepped(kind, *more, **settings):
+    p = torch.nn.Parameter(start.clone())
+    optimizer = kind([p], *more, lr=0.1, **settings)
+    for i in range(3):
+        p.grad = gradient * (i - 1)
+        optimizer.step()
+    return p.detach()
+ours = stepped(lp.AdamW, fused=True)
+stepped(lp.Muon, {})
+assert "torch._dynamo" not in sys.modules
+assert torch.equal(ours, stepped(torch.optim.AdamW, fused=True))
+"""
+    env = os.environ | {"PYTHONPATH": str(Path(lp.__file__).parent)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
 def test_muon_takes_a_fused_weight_apart():
