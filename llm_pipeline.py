@@ -307,16 +307,13 @@ class SampleConfig(RuntimeConfig):
     num_samples: int = option(1, "how many, from one prefill", low=1, high=4096)
 
 
-PUBLIC_DATA = ("", "tinyshakespeare", "sms_spam", "instructions", "wikitext-2")
-
-
 @dataclass
 class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
     """Turn raw text or a Hugging Face dataset into a token store, and report on it."""
 
     out_dir: str = option("", "the store's folder (default: under processed_dir)")
     block_size: int = option(256, "marked in the histogram, used for the batch", low=2, high=2**20)
-    download: str = option("", "fetch a public data set into data_dir first", choices=PUBLIC_DATA)
+    download: str = option("", "fetch a public data set into data_dir first")
     preview: int = option(0, "show N records token by token", low=0)
     mirror: str = option("", "fetch downloads from this address instead")
     check_model: str = option("", "run a batch through this AutoModelForCausalLM")
@@ -342,6 +339,11 @@ class BenchConfig(TrainConfig):
     decode_batch: int = option(1, "sequences decoded at once", low=1, high=4096)
     json: str = option("", "write the figures to this file")
 
+
+CONFIGS = (
+    TrainConfig, FinetuneConfig, EvalConfig, SampleConfig, PrepareConfig, ExportConfig, BenchConfig
+)  # fmt: skip
+SETTINGS = {f.name for config in CONFIGS for f in fields(config)}
 
 PRESETS = {
     name: dict(zip(("block_size", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum", "lr",
@@ -391,7 +393,30 @@ FINETUNE_RECIPES = {
 OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=1,
                eval_interval=10**9, save_interval=10**9)  # fmt: skip
 
-TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS}
+DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's members by base name
+    "tinyshakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        {"tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+    ),
+    "sms_spam": (
+        "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+        {"sms_spam_collection/SMSSpamCollection": "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"},
+    ),
+    "instructions": (
+        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/"
+        "01_main-chapter-code/instruction-data.json",
+        {"instruction-data.json": "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"},
+    ),
+    "wikitext-2": (
+        "https://wikitext.smerity.com/wikitext-2-v1.zip",
+        {"wikitext-2/wiki.train.tokens": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+         "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+         "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"},
+    ),
+}  # fmt: skip
+
+# Settings that must be a key of a table.
+TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS, "download": DOWNLOADS}
 
 
 def convert(spec, value):
@@ -459,32 +484,29 @@ def checked(cls: type, values: dict):
     return cls(**{name: claimed(specs[name], value) for name, value in values.items()})
 
 
-def read_config_file(path: str) -> dict:
-    """The settings in a .json, .toml or .yaml file. Raises UserError."""
-    file = Path(path)
+def read_table(file: Path, what: str) -> dict:
+    """The one table in a .json, .toml or .yaml file. Raises UserError, beginning with `what`."""
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".toml":
-            try:
-                import tomllib
-            except ImportError:  # Python 3.10
-                raise UserError(f"{path}: TOML needs Python 3.11; use JSON or YAML") from None
-            settings = tomllib.loads(text)
+            if sys.version_info < (3, 11):
+                raise UserError(f"{what}: TOML needs Python 3.11; use JSON or YAML")
+            import tomllib
+
+            table = tomllib.loads(text)
         elif file.suffix in (".yaml", ".yml"):
-            settings = optional("yaml", "pyyaml").safe_load(text)
+            table = optional("yaml", "pyyaml").safe_load(text)
         else:
-            settings = json.loads(text)
+            table = json.loads(text)
     except OSError as error:
-        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--config {path} is not valid: {one_line(error)}") from None
-    except Exception as error:  # pyyaml's errors share no standard base
-        if type(error).__module__.startswith("yaml"):
-            raise UserError(f"--config {path} is not valid: {one_line(error)}") from None
+        raise UserError(f"{what} cannot be read: {error.strerror}") from None
+    except UserError:
         raise
-    if not isinstance(settings, dict):
-        raise UserError(f"--config {path} must hold one table of settings")
-    return settings
+    except Exception as error:  # ValueError, RecursionError; pyyaml's share no standard base
+        raise UserError(f"{what} is not valid: {one_line(error)}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{what} must hold one table, not a {type(table).__name__}")
+    return table
 
 
 def resolve(cls, flags: dict, stored: dict | None = None):
@@ -496,10 +518,9 @@ def resolve(cls, flags: dict, stored: dict | None = None):
     specs = {f.name: f for f in fields(cls)}
     problems, given = [], {}
     path = flags.get("config")
-    from_file = read_config_file(path) if path else {}
-    everywhere = {f.name for c, _ in COMMANDS.values() for f in fields(c)}
+    from_file = read_table(Path(path), f"--config {path}") if path else {}
     for name in from_file:
-        if name not in everywhere:
+        if name not in SETTINGS:
             near = difflib.get_close_matches(str(name), specs, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             problems.append(f"--config {path}: unknown setting {name!r}{hint}")
@@ -1393,6 +1414,82 @@ def hub_rows(config: DataConfig):
         ) from None
 
 
+def download(name: str, data_dir: Path, mirror: str = "") -> None:
+    """Fetch a public data set into data_dir and check its sha256. Goes on where it broke off.
+
+    Raises UserError where there is no network or the bytes are not the pinned ones.
+    """
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    address, wanted = DOWNLOADS[name]
+    files = {data_dir / file: digest for file, digest in wanted.items()}
+    if all(f.is_file() and sha256_of(f) == digest for f, digest in files.items()):
+        note(f"{name}: already in {data_dir}")
+        return
+    address = f"{mirror.rstrip('/')}/{address.rsplit('/', 1)[1]}" if mirror else address
+    part = data_dir / f".{name}.part"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    done = part.stat().st_size if part.exists() else 0
+    try:
+        headers = {"Range": f"bytes={done}-"} if done else {}
+        request = urllib.request.Request(address, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            resumed = reply.status == 206
+            length = reply.headers.get("Content-Length")
+            total = int(length) + done * resumed if length else None
+            with open(part, "ab" if resumed else "wb") as file, tqdm(
+                desc=name, total=total, initial=done * resumed, unit="B", unit_scale=True
+            ) as bar:  # fmt: skip
+                while data := reply.read(1 << 16):
+                    file.write(data)
+                    bar.update(len(data))
+        if total is not None and part.stat().st_size < total:
+            raise UserError(f"{name}: the transfer broke off at {part.stat().st_size:,} of "
+                            f"{total:,} bytes; run the same command to go on")  # fmt: skip
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # the part is not a beginning of that file
+            part.unlink(missing_ok=True)
+        raise UserError(f"{name}: {address} answered {error.code} {error.reason}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"{name}: cannot fetch {address} ({one_line(error, 80)}); is there a "
+                        "network? run the same command to go on") from None  # fmt: skip
+    try:
+        unpack(part, files)
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, gzip.zlib.error):
+        raise UserError(f"{name}: the fetched archive is damaged and was deleted; run the same "
+                        "command again") from None  # fmt: skip
+    finally:
+        part.unlink(missing_ok=True)
+    note(f"{name}: {', '.join(map(str, files))}")
+
+
+def unpack(part: Path, files: dict[Path, str]) -> None:
+    """Check a fetched file, or the members of a fetched archive, and put them in their places."""
+    archive = zipfile.ZipFile(part) if zipfile.is_zipfile(part) else None
+    for path, digest in files.items():
+        if archive:
+            member = next((n for n in archive.namelist() if n.endswith(path.name)), None)
+            data = archive.read(member) if member else b""
+        else:
+            data = part.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise UserError(f"{path.name}: the fetched bytes do not match their sha256, and were "
+                            "deleted; run the same command again")  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(data)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        hasher = hashlib.sha256()
+        while data := file.read(1 << 22):
+            hasher.update(data)
+    return hasher.hexdigest()
+
+
 READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[Record]]] = {
     ".json": load_instruction_json,
     ".jsonl": load_instruction_json,
@@ -1982,8 +2079,25 @@ class Batch:
         return [Batch(x, y, {}, ref) for x, y, ref in rows]
 
 
-class LMDataset:
-    """Windows of the token stream: y is x one token ahead.
+class Windows:
+    """Windows of block_size tokens; targets are the inputs, one token ahead."""
+
+    block_size: int
+
+    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+        """(rows, block_size + 1) int64: the given rows of a global batch of sample ids."""
+        raise NotImplementedError
+
+    def n_targets(self, ids: np.ndarray) -> int:
+        return len(ids) * self.block_size
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+        tokens = torch.from_numpy(self.tokens(ids, rows))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+class LMDataset(Windows):
+    """Windows of the token stream.
 
     Each epoch shifts the grid by an offset and permutes the windows, both drawn from
     (seed, epoch). A sample id is the position of the window's first token.
@@ -2016,13 +2130,8 @@ class LMDataset:
         n = self.n_windows if not limit else min(limit, self.n_windows)
         return np.linspace(0, self.n_windows - 1, n).round().astype(np.int64) * self.stride
 
-    def n_targets(self, ids: np.ndarray) -> int:
-        return len(ids) * self.block_size
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        """The batch of the given rows of a global batch of sample ids."""
-        tokens = torch.from_numpy(self.store.ids(self.split, ids[rows], self.block_size + 1))
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+        return self.store.ids(self.split, ids[rows], self.block_size + 1)
 
 
 def cut_prompt(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, int]:
@@ -2121,7 +2230,7 @@ class InstructionDataset:
         return Batch(torch.from_numpy(x), torch.from_numpy(y), {}, reference)
 
 
-class StreamDataset(torch.utils.data.IterableDataset):
+class StreamDataset(Windows, torch.utils.data.IterableDataset):
     """Windows of a Hugging Face stream, in the stream's order; documents of validation left out.
 
     Training takes them through a bounded buffer: block b of `buffer` windows is permuted by
@@ -2200,13 +2309,9 @@ class StreamDataset(torch.utils.data.IterableDataset):
     def fixed_ids(self, limit: int) -> np.ndarray:
         return np.arange(min(limit or self.buffer, self.buffer))
 
-    def n_targets(self, ids: np.ndarray) -> int:
-        return len(ids) * self.block_size
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
         windows = [self.load_block(int(i) // self.buffer)[int(i) % self.buffer] for i in ids]
-        tokens = torch.from_numpy(np.stack(windows)[rows])
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        return np.stack(windows)[rows]
 
 
 class Loader:
@@ -2217,12 +2322,8 @@ class Loader:
     """
 
     def __init__(self, dataset, batch_size: int, grad_accum: int, rt: Runtime):
-        self.dataset, self.batch_size, self.grad_accum, self.rt = (
-            dataset,
-            batch_size,
-            grad_accum,
-            rt,
-        )
+        self.dataset, self.batch_size = dataset, batch_size
+        self.grad_accum, self.rt = grad_accum, rt
         endless = isinstance(dataset, StreamDataset)
         self.steps_per_epoch = sys.maxsize if endless else max(1, len(dataset) // batch_size)
         micro = batch_size // (grad_accum * rt.world_size)
@@ -3275,16 +3376,45 @@ def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[st
     return weights
 
 
-def read_hf_config(path: Path) -> dict:
+def hf_folder(name: str) -> Path:
+    """The folder of a Hugging Face model: itself, or fetched from the Hub. Raises UserError."""
+    if Path(name).is_dir():
+        return Path(name)
+    hub = optional("huggingface_hub")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold an object, not {type(settings).__name__}")
-    return settings
+        patterns = ["*.json", "*.txt", "*.safetensors"]
+        return Path(hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(f"no such checkpoint or folder, and the Hub did not answer "
+                        f"({one_line(error, 90)})") from None  # fmt: skip
+
+
+def hf_shape(settings: dict) -> tuple[str, GPTConfig]:
+    """(model type, our configuration) of a config.json. Raises UserError on what we do not have."""
+    kind = settings.get("model_type")
+    if kind not in INTERCHANGE:
+        raise UserError(f"model_type {kind!r} is not one of {', '.join(INTERCHANGE)}")
+    specs = {f.name: f for f in fields(GPTConfig)}
+    try:
+        shape = INTERCHANGE[kind][2](settings) | {"vocab_size": settings["vocab_size"]}
+        shape = {name: claimed(specs[name], value) for name, value in shape.items()}
+        return kind, checked_model_config(asdict(GPTConfig(**shape)))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"config.json: {one_line(error)}") from None
+
+
+def hf_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's .safetensors files; pickles are not read. Raises UserError."""
+    safetensors = optional("safetensors.torch", "safetensors")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
+        hint = f"; {pickled[0]} is a pickle, which can run code: not read" if pickled else ""
+        raise UserError(f"no .safetensors file{hint}")
+    try:
+        return {name: t for file in files for name, t in safetensors.load_file(file).items()}
+    except Exception as error:  # safetensors has errors of its own
+        raise UserError(f"not a usable model folder: {one_line(error)}") from None
 
 
 def load_hf(name: str) -> tuple[GPT, Tokenizer]:
@@ -3292,49 +3422,18 @@ def load_hf(name: str) -> tuple[GPT, Tokenizer]:
 
     Raises UserError for anything but GPT-2 or Qwen3 in safetensors, whole and of the right shape.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        hub = optional("huggingface_hub")
-        try:
-            patterns = ["*.json", "*.txt", "*.safetensors"]
-            folder = Path(hub.snapshot_download(name, allow_patterns=patterns))
-        except Exception as error:
-            raise UserError(
-                f"{name}: no such checkpoint or folder, and the Hub did not answer "
-                f"({one_line(error, 90)})"
-            ) from None
     try:
-        hf = read_hf_config(folder / "config.json")
-        kind = hf.get("model_type")
-        if kind not in INTERCHANGE:
-            raise UserError(f"{name}: model_type {kind!r} is not one of {', '.join(INTERCHANGE)}")
-        try:
-            shape = INTERCHANGE[kind][2](hf) | {"vocab_size": hf["vocab_size"]}
-            specs = {f.name: f for f in fields(GPTConfig)}
-            shape = {name: claimed(specs[name], value) for name, value in shape.items()}
-            config = checked_model_config(asdict(GPTConfig(**shape)))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{name}: config.json: {one_line(error)}") from None
-        tensors = {}
-        safetensors = optional("safetensors.torch", "safetensors")
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickled = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
-            hint = f"; {pickled[0]} is a pickle, which can run code: not read" if pickled else ""
-            raise UserError(f"{name}: no .safetensors file{hint}")
-        for file in files:
-            tensors |= safetensors.load_file(file)
-        model = build_model(config, from_hf(tensors, kind, config))
+        folder = hf_folder(name)
+        kind, config = hf_shape(read_table(folder / "config.json", "config.json"))
+        model = build_model(config, from_hf(hf_tensors(folder), kind, config))
+        tokenizer = load_tokenizer(str(folder))
+        if is_byte_vocabulary(tokenizer):
+            tokenizer = ByteTokenizer()
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only "
+                            f"{config.vocab_size}")  # fmt: skip
     except UserError as error:
         raise UserError(str(error) if name in str(error) else f"{name}: {error}") from None
-    except Exception as error:  # safetensors has errors of its own
-        raise UserError(f"{name} is not a usable model folder: {one_line(error)}") from None
-    tokenizer = load_tokenizer(str(folder))
-    if is_byte_vocabulary(tokenizer):
-        tokenizer = ByteTokenizer()
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{name}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
-                        f"{config.vocab_size}")  # fmt: skip
     return model, tokenizer
 
 
@@ -3893,8 +3992,6 @@ def fit(run: Run) -> str:
                 assess(run, recorder, loss)
             late = 0 < config.max_minutes * 60 < time.perf_counter() - started
             signalled, late = map(bool, run.rt.sum(bool(run.stop), late))
-            if signalled and not run.stop:  # it came to another process
-                run.stop.number = signal.SIGTERM
             reasons = {
                 "done": last,
                 "early": 0 < config.patience <= p.misses,
@@ -4180,6 +4277,8 @@ def run_fit(config: FitConfig, rt: Runtime, stop: StopSignal, loaded: Loaded,
              f"{run.progress.total:,} steps of {config.batch_size} x {config_line.block_size} "
              "tokens")  # fmt: skip
         ended = fit(run)
+    if ended == "signal":  # it may have come to another process
+        stop.number = stop.number or signal.SIGTERM
     p = run.progress
     if config.overfit_batch:
         if not p.best < 0.05:
@@ -4553,104 +4652,6 @@ def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
 
 # --- prepare: a store, its report, and checks on both ---
 
-DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's members by base name
-    "tinyshakespeare": (
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        {"tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
-    ),
-    "sms_spam": (
-        "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
-        {"sms_spam_collection/SMSSpamCollection": "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"},
-    ),
-    "instructions": (
-        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/"
-        "01_main-chapter-code/instruction-data.json",
-        {"instruction-data.json": "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"},
-    ),
-    "wikitext-2": (
-        "https://wikitext.smerity.com/wikitext-2-v1.zip",
-        {"wikitext-2/wiki.train.tokens": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
-         "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-         "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"},
-    ),
-}  # fmt: skip
-
-
-def download(name: str, data_dir: Path, mirror: str = "") -> None:
-    """Fetch a public data set into data_dir and check its sha256. Goes on where it broke off.
-
-    Raises UserError where there is no network or the bytes are not the pinned ones.
-    """
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    address, wanted = DOWNLOADS[name]
-    files = {data_dir / file: digest for file, digest in wanted.items()}
-    if all(f.is_file() and sha256_of(f) == digest for f, digest in files.items()):
-        note(f"{name}: already in {data_dir}")
-        return
-    address = f"{mirror.rstrip('/')}/{address.rsplit('/', 1)[1]}" if mirror else address
-    part = data_dir / f".{name}.part"
-    data_dir.mkdir(parents=True, exist_ok=True)
-    done = part.stat().st_size if part.exists() else 0
-    try:
-        headers = {"Range": f"bytes={done}-"} if done else {}
-        request = urllib.request.Request(address, headers=headers)
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            resumed = reply.status == 206
-            length = reply.headers.get("Content-Length")
-            total = int(length) + done * resumed if length else None
-            with open(part, "ab" if resumed else "wb") as file, tqdm(
-                desc=name, total=total, initial=done * resumed, unit="B", unit_scale=True
-            ) as bar:  # fmt: skip
-                while data := reply.read(1 << 16):
-                    file.write(data)
-                    bar.update(len(data))
-        if total is not None and part.stat().st_size < total:
-            raise UserError(f"{name}: the transfer broke off at {part.stat().st_size:,} of "
-                            f"{total:,} bytes; run the same command to go on")  # fmt: skip
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # the part is not a beginning of that file
-            part.unlink(missing_ok=True)
-        raise UserError(f"{name}: {address} answered {error.code} {error.reason}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"{name}: cannot fetch {address} ({one_line(error, 80)}); is there a "
-                        "network? run the same command to go on") from None  # fmt: skip
-    try:
-        unpack(part, files)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, gzip.zlib.error):
-        raise UserError(f"{name}: the fetched archive is damaged and was deleted; run the same "
-                        "command again") from None  # fmt: skip
-    finally:
-        part.unlink(missing_ok=True)
-    note(f"{name}: {', '.join(map(str, files))}")
-
-
-def unpack(part: Path, files: dict[Path, str]) -> None:
-    """Check a fetched file, or the members of a fetched archive, and put them in their places."""
-    archive = zipfile.ZipFile(part) if zipfile.is_zipfile(part) else None
-    for path, digest in files.items():
-        if archive:
-            member = next((n for n in archive.namelist() if n.endswith(path.name)), None)
-            data = archive.read(member) if member else b""
-        else:
-            data = part.read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise UserError(f"{path.name}: the fetched bytes do not match their sha256, and were "
-                            "deleted; run the same command again")  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(data)
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        hasher = hashlib.sha256()
-        while data := file.read(1 << 22):
-            hasher.update(data)
-    return hasher.hexdigest()
-
 
 def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> None:
     if config.download:
@@ -4965,7 +4966,7 @@ def flops_per_token(model: GPT, T: int) -> float:
     return 6 * used + 12 * c.n_layer * T * c.n_head * c.head_dim
 
 
-class SyntheticDataset:
+class SyntheticDataset(Windows):
     """Random windows for measuring speed."""
 
     def __init__(self, vocab_size: int, block_size: int):
@@ -4977,13 +4978,9 @@ class SyntheticDataset:
     def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
         return places
 
-    def n_targets(self, ids: np.ndarray) -> int:
-        return len(ids) * self.block_size
-
-    def batch(self, ids: np.ndarray, rows=slice(None)) -> Batch:
+    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
         shape = (len(ids[rows]), self.block_size + 1)
-        tokens = torch.from_numpy(np.random.default_rng(ids[0]).integers(0, self.vocab_size, shape))
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        return np.random.default_rng(ids[0]).integers(0, self.vocab_size, shape)
 
 
 def hf_peer(config: GPTConfig):

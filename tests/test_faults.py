@@ -384,13 +384,18 @@ def test_any_number_of_processes_sees_the_same_samples():
                     assert micro_batches(step, parts // world, world) == alone
 
 
+def signal_one(rank: int, where: str, number: int) -> None:
+    if os.environ["RANK"] == str(rank):
+        signal_in(where, 4, number)
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_process_stops_all(rank, corpus, tmp_path):
+def test_a_signal_to_one_process_stops_all(rank, where, corpus, tmp_path):
     base = ["train", *corpus, *SHORT, "--out_dir"]
     run_together(*base, tmp_path / "whole")
-    children = together(*base, tmp_path / "run", hook=functools.partial(slow, 0.15))
-    wait_for((tmp_path / "run/last.pth").exists)
-    children[rank].send(signal.SIGTERM)
+    hook = functools.partial(signal_one, rank, where, signal.SIGTERM)
+    children = together(*base, tmp_path / "run", hook=hook)
     assert [child.finish(30).code for child in children] == [143, 143]
     assert steps_done(tmp_path / "run") < 10
     run_together(*base, tmp_path / "run", "--resume")
