@@ -4063,10 +4063,9 @@ def make_run(config: FitConfig, rt: Runtime, loaded: Loaded, store: TokenStore |
     )
     if resumed:
         progress = Progress(**resumed["progress"] | {"total": total})
-        if (
-            progress.grad_accum < config.grad_accum
-            or rt.world_size != about["versions"]["world_size"]
-        ):
+        # What running out of memory has changed stays, but for other processes or on demand.
+        same_processes = rt.world_size == resumed["versions"].get("world_size")
+        if not same_processes or "grad_accum" in config.given:
             progress.grad_accum = config.grad_accum
     if config.overfit_batch:
         only = train.step(0)

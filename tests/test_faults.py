@@ -318,6 +318,15 @@ def test_two_processes_give_the_bits_of_two_micro_batches(corpus, tmp_path):
     assert values[0] == pytest.approx(values[1], rel=1e-6)  # a sum over processes is in float64
 
 
+def test_more_processes_go_on_with_fewer_micro_batches(corpus, tmp_path):
+    base = ["train", *corpus, *SHORT, "--dropout", 0, "--out_dir"]
+    run(*base, tmp_path / "run", "--grad_accum", 8, "--stop_after", 4).ok()
+    run_together(*base, tmp_path / "run", "--resume", "--grad_accum", 1)
+    run(*base, tmp_path / "whole", "--grad_accum", 8).ok()
+    paths = [tmp_path / folder / "last.pth" for folder in ("run", "whole")]
+    assert largest_difference(*paths) < 1e-4
+
+
 @pytest.mark.parametrize("flags", ["--optimizer adamw", "--fsdp", "--recipe fast --fsdp"])
 def test_two_processes_train_like_one(flags, corpus, tmp_path):
     base = ["train", *corpus, *SHORT, "--dropout", 0, *words(flags), "--out_dir"]

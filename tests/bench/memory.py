@@ -1,4 +1,4 @@
-"""Peak memory of `prepare` on 100 MB and on 1 GB of text, and start-up of training on its stores.
+"""Peak memory of `prepare` on 100 MB and on 1 GB of text.
 
     python tests/bench/memory.py [--sizes 100 1000] [--kinds words chinese lines]
 
@@ -18,9 +18,6 @@ import time
 from pathlib import Path
 
 PROGRAM = Path(__file__).resolve().parents[2] / "llm_pipeline.py"
-MODEL = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "128"]
-MODEL += ["--batch_size", "8", "--max_steps", "1", "--eval_batches", "1"]
-MODEL += ["--device", "cpu", "--dtype", "float32", "--compile", "off"]
 
 
 def write_text(path: Path, megabytes: int, kind: str) -> Path:
@@ -76,14 +73,6 @@ def main() -> None:
                     print(f"prepare {size:>5} MB {kind:<8}{tokenizer:<6}"
                           f"{peak:>8.0f} MB peak{seconds:>8.1f} s", flush=True)  # fmt: skip
                 text.unlink()
-        for size in (10, max(options.sizes)):
-            text = write_text(folder / "text.txt", size, "words")
-            run("prepare", "--data_dir", text, "--out_dir", folder / "store")
-            text.unlink()
-            flags = ["--data_dir", folder / "store", "--out_dir", folder / "run", "--overwrite"]
-            runs = sorted(run("train", *flags, *MODEL) for _ in range(3))
-            print(f"train, start and one step on a {size} MB store: {runs[1][0]:.2f} s, "
-                  f"{runs[1][1]:.0f} MB peak", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
