@@ -65,6 +65,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache
 from glob import glob
 from itertools import islice
@@ -190,6 +191,7 @@ class RuntimeConfig:
     vram_limit_gb: float = option(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
     deterministic: bool = option(False, "deterministic CUDA algorithms, at some speed")
     debug: bool = option(False, "show tracebacks")
+    given = frozenset()  # names of what was asked for, rather than left at a default
 
 
 @dataclass
@@ -546,7 +548,7 @@ def resolve(cls, flags: dict, stored: dict | None = None):
             layers = {k: v for k, v in layers.items() if k in ("batch_size", "grad_accum", *recipe)}
     config = {k: v for k, v in ((stored or layers) | given).items() if k in specs}
     config = cls(**config)
-    config.given = set(given)  # what was asked for by name, not by a default or a table
+    config.given = frozenset(given)
     problems += cross_checks(config)  # a field with a problem of its own stands at its default
     if problems:
         raise UserError("\n".join(problems))
@@ -565,6 +567,10 @@ def cross_checks(config) -> list[str]:
                 f"batch_size {config.batch_size} does not divide into {share} micro-batches "
                 "(grad_accum x processes)"
             )
+        if isinstance(config, FinetuneConfig) and config.streaming:
+            found.append("finetune needs whole records: leave --streaming out")
+        if config.fsdp and config.compile == "on":
+            found.append("--fsdp and --compile on exclude each other")
         if config.resume and config.overwrite:
             found.append("--resume and --overwrite exclude each other")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
@@ -672,7 +678,7 @@ def runtime(config: RuntimeConfig):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "cuda" and world_size > 1:
+    if name == "cuda":  # torch.cuda.set_device wants a number
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -694,7 +700,11 @@ def runtime(config: RuntimeConfig):
         torch.use_deterministic_algorithms(True)
     set_seed(config.seed)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(days=1),  # the first process may take hours over a large corpus
+            device_id=device if device.type == "cuda" else None,
+        )
     try:
         yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size)
     finally:
@@ -917,7 +927,7 @@ class BPETokenizer:
                 except ValueError:  # its pattern gives up on a million spaces in a row
                     return np.array(self.library.encode(text, add_special_tokens=False).ids)
 
-            return list(POOL.map(encode, texts)) if len(texts) > 1 else [encode(texts[0])]
+            return list((POOL.map if len(texts) > 1 else map)(encode, texts))
         encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, np.uint32) for e in encoded]
 
@@ -1009,7 +1019,7 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def train_bpe(texts: Iterable[str], config: DataConfig) -> BPETokenizer:
+def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     """Train byte-level BPE on an iterator of texts, in batches, in bounded memory."""
     tokenizers = optional("tokenizers")
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -1235,18 +1245,20 @@ def read_text(path: Path, errors: str) -> Iterator[str]:
 
 def read_pieces(path: Path, errors: str, delimiter: str) -> Iterator[str]:
     """A file's text between delimiters."""
-    tail: list[str] = []
+    parts: list[str] = []  # of the piece that is being read
+    tail = ""  # as much of it as may begin a delimiter that straddles two blocks
     for block in read_text(path, errors):
-        # A delimiter may straddle two blocks: look at the joint too.
-        if tail and len(delimiter) > 1:
-            block = tail.pop() + block
-        head, *rest = block.split(delimiter)
-        tail.append(head)
+        head, *rest = (tail + block).split(delimiter)
+        parts.append(head)
         for piece in rest:
-            yield "".join(tail)
-            tail = [piece]
-    if any(tail):
-        yield "".join(tail)
+            yield "".join(parts)
+            parts = [piece]
+        last = parts.pop()
+        cut = max(0, len(last) - len(delimiter) + 1)
+        tail = last[cut:]
+        parts.append(last[:cut])
+    if any(parts) or tail:
+        yield "".join([*parts, tail])
 
 
 RECORD_FIELDS = (
@@ -1388,7 +1400,7 @@ def load_hub(config: DataConfig, report: Report, rows=None) -> Iterator[Record]:
                 yield record_from_row(row, config.hf_dataset, config.text_field, where)
             except ValueError as error:
                 report.malformed(config.hf_dataset, one_line(error), where)
-    except (UserError, GeneratorExit):
+    except UserError:
         raise
     except Exception as error:  # of pyarrow, fsspec, the network: no common base
         raise UserError(f"{config.hf_dataset}: cannot read on after row {number}: "
@@ -1809,7 +1821,8 @@ def write_documents(config: DataConfig, writer: StoreWriter, pairs: bool) -> Non
                 writer.extend(next(encoded))
             else:
                 writer.end()
-                if 0 < config.max_tokens <= sum(writer.size.values()):
+                enough = 0 < config.max_tokens <= sum(writer.size.values())
+                if enough and not (pairs and sum(writer.documents.values()) % 2):
                     return True
         waiting.clear()
         return False
@@ -1877,7 +1890,11 @@ class TokenStore:
 
     def ids(self, split: str, start: np.ndarray | int, length: int) -> np.ndarray:
         """(..., length) int64 ids from each start. Raises UserError on an id out of range."""
-        ids = self.tokens[split][np.asarray(start)[..., None] + np.arange(length)].astype(np.int64)
+        tokens = self.tokens[split]
+        if np.ndim(start):
+            ids = tokens[start[:, None] + np.arange(length)].astype(np.int64)
+        else:  # one long record: without an index as long
+            ids = tokens[start : start + length].astype(np.int64)
         if ids.size and ids.max() >= self.tokenizer.vocab_size:
             raise UserError(f"{self.folder}/{split}.bin holds ids outside its vocabulary; delete "
                             "the store and prepare it again")  # fmt: skip
@@ -1949,6 +1966,8 @@ def build_corpus_from_sources(
                 current = False
             if not current:
                 build_store(config, tokenizer, folder, pairs, wanted)
+            elif isinstance(config, PrepareConfig):
+                note("the sources and settings are unchanged: this store was made before")
     return TokenStore(folder)
 
 
@@ -2134,6 +2153,11 @@ class LMDataset(Windows):
         return self.store.ids(self.split, ids[rows], self.block_size + 1)
 
 
+def padded_width(longest: int, most: int) -> int:
+    """Columns of a padded batch: few different widths, since kernels are made for each shape."""
+    return min(-(-longest // 16) * 16, max(longest, most))
+
+
 def cut_prompt(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, int]:
     """Fit a record into `limit` tokens: (prompt head, prompt tail, response) lengths to keep.
 
@@ -2159,7 +2183,7 @@ class InstructionDataset:
         index = store.index[split]
         if len(index) < self.group:
             raise UserError(f"the {split} split holds no {'pairs' if pairs else 'records'}")
-        self.reference: np.ndarray | None = None  # (records,) set by `add_reference`
+        self.reference: np.ndarray | None = None  # (records,) set by `run_fit`
         limit = block_size + 1
         prompt = index["prompt"].astype(np.int64)
         response = np.minimum(index["length"] - prompt, limit - 1)
@@ -2217,7 +2241,7 @@ class InstructionDataset:
     def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
         """Rows of a global batch, padded to the longest of the whole of it."""
         numbers = (ids[:, None] * self.group + np.arange(self.group)).ravel()
-        width = int(self.lengths[numbers].max()) - 1
+        width = padded_width(int(self.lengths[numbers].max()) - 1, self.block_size)
         numbers = (ids[rows][:, None] * self.group + np.arange(self.group)).ravel()
         x = np.full((len(numbers), width), self.store.tokenizer.pad_id, np.int64)
         y = np.full((len(numbers), width), IGNORE, np.int64)
@@ -2239,7 +2263,11 @@ class StreamDataset(Windows, torch.utils.data.IterableDataset):
 
     def __init__(self, config: FitConfig, tokenizer: Tokenizer, block_size: int, split="train"):
         self.config, self.tokenizer, self.split = config, tokenizer, split
-        self.block_size, self.buffer, self.seed = block_size, config.shuffle_buffer, config.seed
+        self.block_size, self.seed = block_size, config.seed
+        # A prefetching thread runs a few batches ahead of what a checkpoint speaks of.
+        self.buffer = max(config.shuffle_buffer, 4 * config.batch_size)
+        if split == "val" and config.eval_batches:
+            self.buffer = config.eval_batches * config.batch_size
         self.rows = hub_rows(config)
         if not hasattr(self.rows, "state_dict"):
             raise UserError("training from a stream needs --streaming")
@@ -2288,7 +2316,8 @@ class StreamDataset(Windows, torch.utils.data.IterableDataset):
 
     def position(self, sample: int) -> dict:
         """State from which training can go on at the given sample id."""
-        block = min([b for b in self.starts if b >= sample // self.buffer] or [self.next_block])
+        ahead = [b for b in list(self.starts) if b >= sample // self.buffer]
+        block = min(ahead, default=self.next_block)
         return {"block": block, "state": self.starts.get(block) or self.state_dict()}
 
     def load_block(self, block: int) -> np.ndarray:
@@ -2619,8 +2648,13 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop:
     """
     if q.device.type == "cpu" and q.shape[-2] > 1 and (p_drop or q.dtype != torch.float32):
         return attention_manual(q, k, v, mask, p_drop)
-    grouped = q.shape[1] != k.shape[1]
-    causal = mask is None and q.shape[-2] > 1
+    grouped, causal = q.shape[1] != k.shape[1], False
+    if mask is None and q.shape[-2] > 1:  # as a branch: compiled, lengths may be symbols
+        causal = True
+    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # Only the flash kernel groups; what it cannot do would go through the slow one.
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(
         q, k, v, mask, p_drop, is_causal=causal, enable_gqa=grouped
     )
@@ -2703,7 +2737,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         """h: (N, C); weight: (V, C); targets: (N,), IGNORE left out; products in `dtype`."""
         low, w = h.to(dtype), weight.to(dtype)
-        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(weight)
+        grad_h = torch.empty_like(h)
+        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # frozen under LoRA
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         rows = min(1024, len(h))
         logits = w.new_empty(rows, len(w))  # one pair of buffers for all chunks
@@ -2718,14 +2753,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             p.scatter_add_(1, y.clamp(min=0), -torch.ones_like(picked))  # d loss / d logits
             out.copy_(p.mul_(counts))
             grad_h[i : i + rows] = out @ w
-            grad_w += out.T @ part
+            if grad_w is not None:
+                grad_w += out.T @ part
         ctx.save_for_backward(grad_h, grad_w)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, grad_w * grad, None, None
+        return grad_h * grad, None if grad_w is None else grad_w * grad, None, None
 
 
 class GPT(nn.Module):
@@ -2859,12 +2895,13 @@ class KVCache:
     they hold block_size tokens, after which `generate` starts again from the last half.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype):
+    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, most: int = 0):
+        """most: how many tokens will be stored at most, where that is known."""
         c = config
         self.config = config
         # A learned position has no row beyond the block, so a window cannot slide past it.
         self.ring = 0 < c.attn_window < c.block_size
-        self.size = c.attn_window if self.ring else c.block_size
+        self.size = c.attn_window if self.ring else min(c.block_size, most or c.block_size)
         shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
         self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
         self.length = 0  # tokens seen, wherever they are stored
@@ -2929,7 +2966,7 @@ def sample_next(
         logits = torch.where(seen, scaled, logits)
     if temperature == 0.0:
         return logits.argmax(-1)
-    logits = logits.double() / temperature  # a tiny temperature must not overflow
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # never overflows
     if 0 < top_k < logits.shape[-1]:
         floor = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -math.inf)
@@ -2952,7 +2989,6 @@ def generate(
     stop_ids: tuple[int, ...] = (),
     num_samples: int = 1,
     seed: int = 0,
-    dtype: torch.dtype | None = None,
     **sampling,
 ) -> Iterator[list[int]]:
     """Yield the next id of each sample, step by step; -1 for a sample that has stopped.
@@ -2966,8 +3002,8 @@ def generate(
     history = prompt[None].expand(num_samples, -1)
     seen = torch.zeros(num_samples, config.vocab_size, dtype=torch.bool, device=device)
     seen.scatter_(1, history, True)
-    dtype = dtype or model.tok_emb.weight.dtype
-    cache = KVCache(config, 1, device, dtype)
+    dtype = model.tok_emb.weight.dtype
+    cache = KVCache(config, 1, device, dtype, len(prompt) + max_new_tokens)
     if config.pos == "learned" or not cache.ring:
         history = history[:, -config.block_size :]
     h = model.hidden(history[:1], cache)[:, -1]
@@ -3527,6 +3563,7 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(f"{path}: its tokenizer has more ids than its model")
         if state.get("lora") and merge:
+            model.float()  # frozen weights may be bf16, too coarse to add small changes to
             remove_lora(model, merge=True)
     else:
         (model, tokenizer), state = load_hf(name), {}
@@ -3767,7 +3804,7 @@ FREE_ON_RESUME = {
     "data_dir", "processed_dir", "out_dir", "config", "resume", "overwrite", "debug", "wandb",
     "max_minutes", "stop_after", "eval_interval", "eval_batches", "log_interval", "save_interval",
     "patience", "device", "threads", "vram_limit_gb", "compile", "ckpt", "init_from", "fsdp",
-    "grad_accum", "report_samples", "preset", "recipe",
+    "grad_accum", "grad_checkpointing", "report_samples", "preset", "recipe",
 }  # fmt: skip
 
 
@@ -3787,11 +3824,16 @@ class Run:
     about: dict  # what checkpoints say besides weights, moments and progress
     out_dir: Path
     suffix: str  # "" or "_finetune"
-    scaler: torch.amp.GradScaler | None = None
+    scaler: torch.amp.GradScaler
     stop: StopSignal | bool = False
 
     def path(self, name: str) -> Path:
         return self.out_dir / f"{name}{self.suffix}.pth"
+
+    def evaluate_as_finely(self) -> None:
+        """Validation batches take the room that training has found to be there."""
+        if self.val:
+            self.val.grad_accum = self.progress.grad_accum
 
 
 def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, dict]:
@@ -3799,22 +3841,11 @@ def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, di
 
     Raises UserError, before anything is updated, when loss or gradient is not finite.
     """
+    loss_sum, stats = surviving_gradients(run, batch, n_targets)
     config, rt, step = run.config, run.rt, run.progress.step
-    parameters = [p for p in run.model.parameters() if p.requires_grad]
-    accum, loss_sum, stats = run.progress.grad_accum, 0.0, Counter()
-    for index, micro in enumerate(batch.split(accum)):
-        if run.stop and rt.world_size == 1:
-            raise Interrupted  # this step's gradients are dropped; resume repeats it
-        set_seed(derive_seed(config.seed, step, index * rt.world_size + rt.rank))  # for dropout
-        with synchronised(run.net, index == accum - 1), rt.autocast():
-            loss, _ = run.objective(run.net, micro)
-            # DDP and FSDP average over processes: undo that, the targets of all are counted.
-            run.scaler.scale(loss * (rt.world_size / n_targets)).backward()
-        loss_sum = loss_sum + loss.detach()
-        stats.update({name: value.detach() for name, value in micro.stats.items()})
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(trained_parameters(run), config.grad_clip or math.inf)
     norm = float(whole(norm))  # the step's one wait for the device
     loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
     loss = loss_sum / n_targets
@@ -3826,10 +3857,39 @@ def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, di
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
-        run.scaler.step(optimizer)
-    run.model.zero_grad()
+        if math.isfinite(norm):  # in fp16, a step that overflowed only lowers the scale
+            run.scaler.step(optimizer)
     run.scaler.update()
+    drop_gradients(run)
     return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
+
+
+def trained_parameters(run: Run) -> list[nn.Parameter]:
+    """As the optimizers hold them: after an evaluation, FSDP's model shows whole ones instead."""
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    return [p for group in groups for p in group["params"]]
+
+
+def drop_gradients(run: Run) -> None:
+    for p in trained_parameters(run):
+        p.grad = None
+
+
+def gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
+    """Leave the gradient of the loss per target in the parameters. Returns (summed loss, stats)."""
+    config, rt, step = run.config, run.rt, run.progress.step
+    accum, loss_sum, stats = run.progress.grad_accum, 0.0, Counter()
+    for index, micro in enumerate(batch.split(accum)):
+        if run.stop and rt.world_size == 1:
+            raise Interrupted  # this step's gradients are dropped; resume repeats it
+        set_seed(derive_seed(config.seed, step, index * rt.world_size + rt.rank))  # for dropout
+        with synchronised(run.net, index == accum - 1), rt.autocast():
+            loss, _ = run.objective(run.net, micro)
+            # DDP and FSDP average over processes: undo that, the targets of all are counted.
+            run.scaler.scale(loss * (rt.world_size / n_targets)).backward()
+        loss_sum = loss_sum + loss.detach()
+        stats.update({name: value.detach() for name, value in micro.stats.items()})
+    return loss_sum, stats
 
 
 class Interrupted(Exception):
@@ -3845,22 +3905,23 @@ def synchronised(net: nn.Module, last: bool):
         yield
 
 
-def surviving_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, dict]:
-    """`train_step`, with smaller micro-batches, then checkpointing, when CUDA memory runs out.
+def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
+    """`gradients`, with smaller micro-batches, then checkpointing, when CUDA memory runs out.
 
-    Nothing was updated when that happens: the step is repeated on the same global batch.
+    Nothing is updated yet when that happens: the step is repeated on the same global batch.
     """
     while True:
         try:
-            return train_step(run, batch, n_targets)
+            return gradients(run, batch, n_targets)
         except torch.OutOfMemoryError:
-            run.model.zero_grad()
-            p = run.progress
+            drop_gradients(run)
+            p, rows = run.progress, run.config.batch_size
             if run.rt.world_size > 1:  # the others are waiting inside a collective
-                raise UserError("out of GPU memory: raise --grad_accum, or pass "
+                raise UserError("out of GPU memory: --resume with a larger --grad_accum, or with "
                                 "--grad_checkpointing") from None  # fmt: skip
-            if run.config.batch_size % (2 * p.grad_accum) == 0:
-                p.grad_accum *= 2
+            finer = [n for n in range(2 * p.grad_accum, rows + 1) if rows % n == 0]
+            if finer:
+                p.grad_accum = finer[0]
             elif not p.grad_checkpointing:
                 p.grad_checkpointing = run.model.grad_checkpointing = True
             else:
@@ -3868,6 +3929,7 @@ def surviving_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float
                     "out of GPU memory with micro-batches of one and checkpointing: choose a "
                     "smaller --block_size or model"
                 ) from None
+            run.evaluate_as_finely()
             note(f"out of memory at step {p.step + 1}: going on with grad_accum {p.grad_accum}, "
                  f"grad_checkpointing {p.grad_checkpointing}")  # fmt: skip
         if run.rt.device.type == "cuda":
@@ -3875,25 +3937,29 @@ def surviving_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float
 
 
 @torch.no_grad()
-def estimate_loss(run: Run, limit: int) -> tuple[float, dict]:
-    """Mean validation loss and statistics over fixed batches. Draws no random number.
+def estimate_loss(model: GPT, loader: Loader, objective: Callable, limit: int,
+                  stop: StopSignal | bool = False) -> tuple[float, dict]:  # fmt: skip
+    """Mean loss and statistics over `limit` fixed batches (0: all). Draws no random number.
 
     Raises Interrupted when a stop signal comes.
     """
-    run.model.eval()
-    total, targets, stats = 0.0, 0.0, Counter()
+    rt, training, stats = loader.rt, model.training, Counter()
+    model.eval()
     try:
-        for batch in run.val.fixed(limit):
-            if any(run.rt.sum(bool(run.stop))):
+        for batch in loader.fixed(limit):
+            if any(rt.sum(bool(stop))):
                 raise Interrupted
-            with run.rt.autocast():
-                loss, n = run.objective(run.model, batch)
-            total, targets = total + float(loss), targets + float(n)
-            stats.update({name: float(value) for name, value in batch.stats.items()})
+            with rt.autocast():
+                loss, n = objective(model, batch)
+            real = bool((batch.y != IGNORE).any())  # not the stand-in of a process without a batch
+            found = {"loss": loss, "targets": n} | batch.stats
+            stats.update({name: float(value) if real else 0.0 for name, value in found.items()})
     finally:
-        run.model.train()
-    total, targets, *sums = run.rt.sum(total, targets, *stats.values())
-    return total / targets, {n: s / targets for n, s in zip(stats, sums, strict=True)}
+        model.train(training)
+    sums = dict(zip(stats, rt.sum(*stats.values()), strict=True))
+    targets = max(sums.pop("targets"), 1.0)
+    means = {name: value / targets for name, value in sums.items()}
+    return means.pop("loss"), means
 
 
 def save_run(run: Run, name: str) -> None:
@@ -3967,7 +4033,11 @@ class Recorder:
 def assess(run: Run, recorder: Recorder, loss: float) -> None:
     """Evaluate, record, and keep the best. Without validation data the training loss stands in."""
     p = run.progress
-    value, stats = estimate_loss(run, run.config.eval_batches) if run.val else (loss, {})
+    value, stats = loss, {}
+    if run.val:
+        value, stats = estimate_loss(
+            run.model, run.val, run.objective, run.config.eval_batches, run.stop
+        )
     p.evaluated, p.misses = p.step, p.misses + 1
     if run.val:
         recorder.write("val", value, **stats)
@@ -4009,7 +4079,7 @@ def fit(run: Run) -> str:
             recorder.clock += time.perf_counter() - paused
             # --- the step ---
             batch, n_targets = next(batches)
-            loss, norm, stats = surviving_step(run, batch, n_targets)
+            loss, norm, stats = train_step(run, batch, n_targets)
             p.step += 1
             recorder.step(batch, loss, norm, stats)
     except Interrupted:
@@ -4034,7 +4104,7 @@ def distribute(model: GPT, config: FitConfig, rt: Runtime, total: int) -> nn.Mod
     net: nn.Module = model
     # A short run ends before compilation has paid for itself.
     if config.compile == "on" or (
-        config.compile == "auto" and rt.device.type == "cuda" and total >= 1000 and has_triton()
+        config.compile == "auto" and rt.device.type == "cuda" and total >= 1000 and can_compile()
     ):
         net = torch.compile(model)
     if rt.world_size > 1:
@@ -4043,10 +4113,13 @@ def distribute(model: GPT, config: FitConfig, rt: Runtime, total: int) -> nn.Mod
     return net
 
 
-def has_triton() -> bool:
+def can_compile() -> bool:
+    """Whether Triton is here, and the C compiler that it calls."""
     import importlib.util
 
-    return importlib.util.find_spec("triton") is not None
+    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
+    found = os.name == "nt" or any(map(shutil.which, compilers))
+    return found and importlib.util.find_spec("triton") is not None
 
 
 def make_run(config: FitConfig, rt: Runtime, loaded: Loaded, store: TokenStore | None,
@@ -4065,8 +4138,9 @@ def make_run(config: FitConfig, rt: Runtime, loaded: Loaded, store: TokenStore |
         progress = Progress(**resumed["progress"] | {"total": total})
         # What running out of memory has changed stays, but for other processes or on demand.
         same_processes = rt.world_size == resumed["versions"].get("world_size")
-        if not same_processes or "grad_accum" in config.given:
-            progress.grad_accum = config.grad_accum
+        for name in ("grad_accum", "grad_checkpointing"):
+            if not same_processes or name in config.given:
+                setattr(progress, name, getattr(config, name))
     if config.overfit_batch:
         only = train.step(0)
         train.step, val = lambda step: only, None
@@ -4082,8 +4156,10 @@ def make_run(config: FitConfig, rt: Runtime, loaded: Loaded, store: TokenStore |
         scaler.load_state_dict(resumed["scaler"])
     objective = OBJECTIVES[getattr(config, "objective", "ntp")](config)
     suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
-    return Run(config, rt, model, net, objective, optimizers, train, val, progress, about,
-               Path(config.out_dir), suffix, scaler, stop)  # fmt: skip
+    run = Run(config, rt, model, net, objective, optimizers, train, val, progress, about,
+              Path(config.out_dir), suffix, scaler, stop)  # fmt: skip
+    run.evaluate_as_finely()
+    return run
 
 
 def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store, lora) -> dict:
@@ -4157,10 +4233,11 @@ def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = Fa
         return None
     if not rt.is_main:
         rt.barrier()
-    store = build_corpus_from_sources(config, tokenizer, pairs=pairs)
-    if rt.is_main:
-        rt.barrier()
-    return store
+    try:
+        return build_corpus_from_sources(config, tokenizer, pairs=pairs)
+    finally:
+        if rt.is_main:
+            rt.barrier()
 
 
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal) -> str:
@@ -4200,7 +4277,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal) -> str:
     if pairs and config.dropout is None:
         config.dropout = 0.0  # as the reference log-probabilities are computed
     changes = {n: getattr(config, n) for n in ("dropout", "attn") if getattr(config, n) is not None}
-    model = with_settings(base.model, **changes)
+    model = base.model = with_settings(base.model, **changes)  # one copy is enough
     reference = reference_log_probs(config, rt, model, store) if pairs else None
     lora = None
     if config.method == "lora":
@@ -4303,7 +4380,8 @@ def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
         values = np.zeros(len(data) * 2, np.float32)
         numbers = np.argsort(data.lengths[::2], kind="stable")
         for ids in tqdm(batched(numbers, config.batch_size), desc=f"reference, {split}",
-                        total=-(-len(data) // config.batch_size), delay=1):  # fmt: skip
+                        total=-(-len(data) // config.batch_size), delay=1,
+                        disable=not rt.is_main):  # fmt: skip
             ids = np.array(ids)
             with torch.no_grad(), rt.autocast():
                 row = sequence_log_probs(model, data.batch(ids).to(rt.device)).cpu().numpy()
@@ -4333,13 +4411,8 @@ def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: L
                 datasets["loss_base"] = LMDataset(open_store(old, rt, tokenizer), "val", block)
     report = {}
     for name, data in datasets.items():
-        total = targets = 0.0
-        for batch in Loader(data, config.batch_size, config.grad_accum, rt).fixed(20):
-            with rt.autocast():
-                loss, n = next_token_loss(model, batch)
-            total, targets = total + float(loss), targets + float(n)
-        total, targets = rt.sum(total, targets)
-        report[name] = total / max(targets, 1)
+        loader = Loader(data, config.batch_size, config.grad_accum, rt)
+        report[name], _ = estimate_loss(model, loader, next_token_loss, 20)
     if config.report_samples and "loss_response" in datasets:
         data = datasets["loss_response"]
         prompts = np.flatnonzero(store.index["val"]["prompt"] > 1)
@@ -4366,24 +4439,20 @@ def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: L
 # ====================================================================================
 
 
-def scored_windows(ids: np.ndarray, block_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(x, y) windows that score each id after the first exactly once.
+def scored_windows(length: int, block_size: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first) of the windows that score each of `length` ids but the first once.
 
-    Windows do not overlap, but for the last, which reaches back for as much context as fits; as
-    lm_eval's rolling windows do.
+    A window reads ids[start:end] and scores those after `first`. Windows do not overlap, but for
+    the last, which reaches back for as much context as fits; as lm_eval's rolling windows do.
     """
-    n = len(ids) - 1  # ids to score
-    for first in range(0, n, block_size):
-        end = min(first + block_size, n)
-        start = max(0, end - block_size)
-        y = ids[start + 1 : end + 1].copy()
-        y[: first - start] = IGNORE
-        yield ids[start:end], y
+    for first in range(0, length - 1, block_size):
+        end = min(first + block_size, length - 1)
+        yield max(0, end - block_size), end + 1, first
 
 
-def stack_rows(rows: list[tuple], pad: int) -> tuple[Tensor, Tensor]:
+def stack_rows(rows: list[tuple], pad: int, most: int) -> tuple[Tensor, Tensor]:
     """Rows (x, y, ...) of unequal length as two padded (B, T) tensors."""
-    width = max(len(x) for x, *_ in rows)
+    width = padded_width(max(len(x) for x, *_ in rows), most)
     x, y = np.full((len(rows), width), pad), np.full((len(rows), width), IGNORE)
     for i, (row_x, row_y, *_) in enumerate(rows):
         x[i, : len(row_x)], y[i, : len(row_y)] = row_x, row_y
@@ -4392,10 +4461,10 @@ def stack_rows(rows: list[tuple], pad: int) -> tuple[Tensor, Tensor]:
 
 def token_losses(model: GPT, rows: list, pad: int, rt: Runtime) -> tuple[Tensor, Tensor]:
     """(losses, targets) of padded rows, (B, T) on the CPU, losses 0 where nothing counts."""
-    x, y = stack_rows(rows, pad)
+    x, y = stack_rows(rows, pad, model.config.block_size)
     with torch.no_grad(), rt.autocast():
         _, losses = model(x.to(rt.device), y.to(rt.device), "none")
-    return losses.double().cpu(), y
+    return losses.cpu().double(), y
 
 
 def evaluate_perplexity(
@@ -4460,9 +4529,11 @@ def scored_rows(
     for split in splits:
         for record in by_length(store, split, source):
             start, length, prompt, _ = store.index[split][record].tolist()
-            ids = store.ids(split, start, length - (prompt == 1))
-            for number, (x, y) in enumerate(scored_windows(ids, block_size)):
-                yield x, y, number == 0
+            for a, b, first in scored_windows(length - (prompt == 1), block_size):
+                ids = store.ids(split, start + a, b - a)
+                y = ids[1:].copy()
+                y[: first - a] = IGNORE
+                yield ids[:-1], y, first == 0
 
 
 def closed_set(store: TokenStore, source: int, most: int = 10) -> list[np.ndarray]:
@@ -4636,8 +4707,6 @@ def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
     def show(prompt: str) -> None:
         for piece in sample_text(loaded, config, rt, prompt):
             print(piece, end="", flush=True)
-            if stop:
-                raise Interrupted
         print(flush=True)
 
     if config.prompt is not None or not sys.stdin.isatty():
@@ -4656,14 +4725,10 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> Non
     if config.download:
         download(config.download, Path(config.data_dir), config.mirror)
     folder = Path(config.out_dir) if config.out_dir else None
-    started = time.perf_counter()
     store = build_corpus_from_sources(config, folder=folder)
-    reused = time.perf_counter() - started < store.meta["seconds"]["encoding"]
     report = store_report(store)
     print("\n".join(report["lines"]))
     write_json(store.folder / "report.json", report)
-    if reused:
-        note("the sources and settings are unchanged: this store was made before")
     write_sample_batch(store, config.block_size)
     if config.preview:
         print(preview(store, config.preview, config.block_size))
@@ -4993,7 +5058,9 @@ def hf_peer(config: GPTConfig):
 
 def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     """Print and optionally save the figures; see README for what each means."""
-    vocab_size = 260 if config.tokenizer == "byte" else config.vocab_size
+    vocab_size = config.vocab_size
+    if config.tokenizer != "bpe":
+        vocab_size = load_tokenizer(config.tokenizer).vocab_size
     model = GPT(model_config(config, vocab_size)).to(rt.device)
     T, rows = config.block_size, config.batch_size
     loader = Loader(SyntheticDataset(vocab_size, T), rows, config.grad_accum, rt)
@@ -5007,15 +5074,18 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
 
     def our_step():
         batch, n_targets = loader.step(run.progress.step)
-        surviving_step(run, batch, n_targets)
+        train_step(run, batch, n_targets)
         run.progress.step += 1
 
+    if rt.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    our_step()
+    our_step()
+    memory = peak_memory(rt)  # before there is a peer
     sides = {"": our_step}
     if config.vs == "hf":
         sides |= {"hf_": hf_step(config, rt, model, rt.dtype, loader),
                   "hf_fp32_": hf_step(config, rt, model, torch.float32, loader)}  # fmt: skip
-    if rt.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     seconds = in_turns(sides, rt, config.rounds, "training")
     # The ceiling is taken among the rounds it is compared with: clocks and neighbours drift.
     peak = matmul_peak(rt, config.rounds)
@@ -5025,7 +5095,7 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
         "params": model.n_params(), "device": device_name(rt), "dtype": str(rt.dtype)[6:],
         "threads": torch.get_num_threads(), "train_tokens_per_s": tokens / seconds[""],
         "step_ms": 1e3 * seconds[""], "matmul_peak_flops": peak,
-        "mfu": train_flops / seconds[""] / peak, "peak_memory_bytes": peak_memory(rt),
+        "mfu": train_flops / seconds[""] / peak, "peak_memory_bytes": memory,
         "grad_accum": run.progress.grad_accum,
         "grad_checkpointing": run.progress.grad_checkpointing,
     }  # fmt: skip
@@ -5072,7 +5142,7 @@ def hf_step(config: BenchConfig, rt: Runtime, model: GPT, dtype: torch.dtype, lo
             with torch.autocast(rt.device.type, dtype, enabled=dtype != torch.float32):
                 loss = peer(input_ids=micro.x, labels=micro.x).loss / config.grad_accum
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), config.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
