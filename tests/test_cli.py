@@ -132,6 +132,7 @@ def test_usage_errors_are_one_line(argv, tmp_path):
         ("eval --split test", "split"),
         ("eval --max_batches -1", "max_batches"),
         ("finetune --method qlora", "method"),
+        ("finetune --hf_dataset json --streaming", "streaming"),
         ("finetune --lora_r 0", "lora_r"),
         ("finetune --dpo_beta inf", "dpo_beta"),
         ("prepare --vocab_size 3", "vocab_size"),

@@ -329,7 +329,8 @@ def test_more_processes_go_on_with_fewer_micro_batches(corpus, tmp_path):
 
 @pytest.mark.parametrize("flags", ["--optimizer adamw", "--fsdp", "--recipe fast --fsdp"])
 def test_two_processes_train_like_one(flags, corpus, tmp_path):
-    base = ["train", *corpus, *SHORT, "--dropout", 0, *words(flags), "--out_dir"]
+    common = words("--dropout 0 --grad_clip 0.1")  # so small that every step is clipped
+    base = ["train", *corpus, *SHORT, *common, *words(flags), "--out_dir"]
     alone = [a for a in base if a != "--fsdp"]
     run(*alone, tmp_path / "one").ok()
     run_together(*base, tmp_path / "two")
@@ -337,6 +338,15 @@ def test_two_processes_train_like_one(flags, corpus, tmp_path):
     assert distance < (1e-2 if "fast" in flags else 1e-4)  # Muon multiplies in bf16
     vals = [[float(loss) for _, loss in curve(tmp_path / x, "val")] for x in ("one", "two")]
     assert vals[0] == pytest.approx(vals[1], rel=1e-3)
+
+
+def test_an_evaluation_leaves_sharded_gradients_alone(corpus, tmp_path):
+    """At such a rate no evaluation is the best, whose save would put the shards back in place."""
+    base = ["train", *corpus, *SHORT, *words("--dropout 0 --lr 1e-10 --eval_interval 1")]
+    run(*base, "--out_dir", tmp_path / "one").ok()
+    run_together(*base, "--fsdp", "--out_dir", tmp_path / "two")
+    one, two = ([float(row["grad_norm"]) for row in metrics(tmp_path / f)] for f in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.parametrize("flags", [[], ["--fsdp"]])

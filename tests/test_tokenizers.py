@@ -152,6 +152,7 @@ def test_bytes_are_utf8():
 @pytest.mark.parametrize("kind", ["gpt2", "gpt2_plain", "trained"])
 def test_bpe_gives_back_any_text(kind, request):
     tokenizer = request.getfixturevalue(kind)
+    assert tokenizer.encode_batch([]) == []
     strings = random_strings(10_000, surrogates=False) + NAMED + LITERALS + WORDS
     for text, ids in zip(strings, tokenizer.encode_batch(strings), strict=True):
         assert tokenizer.decode(ids) == text

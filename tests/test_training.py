@@ -438,9 +438,7 @@ def test_files_and_columns(corpus, tmp_path):
 
 
 def test_best_is_the_best(corpus, tmp_path):
-    flags = words(
-        "--max_steps 40 --eval_interval 1 --lr 3 --lr_schedule constant --eval_batches 0"
-    )
+    flags = words("--max_steps 40 --eval_interval 1 --lr 3 --lr_schedule constant --eval_batches 0")
     run("train", *corpus, *TINY, *flags, "--out_dir", tmp_path).ok()
     values = {step: float(loss) for step, loss in curve(tmp_path, "val")}
     best = progress(tmp_path / "best.pth")
