@@ -284,7 +284,7 @@ class EvalConfig(DataConfig, RuntimeConfig):
     split_seed: int | None = option(None, "(default: the checkpoint's)", low=0)
     val_fraction: float | None = option(None, "(default: the checkpoint's)", above=0.0, high=0.9)
     batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
-    max_batches: int = option(0, "stop after N batches a source (0: all)", low=0)
+    max_batches: int = option(0, "evenly spaced batches of each source (0: all)", low=0)
     json: str = option("", "write the figures to this file")
 
 
@@ -421,6 +421,10 @@ DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's me
 TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS, "download": DOWNLOADS}
 
 
+# What belongs to one session rather than to the run: neither config.json nor a checkpoint has it.
+SESSION = {"resume", "overwrite", "config", "debug", "stop_after"}
+
+
 def convert(spec, value):
     """`value` (flag text, or parsed JSON/TOML/YAML) as the type and within the limits of a field.
 
@@ -525,6 +529,7 @@ def resolve(cls, flags: dict, stored: dict | None = None):
         if name not in SETTINGS:
             near = difflib.get_close_matches(str(name), specs, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            hint = "; settings are flat, not nested" if isinstance(from_file[name], dict) else hint
             problems.append(f"--config {path}: unknown setting {name!r}{hint}")
     for origin, layer in (("config file: ", from_file), ("--", flags)):
         for name, value in layer.items():
@@ -1301,7 +1306,7 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
             said = [f"{t.get('role')}: {t['content']}" for t in turns[:-1]]
         prompt = instruction_prompt("\n".join(said))
         return Record(source, instruction_response(turns[-1]["content"]), prompt, where=where)
-    plain = text(text_field, "text")
+    plain = text(text_field)
     if plain is not None:
         return Record(source, plain, where=where)
     raise ValueError(f"no known fields among {', '.join(map(repr, list(row)[:8])) or 'none'}")
@@ -1371,7 +1376,7 @@ def load_parquet(path: Path, config: DataConfig, report: Report) -> Iterator[Rec
         with parquet.ParquetFile(source) as file:
             columns = file.schema_arrow.names
             wanted = [c for c in columns if c in {config.text_field, *RECORD_FIELDS}]
-            if not {config.text_field, "text", "instruction", "prompt", "messages"} & set(wanted):
+            if not {config.text_field, "instruction", "prompt", "messages"} & set(wanted):
                 raise UserError(
                     f"{path}: no column {config.text_field!r} (it has {', '.join(columns)}); "
                     "name one with --text_field"
@@ -1758,7 +1763,8 @@ class StoreWriter:
         self.hashers[name].update(view)
         self.files[name].write(view)
 
-    def begin(self, split: str, source: str, prompt: np.ndarray) -> None:
+    def begin(self, split: str, source: str, size: int, prompt: np.ndarray) -> None:
+        self.report.count(source, "bytes", size)
         self.open = split, source, self.size[split], 1 + len(prompt)
         self.extend(np.array([self.tokenizer.bos_id]))
         self.extend(prompt)
@@ -1788,20 +1794,22 @@ class StoreWriter:
 
 
 def documents(config: DataConfig, report: Report, pairs: bool) -> Iterator[tuple]:
-    """What a store is written from: ("begin", split, source, prompt), ("text", text), ("end",)."""
+    """What a store is written from: ("begin", split, source, bytes read, prompt), ("text", text),
+    ("end",). A record that is split in two counts its bytes once.
+    """
     for record, split, size in split_records(config, report, pairs):
-        report.count(record.source, "bytes", size + len(record.prompt.encode("utf-8", "replace")))
+        size_read = size + len(record.prompt.encode("utf-8", "replace"))
         current = None
         for part, text in split_text(record, split, size, config.val_fraction):
             if part != current:
                 if current:
                     yield ("end",)
-                yield "begin", part, record.source, record.prompt
+                yield "begin", part, record.source, 0 if current else size_read, record.prompt
                 current = part
             yield "text", text
         yield ("end",)
         if pairs:
-            yield "begin", split, record.source, record.prompt
+            yield "begin", split, record.source, len(record.rejected.encode()), record.prompt
             yield "text", record.rejected
             yield ("end",)
 
@@ -1814,21 +1822,24 @@ def write_documents(config: DataConfig, writer: StoreWriter, pairs: bool) -> Non
     def flush() -> bool:
         """Write what waits; whether --max_tokens is reached."""
         encoded = iter(writer.tokenizer.encode_batch([w[-1] for w in waiting if len(w) > 1]))
-        for kind, *rest in waiting:
+        for place, (kind, *rest) in enumerate(waiting, 1):
             if kind == "begin":
-                writer.begin(*rest[:2], next(encoded))
+                writer.begin(*rest[:3], next(encoded))
             elif kind == "text":
                 writer.extend(next(encoded))
             else:
                 writer.end()
                 enough = 0 < config.max_tokens <= sum(writer.size.values())
                 if enough and not (pairs and sum(writer.documents.values()) % 2):
+                    for _, _, source, size, _ in (w for w in waiting[place:] if w[0] == "begin"):
+                        if size and not pairs:
+                            writer.report.skip(source, "past --max_tokens", "read ahead")
                     return True
         waiting.clear()
         return False
 
     total = sum(p.stat().st_size for p in find_files(config)) if not config.hf_dataset else 0
-    with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True, delay=1,
+    with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True,
               disable=not is_main()) as bar:  # fmt: skip
         for document in documents(config, writer.report, pairs):
             waiting.append(document)
@@ -1861,6 +1872,7 @@ class TokenStore:
             self.check()
             for name in ("fingerprint", "seconds", "counts", "lengths", "documents", "tokens"):
                 self.meta[name]
+            self.meta["settings"].keys()
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -1950,7 +1962,7 @@ def build_corpus_from_sources(
         store = TokenStore(prepared)
         if tokenizer is not None and tokenizer.spec() != store.tokenizer.spec():
             raise UserError(f"{prepared} was prepared with another tokenizer than the checkpoint's")
-        return store
+        return adopt_settings(config, store)
     label = short_hash(tokenizer.spec()) if tokenizer else Path(config.tokenizer).stem
     if tokenizer is None and config.tokenizer != "bpe":
         tokenizer = load_tokenizer(config.tokenizer)
@@ -1969,6 +1981,19 @@ def build_corpus_from_sources(
             elif isinstance(config, PrepareConfig):
                 note("the sources and settings are unchanged: this store was made before")
     return TokenStore(folder)
+
+
+def adopt_settings(config: DataConfig, store: TokenStore) -> TokenStore:
+    """Let a command's settings say how its store was prepared. UserError if it asked for others."""
+    places = ("data_dir", "processed_dir", "streaming")  # and hf_*: of the source, not the store
+    made = {n: v for n, v in store.meta["settings"].items()
+            if hasattr(config, n) and n not in places and not n.startswith("hf_")}  # fmt: skip
+    clash = sorted(n for n in config.given & made.keys() if getattr(config, n) != made[n])
+    if clash:
+        raise UserError(f"{store.folder} was prepared with another {', '.join(clash)}: leave that "
+                        "out, or prepare it again")  # fmt: skip
+    vars(config).update(made)
+    return store
 
 
 def build_store(
@@ -2003,7 +2028,12 @@ def build_store(
             "format": STORE_FORMAT,
             "fingerprint": short_hash([files, tokenizer.spec()], 16),
             "settings_fingerprint": wanted,
-            "settings": {f.name: getattr(config, f.name) for f in fields(DataConfig)},
+            "settings": {
+                f.name: getattr(config, f.name)
+                for c in (DataConfig, TokenizerConfig)
+                for f in fields(c)
+                if hasattr(config, f.name)
+            },
             "pairs": pairs,
             "files": files,
             "sources": list(writer.sources),
@@ -2070,6 +2100,12 @@ def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
     while (outside := value >= n).any():
         value[outside] = encrypt(value[outside])
     return value.astype(np.int64)
+
+
+def evenly_spaced(n: int, most: int) -> np.ndarray:
+    """Up to `most` (0: all) of range(n), evenly spaced."""
+    chosen = n if not most else min(most, n)
+    return np.linspace(0, n - 1, chosen).round().astype(np.int64)
 
 
 @dataclass
@@ -2146,8 +2182,7 @@ class LMDataset(Windows):
 
     def fixed_ids(self, limit: int) -> np.ndarray:
         """Up to `limit` (0: all) evenly spaced ids for validation, the same every time."""
-        n = self.n_windows if not limit else min(limit, self.n_windows)
-        return np.linspace(0, self.n_windows - 1, n).round().astype(np.int64) * self.stride
+        return evenly_spaced(self.n_windows, limit) * self.stride
 
     def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
         return self.store.ids(self.split, ids[rows], self.block_size + 1)
@@ -2221,8 +2256,7 @@ class InstructionDataset:
 
     def fixed_ids(self, limit: int) -> np.ndarray:
         """Up to `limit` evenly spaced records for validation, by length."""
-        n = len(self) if not limit else min(limit, len(self))
-        chosen = np.linspace(0, len(self) - 1, n).round().astype(np.int64)
+        chosen = evenly_spaced(len(self), limit)
         return chosen[np.argsort(self.lengths[chosen * self.group], kind="stable")]
 
     def n_targets(self, ids: np.ndarray) -> int:
@@ -2267,7 +2301,7 @@ class StreamDataset(Windows, torch.utils.data.IterableDataset):
         # A prefetching thread runs a few batches ahead of what a checkpoint speaks of.
         self.buffer = max(config.shuffle_buffer, 4 * config.batch_size)
         if split == "val" and config.eval_batches:
-            self.buffer = config.eval_batches * config.batch_size
+            self.buffer = min(config.shuffle_buffer, config.eval_batches * config.batch_size)
         self.rows = hub_rows(config)
         if not hasattr(self.rows, "state_dict"):
             raise UserError("training from a stream needs --streaming")
@@ -2427,7 +2461,8 @@ def create_dataloaders(
             pairs = config.objective == "dpo"
             data = InstructionDataset(store, split, block_size, config.seed, config.loss_on, pairs)
             if data.n_cut:
-                note(f"{split}: {data.n_cut:,} records are longer than {block_size} tokens and "
+                what = "answers" if pairs else "records"
+                note(f"{split}: {data.n_cut:,} {what} are longer than {block_size} tokens and "
                      "lose the middle of their prompt or the end of their response")  # fmt: skip
             return data
         stride = config.stride if split == "train" else 0
@@ -3801,8 +3836,7 @@ COLUMNS = ("step", "epoch", "split", "loss", "timestamp", "lr", "grad_norm", "to
 
 # Settings that may change on --resume, because the weights do not depend on them.
 FREE_ON_RESUME = {
-    "data_dir", "processed_dir", "out_dir", "config", "resume", "overwrite", "debug", "wandb",
-    "max_minutes", "stop_after", "eval_interval", "eval_batches", "log_interval", "save_interval",
+    "data_dir", "processed_dir", "out_dir", "wandb", "max_minutes", "eval_interval", "eval_batches", "log_interval", "save_interval",
     "patience", "device", "threads", "vram_limit_gb", "compile", "ckpt", "init_from", "fsdp",
     "grad_accum", "grad_checkpointing", "report_samples", "preset", "recipe",
 }  # fmt: skip
@@ -4166,7 +4200,9 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store, lora) ->
     """What a checkpoint says of its origin: settings, tokenizer, data, versions."""
     return {
         "command": "finetune" if isinstance(config, FinetuneConfig) else "train",
-        "config": {f.name: getattr(config, f.name) for f in fields(config)},
+        "config": {
+            f.name: getattr(config, f.name) for f in fields(config) if f.name not in SESSION
+        },
         "model_config": asdict(loaded.model.config),
         "tokenizer": loaded.tokenizer.spec(),
         "template": instruction_prompt("{instruction}", "{input}"),
@@ -4286,10 +4322,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal) -> str:
             raise UserError(f"--lora_targets must be among {', '.join(LORA_LAYERS)}")
         lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
                 "targets": targets}  # fmt: skip
-        model.to(rt.dtype)  # frozen weights need no more than the run's precision
         add_lora(model, lora)
-        for name, p in model.named_parameters():
-            p.data = p.data.float() if "lora_" in name else p.data
     if resumed:
         model = build_model(resumed["model_config"], resumed.pop("weights"), lora)
     for name, p in model.named_parameters():
@@ -4361,9 +4394,9 @@ def run_fit(config: FitConfig, rt: Runtime, stop: StopSignal, loaded: Loaded,
             raise UserError(f"one batch is not learned by heart after {p.step} steps: loss "
                             f"{p.best:.4f}; suspect the learning rate, or the model")  # fmt: skip
         return f"one batch is learned by heart: loss {p.best:.4f} after {p.step} steps"
-    best = run.path("best")
+    best, kind = run.path("best"), "validation" if run.val else "training"
     note({
-        "done": f"done: best validation loss {p.best:.4f} at step {p.best_step}",
+        "done": f"done: best {kind} loss {p.best:.4f} at step {p.best_step}",
         "early": f"stopped early at step {p.step}: nothing better than {p.best:.4f} "
                  f"since step {p.best_step}",
     }.get(ended, f"stopped at step {p.step}, saved in {run.path('last')}; go on with --resume"))  # fmt: skip
@@ -4439,17 +4472,6 @@ def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: L
 # ====================================================================================
 
 
-def scored_windows(length: int, block_size: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, first) of the windows that score each of `length` ids but the first once.
-
-    A window reads ids[start:end] and scores those after `first`. Windows do not overlap, but for
-    the last, which reaches back for as much context as fits; as lm_eval's rolling windows do.
-    """
-    for first in range(0, length - 1, block_size):
-        end = min(first + block_size, length - 1)
-        yield max(0, end - block_size), end + 1, first
-
-
 def stack_rows(rows: list[tuple], pad: int, most: int) -> tuple[Tensor, Tensor]:
     """Rows (x, y, ...) of unequal length as two padded (B, T) tensors."""
     width = padded_width(max(len(x) for x, *_ in rows), most)
@@ -4484,8 +4506,9 @@ def evaluate_perplexity(
     sums = {name: Counter() for name in store.sources}
     bar = tqdm(desc="evaluating", unit="batch", delay=1, disable=not rt.is_main)
     for number, source in enumerate(store.sources):
-        rows = scored_rows(store, number, splits, model.config.block_size)
-        for batch in islice(batched(rows, batch_size), rt.rank, max_batches or None, rt.world_size):
+        most = -(-max_batches * batch_size // len(splits))
+        rows = scored_rows(store, number, splits, model.config.block_size, most)
+        for batch in islice(batched(rows, batch_size), rt.rank, None, rt.world_size):
             if stop:
                 raise Interrupted
             losses, y = token_losses(model, batch, store.tokenizer.pad_id, rt)
@@ -4523,17 +4546,27 @@ def by_length(store: TokenStore, split: str, source: int) -> np.ndarray:
 
 
 def scored_rows(
-    store: TokenStore, source: int, splits: tuple[str, ...], block_size: int
+    store: TokenStore, source: int, splits: tuple[str, ...], block_size: int, most: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """(x, y, whether it begins a record) for every window of a source's records."""
+    """(x, y, whether it begins a record): windows that score each id but a record's first once.
+
+    Windows do not overlap, but for a record's last, which reaches back for as much context as
+    fits; as lm_eval's rolling windows do. most: evenly spaced windows of each split (0: all).
+    """
     for split in splits:
-        for record in by_length(store, split, source):
-            start, length, prompt, _ = store.index[split][record].tolist()
-            for a, b, first in scored_windows(length - (prompt == 1), block_size):
-                ids = store.ids(split, start + a, b - a)
-                y = ids[1:].copy()
-                y[: first - a] = IGNORE
-                yield ids[:-1], y, first == 0
+        index = store.index[split][by_length(store, split, source)]
+        to_score = index["length"].astype(np.int64) - 1 - (index["prompt"] == 1)
+        windows = -(-to_score // block_size)
+        ends = np.cumsum(windows)
+        for number in evenly_spaced(windows.sum(), most):
+            record = int(np.searchsorted(ends, number, "right"))
+            first = int(number - ends[record] + windows[record]) * block_size
+            end = min(first + block_size, int(to_score[record]))
+            start = max(0, end - block_size)
+            ids = store.ids(split, int(index["start"][record]) + start, end - start + 1)
+            y = ids[1:].copy()
+            y[: first - start] = IGNORE
+            yield ids[:-1], y, first == 0
 
 
 def closed_set(store: TokenStore, source: int, most: int = 10) -> list[np.ndarray]:
@@ -4563,10 +4596,12 @@ def classify(model: GPT, store: TokenStore, source: str, splits: tuple[str, ...]
     names = [store.tokenizer.decode(label).strip() for label in labels]
     table = np.zeros((len(labels), len(labels)), int)  # [true, predicted]
     limit = model.config.block_size + 1
+    together = max(1, batch_size // len(labels))
+    most = -(-max_batches * together // len(splits))
     records = ((*store.index[split][n].tolist(), split) for split in splits
-               for n in by_length(store, split, number))  # fmt: skip
-    batches = batched(records, max(1, batch_size // len(labels)))
-    for batch in islice(batches, rt.rank, max_batches or None, rt.world_size):
+               for mine in [by_length(store, split, number)]
+               for n in mine[evenly_spaced(len(mine), most)])  # fmt: skip
+    for batch in islice(batched(records, together), rt.rank, None, rt.world_size):
         rows, truth = [], []
         for start, length, prompt, _, split in batch:
             ids = store.ids(split, start, length)
@@ -4621,7 +4656,9 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     store = open_store(config, rt, loaded.tokenizer)
     trained_on = loaded.state.get("data", {}).get("fingerprint")
     if trained_on not in (None, store.fingerprint):
-        note("these are not the data the checkpoint was trained on")
+        note(
+            "not the very corpus that the checkpoint was trained on; records of both keep their side"
+        )
     result = evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
                                  config.max_batches, stop)  # fmt: skip
     if rt.is_main:
@@ -4657,7 +4694,8 @@ def sample_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) 
     else:
         for number, writer in enumerate(writers, 1):
             writer.finish()
-            yield f"--- sample {number}\n{writer.text}\n"
+            note(f"--- sample {number}")
+            yield f"{writer.text}\n" if number < len(writers) else writer.text
 
 
 class TextStream:
@@ -4823,12 +4861,19 @@ def figure_library():
     return optional("matplotlib.pyplot", "matplotlib")
 
 
+def transformers_library():
+    """transformers, without its remarks on what is meant to be so."""
+    library = optional("transformers")
+    library.logging.set_verbosity_error()
+    return library
+
+
 def check_model(name: str, store: TokenStore, block_size: int) -> str:
     """Loss of a Hugging Face model on a batch, twice: by its own shift, and by ours.
 
     Labels go in unshifted. A model given shifted labels trains on the token after the next.
     """
-    transformers = optional("transformers")
+    transformers = transformers_library()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
     except Exception as error:
@@ -4872,6 +4917,7 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
         folder.mkdir()
         if config.adapter:
             export_adapter(load_model(config.ckpt, merge=False), folder)
+            note("peft loads it upon the base: export that with --no_merge")
         else:
             export_model(load_model(config.ckpt, merge=config.merge), folder)
         if out_dir.exists():
@@ -4920,7 +4966,7 @@ def export_tokenizer(tokenizer: Tokenizer, block_size: int, folder: Path, tuned:
 
 def check_export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     """Load the folder as anybody would and compare ids and logits on real text."""
-    transformers = optional("transformers")
+    transformers = transformers_library()
     text = "First Citizen:\nBefore we proceed any further, hear me speak. Größe 你好\n"
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.encode(text).astype(np.int64)[: model.config.block_size]
@@ -5049,7 +5095,7 @@ class SyntheticDataset(Windows):
 
 def hf_peer(config: GPTConfig):
     """A transformers model of the same shape, with random weights."""
-    transformers = optional("transformers")
+    transformers = transformers_library()
     settings = INTERCHANGE[interchange_kind(config)][1](config)
     return transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**settings)
@@ -5314,7 +5360,7 @@ def stored_settings(cls: type, flags: dict) -> dict | None:
     last = Path(flags.get("out_dir", cls.out_dir)) / f"last{suffix}.pth"
     if not last.exists():
         return None
-    names = {f.name for f in fields(cls)} - {"resume", "overwrite", "config", "debug", "stop_after"}
+    names = {f.name for f in fields(cls)} - SESSION
     stored = load_checkpoint(last)["config"]  # its types and limits are checked there
     return {name: value for name, value in stored.items() if name in names}
 

@@ -245,10 +245,16 @@ def test_a_snapshot_is_a_config(corpus, tmp_path):
     run("train", "--config", config, "--out_dir", tmp_path / "b").ok()
     assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
     a, b = snapshot(tmp_path / "a"), snapshot(tmp_path / "b")
-    for changed in ("out_dir", "config"):
-        a.pop(changed)
-        b.pop(changed)
+    assert a.pop("out_dir") != b.pop("out_dir")
     assert a == b
+
+
+def test_a_snapshot_holds_nothing_of_its_session(corpus, tmp_path):
+    """Else its --overwrite would destroy the run that it is the snapshot of."""
+    command = ["train", *corpus, *TINY, "--max_steps", 2, "--out_dir", tmp_path / "a"]
+    run(*command).ok()
+    run(*command, "--overwrite").ok()
+    run("train", "--config", tmp_path / "a/config.json").fails(1, "--overwrite")
 
 
 def test_a_finetune_snapshot_is_a_config(corpus, tiny_checkpoint, tmp_path):
