@@ -377,7 +377,7 @@ RECIPES = {
         arch="modern", tie_weights=False, zero_init=True, dropout=0.0,
         n_inner=lambda s: 2 * s["n_embd"], rope_theta=lambda s: 3.0 * s["block_size"],
         n_kv_head=lambda s: s["n_head"] // 2 if s["n_head"] % 2 == 0 else s["n_head"],
-        optimizer="muon", muon_lr=0.012, muon_momentum=0.85, lr=0.015, head_lr_scale=0.4,
+        optimizer="muon", muon_lr=0.012, muon_momentum=0.85, lr=0.02, head_lr_scale=0.4,
         beta2=0.95, grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
     ),
 }  # fmt: skip

@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 TRAIN = "--tokenizer bpe --vocab_size 2000 --recipe fast --n_layer 2 --n_head 2 --n_kv_head 2 "
-TRAIN += "--n_embd 128 --block_size 128 --batch_size 16 --epochs 4 --dropout 0.2 --min_lr_ratio 0.1"
+TRAIN += "--n_embd 128 --block_size 128 --batch_size 16 --epochs 4 --lr 0.015 "
+TRAIN += "--dropout 0.2 --min_lr_ratio 0.1"
 FINETUNE = "--recipe fast --loss_on response --epochs 5 --batch_size 16 --dropout 0.3 "
 FINETUNE += "--report_samples 0"
 
