@@ -175,6 +175,7 @@ class DataConfig:
     hf_split: str = option("train", "its split")
     hf_files: str = option("", "file pattern for a local builder")
     streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
+    given = frozenset()  # names of what was asked for, rather than left at a default
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -191,7 +192,6 @@ class RuntimeConfig:
     vram_limit_gb: float = option(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
     deterministic: bool = option(False, "deterministic CUDA algorithms, at some speed")
     debug: bool = option(False, "show tracebacks")
-    given = frozenset()  # names of what was asked for, rather than left at a default
 
 
 @dataclass

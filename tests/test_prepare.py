@@ -809,3 +809,32 @@ def test_an_unknown_download(tmp_path):
     result = run("prepare", *flags)
     assert result.code in (1, 2) and len(result.errors) == 1
     assert "tinyshakespeare" in result.err
+
+
+# --- a store and the commands that use it ---
+
+
+def test_a_store_brings_its_settings(tmp_path, no_figures):
+    entries = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(60)]
+    path = write_rows(tmp_path / "a.jsonl", entries)
+    store = tmp_path / "store"
+    prepare(store, "--data_dir", path, "--tokenizer", "bpe", "--vocab_size", 300).ok()
+    flags = ["--data_dir", store, "--device", "cpu", "--batch_size", 4]
+    train = ["train", *flags, *TINY, "--max_steps", 2]
+    run(*train, "--tokenizer", "byte", "--out_dir", tmp_path / "a").fails(1, "tokenizer")
+    run(*train, "--split_seed", 7, "--out_dir", tmp_path / "a").fails(1, "split_seed")
+    run(*train, "--out_dir", tmp_path / "a").ok()
+    run("train", "--config", tmp_path / "a/config.json", "--out_dir", tmp_path / "b").ok()
+    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
+    best = ["--ckpt", tmp_path / "a/best.pth"]
+    run("finetune", *flags, *best, "--max_steps", 2, "--out_dir", tmp_path / "a").ok()
+    run("eval", *flags, *best).ok()
+
+
+def test_max_tokens_counts_what_it_left(tmp_path, no_figures):
+    path = write_rows(tmp_path / "a.jsonl", rows(60))
+    report = prepare(tmp_path / "store", "--data_dir", path, "--max_tokens", 2000).ok().out
+    figures = {line[:28].strip(): line[28:].strip() for line in report.splitlines()}
+    written = sum(int(figures[f"documents, {split}"]) for split in ("train", "val"))
+    assert int(figures["records read"]) == written + int(figures["dropped, past --max_tokens"])
+    assert 0.8 < float(figures["bytes per token"]) <= 1
