@@ -1,6 +1,7 @@
 """Kills, signals, two runs in one folder, several processes: the result is the same bits."""
 
 import functools
+import json
 import os
 import random
 import shutil
@@ -338,6 +339,21 @@ def test_two_processes_train_like_one(flags, corpus, tmp_path):
     assert distance < (1e-2 if "fast" in flags else 1e-4)  # Muon multiplies in bf16
     vals = [[float(loss) for _, loss in curve(tmp_path / x, "val")] for x in ("one", "two")]
     assert vals[0] == pytest.approx(vals[1], rel=1e-3)
+
+
+def test_preferences_are_validated_by_two_as_by_one(tiny_checkpoint, tmp_path):
+    """So few pairs that the second process has none of its own."""
+    rows = [{"prompt": f"p{i}", "chosen": "yes" * (i % 5 + 1), "rejected": "no"} for i in range(40)]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+    base = ["finetune", "--objective", "dpo", "--data_dir", tmp_path / "raw", "--processed_dir",
+            tmp_path / "stores", "--ckpt", tiny_checkpoint, *CPU, "--max_steps", 1,
+            *words("--batch_size 4 --report_samples 0 --lr 1e-10")]  # fmt: skip
+    run(*base, "--out_dir", tmp_path / "one").ok()
+    run_together(*base, "--out_dir", tmp_path / "two")
+    one, two = (metrics(tmp_path / f, "val", "_finetune")[-1] for f in ("one", "two"))
+    for name in ("loss", "reward_margin", "chosen_loss"):
+        assert float(two[name]) == pytest.approx(float(one[name]), abs=1e-5)
 
 
 def test_an_evaluation_leaves_sharded_gradients_alone(corpus, tmp_path):
