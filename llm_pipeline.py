@@ -95,6 +95,23 @@ class UserError(Exception):
     """Something the user can mend. Its message is one line that says what to do next."""
 
 
+def one_line(error: object, limit: int = 200) -> str:
+    """An error's text on one line, for a message that names the cause."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def optional(module: str, package: str = ""):
+    """Import an optional dependency, or say how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = package or module.split(".")[0]
+        raise UserError(f"this needs {name}: pip install {name}") from None
+
+
 def option(default, help: str, **limits):
     """A dataclass field that is also a flag. Limits: low, high, above (exclusive), choices."""
     return field(default=default, metadata={"help": help, **limits})
@@ -368,28 +385,26 @@ ARCHS = {
     ),
 }
 
+# The measured quickest rates. Only AdamW's differs between pretraining and finetuning.
+FAST_RATES = dict(
+    optimizer="muon", muon_lr=0.012, muon_momentum=0.85, head_lr_scale=0.4, beta2=0.95,
+    grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
+)  # fmt: skip
+
 # A value may be a function of the other settings. `fast` was tuned for the fewest steps to a given
 # loss at 0.8 to 12 M parameters on three data sets; README has the table. It makes one pass or
 # few, and so has no dropout: on small data and many epochs, pass --dropout.
 RECIPES = {
     "classic": {},
-    "fast": dict(
-        arch="modern", tie_weights=False, zero_init=True, dropout=0.0,
+    "fast": FAST_RATES | dict(
+        arch="modern", tie_weights=False, zero_init=True, dropout=0.0, lr=0.02,
         n_inner=lambda s: 2 * s["n_embd"], rope_theta=lambda s: 3.0 * s["block_size"],
         n_kv_head=lambda s: s["n_head"] // 2 if s["n_head"] % 2 == 0 else s["n_head"],
-        optimizer="muon", muon_lr=0.012, muon_momentum=0.85, lr=0.02, head_lr_scale=0.4,
-        beta2=0.95, grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
     ),
 }  # fmt: skip
 
-# The same for finetune, whose model is the checkpoint's: smaller steps, decayed to nothing.
-FINETUNE_RECIPES = {
-    "classic": {},
-    "fast": dict(
-        optimizer="muon", muon_lr=0.012, muon_momentum=0.85, lr=0.008, head_lr_scale=0.4,
-        beta2=0.95, grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
-    ),
-}  # fmt: skip
+# The same for finetune, whose model is the checkpoint's: smaller steps.
+FINETUNE_RECIPES = {"classic": {}, "fast": FAST_RATES | dict(lr=0.008)}
 
 # What --overfit_batch sets, unless told otherwise.
 OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=1,
@@ -603,23 +618,6 @@ def note(text: str) -> None:
     """A line on stderr, once however many processes there are, above any progress bar."""
     if is_main():
         tqdm.write(text, file=sys.stderr)
-
-
-def one_line(error: object, limit: int = 200) -> str:
-    """An error's text on one line, for a message that names the cause."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def optional(module: str, package: str = ""):
-    """Import an optional dependency, or say how to install it."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        name = package or module.split(".")[0]
-        raise UserError(f"this needs {name}: pip install {name}") from None
 
 
 def set_seed(seed: int) -> None:
@@ -1831,8 +1829,8 @@ def write_documents(config: DataConfig, writer: StoreWriter, pairs: bool) -> Non
                 writer.end()
                 enough = 0 < config.max_tokens <= sum(writer.size.values())
                 if enough and not (pairs and sum(writer.documents.values()) % 2):
-                    for _, _, source, size, _ in (w for w in waiting[place:] if w[0] == "begin"):
-                        if size and not pairs:
+                    for _, _, source, read, _ in (w for w in waiting[place:] if w[0] == "begin"):
+                        if read and not pairs:
                             writer.report.skip(source, "past --max_tokens", "read ahead")
                     return True
         waiting.clear()
@@ -3836,9 +3834,10 @@ COLUMNS = ("step", "epoch", "split", "loss", "timestamp", "lr", "grad_norm", "to
 
 # Settings that may change on --resume, because the weights do not depend on them.
 FREE_ON_RESUME = {
-    "data_dir", "processed_dir", "out_dir", "wandb", "max_minutes", "eval_interval", "eval_batches", "log_interval", "save_interval",
-    "patience", "device", "threads", "vram_limit_gb", "compile", "ckpt", "init_from", "fsdp",
-    "grad_accum", "grad_checkpointing", "report_samples", "preset", "recipe",
+    "data_dir", "processed_dir", "out_dir", "wandb", "max_minutes", "eval_interval",
+    "eval_batches", "log_interval", "save_interval", "patience", "device", "threads",
+    "vram_limit_gb", "compile", "ckpt", "init_from", "fsdp", "grad_accum", "grad_checkpointing",
+    "report_samples", "preset", "recipe",
 }  # fmt: skip
 
 
@@ -3870,32 +3869,17 @@ class Run:
             self.val.grad_accum = self.progress.grad_accum
 
 
-def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, dict]:
-    """One optimizer step on this process's rows. Returns (loss per target, gradient norm, stats).
+class Interrupted(Exception):
+    """A stop signal came in the middle of a step or an evaluation."""
 
-    Raises UserError, before anything is updated, when loss or gradient is not finite.
-    """
-    loss_sum, stats = surviving_gradients(run, batch, n_targets)
-    config, rt, step = run.config, run.rt, run.progress.step
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trained_parameters(run), config.grad_clip or math.inf)
-    norm = float(whole(norm))  # the step's one wait for the device
-    loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
-    loss = loss_sum / n_targets
-    if not (math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())):
-        kept = f"{run.path('last')} stands" if run.path("last").exists() else "nothing was saved"
-        raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the "
-                        f"weights are not updated; {kept}; try a lower --lr")  # fmt: skip
-    scale = lr_multiplier(step, run.progress.total, config)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
-        if math.isfinite(norm):  # in fp16, a step that overflowed only lowers the scale
-            run.scaler.step(optimizer)
-    run.scaler.update()
-    drop_gradients(run)
-    return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
+
+@contextlib.contextmanager
+def synchronised(net: nn.Module, last: bool):
+    """Exchange gradients between processes after the last micro-batch only."""
+    if hasattr(net, "set_requires_gradient_sync"):  # FSDP
+        net.set_requires_gradient_sync(last)
+    with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+        yield
 
 
 def trained_parameters(run: Run) -> list[nn.Parameter]:
@@ -3924,19 +3908,6 @@ def gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
         loss_sum = loss_sum + loss.detach()
         stats.update({name: value.detach() for name, value in micro.stats.items()})
     return loss_sum, stats
-
-
-class Interrupted(Exception):
-    """A stop signal came in the middle of a step or an evaluation."""
-
-
-@contextlib.contextmanager
-def synchronised(net: nn.Module, last: bool):
-    """Exchange gradients between processes after the last micro-batch only."""
-    if hasattr(net, "set_requires_gradient_sync"):  # FSDP
-        net.set_requires_gradient_sync(last)
-    with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
-        yield
 
 
 def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
@@ -3968,6 +3939,34 @@ def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor,
                  f"grad_checkpointing {p.grad_checkpointing}")  # fmt: skip
         if run.rt.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, dict]:
+    """One optimizer step on this process's rows. Returns (loss per target, gradient norm, stats).
+
+    Raises UserError, before anything is updated, when loss or gradient is not finite.
+    """
+    loss_sum, stats = surviving_gradients(run, batch, n_targets)
+    config, rt, step = run.config, run.rt, run.progress.step
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(trained_parameters(run), config.grad_clip or math.inf)
+    norm = float(whole(norm))  # the step's one wait for the device
+    loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
+    loss = loss_sum / n_targets
+    if not (math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())):
+        kept = f"{run.path('last')} stands" if run.path("last").exists() else "nothing was saved"
+        raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the "
+                        f"weights are not updated; {kept}; try a lower --lr")  # fmt: skip
+    scale = lr_multiplier(step, run.progress.total, config)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        if math.isfinite(norm):  # in fp16, a step that overflowed only lowers the scale
+            run.scaler.step(optimizer)
+    run.scaler.update()
+    drop_gradients(run)
+    return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
 
 
 @torch.no_grad()
@@ -4429,7 +4428,7 @@ def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: L
 
     loss_base: on the validation stream of the data the base was trained on, where it is at hand.
     """
-    model, tokenizer, block = loaded.model.to(rt.device).eval(), loaded.tokenizer, None
+    model, tokenizer = loaded.model.to(rt.device).eval(), loaded.tokenizer
     block = model.config.block_size
     store = open_store(config, rt, tokenizer)
     datasets = {}
@@ -4656,9 +4655,8 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     store = open_store(config, rt, loaded.tokenizer)
     trained_on = loaded.state.get("data", {}).get("fingerprint")
     if trained_on not in (None, store.fingerprint):
-        note(
-            "not the very corpus that the checkpoint was trained on; records of both keep their side"
-        )
+        note("not the very corpus that the checkpoint was trained on; records of both keep "
+             "their side")  # fmt: skip
     result = evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
                                  config.max_batches, stop)  # fmt: skip
     if rt.is_main:
