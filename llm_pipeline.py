@@ -84,44 +84,42 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ====================================================================================
-# 1. Configuration
+# PART I: THE COURSE
+# ====================================================================================
+
+
+# ====================================================================================
+# 1. Settings
 #
-# Each setting stands once, in a typed field that carries its default, help and limits.
-# Flags, --config files and config.json snapshots are all generated from these fields.
+# Each setting is stated once, in a typed field that carries its default, its help text and its limits.
+# Flags, --config files and config.json are generated from these fields (section 16).
 # ====================================================================================
 
 
 class UserError(Exception):
-    """Something the user can mend. Its message is one line that says what to do next."""
+    """An error the user can fix. Its message is one line that says what to do next."""
 
 
-def one_line(error: object, limit: int = 200) -> str:
-    """An error's text on one line, for a message that names the cause."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def option(default, help: str, **more):
+    """A dataclass field that is also a flag.
+
+    Limits: low, high, above (exclusive), choices. resume: what `--resume` makes of another value:
+    "fixed" (the default) refuses it, since the weights depend on it; "free" takes the new one;
+    "session" belongs to one call of the program and is never stored.
+    """
+    return field(default=default, metadata={"help": help, **more})
 
 
-def optional(module: str, package: str = ""):
-    """Import an optional dependency, or say how to install it."""
-    import importlib
+class Settings:
+    """What a command is told. `given` names what was asked for, rather than left at a default."""
 
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        name = package or module.split(".")[0]
-        raise UserError(f"this needs {name}: pip install {name}") from None
-
-
-def option(default, help: str, **limits):
-    """A dataclass field that is also a flag. Limits: low, high, above (exclusive), choices."""
-    return field(default=default, metadata={"help": help, **limits})
+    given: frozenset[str] = frozenset()
 
 
 @dataclass
-class GPTConfig:
-    """The shape of a model. `ARCHS` sets the fields that make it GPT-2 or Qwen3."""
+class ModelSettings(Settings):
+    """Model: its shape, where zeros stand for the usual proportions."""
 
-    vocab_size: int = option(260, "number of token ids", low=2, high=2**24)
     block_size: int = option(256, "longest context, in tokens", low=2, high=2**20)
     n_layer: int = option(6, "transformer blocks", low=1, high=1024)
     n_head: int = option(8, "query heads", low=1, high=1024)
@@ -143,6 +141,13 @@ class GPTConfig:
     init_std: float = option(0.02, "standard deviation of the initial weights", above=0.0, high=1.0)
     zero_init: bool = option(False, "start each block as the identity (output matrices at zero)")
 
+
+@dataclass
+class GPTConfig(ModelSettings):
+    """The shape of one model, every zero filled in. `ARCHS` has those of GPT-2 and Qwen3."""
+
+    vocab_size: int = option(260, "number of token ids", low=2, high=2**24)
+
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // max(self.n_head, 1)
@@ -162,9 +167,15 @@ class GPTConfig:
         return found
 
 
+def model_config(settings: ModelSettings, vocab_size: int) -> GPTConfig:
+    """The shape that a command's settings ask for, over a tokenizer of `vocab_size` ids."""
+    shape = {f.name: getattr(settings, f.name) for f in fields(ModelSettings)}
+    return GPTConfig(vocab_size=vocab_size, **shape)
+
+
 @dataclass
-class TokenizerConfig:
-    """Which tokenizer. The commands that take a checkpoint take the tokenizer inside it."""
+class TokenizerConfig(Settings):
+    """Tokenizer. Commands that take a checkpoint use the tokenizer inside it."""
 
     tokenizer: str = option("byte", "byte, bpe (trained here), gpt2, or a file or folder")
     vocab_size: int = option(8192, "size of a trained BPE vocabulary", low=260, high=2**20)
@@ -173,13 +184,18 @@ class TokenizerConfig:
 
 
 @dataclass
-class DataConfig:
-    """Where text comes from and which of it is kept."""
+class DataConfig(Settings):
+    """Data: where text comes from and which of it is kept."""
 
-    data_dir: str = option("data/raw", "a folder, a file, or a store made by prepare")
-    processed_dir: str = option("data/processed", "where token stores are kept")
+    data_dir: str = option(
+        "data/raw", "a folder, a file, or a store made by prepare", resume="free"
+    )
+    processed_dir: str = option("data/processed", "where token stores are kept", resume="free")
     val_fraction: float = option(0.1, "share of records kept for validation", above=0.0, high=0.9)
     split_seed: int = option(1337, "salt of the split's hash", low=0)
+    split_by: str = option(
+        "content", "what decides a record's side of the split", choices=("prompt", "content")
+    )
     doc_delimiter: str = option("", r"cuts plain text into records (\n for lines)")
     encoding_errors: str = option("strict", "invalid UTF-8", choices=("strict", "replace"))
     bad_records: str = option("error", "malformed lines and entries", choices=("error", "skip"))
@@ -192,91 +208,124 @@ class DataConfig:
     hf_split: str = option("train", "its split")
     hf_files: str = option("", "file pattern for a local builder")
     streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
-    given = frozenset()  # names of what was asked for, rather than left at a default
 
 
+# Two commands with the same values of these agree on which records validate.
+SPLIT_SETTINGS = ("split_seed", "val_fraction", "split_by")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
-class RuntimeConfig:
-    """Where a command runs."""
+class RuntimeConfig(Settings):
+    """Machine: where a command runs."""
 
     seed: int = option(1337, "of initialisation, order, dropout and sampling", low=0, high=2**32)
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", resume="free")
     dtype: str = option("auto", "of matrix products", choices=DTYPES)
-    threads: int = option(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
-    vram_limit_gb: float = option(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
+    threads: int = option(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024, resume="free")
+    vram_limit_gb: float = option(
+        0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4, resume="free"
+    )
     deterministic: bool = option(False, "deterministic CUDA algorithms, at some speed")
-    debug: bool = option(False, "show tracebacks")
+    debug: bool = option(False, "show tracebacks", resume="session")
 
 
 @dataclass
-class FitConfig(DataConfig, RuntimeConfig):
-    """Everything train and finetune share."""
+class OptimConfig(Settings):
+    """Optimisation: batches, optimizer, learning rate."""
 
-    out_dir: str = option("ckpts", "folder of the run")
-    config: str = option("", "settings from a json, toml or yaml file")
-    resume: bool = option(False, "continue last.pth of out_dir, bit for bit")
-    overwrite: bool = option(False, "replace a run that stands in out_dir")
-    epochs: int = option(5, "passes over the training data", low=1, high=10**6)
-    max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
-    max_minutes: float = option(0.0, "stop after this many minutes (0: never)", low=0.0)
-    stop_after: int = option(0, "save and stop after N steps of this session", low=0)
     batch_size: int = option(32, "sequences a step, over all processes", low=1, high=2**20)
-    grad_accum: int = option(1, "micro-batches a step on each process", low=1, high=2**16)
-    stride: int = option(0, "distance between windows (0: block_size)", low=0)
-    shuffle_buffer: int = option(4096, "windows held for shuffling a stream", low=1)
+    grad_accum: int = option(
+        1, "micro-batches a step on each process", low=1, high=2**16, resume="free"
+    )
     lr: float = option(3e-4, "learning rate of AdamW", above=0.0, high=10.0)
+    optimizer: str = option("adamw", "optimizer", choices=("adamw", "muon"))
     muon_lr: float = option(0.02, "learning rate of Muon", above=0.0, high=10.0)
     muon_momentum: float = option(0.95, "momentum of Muon", low=0.0, high=0.9999)
     head_lr_scale: float = option(1.0, "rate of an untied head, over lr", above=0.0, high=1e3)
     weight_decay: float = option(0.01, "on matrices only", low=0.0, high=10.0)
     beta2: float = option(0.99, "AdamW's second-moment decay", above=0.0, high=0.99999)
     grad_clip: float = option(1.0, "largest gradient norm (0: none)", low=0.0)
-    optimizer: str = option("adamw", "optimizer", choices=("adamw", "muon"))
     lr_schedule: str = option("cosine", "schedule", choices=("cosine", "constant", "linear", "wsd"))
     warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
     decay_fraction: float = option(0.5, "share of steps in wsd's decay", low=0.0, high=1.0)
     min_lr_ratio: float = option(0.1, "final learning rate, over lr", low=0.0, high=1.0)
-    compile: str = option("auto", "torch.compile", choices=("auto", "on", "off"))
-    grad_checkpointing: bool = option(False, "recompute activations to save memory")
-    fsdp: bool = option(False, "shard parameters over processes instead of copying them")
-    eval_interval: int = option(200, "steps between evaluations", low=1)
-    eval_batches: int = option(50, "validation batches of an evaluation (0: all)", low=0)
-    log_interval: int = option(10, "steps between rows of metrics.csv", low=1)
-    save_interval: int = option(200, "steps between saves of last.pth", low=1)
-    patience: int = option(0, "stop after N evaluations without improvement (0: never)", low=0)
-    overfit_batch: bool = option(False, "sanity check: learn one batch by heart, save nothing")
-    wandb: str = option("", "log to this Weights & Biases project too")
+    compile: str = option("auto", "torch.compile", choices=("auto", "on", "off"), resume="free")
+    grad_checkpointing: bool = option(False, "recompute activations to save memory", resume="free")
+    fsdp: bool = option(
+        False, "shard parameters over processes instead of copying them", resume="free"
+    )
 
 
 @dataclass
-class TrainConfig(TokenizerConfig, GPTConfig, FitConfig):
+class FitConfig(OptimConfig, DataConfig, RuntimeConfig):
+    """Run: how long it goes on, what it looks at and what it keeps."""
+
+    out_dir: str = option("ckpts", "folder of the run", resume="free")
+    config: str = option("", "settings from a json, toml or yaml file", resume="session")
+    resume: bool = option(False, "continue last.pth of out_dir, bit for bit", resume="session")
+    overwrite: bool = option(False, "replace a run that stands in out_dir", resume="session")
+    epochs: int = option(5, "passes over the training data", low=1, high=10**6)
+    max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
+    max_minutes: float = option(
+        0.0, "stop after this many minutes (0: never)", low=0.0, resume="free"
+    )
+    stop_after: int = option(
+        0, "save and stop after N steps of this session", low=0, resume="session"
+    )
+    stride: int = option(0, "distance between windows (0: block_size)", low=0)
+    shuffle_buffer: int = option(4096, "windows held for shuffling a stream", low=1)
+    eval_interval: int = option(200, "steps between evaluations", low=1, resume="free")
+    eval_batches: int = option(
+        50, "validation batches of an evaluation (0: all)", low=0, resume="free"
+    )
+    log_interval: int = option(10, "steps between rows of metrics.csv", low=1, resume="free")
+    save_interval: int = option(200, "steps between saves of last.pth", low=1, resume="free")
+    patience: int = option(
+        0, "stop after N evaluations without improvement (0: never)", low=0, resume="free"
+    )
+    overfit_batch: bool = option(False, "sanity check: learn one batch by heart, save nothing")
+    wandb: str = option("", "log to this Weights & Biases project too", resume="free")
+
+
+@dataclass
+class PresetConfig(Settings):
+    """Names that set many others at once: PRESETS, RECIPES and ARCHS below."""
+
+    preset: str = option("tiny-8g", "sizes that fit a machine", resume="free")
+    recipe: str = option(
+        "classic", "classic: what the preset says; fast: measured quickest", resume="free"
+    )
+    arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)")
+
+
+@dataclass
+class TrainConfig(PresetConfig, TokenizerConfig, ModelSettings, FitConfig):
     """Train a GPT from scratch, or go on from a pretrained one (--init_from)."""
 
-    preset: str = option("tiny-8g", "sizes that fit a machine")
-    recipe: str = option("classic", "classic: what the preset says; fast: measured quickest")
-    arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)")
-    init_from: str = option("", "start from a checkpoint or a Hugging Face folder or name")
-
-    def __post_init__(self):
-        pass  # zeros stay zeros here: GPTConfig proper fills them in
+    init_from: str = option(
+        "", "start from a checkpoint or a Hugging Face folder or name", resume="free"
+    )
 
 
 @dataclass
 class FinetuneConfig(FitConfig):
     """Tune a checkpoint, or a Hugging Face model, on instruction records or preferences."""
 
-    ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
-    preset: str = option("", "batch_size and grad_accum of a training preset")
-    recipe: str = option("classic", "classic: AdamW; fast: Muon at tuned rates")
+    ckpt: str = option(
+        "ckpts/best.pth", "checkpoint, or Hugging Face folder or name", resume="free"
+    )
+    preset: str = option("", "batch_size and grad_accum of a training preset", resume="free")
+    recipe: str = option("classic", "classic: AdamW; fast: Muon at tuned rates", resume="free")
     epochs: int = option(3, "passes over the training data", low=1, high=10**6)
     lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
     seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
     dropout: float | None = option(None, "(default: the checkpoint's)", low=0.0, high=0.95)
     block_size: int | None = option(None, "(default: the checkpoint's)", low=2, high=2**20)
     split_seed: int | None = option(None, "(default: the checkpoint's)", low=0)
+    split_by: str | None = option(
+        None, "(default: the checkpoint's)", choices=("prompt", "content")
+    )
     val_fraction: float | None = option(None, "(default: the checkpoint's)", above=0.0, high=0.9)
     attn: str | None = option(None, "attention code", choices=("manual", "sdpa"))
     method: str = option("full", "all weights, or peft's adapters", choices=("full", "lora"))
@@ -287,7 +336,9 @@ class FinetuneConfig(FitConfig):
     loss_on: str = option("all", "tokens that count", choices=("all", "response"))
     objective: str = option("ntp", "next token, or preferences", choices=("ntp", "dpo"))
     dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
-    report_samples: int = option(50, "records generated for the before/after report", low=0)
+    report_samples: int = option(
+        50, "records generated for the before/after report", low=0, resume="free"
+    )
 
 
 @dataclass
@@ -299,6 +350,9 @@ class EvalConfig(DataConfig, RuntimeConfig):
     split: str = option("val", "records to evaluate", choices=("val", "train", "all"))
     block_size: int | None = option(None, "(default: the checkpoint's)", low=2, high=2**20)
     split_seed: int | None = option(None, "(default: the checkpoint's)", low=0)
+    split_by: str | None = option(
+        None, "(default: the checkpoint's)", choices=("prompt", "content")
+    )
     val_fraction: float | None = option(None, "(default: the checkpoint's)", above=0.0, high=0.9)
     batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
     max_batches: int = option(0, "evenly spaced batches of each source (0: all)", low=0)
@@ -350,19 +404,18 @@ class ExportConfig(RuntimeConfig):
 
 
 @dataclass
-class BenchConfig(TrainConfig):
+class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, RuntimeConfig):
     """Measure speed and memory of a preset on this machine."""
+
+    data_dir: str = option("data/raw", "the corpus whose whole run is estimated")
+    epochs: int = option(5, "passes over it", low=1, high=10**6)
+    max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
 
     vs: str = option("", "measure a peer in turns: hf (transformers)", choices=("", "hf"))
     rounds: int = option(5, "measured rounds; medians are reported", low=1, high=1000)
     decode_batch: int = option(1, "sequences decoded at once", low=1, high=4096)
     json: str = option("", "write the figures to this file")
 
-
-CONFIGS = (
-    TrainConfig, FinetuneConfig, EvalConfig, SampleConfig, PrepareConfig, ExportConfig, BenchConfig
-)  # fmt: skip
-SETTINGS = {f.name for config in CONFIGS for f in fields(config)}
 
 PRESETS = {
     name: dict(zip(("block_size", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum", "lr",
@@ -376,6 +429,7 @@ PRESETS = {
     }.items()
 }  # fmt: skip
 
+
 ARCHS = {
     "gpt2": dict(
         pos="learned", norm="layernorm", norm_eps=1e-5, mlp="gelu", qk_norm=False, bias=True
@@ -385,11 +439,13 @@ ARCHS = {
     ),
 }
 
+
 # The measured quickest rates. Only AdamW's differs between pretraining and finetuning.
 FAST_RATES = dict(
     optimizer="muon", muon_lr=0.012, muon_momentum=0.85, head_lr_scale=0.4, beta2=0.95,
     grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
 )  # fmt: skip
+
 
 # A value may be a function of the other settings. `fast` was tuned for the fewest steps to a given
 # loss at 0.8 to 12 M parameters on three data sets; README has the table. It makes one pass or
@@ -403,221 +459,76 @@ RECIPES = {
     ),
 }  # fmt: skip
 
+
 # The same for finetune, whose model is the checkpoint's: smaller steps.
 FINETUNE_RECIPES = {"classic": {}, "fast": FAST_RATES | dict(lr=0.008)}
+
 
 # What --overfit_batch sets, unless told otherwise.
 OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=1,
                eval_interval=10**9, save_interval=10**9)  # fmt: skip
 
-DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's members by base name
-    "tinyshakespeare": (
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        {"tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
-    ),
-    "sms_spam": (
-        "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
-        {"sms_spam_collection/SMSSpamCollection": "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"},
-    ),
-    "instructions": (
-        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/"
-        "01_main-chapter-code/instruction-data.json",
-        {"instruction-data.json": "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"},
-    ),
-    "wikitext-2": (
-        "https://wikitext.smerity.com/wikitext-2-v1.zip",
-        {"wikitext-2/wiki.train.tokens": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
-         "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-         "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"},
-    ),
-}  # fmt: skip
 
-# Settings that must be a key of a table.
-TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS, "download": DOWNLOADS}
+# ====================================================================================
+# 2. Tokens
+#
+# Text becomes numbers. The byte tokenizer needs no training: 256 bytes and four special tokens.
+# ====================================================================================
+
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|sep|>")
 
 
-# What belongs to one session rather than to the run: neither config.json nor a checkpoint has it.
-SESSION = {"resume", "overwrite", "config", "debug", "stop_after"}
+class ByteTokenizer:
+    """UTF-8 bytes 0..255, then pad, bos, eos, sep. Any string comes back as it was."""
 
+    vocab_size = 260
+    pad_id, bos_id, eos_id, sep_id = 256, 257, 258, 259
 
-def convert(spec, value):
-    """`value` (flag text, or parsed JSON/TOML/YAML) as the type and within the limits of a field.
+    def encode(self, text: str) -> np.ndarray:
+        """The text's UTF-8 bytes, (n,) uint16. Lone surrogates, which UTF-8 lacks, survive too."""
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint16)
 
-    Raises ValueError with the rest of the sentence "NAME ...".
-    """
-    kind, limits = spec.type.split(" | ")[0], spec.metadata
-    if value is None and "None" in spec.type:
-        return None
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise ValueError(f"must be true or false, not {value!r}")
-        return value
-    if kind == "str":
-        if not isinstance(value, str):
-            raise ValueError(f"must be text, not {value!r}")
-        if "\0" in value:
-            raise ValueError("must not hold a NUL character")
-    else:
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
+        data = bytes(i for i in map(int, ids) if i < 256)
         try:
-            if isinstance(value, bool):
-                raise ValueError
-            number = float(value)
-            if kind == "int":
-                # Through int() first: large integers do not survive a float.
-                value = int(value) if isinstance(value, str | int) else number
-                if value != int(value):
-                    raise ValueError
-                value = int(value)
-            else:
-                value = number
-        except (TypeError, ValueError, OverflowError):
-            what = "a whole number" if kind == "int" else "a number"
-            raise ValueError(f"must be {what}, not {str(value)[:80]!r}") from None
-        if math.isnan(value) or (math.isinf(value) and limits.get("high") != math.inf):
-            raise ValueError(f"must be finite, not {value}")
-        if value < limits.get("low", -math.inf):
-            raise ValueError(f"must be at least {limits['low']}, not {value}")
-        if value <= limits.get("above", -math.inf):
-            raise ValueError(f"must be above {limits['above']}, not {value}")
-        if value > limits.get("high", 2**53):
-            raise ValueError(f"must be at most {limits.get('high', 2**53)}, not {value}")
-    choices = limits.get("choices") or TABLES.get(spec.name)
-    if choices and value not in choices and not (value == "" and spec.default == ""):
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"must be one of {', '.join(filter(None, choices))}, not {value!r}{hint}")
-    return value
+            return data.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return data.decode("utf-8", "replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text that each id stands for, (vocab_size,)."""
+        return (np.arange(self.vocab_size) < 256).astype(np.int64)
+
+    def spec(self) -> dict:
+        """Plain data from which `tokenizer_from_spec` makes this tokenizer again."""
+        return {"kind": "byte"}
 
 
-def claimed(spec, value):
-    """`convert` for a value that a file claims: the ValueError names the field."""
-    try:
-        return convert(spec, value)
-    except ValueError as error:
-        raise ValueError(f"{spec.name} {error}") from None
+def instruction_prompt(instruction: str, input: str = "", system: str = "") -> str:
+    """The one prompt template. The response follows as " text" and a newline, then `sep`.
 
-
-def checked(cls: type, values: dict):
-    """An instance of a dataclass from what a file claims. Raises ValueError naming the field."""
-    specs = {f.name: f for f in fields(cls)}
-    if set(values) != set(specs):
-        raise ValueError(f"its settings differ: {sorted(map(str, set(values) ^ set(specs)))[:9]}")
-    return cls(**{name: claimed(specs[name], value) for name, value in values.items()})
-
-
-def read_table(file: Path, what: str) -> dict:
-    """The one table in a .json, .toml or .yaml file. Raises UserError, beginning with `what`."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".toml":
-            if sys.version_info < (3, 11):
-                raise UserError(f"{what}: TOML needs Python 3.11; use JSON or YAML")
-            import tomllib
-
-            table = tomllib.loads(text)
-        elif file.suffix in (".yaml", ".yml"):
-            table = optional("yaml", "pyyaml").safe_load(text)
-        else:
-            table = json.loads(text)
-    except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}") from None
-    except UserError:
-        raise
-    except Exception as error:  # ValueError, RecursionError; pyyaml's share no standard base
-        raise UserError(f"{what} is not valid: {one_line(error)}") from None
-    if not isinstance(table, dict):
-        raise UserError(f"{what} must hold one table, not a {type(table).__name__}")
-    return table
-
-
-def resolve(cls, flags: dict, stored: dict | None = None):
-    """Build a `cls` from flags. Precedence: defaults < arch < preset < recipe < file < flags.
-
-    `stored` (the settings of a checkpoint that is being resumed) stands in for the tables.
-    Raises UserError with one line for each problem.
+    Further turns of a conversation follow in the same form; only the first has a system text.
     """
-    specs = {f.name: f for f in fields(cls)}
-    problems, given = [], {}
-    path = flags.get("config")
-    from_file = read_table(Path(path), f"--config {path}") if path else {}
-    for name in from_file:
-        if name not in SETTINGS:
-            near = difflib.get_close_matches(str(name), specs, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            hint = "; settings are flat, not nested" if isinstance(from_file[name], dict) else hint
-            problems.append(f"--config {path}: unknown setting {name!r}{hint}")
-    for origin, layer in (("config file: ", from_file), ("--", flags)):
-        for name, value in layer.items():
-            if name in specs:
-                try:
-                    given[name] = convert(specs[name], value)
-                except ValueError as error:
-                    problems.append(f"{origin}{name} {error}")
-    layers = {}
-    recipes = FINETUNE_RECIPES if issubclass(cls, FinetuneConfig) else RECIPES
-    if stored is None:
-        chosen = {n: given.get(n, specs[n].default) for n in TABLES if n in specs}
-        recipe = recipes.get(chosen.get("recipe"), {})
-        chosen["arch"] = given.get("arch", recipe.get("arch", chosen.get("arch")))
-        layers = ARCHS.get(chosen["arch"], {}) | PRESETS.get(chosen.get("preset"), {}) | recipe
-        if given.get("overfit_batch"):
-            layers |= OVERFIT
-        known = {n: f.default for n, f in specs.items()} | layers | given
-        layers = {n: v(known) if callable(v) else v for n, v in layers.items()}
-        if issubclass(cls, FinetuneConfig):  # its model is the checkpoint's, its rates its own
-            layers = {k: v for k, v in layers.items() if k in ("batch_size", "grad_accum", *recipe)}
-    config = {k: v for k, v in ((stored or layers) | given).items() if k in specs}
-    config = cls(**config)
-    config.given = frozenset(given)
-    problems += cross_checks(config)  # a field with a problem of its own stands at its default
-    if problems:
-        raise UserError("\n".join(problems))
-    return config
+    head = f"### System: {system}\n" if system else ""
+    return f"{head}### Instruction: {instruction}\n### Input: {input}\n### Output:"
 
 
-def cross_checks(config) -> list[str]:
-    """Settings that are each fine and do not go together, one line each."""
-    found = []
-    if isinstance(config, GPTConfig):
-        found += model_config(config, 260).problems()
-    if isinstance(config, FitConfig):
-        share = config.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
-        if config.batch_size % share:
-            found.append(
-                f"batch_size {config.batch_size} does not divide into {share} micro-batches "
-                "(grad_accum x processes)"
-            )
-        if isinstance(config, FinetuneConfig) and config.streaming:
-            found.append("finetune needs whole records: leave --streaming out")
-        if config.fsdp and config.compile == "on":
-            found.append("--fsdp and --compile on exclude each other")
-        if config.resume and config.overwrite:
-            found.append("--resume and --overwrite exclude each other")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
-        found.append(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
-    return found
-
-
-def model_config(config: GPTConfig, vocab_size: int) -> GPTConfig:
-    """The architecture fields of a command's settings, for a tokenizer of `vocab_size` ids."""
-    picked = {f.name: getattr(config, f.name) for f in fields(GPTConfig)}
-    return GPTConfig(**picked | {"vocab_size": vocab_size})
+def instruction_response(output: str) -> str:
+    return f" {output}\n"
 
 
 # ====================================================================================
-# 2. Runtime
+# 3. Batches
+#
+# The batch of step s is a function of (seed, s): resuming costs nothing, and one process or four
+# see the same global batch.
 # ====================================================================================
 
-
-def is_main() -> bool:
-    """Whether this is the first process, known before the process group is."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def note(text: str) -> None:
-    """A line on stderr, once however many processes there are, above any progress bar."""
-    if is_main():
-        tqdm.write(text, file=sys.stderr)
+IGNORE = -100  # a target that does not count
 
 
 def set_seed(seed: int) -> None:
@@ -629,6 +540,36 @@ def derive_seed(*parts: int) -> int:
     """An independent 63-bit seed for each tuple of integers (seed, epoch), (seed, step, ...)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(n) sends each index, in O(1) memory.
+
+    A Feistel network over the next power of four; results beyond n walk on along their cycle
+    (format-preserving encryption, Black and Rogaway, 2002).
+    """
+    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.default_rng(key).integers(0, 2**63, 6, np.uint64)
+
+    def encrypt(value: np.ndarray) -> np.ndarray:
+        left, right = value >> half, value & mask
+        for round_key in keys:
+            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
+        return left << half | right
+
+    value = encrypt(np.asarray(index, np.uint64))
+    while (outside := value >= n).any():
+        value[outside] = encrypt(value[outside])
+    return value.astype(np.int64)
+
+
+def evenly_spaced(n: int, most: int) -> np.ndarray:
+    """Up to `most` (0: all) of range(n), evenly spaced."""
+    chosen = n if not most else min(most, n)
+    return np.linspace(0, n - 1, chosen).round().astype(np.int64)
 
 
 @dataclass
@@ -659,6 +600,1145 @@ class Runtime:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+
+@dataclass
+class Batch:
+    """Inputs and targets, (B, T) int64 each; targets that do not count are IGNORE.
+
+    Preference pairs take two rows each, chosen and rejected. `stats` collects sums to be logged.
+    """
+
+    x: Tensor
+    y: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    reference: Tensor | None = None  # (B,) log-probabilities of each row under the base model
+
+    def to(self, device: torch.device) -> Batch:
+        def move(t):
+            if t is None or device.type == "cpu":
+                return t
+            return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+
+        return Batch(move(self.x), move(self.y), {}, move(self.reference))
+
+    def split(self, parts: int) -> list[Batch]:
+        refs = [None] * parts if self.reference is None else self.reference.chunk(parts)
+        rows = zip(self.x.chunk(parts), self.y.chunk(parts), refs, strict=True)
+        return [Batch(x, y, {}, ref) for x, y, ref in rows]
+
+
+class Windows:
+    """Windows of block_size tokens; targets are the inputs, one token ahead."""
+
+    block_size: int
+
+    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+        """(rows, block_size + 1) int64: the given rows of a global batch of sample ids."""
+        raise NotImplementedError
+
+    def n_targets(self, ids: np.ndarray) -> int:
+        return len(ids) * self.block_size
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+        tokens = torch.from_numpy(self.tokens(ids, rows))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+class LMDataset(Windows):
+    """Windows of the token stream.
+
+    Each epoch shifts the grid by an offset and permutes the windows, both drawn from
+    (seed, epoch). A sample id is the position of the window's first token.
+    """
+
+    def __init__(self, store: TokenStore, split: str, block_size: int, stride: int = 0,
+                 seed: int = 0):  # fmt: skip
+        self.store, self.split, self.seed = store, split, seed
+        n = len(store.tokens[split])
+        if n < 2:
+            raise UserError(f"the {split} split holds {n} tokens: add data")
+        self.block_size = min(block_size, n - 1)
+        if self.block_size < block_size:
+            note(f"{split}: {n} tokens are less than one block, windows have {self.block_size}")
+        self.stride = min(stride or block_size, n)
+        self.n_windows = max(1, (n - self.block_size) // self.stride)
+        self.slack = n - 1 - self.block_size - (self.n_windows - 1) * self.stride
+
+    def __len__(self) -> int:
+        return self.n_windows
+
+    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Sample ids at the given places of an epoch's order."""
+        key = derive_seed(self.seed, epoch)
+        offset = key % (self.slack + 1)
+        return permuted(places, self.n_windows, key) * self.stride + offset
+
+    def fixed_ids(self, limit: int) -> np.ndarray:
+        """Up to `limit` (0: all) evenly spaced ids for validation, the same every time."""
+        return evenly_spaced(self.n_windows, limit) * self.stride
+
+    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+        return self.store.ids(self.split, ids[rows], self.block_size + 1)
+
+
+def padded_width(longest: int, most: int) -> int:
+    """Columns of a padded batch: few different widths, since kernels are made for each shape."""
+    return min(-(-longest // 16) * 16, max(longest, most))
+
+
+def cut_prompt(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, int]:
+    """Fit a record into `limit` tokens: (prompt head, prompt tail, response) lengths to keep.
+
+    The response is kept as far as it fits, beside one token of prompt; the prompt loses its middle.
+    """
+    response = min(n_response, limit - 1)
+    prompt = min(n_prompt, limit - response)
+    tail = prompt // 2 if prompt < n_prompt else 0
+    return prompt - tail, tail, response
+
+
+class InstructionDataset:
+    """Whole records, bucketed by length and padded. A sample id is the record's number.
+
+    loss_on: "all" tokens count, as in pretraining, or the "response" alone.
+    pairs: records come two by two, chosen then rejected; a sample id is the pair's number.
+    """
+
+    def __init__(self, store: TokenStore, split: str, block_size: int, seed: int = 0,
+                 loss_on: str = "all", pairs: bool = False):  # fmt: skip
+        self.store, self.split, self.seed, self.block_size = store, split, seed, block_size
+        self.loss_on, self.group = ("response", 2) if pairs else (loss_on, 1)
+        index = store.index[split]
+        if len(index) < self.group:
+            raise UserError(f"the {split} split holds no {'pairs' if pairs else 'records'}")
+        self.reference: np.ndarray | None = None  # (records,) set by `run_fit`
+        limit = block_size + 1
+        prompt = index["prompt"].astype(np.int64)
+        response = np.minimum(index["length"] - prompt, limit - 1)
+        kept = np.minimum(prompt, limit - response)
+        self.lengths = kept + response
+        self.targets = response if self.loss_on == "response" else self.lengths - 1
+        self.n_cut = int((self.lengths < index["length"]).sum())
+        self.order: tuple[tuple, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths) // self.group
+
+    def bucketed(self, epoch: int, batch_size: int) -> np.ndarray:
+        """An epoch's order: shuffled, sorted by length in pools of 64 batches, batches shuffled.
+
+        Records of like length meet in a batch, which keeps padding low.
+        """
+        n, key = len(self), derive_seed(self.seed, epoch)
+        whole = n // batch_size
+        shuffled = permuted(np.arange(n), n, key)[: whole * batch_size or n]
+        longest = self.lengths.reshape(-1, self.group).max(1) if self.group > 1 else self.lengths
+        pool = 64 * batch_size
+        parts = [shuffled[i : i + pool] for i in range(0, len(shuffled), pool)]
+        ordered = np.concatenate([p[np.argsort(longest[p], kind="stable")] for p in parts])
+        if whole == 0:
+            return ordered
+        batches = ordered.reshape(whole, batch_size)
+        return batches[permuted(np.arange(whole), whole, key + 1)].ravel()
+
+    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        wanted = epoch, len(places)
+        if self.order is None or self.order[0] != wanted:
+            self.order = wanted, self.bucketed(*wanted)
+        return self.order[1][places]
+
+    def fixed_ids(self, limit: int) -> np.ndarray:
+        """Up to `limit` evenly spaced records for validation, by length."""
+        chosen = evenly_spaced(len(self), limit)
+        return chosen[np.argsort(self.lengths[chosen * self.group], kind="stable")]
+
+    def n_targets(self, ids: np.ndarray) -> int:
+        return len(ids) if self.group > 1 else int(self.targets[ids].sum())
+
+    def record(self, number: int) -> tuple[np.ndarray, int]:
+        """Ids of a record, cut to the block, and how many of them are prompt."""
+        start, length, prompt, _ = self.store.index[self.split][number].tolist()
+        ids = self.store.ids(self.split, start, length)
+        head, tail, response = cut_prompt(prompt, length - prompt, self.block_size + 1)
+        ids = np.concatenate(
+            [ids[:head], ids[prompt - tail : prompt], ids[prompt : prompt + response]]
+        )
+        return ids, head + tail
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+        """Rows of a global batch, padded to the longest of the whole of it."""
+        numbers = (ids[:, None] * self.group + np.arange(self.group)).ravel()
+        width = padded_width(int(self.lengths[numbers].max()) - 1, self.block_size)
+        numbers = (ids[rows][:, None] * self.group + np.arange(self.group)).ravel()
+        x = np.full((len(numbers), width), self.store.tokenizer.pad_id, np.int64)
+        y = np.full((len(numbers), width), IGNORE, np.int64)
+        for row, number in enumerate(numbers):
+            tokens, prompt = self.record(number)
+            x[row, : len(tokens) - 1] = tokens[:-1]
+            first = prompt if self.loss_on == "response" else 1
+            y[row, first - 1 : len(tokens) - 1] = tokens[first:]
+        reference = None if self.reference is None else torch.from_numpy(self.reference[numbers])
+        return Batch(torch.from_numpy(x), torch.from_numpy(y), {}, reference)
+
+
+class Loader:
+    """Batches of a dataset by step, each process taking its rows of the global batch.
+
+    Micro-batch k of a step holds rows [k m, (k + 1) m) of the global batch; process r of w takes
+    micro-batches r, w + r, 2 w + r, ... so that any number of processes sees the same ones.
+    """
+
+    def __init__(self, dataset, batch_size: int, grad_accum: int, rt: Runtime):
+        self.dataset, self.batch_size = dataset, batch_size
+        self.grad_accum, self.rt = grad_accum, rt
+        endless = isinstance(dataset, StreamDataset)
+        self.steps_per_epoch = sys.maxsize if endless else max(1, len(dataset) // batch_size)
+        micro = batch_size // (grad_accum * rt.world_size)
+        rows = np.arange(batch_size).reshape(grad_accum, rt.world_size, micro)
+        self.rows = rows[:, rt.rank].ravel()
+
+    def ids(self, step: int) -> np.ndarray:
+        """Sample ids of the global batch; a data set smaller than one batch repeats itself."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        places = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        if not isinstance(self.dataset, StreamDataset):
+            places = places % len(self.dataset)
+        return self.dataset.epoch_ids(epoch, places)
+
+    def step(self, step: int) -> tuple[Batch, int]:
+        """This process's rows of a step's batch, and the number of targets in the whole of it."""
+        ids = self.ids(step)
+        return self.dataset.batch(ids, self.rows).to(self.rt.device), self.dataset.n_targets(ids)
+
+    def steps(self, first: int, end: int) -> Iterator[tuple[Batch, int]]:
+        """Batches of steps first..end-1; on CUDA a thread prepares them ahead."""
+        if self.rt.device.type != "cuda":
+            yield from map(self.step, range(first, end))
+            return
+        ready: queue.Queue = queue.Queue(maxsize=2)
+        closed = threading.Event()
+
+        def work():
+            try:
+                for step in range(first, end):
+                    ready.put(self.step(step))
+                    if closed.is_set():
+                        return
+            except BaseException as error:  # raised again where the batch is wanted
+                ready.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in range(first, end):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+
+    def fixed(self, limit: int) -> Iterator[Batch]:
+        """This process's share of `limit` fixed batches (0: all)."""
+        ids = self.dataset.fixed_ids(limit * self.batch_size)
+        # Without gradients to keep, four micro-batches take the room of one.
+        micro = max(1, 4 * self.batch_size // (self.grad_accum * self.rt.world_size))
+        parts = [ids[i : i + micro] for i in range(0, len(ids), micro)]
+        for first in range(0, len(parts), self.rt.world_size):
+            # Processes run in step (sharded weights are gathered together): one without a
+            # part of its own repeats the first, and counts nothing.
+            mine = first + self.rt.rank
+            batch = self.dataset.batch(parts[mine if mine < len(parts) else 0])
+            if mine >= len(parts):
+                batch.y.fill_(IGNORE)
+            yield batch.to(self.rt.device)
+
+
+# ====================================================================================
+# 4. Model
+#
+# Shapes: B sequences, T tokens, C = n_embd, H query heads, K key/value heads, D = head_dim.
+# ====================================================================================
+
+
+class Positions(nn.Module):
+    """How a model knows where a token stands. A scheme overrides one of the three hooks."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+
+    def embed(self, pos: Tensor) -> Tensor | float:
+        """Added to the token embeddings: (T, C)."""
+        return 0.0
+
+    def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and signed sin by which every block turns its queries and keys: (T, 1, D) each."""
+        return None
+
+    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
+        """Added to the attention scores: (H, Tq, Tk)."""
+        return None
+
+
+class LearnedPositions(Positions):
+    """A trained vector for each position (Radford et al., 2019)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
+
+    def embed(self, pos: Tensor) -> Tensor:
+        return F.embedding(pos, self.weight)
+
+
+class RotaryPositions(Positions):
+    """Rotates pairs (i, i + D/2) of each head by pos * theta^(-2i/D) (Su et al., 2021)."""
+
+    def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        half = self.config.head_dim // 2
+        exponent = torch.arange(half, device=pos.device, dtype=torch.float32) / half
+        angle = pos[:, None].float() * self.config.rope_theta**-exponent  # fp32: large angles
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Queries and keys (B, T, heads, D), turned by their positions."""
+    if rotation is None:
+        return heads
+    cos, sin = rotation
+    return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
+
+
+class ALiBiPositions(Positions):
+    """Scores fall linearly with distance, with a slope for each head (Press et al., 2022)."""
+
+    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        H = self.config.n_head
+        n = 2 ** math.floor(math.log2(H))  # the paper's rule where H is not a power of two
+        slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+        slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(H - n)]
+        slopes = torch.tensor(slopes, device=q_pos.device)
+        return slopes[:, None, None] * (k_pos - q_pos[:, None])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension; a weight of more dimensions gives each head its own."""
+    if x.device.type == "cpu":
+        return FusedRMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions, "alibi": ALiBiPositions}
+
+
+NORMS = {
+    "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
+    "rmsnorm": lambda config: RMSNorm(config.n_embd, config.norm_eps),
+}
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * value, the two halves of x (Shazeer, 2020)."""
+    gate, value = x.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "swiglu": swiglu,
+}
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.training)
+
+
+def attention_manual(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
+    """softmax(Q K^T / sqrt(D) + mask) V, step by step.
+
+    q: (B, H, Tq, D); k, v: (B, K, Tk, D) where K divides H; mask broadcasts to (B, H, Tq, Tk),
+    and None means causal, the last query standing at the last key.
+    """
+    (B, H, Tq, D), (K, Tk) = q.shape, k.shape[1:3]
+    G = H // K  # query heads that share a key head stand below one another: (B K, G Tq, D)
+    if mask is None:  # -inf above the diagonal: no token sees those after it
+        mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu(Tk - Tq + 1)
+    if mask.ndim > 2:
+        mask = mask.expand(B, H, Tq, Tk).reshape(B * K, G * Tq, Tk)
+    else:
+        mask = mask.repeat(G, 1)
+    q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))  # (B K, G Tq, Tk)
+    weights = dropout(scores.softmax(-1), p_drop, True)  # each row sums to 1
+    return (weights @ v).view(B, H, Tq, D)
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
+    """The same through PyTorch's fused kernels.
+
+    On CPUs those have no dropout and are slow in bf16, so that the explicit code is the faster.
+    """
+    if q.device.type == "cpu" and q.shape[-2] > 1 and (p_drop or q.dtype != torch.float32):
+        return attention_manual(q, k, v, mask, p_drop)
+    grouped, causal = q.shape[1] != k.shape[1], False
+    if mask is None and q.shape[-2] > 1:  # as a branch: compiled, lengths may be symbols
+        causal = True
+    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # Only the flash kernel groups; what it cannot do would go through the slow one.
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, p_drop, is_causal=causal, enable_gqa=grouped
+    )
+
+
+ATTENTION = {"manual": attention_manual, "sdpa": attention_sdpa}
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over the past; key and value heads may serve groups of query heads."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.qkv = Linear(config.n_embd, q + 2 * kv, bias=config.bias)
+        self.proj = Linear(q, config.n_embd, bias=config.bias)
+        self.drop = Dropout(config.dropout)
+        if config.qk_norm:
+            self.q_norm = nn.Parameter(torch.ones(config.head_dim))
+            self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+
+    def forward(self, x: Tensor, rotation, mask, cache=None) -> Tensor:
+        c = self.config
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, c.head_dim)  # (B, T, H + 2K, D)
+        qk, v = qkv.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=2)
+        if c.qk_norm:  # queries and keys in one go: half the operations
+            scale = torch.cat(
+                [self.q_norm.expand(c.n_head, -1), self.k_norm.expand(c.n_kv_head, -1)]
+            )
+            qk = rms_norm(qk, scale, c.norm_eps)
+        qk = rotate(qk, rotation).to(v.dtype).transpose(1, 2)  # (B, H + K, T, D)
+        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = ATTENTION[c.attn](q, k, v, mask, c.dropout if self.training else 0.0)
+        return self.drop(self.proj(y.transpose(1, 2).reshape(B, T, -1)))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Up, activation, down. SwiGLU's gate and value are the two halves of `up`."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.mlp]
+        wide = config.n_inner * (2 if config.mlp == "swiglu" else 1)
+        self.up = Linear(config.n_embd, wide, bias=config.bias)
+        self.down = Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.drop = Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.down(self.activation(self.up(x))))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.norm1 = NORMS[config.norm](config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.norm2 = NORMS[config.norm](config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation, mask, cache=None) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotation, mask, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.problems():
+            raise UserError("; ".join(config.problems()))
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = POSITIONS[config.pos](config)
+        self.drop = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
+        self.norm_f = NORMS[config.norm](config)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.head.weight = self.tok_emb.weight
+        self.grad_checkpointing = False
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, init_std); output matrices shrink with depth, or are zero."""
+        std = self.config.init_std
+        small = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
+        for name, p in self.named_parameters():
+            if p.ndim >= 2:
+                p.normal_(0.0, small if name.endswith(("proj.weight", "down.weight")) else std)
+            elif name.endswith("bias"):
+                p.zero_()
+
+    def for_decoding(self, device: torch.device, dtype: torch.dtype) -> GPT:
+        """This model, moved there for good: ready to generate as fast as it can, not to train."""
+        self.to(device, dtype).eval()
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        return self
+
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def mask(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
+        """Additive attention mask, (Tq, Tk) or (H, Tq, Tk); None where plain causality suffices."""
+        bias, window = self.positions.bias(q_pos, k_pos), self.config.attn_window
+        if bias is None and not (0 < window < len(k_pos)):
+            return None
+        distance = q_pos[:, None] - k_pos
+        hidden = distance < 0
+        if window:
+            hidden = hidden | (distance >= window)
+        zero = torch.zeros((), device=q_pos.device) if bias is None else bias
+        return torch.where(hidden, -math.inf, zero)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, C) after the final norm. A cache holds what came before idx."""
+        T = idx.shape[1]
+        start = 0 if cache is None else cache.length
+        pos = torch.arange(start, start + T, device=idx.device)
+        rotation = self.positions.rotation(pos)
+        mask = self.mask(pos, pos if cache is None else cache.advance(T))
+        x = self.tok_emb(idx) + self.positions.embed(pos)
+        if mask is not None:
+            mask = mask.to(x.dtype)
+            if torch.is_autocast_enabled(idx.device.type):
+                mask = mask.to(torch.get_autocast_dtype(idx.device.type))
+        x = self.drop(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, rotation, mask, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, cache)
+        return self.norm_f(x)
+
+    def chunked_loss(self, h: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """The loss of a large vocabulary, (B T, C) hidden states a chunk of rows at a time."""
+        if torch.is_grad_enabled() and reduction == "sum":
+            kind = h.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+            return ChunkedCrossEntropy.apply(h, self.head.weight, targets.ravel(), dtype)
+        chunks = zip(h.split(1024), targets.ravel().split(1024), strict=True)
+        losses = torch.cat([
+            F.cross_entropy(self.head(part).float(), y, ignore_index=IGNORE, reduction="none")
+            for part, y in chunks
+        ])  # fmt: skip
+        return losses.sum() if reduction == "sum" else losses.view_as(targets)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits, loss) of a batch.
+
+        idx, targets: (B, T) ids; targets equal to IGNORE do not count.
+        reduction: "mean" gives logits (B, T, V) and the mean loss; "sum" the loss alone, without
+        ever forming all logits of a large vocabulary; "none" the losses alone, (B, T).
+        Raises ValueError when T exceeds a block that positions are learned for.
+        """
+        if idx.shape[1] > self.config.block_size and self.config.pos == "learned":
+            raise ValueError(f"{idx.shape[1]} tokens exceed block_size {self.config.block_size}")
+        h = self.hidden(idx)
+        if targets is not None and reduction != "mean" and self.config.vocab_size > 4096:
+            return None, self.chunked_loss(h.flatten(0, 1), targets, reduction)
+        logits = self.head(h).float()
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(
+            logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORE,
+            reduction=reduction,
+        )  # fmt: skip
+        loss = loss.view_as(targets) if reduction == "none" else loss
+        return (logits if reduction == "mean" else None), loss
+
+
+def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
+    """How the rows of a fused weight divide into the matrices it stands for."""
+    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    halves = [config.n_inner] * (2 if config.mlp == "swiglu" else 1)
+    return {"attn.qkv": [q, kv, kv], "mlp.up": halves}
+
+
+# ====================================================================================
+# 5. Optimisation
+#
+# What is minimised, and how.
+# ====================================================================================
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int | Tensor]:
+    """Summed cross entropy of the next token, and the number of targets."""
+    return model(batch.x, batch.y, "sum")[1], (batch.y != IGNORE).sum()
+
+
+def sequence_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-probability of each row's targets, (B,)."""
+    return -model(batch.x, batch.y, "none")[1].sum(-1)
+
+
+def preference_loss(model: nn.Module, batch: Batch, beta: float) -> tuple[Tensor, int]:
+    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), summed over pairs."""
+    log_probs = sequence_log_probs(model, batch)
+    reward = beta * (log_probs - batch.reference)
+    margin = reward[0::2] - reward[1::2]  # chosen over rejected
+    chosen = -log_probs[0::2].detach() / (batch.y[0::2] != IGNORE).sum(-1)
+    batch.stats = {"reward_margin": margin.detach().sum(),
+                   "reward_accuracy": (margin > 0).float().sum(),
+                   "chosen_loss": chosen.sum()}  # fmt: skip
+    return -F.logsigmoid(margin).sum(), len(margin)
+
+
+# (model, batch) -> (loss_sum, n_targets)
+OBJECTIVES: dict[str, Callable] = {
+    "ntp": lambda config: next_token_loss,
+    "dpo": lambda config: lambda model, batch: preference_loss(model, batch, config.dpo_beta),
+}
+
+
+def undecorated(method: Callable) -> Callable:
+    """An optimizer's method without a wrapper that imports torch._dynamo: a second of every start."""
+    return getattr(method, "__wrapped__", method)
+
+
+class AdamW(torch.optim.AdamW):
+    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
+    step = torch.no_grad()(undecorated(torch.optim.AdamW.step))
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon (Jordan, 2024) with all matrices of one shape in one batched product.
+
+    A fused weight is orthogonalised matrix by matrix, as `rows` divides it. A small model's step
+    would otherwise go into launching hundreds of tiny products.
+    """
+
+    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
+
+    def __init__(self, params, rows: dict[nn.Parameter, list[int]], **settings):
+        super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
+        self.rows = rows
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
+            updates = self.orthogonalised(params, updates, group)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+    def orthogonalised(self, params: list, updates: list[Tensor], group: dict) -> list[Tensor]:
+        """Each update with its matrices' singular values near 0.2 sqrt(max(rows, columns))."""
+        results = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in updates]
+        shapes: dict[tuple, list] = {}
+        for p, update, result in zip(params, updates, results, strict=True):
+            update = update.full_tensor() if hasattr(update, "full_tensor") else update
+            rows = self.rows.get(p) or [len(p)]
+            for m, out in zip(update.split(rows), result.split(rows), strict=True):
+                wide = len(m) <= m.shape[1]
+                shape = tuple(sorted(m.shape))
+                shapes.setdefault(shape, []).append((m if wide else m.T, out if wide else out.T))
+        for (_, longest), pairs in shapes.items():
+            X = newton_schulz(torch.stack([m for m, _ in pairs]), group)
+            scale = 0.2 * math.sqrt(longest)
+            torch._foreach_copy_([out for _, out in pairs], list((X * scale).unbind()))
+        return [distribute_like(result, p) for p, result in zip(params, results, strict=True)]
+
+
+def newton_schulz(X: Tensor, group: dict) -> Tensor:
+    """(N, rows, columns), rows <= columns, with singular values pulled towards 1."""
+    a, b, c = group["ns_coefficients"]
+    X = X.bfloat16()
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return X
+
+
+EMBEDDINGS = ("tok_emb", "positions")
+
+
+def make_optimizers(model: GPT, config: FitConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters that train, or Muon for the hidden matrices and AdamW for the rest.
+
+    Weight decay is on matrices alone. Each group keeps its `initial_lr`, which schedules scale.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for n, p in trained.items() if n.startswith("blocks.") and p.ndim == 2]
+    head = [p for n, p in trained.items() if n == "head.weight"]  # where it is not the embedding
+    outer = [p for n, p in trained.items() if p.ndim == 2 and n.split(".")[0] in EMBEDDINGS]
+    small = [p for p in trained.values() if p.ndim < 2]
+    assert len(hidden) + len(head) + len(outer) + len(small) == len(trained)  # each exactly once
+    decay = config.weight_decay
+    groups = [
+        dict(params=outer, lr=config.lr, weight_decay=decay),
+        dict(params=head, lr=config.lr * config.head_lr_scale, weight_decay=decay),
+        dict(params=small, lr=config.lr, weight_decay=0.0),
+    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        if any("lora" in n for n in trained):
+            raise UserError("--optimizer muon does not suit LoRA's thin matrices; use adamw")
+        rows = {model.get_parameter(f"blocks.{i}.{name}.weight"): sizes
+                for name, sizes in fused_rows(model.config).items()
+                for i in range(model.config.n_layer)}  # fmt: skip
+        optimizers.append(
+            Muon(hidden, rows, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=decay)
+        )
+    else:
+        groups.append(dict(params=hidden, lr=config.lr, weight_decay=decay))
+    groups = [g for g in groups if g["params"]]
+    fused = next(iter(trained.values())).device.type in ("cpu", "cuda")
+    optimizers.append(AdamW(groups, betas=(0.9, config.beta2), fused=fused))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def cosine(progress: float, config: FitConfig) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warmup_stable_decay(progress: float, config: FitConfig) -> float:
+    return min(1.0, (1 - progress) / max(config.decay_fraction, 1e-9))
+
+
+# Share of the way from min_lr_ratio to 1, at `progress` from 0 to 1.
+SCHEDULES: dict[str, Callable[[float, FitConfig], float]] = {
+    "constant": lambda progress, config: 1.0,
+    "linear": lambda progress, config: 1 - progress,
+    "cosine": cosine,
+    "wsd": warmup_stable_decay,
+}
+
+
+def lr_multiplier(step: int, total: int, config: FitConfig) -> float:
+    """What every group's initial_lr is multiplied by at a step: a pure function of the step."""
+    warmup = min(config.warmup_steps, total // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    share = SCHEDULES[config.lr_schedule]((step - warmup) / max(1, total - warmup), config)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * share
+
+
+# ====================================================================================
+# 6. Training
+#
+# One loop for train and finetune.
+# ====================================================================================
+
+
+@dataclass
+class Progress:
+    """What a run knows besides weights and moments; stored in its checkpoints."""
+
+    step: int = 0  # optimizer steps done
+    total: int = 0  # optimizer steps to do
+    best: float = option(math.inf, "best validation loss", high=math.inf)
+    best_step: int = 0
+    evaluated: int = 0  # step of the last finished evaluation
+    misses: int = 0  # evaluations since the best
+    grad_accum: int = 1  # may grow, and checkpointing come on, when memory runs out
+    grad_checkpointing: bool = False
+
+
+@dataclass
+class Run:
+    """All that one training run consists of."""
+
+    config: FitConfig
+    rt: Runtime
+    model: GPT  # the bare model: saved, evaluated
+    net: nn.Module  # the same, perhaps compiled and distributed: trained
+    objective: Callable
+    optimizers: list[torch.optim.Optimizer]
+    train: Loader
+    val: Loader | None
+    progress: Progress
+    about: dict  # what checkpoints say besides weights, moments and progress
+    out_dir: Path
+    suffix: str  # "" or "_finetune"
+    scaler: torch.amp.GradScaler
+    stop: StopSignal | bool = False
+
+    def path(self, name: str) -> Path:
+        return self.out_dir / f"{name}{self.suffix}.pth"
+
+    def evaluate_as_finely(self) -> None:
+        """Validation batches take the room that training has found to be there."""
+        if self.val:
+            self.val.grad_accum = self.progress.grad_accum
+
+
+class Interrupted(Exception):
+    """A stop signal came in the middle of a step or an evaluation."""
+
+
+def trained_parameters(run: Run) -> list[nn.Parameter]:
+    """As the optimizers hold them: after an evaluation, FSDP's model shows whole ones instead."""
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    return [p for group in groups for p in group["params"]]
+
+
+def drop_gradients(run: Run) -> None:
+    for p in trained_parameters(run):
+        p.grad = None
+
+
+def gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
+    """Leave the gradient of the loss per target in the parameters. Returns (summed loss, stats)."""
+    config, rt, step = run.config, run.rt, run.progress.step
+    accum, loss_sum, stats = run.progress.grad_accum, 0.0, Counter()
+    for index, micro in enumerate(batch.split(accum)):
+        if run.stop and rt.world_size == 1:
+            raise Interrupted  # this step's gradients are dropped; resume repeats it
+        set_seed(derive_seed(config.seed, step, index * rt.world_size + rt.rank))  # for dropout
+        with synchronised(run.net, index == accum - 1), rt.autocast():
+            loss, _ = run.objective(run.net, micro)
+            # DDP and FSDP average over processes: undo that, the targets of all are counted.
+            run.scaler.scale(loss * (rt.world_size / n_targets)).backward()
+        loss_sum = loss_sum + loss.detach()
+        stats.update({name: value.detach() for name, value in micro.stats.items()})
+    return loss_sum, stats
+
+
+def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, dict]:
+    """One optimizer step on this process's rows. Returns (loss per target, gradient norm, stats).
+
+    Raises UserError, before anything is updated, when loss or gradient is not finite.
+    """
+    loss_sum, stats = surviving_gradients(run, batch, n_targets)
+    config, rt, step = run.config, run.rt, run.progress.step
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(trained_parameters(run), config.grad_clip or math.inf)
+    norm = float(whole(norm))  # the step's one wait for the device
+    loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
+    loss = loss_sum / n_targets
+    if not (math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())):
+        kept = f"{run.path('last')} stands" if run.path("last").exists() else "nothing was saved"
+        raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the "
+                        f"weights are not updated; {kept}; try a lower --lr")  # fmt: skip
+    scale = lr_multiplier(step, run.progress.total, config)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        if math.isfinite(norm):  # in fp16, a step that overflowed only lowers the scale
+            run.scaler.step(optimizer)
+    run.scaler.update()
+    drop_gradients(run)
+    return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
+
+
+@torch.no_grad()
+def estimate_loss(model: GPT, loader: Loader, objective: Callable, limit: int,
+                  stop: StopSignal | bool = False) -> tuple[float, dict]:  # fmt: skip
+    """Mean loss and statistics over `limit` fixed batches (0: all). Draws no random number.
+
+    Raises Interrupted when a stop signal comes.
+    """
+    rt, training, stats = loader.rt, model.training, Counter()
+    model.eval()
+    try:
+        for batch in loader.fixed(limit):
+            if any(rt.sum(bool(stop))):
+                raise Interrupted
+            with rt.autocast():
+                loss, n = objective(model, batch)
+            real = bool((batch.y != IGNORE).any())  # not the stand-in of a process without a batch
+            found = {"loss": loss, "targets": n} | batch.stats
+            stats.update({name: float(value) if real else 0.0 for name, value in found.items()})
+    finally:
+        model.train(training)
+    sums = dict(zip(stats, rt.sum(*stats.values()), strict=True))
+    targets = max(sums.pop("targets"), 1.0)
+    means = {name: value / targets for name, value in sums.items()}
+    return means.pop("loss"), means
+
+
+def assess(run: Run, recorder: Recorder, loss: float) -> None:
+    """Evaluate, record, and keep the best. Without validation data the training loss stands in."""
+    p = run.progress
+    value, stats = loss, {}
+    if run.val:
+        value, stats = estimate_loss(
+            run.model, run.val, run.objective, run.config.eval_batches, run.stop
+        )
+    p.evaluated, p.misses = p.step, p.misses + 1
+    if run.val:
+        recorder.write("val", value, **stats)
+        recorder.shown["val"] = f"{value:.4f}"
+    if value < p.best:
+        p.best, p.best_step, p.misses = value, p.step, 0
+        save_run(run, "best")
+
+
+def fit(run: Run) -> str:
+    """The loop of train and finetune. Returns why it ended: done, early, time, stopped, signal."""
+    config, p, first, saved, loss = run.config, run.progress, run.progress.step, -1, math.nan
+    started = time.perf_counter()
+    recorder = Recorder(run)
+    batches = run.train.steps(p.step, p.total)
+    try:
+        while True:
+            # --- up to the step, everything looks at the model and leaves it alone ---
+            paused, last = time.perf_counter(), p.step == p.total
+            new_epoch = p.step % run.train.steps_per_epoch == 0
+            if (p.step % config.eval_interval == 0 or new_epoch or last) and p.step > p.evaluated:
+                assess(run, recorder, loss)
+            late = 0 < config.max_minutes * 60 < time.perf_counter() - started
+            signalled, late = map(bool, run.rt.sum(bool(run.stop), late))
+            reasons = {
+                "done": last,
+                "early": 0 < config.patience <= p.misses,
+                "signal": signalled,
+                "time": late,
+                "stopped": 0 < config.stop_after <= p.step - first,
+            }
+            ended = next((reason for reason, holds in reasons.items() if holds), "")
+            due = p.step > first and p.step % config.save_interval == 0
+            if (ended or due) and p.step != saved:
+                save_run(run, "last")
+                saved = p.step
+            if ended:
+                return ended
+            recorder.clock += time.perf_counter() - paused
+            # --- the step ---
+            batch, n_targets = next(batches)
+            loss, norm, stats = train_step(run, batch, n_targets)
+            p.step += 1
+            recorder.step(batch, loss, norm, stats)
+    except Interrupted:
+        save_run(run, "last")
+        return "signal"
+    finally:
+        batches.close()
+        recorder.close()
+
+
+# ====================================================================================
+# 7. Sampling
+#
+# One token after the other.
+# ====================================================================================
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in buffers allocated once.
+
+    With an attention window the buffers are a ring of that size and never fill up; otherwise
+    they hold block_size tokens, after which `generate` starts again from the last half.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, most: int = 0):
+        """most: how many tokens will be stored at most, where that is known."""
+        c = config
+        self.config = config
+        # A learned position has no row beyond the block, so a window cannot slide past it.
+        self.ring = 0 < c.attn_window < c.block_size
+        self.size = c.attn_window if self.ring else min(c.block_size, most or c.block_size)
+        shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
+        self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
+        self.length = 0  # tokens seen, wherever they are stored
+
+    @property
+    def full(self) -> bool:
+        """Whether the next token has no place."""
+        bounded = not self.ring or self.config.pos == "learned"
+        return bounded and self.length >= self.config.block_size
+
+    def expand(self, batch: int) -> None:
+        """One prefilled sequence becomes `batch` sequences that start with it."""
+        if batch != len(self.keys[0]):
+            self.keys = [t.expand(batch, -1, -1, -1).contiguous() for t in self.keys]
+            self.values = [t.expand(batch, -1, -1, -1).contiguous() for t in self.values]
+
+    def advance(self, T: int) -> Tensor:
+        """Count T new tokens (many into an empty cache, or one). Returns the keys' positions."""
+        self.old, self.length = self.length, self.length + T
+        device = self.keys[0].device
+        if T > 1 or not self.ring or self.length <= self.size:
+            return torch.arange(self.length, device=device)
+        slots = torch.arange(self.size, device=device)  # slot s holds the latest p = s mod size
+        last = self.length - 1
+        return last - (last - slots) % self.size
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, (B, K, T, D); return those to attend to."""
+        keys, values = self.keys[layer], self.values[layer]
+        if k.shape[2] == 1:
+            slot = self.old % self.size
+            keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
+        else:
+            kept = torch.arange(max(self.old, self.length - self.size), self.length)
+            slots = (kept % self.size).to(k.device)
+            keys[:, :, slots] = k[:, :, -len(kept) :].to(keys.dtype)
+            values[:, :, slots] = v[:, :, -len(kept) :].to(values.dtype)
+            if self.old == 0:
+                return k, v
+        n = min(self.length, self.size)
+        return keys[:, :, :n], values[:, :, :n]
+
+
+def sample_next(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seen: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the next token of each sequence: logits (B, V) -> (B,) ids.
+
+    The filters apply in this order, as in transformers: repetition penalty (Keskar et al., 2019)
+    on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen et
+    al., 2024). Temperature 0 takes the likeliest.
+    """
+    if repetition_penalty != 1.0:
+        scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, scaled, logits)
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # never overflows
+    if 0 < top_k < logits.shape[-1]:
+        floor = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -math.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
+        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -math.inf)
+    probabilities = logits.softmax(-1)
+    if min_p > 0.0:
+        floor = min_p * probabilities.max(-1, keepdim=True).values
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompt: Tensor,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...] = (),
+    num_samples: int = 1,
+    seed: int = 0,
+    **sampling,
+) -> Iterator[list[int]]:
+    """Yield the next id of each sample, step by step; -1 for a sample that has stopped.
+
+    prompt: (T,) ids, shared by all samples, which are drawn from one prefill.
+    sampling: the keyword arguments of `sample_next`.
+    When the cache is full, decoding goes on from the last half of the block.
+    """
+    device, config = prompt.device, model.config
+    generator = torch.Generator(device).manual_seed(seed)
+    history = prompt[None].expand(num_samples, -1)
+    seen = torch.zeros(num_samples, config.vocab_size, dtype=torch.bool, device=device)
+    seen.scatter_(1, history, True)
+    dtype = model.tok_emb.weight.dtype
+    cache = KVCache(config, 1, device, dtype, len(prompt) + max_new_tokens)
+    if config.pos == "learned" or not cache.ring:
+        history = history[:, -config.block_size :]
+    h = model.hidden(history[:1], cache)[:, -1]
+    cache.expand(num_samples)
+    h = h.expand(num_samples, -1)
+    alive = [True] * num_samples
+    keep = max(1, config.block_size // 2)  # what decoding goes on from when the cache is full
+    recent = deque(history.unbind(1), maxlen=keep)  # (num_samples,) each
+    for made in range(max_new_tokens):
+        logits = model.head(h).float()
+        token = sample_next(logits, seen=seen, generator=generator, **sampling)  # (num_samples,)
+        if sampling.get("repetition_penalty", 1.0) != 1.0:
+            seen.scatter_(1, token[:, None], True)
+        ids = token.tolist()
+        alive = [a and i not in stop_ids for a, i in zip(alive, ids, strict=True)]
+        yield [i if a else -1 for a, i in zip(alive, ids, strict=True)]
+        if not any(alive) or made == max_new_tokens - 1:
+            return
+        recent.append(token)
+        if cache.full:
+            cache = KVCache(config, num_samples, device, dtype)
+            h = model.hidden(torch.stack(tuple(recent), 1), cache)[:, -1]
+        else:
+            h = model.hidden(token[:, None], cache)[:, -1]
+
+
+# ====================================================================================
+# PART II: THE WORKSHOP
+# ====================================================================================
+
+
+# ====================================================================================
+# 8. Runtime
+#
+# Devices, processes, signals, locks, files that appear whole or not at all, the recorder.
+# ====================================================================================
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    """An error's text on one line, for a message that names the cause."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def optional(module: str, package: str = ""):
+    """Import an optional dependency, or say how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = package or module.split(".")[0]
+        raise UserError(f"this needs {name}: pip install {name}") from None
+
+
+def is_main() -> bool:
+    """Whether this is the first process, known before the process group is."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def note(text: str) -> None:
+    """A line on stderr, once however many processes there are, above any progress bar."""
+    if is_main():
+        tqdm.write(text, file=sys.stderr)
 
 
 def cpu_has_bf16() -> bool:
@@ -850,44 +1930,292 @@ class CSVLogger:
             self.file.close()
 
 
-# ====================================================================================
-# 3. Tokenizers
-#
-# One interface: vocab_size, bos_id, eos_id, sep_id, pad_id, encode, encode_batch, decode,
-# token_bytes, spec. `encode` never yields a special token: text from outside stays text.
-# ====================================================================================
-
-SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|sep|>")
+COLUMNS = ("step", "epoch", "split", "loss", "timestamp", "lr", "grad_norm", "tokens_per_s",
+           "reward_margin", "reward_accuracy", "chosen_loss")  # fmt: skip
 
 
-class ByteTokenizer:
-    """UTF-8 bytes 0..255, then pad, bos, eos, sep. Any string comes back as it was."""
+class Recorder:
+    """Where a run's numbers go: metrics.csv, the progress bar, Weights & Biases if asked for.
 
-    vocab_size = 260
-    pad_id, bos_id, eos_id, sep_id = 256, 257, 258, 259
+    Processes other than the first have one too, which writes nothing.
+    """
 
-    def encode(self, text: str) -> np.ndarray:
-        """The text's UTF-8 bytes, (n,) uint16. Lone surrogates, which UTF-8 lacks, survive too."""
-        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint16)
+    def __init__(self, run: Run):
+        p, config, main = run.progress, run.config, run.rt.is_main
+        path = run.out_dir / f"metrics{run.suffix}.csv"
+        self.run, self.shown, self.tokens = run, {}, 0
+        self.log = CSVLogger(path, COLUMNS, p.step) if main else None
+        self.tracker = None
+        if config.wandb and main:
+            self.tracker = optional("wandb").init(project=config.wandb, config=asdict(config))
+        self.bar = tqdm(
+            total=p.total, initial=p.step, unit="step", disable=not main, smoothing=0.05
+        )
+        self.clock = time.perf_counter()
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
+    def step(self, batch: Batch, loss: float, norm: float, stats: dict) -> None:
+        """Count a step; a row every log_interval. Time spent outside steps does not count."""
+        p, config, now = self.run.progress, self.run.config, time.perf_counter
+        self.tokens += batch.x.numel() * self.run.rt.world_size
+        if p.step % config.log_interval == 0 or p.step == p.total:
+            speed, self.tokens = self.tokens / (now() - self.clock), 0
+            lr = self.run.optimizers[-1].param_groups[0]["lr"]
+            more = dict(lr=lr, grad_norm=norm, tokens_per_s=round(speed))
+            self.write("train", loss, **more, **stats)
+            self.shown |= {"loss": f"{loss:.4f}", "tok/s": f"{speed:,.0f}"}
+            self.clock = now()
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update()
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
-        data = bytes(i for i in map(int, ids) if i < 256)
+    def write(self, split: str, value: float, **more) -> None:
+        step = self.run.progress.step
+        epoch = max(0, step - 1) // self.run.train.steps_per_epoch
+        row = dict(step=step, epoch=epoch, split=split, loss=value, timestamp=time.time(), **more)
+        if self.log:
+            self.log.log(**row)
+        if self.tracker:
+            self.tracker.log({f"{split}/{k}": v for k, v in row.items() if k != "split"}, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.log:
+            self.log.close()
+        if self.tracker:
+            self.tracker.finish()
+
+
+@contextlib.contextmanager
+def synchronised(net: nn.Module, last: bool):
+    """Exchange gradients between processes after the last micro-batch only."""
+    if hasattr(net, "set_requires_gradient_sync"):  # FSDP
+        net.set_requires_gradient_sync(last)
+    with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+        yield
+
+
+def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
+    """`gradients`, with smaller micro-batches, then checkpointing, when CUDA memory runs out.
+
+    Nothing is updated yet when that happens: the step is repeated on the same global batch.
+    """
+    while True:
         try:
-            return data.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return data.decode("utf-8", "replace")
+            return gradients(run, batch, n_targets)
+        except torch.OutOfMemoryError:
+            drop_gradients(run)
+            p, rows = run.progress, run.config.batch_size
+            if run.rt.world_size > 1:  # the others are waiting inside a collective
+                raise UserError("out of GPU memory: --resume with a larger --grad_accum, or with "
+                                "--grad_checkpointing") from None  # fmt: skip
+            finer = [n for n in range(2 * p.grad_accum, rows + 1) if rows % n == 0]
+            if finer:
+                p.grad_accum = finer[0]
+            elif not p.grad_checkpointing:
+                p.grad_checkpointing = run.model.grad_checkpointing = True
+            else:
+                raise UserError(
+                    "out of GPU memory with micro-batches of one and checkpointing: choose a "
+                    "smaller --block_size or model"
+                ) from None
+            run.evaluate_as_finely()
+            note(f"out of memory at step {p.step + 1}: going on with grad_accum {p.grad_accum}, "
+                 f"grad_checkpointing {p.grad_checkpointing}")  # fmt: skip
+        if run.rt.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def token_bytes(self) -> np.ndarray:
-        """Bytes of text that each id stands for, (vocab_size,)."""
-        return (np.arange(self.vocab_size) < 256).astype(np.int64)
 
-    def spec(self) -> dict:
-        """Plain data from which `tokenizer_from_spec` makes this tokenizer again."""
-        return {"kind": "byte"}
+def distribute(model: GPT, config: FitConfig, rt: Runtime, total: int) -> nn.Module:
+    """The model as it is trained: compiled where that pays, copied or sharded over processes."""
+    if config.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        if rt.world_size == 1:
+            raise UserError("--fsdp shards over processes: start with torchrun")
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        return model
+    net: nn.Module = model
+    # A short run ends before compilation has paid for itself.
+    if config.compile == "on" or (
+        config.compile == "auto" and rt.device.type == "cuda" and total >= 1000 and can_compile()
+    ):
+        net = torch.compile(model)
+    if rt.world_size > 1:
+        ids = [rt.device.index] if rt.device.type == "cuda" else None
+        net = DistributedDataParallel(net, device_ids=ids)
+    return net
+
+
+def can_compile() -> bool:
+    """Whether Triton is here, and the C compiler that it calls."""
+    import importlib.util
+
+    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
+    found = os.name == "nt" or any(map(shutil.which, compilers))
+    return found and importlib.util.find_spec("triton") is not None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as one piece on the CPU, gathered where FSDP shards it."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().cpu()
+
+
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor sharded as FSDP shards `like`; every process holds the same whole."""
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of up to `size` items."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def unescape(text: str) -> str:
+    r"""`\n`, `\t` and `\\` as a shell user types them."""
+    table = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda m: table[m.group()], text)
+
+
+def short_hash(value, size: int = 4) -> str:
+    """Hexadecimal digest of plain data; "byte" for the byte tokenizer."""
+    if value == {"kind": "byte"}:
+        return "byte"
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+
+
+# ====================================================================================
+# 9. The same, faster
+#
+# Kernels of our own for CPUs, and the chunked loss.
+# ====================================================================================
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
+
+    CPUs have no kernel for it. With the gradient written out it takes half the passes over memory
+    that autograd would: with xhat = x / rms, dx = (g w - xhat mean(g w xhat)) / rms.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normal = x * inverse
+        ctx.save_for_backward(normal, inverse, weight)
+        return (normal * weight).to(torch.promote_types(x.dtype, weight.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        normal, inverse, weight = ctx.saved_tensors
+        product = grad * normal
+        grad_weight = product.flatten(0, -1 - weight.ndim).sum(0)
+        grad = grad * weight
+        mean = torch.linalg.vecdot(grad, normal).div_(normal.shape[-1]).unsqueeze(-1)
+        return torch.addcmul(grad, normal, mean, value=-1).mul_(inverse), grad_weight, None
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Zeroes each element with probability p and scales the others up.
+
+    PyTorch's CPU kernel draws elements one at a time, which costs as much as the matrix products
+    around it. Here a byte decides: eight elements a draw, p rounded to a multiple of 1/256.
+    """
+    if not training or p == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    kept = 256 - round(256 * p)
+    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
+    keep = torch.lt(drawn, kept, out=torch.empty_like(x))  # 1 or 0, without a pass to convert it
+    return x * keep.mul_(256 / kept)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with two short cuts for the few rows of decoding on a CPU."""
+
+    packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Lay bf16 weights out as oneDNN wants them, once and for all: they may not change after."""
+        kernels, weight = torch.ops.mkldnn, self.weight
+        if (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.bfloat16
+            and hasattr(kernels, "_linear_pointwise")
+            and kernels._is_mkldnn_bf16_supported()
+        ):
+            self.packed = kernels._reorder_linear_weight(weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        decoding = x.numel() == self.in_features and not torch.is_grad_enabled()
+        if decoding and x.device.type == "cpu" and x.dtype == self.weight.dtype:
+            y = torch.mv(self.weight, x.view(-1))
+            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross entropies of softmax(h W^T), a chunk of rows at a time.
+
+    The gradient is formed in the forward pass, while a chunk's logits are at hand, so that the
+    (N, V) logits never exist and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """h: (N, C); weight: (V, C); targets: (N,), IGNORE left out; products in `dtype`."""
+        low, w = h.to(dtype), weight.to(dtype)
+        grad_h = torch.empty_like(h)
+        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # frozen under LoRA
+        total = torch.zeros((), dtype=torch.float32, device=h.device)
+        rows = min(1024, len(h))
+        logits = w.new_empty(rows, len(w))  # one pair of buffers for all chunks
+        probabilities = torch.empty_like(logits, dtype=torch.float32)
+        for i in range(0, len(h), rows):
+            part, y = low[i : i + rows], targets[i : i + rows, None]
+            out, p, counts = logits[: len(part)], probabilities[: len(part)], y != IGNORE
+            torch.mm(part, w.T, out=out)
+            torch.softmax(out, -1, torch.float32, out=p)
+            picked = p.gather(1, y.clamp(min=0))
+            total -= (picked.clamp(min=1e-37).log() * counts).sum()
+            p.scatter_add_(1, y.clamp(min=0), -torch.ones_like(picked))  # d loss / d logits
+            out.copy_(p.mul_(counts))
+            grad_h[i : i + rows] = out @ w
+            if grad_w is not None:
+                grad_w += out.T @ part
+        ctx.save_for_backward(grad_h, grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad, None if grad_w is None else grad_w * grad, None, None
+
+
+# ====================================================================================
+# 10. BPE
+#
+# Vocabularies trained here and elsewhere.
+# ====================================================================================
 
 
 class BPETokenizer:
@@ -961,6 +2289,8 @@ def bpe_tokenizer(library_json: str, **special_ids: int) -> BPETokenizer:
 
 
 POOL = ThreadPoolExecutor(os.cpu_count())  # starts its threads when first used
+
+
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -1040,18 +2370,6 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     library.train_from_iterator(batched(clean, 256), trainer)
     ids = {f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos", "sep"))}
     return bpe_tokenizer(library.to_str(), **ids)
-
-
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of up to `size` items."""
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def tokenizer_from_spec(spec: dict) -> Tokenizer:
@@ -1135,26 +2453,23 @@ def special_ids(library, folder: Path) -> dict[str, int]:
 
 
 # ====================================================================================
-# 4. Corpus
+# 11. Corpus
 #
 # files -> Records -> exact duplicates dropped -> train or val, by hash -> token store
 # ====================================================================================
 
 UTF8 = codecs.getincrementaldecoder("utf-8")
+
+
 LONG_TEXT = 64 * 1024  # bytes; a longer record gives its last part to validation
+
+
 BLOCK = 1 << 16  # characters or bytes handled at a time
+
+
 # Where a tokenizer would cut too: no known pre-tokenizer joins a word to the one after it, and
 # failing that, few join what stands before white space to it.
 SAFE_CUTS = (re.compile(r"\w(?= \w)"), re.compile(r"\S(?=\s)"))
-
-
-def instruction_prompt(instruction: str, input: str = "") -> str:
-    """The one prompt template. The response follows as " text" and a newline."""
-    return f"### Instruction: {instruction}\n### Input: {input}\n### Output:"
-
-
-def instruction_response(output: str) -> str:
-    return f" {output}\n"
 
 
 @dataclass
@@ -1429,82 +2744,6 @@ def hub_rows(config: DataConfig):
         ) from None
 
 
-def download(name: str, data_dir: Path, mirror: str = "") -> None:
-    """Fetch a public data set into data_dir and check its sha256. Goes on where it broke off.
-
-    Raises UserError where there is no network or the bytes are not the pinned ones.
-    """
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    address, wanted = DOWNLOADS[name]
-    files = {data_dir / file: digest for file, digest in wanted.items()}
-    if all(f.is_file() and sha256_of(f) == digest for f, digest in files.items()):
-        note(f"{name}: already in {data_dir}")
-        return
-    address = f"{mirror.rstrip('/')}/{address.rsplit('/', 1)[1]}" if mirror else address
-    part = data_dir / f".{name}.part"
-    data_dir.mkdir(parents=True, exist_ok=True)
-    done = part.stat().st_size if part.exists() else 0
-    try:
-        headers = {"Range": f"bytes={done}-"} if done else {}
-        request = urllib.request.Request(address, headers=headers)
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            resumed = reply.status == 206
-            length = reply.headers.get("Content-Length")
-            total = int(length) + done * resumed if length else None
-            with open(part, "ab" if resumed else "wb") as file, tqdm(
-                desc=name, total=total, initial=done * resumed, unit="B", unit_scale=True
-            ) as bar:  # fmt: skip
-                while data := reply.read(1 << 16):
-                    file.write(data)
-                    bar.update(len(data))
-        if total is not None and part.stat().st_size < total:
-            raise UserError(f"{name}: the transfer broke off at {part.stat().st_size:,} of "
-                            f"{total:,} bytes; run the same command to go on")  # fmt: skip
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # the part is not a beginning of that file
-            part.unlink(missing_ok=True)
-        raise UserError(f"{name}: {address} answered {error.code} {error.reason}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"{name}: cannot fetch {address} ({one_line(error, 80)}); is there a "
-                        "network? run the same command to go on") from None  # fmt: skip
-    try:
-        unpack(part, files)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, gzip.zlib.error):
-        raise UserError(f"{name}: the fetched archive is damaged and was deleted; run the same "
-                        "command again") from None  # fmt: skip
-    finally:
-        part.unlink(missing_ok=True)
-    note(f"{name}: {', '.join(map(str, files))}")
-
-
-def unpack(part: Path, files: dict[Path, str]) -> None:
-    """Check a fetched file, or the members of a fetched archive, and put them in their places."""
-    archive = zipfile.ZipFile(part) if zipfile.is_zipfile(part) else None
-    for path, digest in files.items():
-        if archive:
-            member = next((n for n in archive.namelist() if n.endswith(path.name)), None)
-            data = archive.read(member) if member else b""
-        else:
-            data = part.read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise UserError(f"{path.name}: the fetched bytes do not match their sha256, and were "
-                            "deleted; run the same command again")  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(data)
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        hasher = hashlib.sha256()
-        while data := file.read(1 << 22):
-            hasher.update(data)
-    return hasher.hexdigest()
-
-
 READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[Record]]] = {
     ".json": load_instruction_json,
     ".jsonl": load_instruction_json,
@@ -1739,6 +2978,8 @@ def cuts(pattern: re.Pattern, text: str) -> list[int]:
 
 
 INDEX = np.dtype([("start", "<u8"), ("length", "<u8"), ("prompt", "<u4"), ("source", "<u4")])
+
+
 STORE_FORMAT = "llm_pipeline.store.1"
 
 
@@ -1916,12 +3157,6 @@ class TokenStore:
         return str(self.meta["fingerprint"])
 
 
-def unescape(text: str) -> str:
-    r"""`\n`, `\t` and `\\` as a shell user types them."""
-    table = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
-    return re.sub(r"\\[nt\\]", lambda m: table[m.group()], text)
-
-
 def settings_fingerprint(config: DataConfig, tokenizer: Tokenizer | None, pairs: bool) -> str:
     """Of everything a store depends on, cheaply: files by name, size and time of change."""
     names = [f.name for f in fields(DataConfig) if f.name not in ("data_dir", "processed_dir")]
@@ -1933,14 +3168,6 @@ def settings_fingerprint(config: DataConfig, tokenizer: Tokenizer | None, pairs:
     files = sorted(glob(config.hf_files)) if config.hf_dataset else find_files(config)
     parts["files"] = [(str(f), (s := os.stat(f)).st_size, s.st_mtime_ns) for f in files]
     return short_hash(parts, 16)
-
-
-def short_hash(value, size: int = 4) -> str:
-    """Hexadecimal digest of plain data; "byte" for the byte tokenizer."""
-    if value == {"kind": "byte"}:
-        return "byte"
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
 
 def build_corpus_from_sources(
@@ -2066,226 +3293,6 @@ def training_texts(config: DataConfig, pairs: bool) -> Iterator[str]:
                 yield text
 
 
-# ====================================================================================
-# 5. Batches
-#
-# The batch of step s is a function of (seed, s): resuming costs nothing, and one process or
-# four see the same global batch.
-# ====================================================================================
-
-IGNORE = -100  # a target that does not count
-
-
-def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a pseudo-random permutation of range(n) sends each index, in O(1) memory.
-
-    A Feistel network over the next power of four; results beyond n walk on along their cycle
-    (format-preserving encryption, Black and Rogaway, 2002).
-    """
-    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.default_rng(key).integers(0, 2**63, 6, np.uint64)
-
-    def encrypt(value: np.ndarray) -> np.ndarray:
-        left, right = value >> half, value & mask
-        for round_key in keys:
-            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
-        return left << half | right
-
-    value = encrypt(np.asarray(index, np.uint64))
-    while (outside := value >= n).any():
-        value[outside] = encrypt(value[outside])
-    return value.astype(np.int64)
-
-
-def evenly_spaced(n: int, most: int) -> np.ndarray:
-    """Up to `most` (0: all) of range(n), evenly spaced."""
-    chosen = n if not most else min(most, n)
-    return np.linspace(0, n - 1, chosen).round().astype(np.int64)
-
-
-@dataclass
-class Batch:
-    """Inputs and targets, (B, T) int64 each; targets that do not count are IGNORE.
-
-    Preference pairs take two rows each, chosen and rejected. `stats` collects sums to be logged.
-    """
-
-    x: Tensor
-    y: Tensor
-    stats: dict[str, Tensor] = field(default_factory=dict)
-    reference: Tensor | None = None  # (B,) log-probabilities of each row under the base model
-
-    def to(self, device: torch.device) -> Batch:
-        def move(t):
-            if t is None or device.type == "cpu":
-                return t
-            return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
-
-        return Batch(move(self.x), move(self.y), {}, move(self.reference))
-
-    def split(self, parts: int) -> list[Batch]:
-        refs = [None] * parts if self.reference is None else self.reference.chunk(parts)
-        rows = zip(self.x.chunk(parts), self.y.chunk(parts), refs, strict=True)
-        return [Batch(x, y, {}, ref) for x, y, ref in rows]
-
-
-class Windows:
-    """Windows of block_size tokens; targets are the inputs, one token ahead."""
-
-    block_size: int
-
-    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-        """(rows, block_size + 1) int64: the given rows of a global batch of sample ids."""
-        raise NotImplementedError
-
-    def n_targets(self, ids: np.ndarray) -> int:
-        return len(ids) * self.block_size
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        tokens = torch.from_numpy(self.tokens(ids, rows))
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-
-
-class LMDataset(Windows):
-    """Windows of the token stream.
-
-    Each epoch shifts the grid by an offset and permutes the windows, both drawn from
-    (seed, epoch). A sample id is the position of the window's first token.
-    """
-
-    def __init__(self, store: TokenStore, split: str, block_size: int, stride: int = 0,
-                 seed: int = 0):  # fmt: skip
-        self.store, self.split, self.seed = store, split, seed
-        n = len(store.tokens[split])
-        if n < 2:
-            raise UserError(f"the {split} split holds {n} tokens: add data")
-        self.block_size = min(block_size, n - 1)
-        if self.block_size < block_size:
-            note(f"{split}: {n} tokens are less than one block, windows have {self.block_size}")
-        self.stride = min(stride or block_size, n)
-        self.n_windows = max(1, (n - self.block_size) // self.stride)
-        self.slack = n - 1 - self.block_size - (self.n_windows - 1) * self.stride
-
-    def __len__(self) -> int:
-        return self.n_windows
-
-    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Sample ids at the given places of an epoch's order."""
-        key = derive_seed(self.seed, epoch)
-        offset = key % (self.slack + 1)
-        return permuted(places, self.n_windows, key) * self.stride + offset
-
-    def fixed_ids(self, limit: int) -> np.ndarray:
-        """Up to `limit` (0: all) evenly spaced ids for validation, the same every time."""
-        return evenly_spaced(self.n_windows, limit) * self.stride
-
-    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-        return self.store.ids(self.split, ids[rows], self.block_size + 1)
-
-
-def padded_width(longest: int, most: int) -> int:
-    """Columns of a padded batch: few different widths, since kernels are made for each shape."""
-    return min(-(-longest // 16) * 16, max(longest, most))
-
-
-def cut_prompt(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, int]:
-    """Fit a record into `limit` tokens: (prompt head, prompt tail, response) lengths to keep.
-
-    The response is kept as far as it fits, beside one token of prompt; the prompt loses its middle.
-    """
-    response = min(n_response, limit - 1)
-    prompt = min(n_prompt, limit - response)
-    tail = prompt // 2 if prompt < n_prompt else 0
-    return prompt - tail, tail, response
-
-
-class InstructionDataset:
-    """Whole records, bucketed by length and padded. A sample id is the record's number.
-
-    loss_on: "all" tokens count, as in pretraining, or the "response" alone.
-    pairs: records come two by two, chosen then rejected; a sample id is the pair's number.
-    """
-
-    def __init__(self, store: TokenStore, split: str, block_size: int, seed: int = 0,
-                 loss_on: str = "all", pairs: bool = False):  # fmt: skip
-        self.store, self.split, self.seed, self.block_size = store, split, seed, block_size
-        self.loss_on, self.group = ("response", 2) if pairs else (loss_on, 1)
-        index = store.index[split]
-        if len(index) < self.group:
-            raise UserError(f"the {split} split holds no {'pairs' if pairs else 'records'}")
-        self.reference: np.ndarray | None = None  # (records,) set by `run_fit`
-        limit = block_size + 1
-        prompt = index["prompt"].astype(np.int64)
-        response = np.minimum(index["length"] - prompt, limit - 1)
-        kept = np.minimum(prompt, limit - response)
-        self.lengths = kept + response
-        self.targets = response if self.loss_on == "response" else self.lengths - 1
-        self.n_cut = int((self.lengths < index["length"]).sum())
-        self.order: tuple[tuple, np.ndarray] | None = None
-
-    def __len__(self) -> int:
-        return len(self.lengths) // self.group
-
-    def bucketed(self, epoch: int, batch_size: int) -> np.ndarray:
-        """An epoch's order: shuffled, sorted by length in pools of 64 batches, batches shuffled.
-
-        Records of like length meet in a batch, which keeps padding low.
-        """
-        n, key = len(self), derive_seed(self.seed, epoch)
-        whole = n // batch_size
-        shuffled = permuted(np.arange(n), n, key)[: whole * batch_size or n]
-        longest = self.lengths.reshape(-1, self.group).max(1) if self.group > 1 else self.lengths
-        pool = 64 * batch_size
-        parts = [shuffled[i : i + pool] for i in range(0, len(shuffled), pool)]
-        ordered = np.concatenate([p[np.argsort(longest[p], kind="stable")] for p in parts])
-        if whole == 0:
-            return ordered
-        batches = ordered.reshape(whole, batch_size)
-        return batches[permuted(np.arange(whole), whole, key + 1)].ravel()
-
-    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        wanted = epoch, len(places)
-        if self.order is None or self.order[0] != wanted:
-            self.order = wanted, self.bucketed(*wanted)
-        return self.order[1][places]
-
-    def fixed_ids(self, limit: int) -> np.ndarray:
-        """Up to `limit` evenly spaced records for validation, by length."""
-        chosen = evenly_spaced(len(self), limit)
-        return chosen[np.argsort(self.lengths[chosen * self.group], kind="stable")]
-
-    def n_targets(self, ids: np.ndarray) -> int:
-        return len(ids) if self.group > 1 else int(self.targets[ids].sum())
-
-    def record(self, number: int) -> tuple[np.ndarray, int]:
-        """Ids of a record, cut to the block, and how many of them are prompt."""
-        start, length, prompt, _ = self.store.index[self.split][number].tolist()
-        ids = self.store.ids(self.split, start, length)
-        head, tail, response = cut_prompt(prompt, length - prompt, self.block_size + 1)
-        ids = np.concatenate(
-            [ids[:head], ids[prompt - tail : prompt], ids[prompt : prompt + response]]
-        )
-        return ids, head + tail
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        """Rows of a global batch, padded to the longest of the whole of it."""
-        numbers = (ids[:, None] * self.group + np.arange(self.group)).ravel()
-        width = padded_width(int(self.lengths[numbers].max()) - 1, self.block_size)
-        numbers = (ids[rows][:, None] * self.group + np.arange(self.group)).ravel()
-        x = np.full((len(numbers), width), self.store.tokenizer.pad_id, np.int64)
-        y = np.full((len(numbers), width), IGNORE, np.int64)
-        for row, number in enumerate(numbers):
-            tokens, prompt = self.record(number)
-            x[row, : len(tokens) - 1] = tokens[:-1]
-            first = prompt if self.loss_on == "response" else 1
-            y[row, first - 1 : len(tokens) - 1] = tokens[first:]
-        reference = None if self.reference is None else torch.from_numpy(self.reference[numbers])
-        return Batch(torch.from_numpy(x), torch.from_numpy(y), {}, reference)
-
-
 class StreamDataset(Windows, torch.utils.data.IterableDataset):
     """Windows of a Hugging Face stream, in the stream's order; documents of validation left out.
 
@@ -2375,78 +3382,6 @@ class StreamDataset(Windows, torch.utils.data.IterableDataset):
         return np.stack(windows)[rows]
 
 
-class Loader:
-    """Batches of a dataset by step, each process taking its rows of the global batch.
-
-    Micro-batch k of a step holds rows [k m, (k + 1) m) of the global batch; process r of w takes
-    micro-batches r, w + r, 2 w + r, ... so that any number of processes sees the same ones.
-    """
-
-    def __init__(self, dataset, batch_size: int, grad_accum: int, rt: Runtime):
-        self.dataset, self.batch_size = dataset, batch_size
-        self.grad_accum, self.rt = grad_accum, rt
-        endless = isinstance(dataset, StreamDataset)
-        self.steps_per_epoch = sys.maxsize if endless else max(1, len(dataset) // batch_size)
-        micro = batch_size // (grad_accum * rt.world_size)
-        rows = np.arange(batch_size).reshape(grad_accum, rt.world_size, micro)
-        self.rows = rows[:, rt.rank].ravel()
-
-    def ids(self, step: int) -> np.ndarray:
-        """Sample ids of the global batch; a data set smaller than one batch repeats itself."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        places = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        if not isinstance(self.dataset, StreamDataset):
-            places = places % len(self.dataset)
-        return self.dataset.epoch_ids(epoch, places)
-
-    def step(self, step: int) -> tuple[Batch, int]:
-        """This process's rows of a step's batch, and the number of targets in the whole of it."""
-        ids = self.ids(step)
-        return self.dataset.batch(ids, self.rows).to(self.rt.device), self.dataset.n_targets(ids)
-
-    def steps(self, first: int, end: int) -> Iterator[tuple[Batch, int]]:
-        """Batches of steps first..end-1; on CUDA a thread prepares them ahead."""
-        if self.rt.device.type != "cuda":
-            yield from map(self.step, range(first, end))
-            return
-        ready: queue.Queue = queue.Queue(maxsize=2)
-        closed = threading.Event()
-
-        def work():
-            try:
-                for step in range(first, end):
-                    ready.put(self.step(step))
-                    if closed.is_set():
-                        return
-            except BaseException as error:  # raised again where the batch is wanted
-                ready.put(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        try:
-            for _ in range(first, end):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            closed.set()
-
-    def fixed(self, limit: int) -> Iterator[Batch]:
-        """This process's share of `limit` fixed batches (0: all)."""
-        ids = self.dataset.fixed_ids(limit * self.batch_size)
-        # Without gradients to keep, four micro-batches take the room of one.
-        micro = max(1, 4 * self.batch_size // (self.grad_accum * self.rt.world_size))
-        parts = [ids[i : i + micro] for i in range(0, len(ids), micro)]
-        for first in range(0, len(parts), self.rt.world_size):
-            # Processes run in step (sharded weights are gathered together): one without a
-            # part of its own repeats the first, and counts nothing.
-            mine = first + self.rt.rank
-            batch = self.dataset.batch(parts[mine if mine < len(parts) else 0])
-            if mine >= len(parts):
-                batch.y.fill_(IGNORE)
-            yield batch.to(self.rt.device)
-
-
 def create_dataloaders(
     config: FitConfig, store: TokenStore | None, tokenizer: Tokenizer, block_size: int, rt: Runtime
 ) -> tuple[Loader, Loader | None]:
@@ -2479,597 +3414,14 @@ def create_dataloaders(
 
 
 # ====================================================================================
-# 6. Model
-#
-# Shapes: B sequences, T tokens, C = n_embd, H query heads, K key/value heads, D = head_dim.
-# ====================================================================================
-
-
-class Positions(nn.Module):
-    """How a model knows where a token stands. A scheme overrides one of the three hooks."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-
-    def embed(self, pos: Tensor) -> Tensor | float:
-        """Added to the token embeddings: (T, C)."""
-        return 0.0
-
-    def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and signed sin by which every block turns its queries and keys: (T, 1, D) each."""
-        return None
-
-    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
-        """Added to the attention scores: (H, Tq, Tk)."""
-        return None
-
-
-class LearnedPositions(Positions):
-    """A trained vector for each position (Radford et al., 2019)."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
-        self.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
-
-    def embed(self, pos: Tensor) -> Tensor:
-        return F.embedding(pos, self.weight)
-
-
-class RotaryPositions(Positions):
-    """Rotates pairs (i, i + D/2) of each head by pos * theta^(-2i/D) (Su et al., 2021)."""
-
-    def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        half = self.config.head_dim // 2
-        exponent = torch.arange(half, device=pos.device, dtype=torch.float32) / half
-        angle = pos[:, None].float() * self.config.rope_theta**-exponent  # fp32: large angles
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
-
-def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Queries and keys (B, T, heads, D), turned by their positions."""
-    if rotation is None:
-        return heads
-    cos, sin = rotation
-    return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
-
-
-class ALiBiPositions(Positions):
-    """Scores fall linearly with distance, with a slope for each head (Press et al., 2022)."""
-
-    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        H = self.config.n_head
-        n = 2 ** math.floor(math.log2(H))  # the paper's rule where H is not a power of two
-        slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
-        slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(H - n)]
-        slopes = torch.tensor(slopes, device=q_pos.device)
-        return slopes[:, None, None] * (k_pos - q_pos[:, None])
-
-
-class FusedRMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
-
-    CPUs have no kernel for it. With the gradient written out it takes half the passes over memory
-    that autograd would: with xhat = x / rms, dx = (g w - xhat mean(g w xhat)) / rms.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normal = x * inverse
-        ctx.save_for_backward(normal, inverse, weight)
-        return (normal * weight).to(torch.promote_types(x.dtype, weight.dtype))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        normal, inverse, weight = ctx.saved_tensors
-        product = grad * normal
-        grad_weight = product.flatten(0, -1 - weight.ndim).sum(0)
-        grad = grad * weight
-        mean = torch.linalg.vecdot(grad, normal).div_(normal.shape[-1]).unsqueeze(-1)
-        return torch.addcmul(grad, normal, mean, value=-1).mul_(inverse), grad_weight, None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension; a weight of more dimensions gives each head its own."""
-    if x.device.type == "cpu":
-        return FusedRMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions, "alibi": ALiBiPositions}
-NORMS = {
-    "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
-    "rmsnorm": lambda config: RMSNorm(config.n_embd, config.norm_eps),
-}
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * value, the two halves of x (Shazeer, 2020)."""
-    gate, value = x.chunk(2, -1)
-    return F.silu(gate) * value
-
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "swiglu": swiglu,
-}
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zeroes each element with probability p and scales the others up.
-
-    PyTorch's CPU kernel draws elements one at a time, which costs as much as the matrix products
-    around it. Here a byte decides: eight elements a draw, p rounded to a multiple of 1/256.
-    """
-    if not training or p == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    kept = 256 - round(256 * p)
-    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
-    keep = torch.lt(drawn, kept, out=torch.empty_like(x))  # 1 or 0, without a pass to convert it
-    return x * keep.mul_(256 / kept)
-
-
-class Linear(nn.Linear):
-    """nn.Linear, with two short cuts for the few rows of decoding on a CPU."""
-
-    packed: Tensor | None = None
-
-    def pack(self) -> None:
-        """Lay bf16 weights out as oneDNN wants them, once and for all: they may not change after."""
-        kernels, weight = torch.ops.mkldnn, self.weight
-        if (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.bfloat16
-            and hasattr(kernels, "_linear_pointwise")
-            and kernels._is_mkldnn_bf16_supported()
-        ):
-            self.packed = kernels._reorder_linear_weight(weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        decoding = x.numel() == self.in_features and not torch.is_grad_enabled()
-        if decoding and x.device.type == "cpu" and x.dtype == self.weight.dtype:
-            y = torch.mv(self.weight, x.view(-1))
-            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        return super().forward(x)
-
-
-class Dropout(nn.Dropout):
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.training)
-
-
-def attention_manual(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
-    """softmax(Q K^T / sqrt(D) + mask) V, step by step.
-
-    q: (B, H, Tq, D); k, v: (B, K, Tk, D) where K divides H; mask broadcasts to (B, H, Tq, Tk),
-    and None means causal, the last query standing at the last key.
-    """
-    (B, H, Tq, D), (K, Tk) = q.shape, k.shape[1:3]
-    G = H // K  # query heads that share a key head stand below one another: (B K, G Tq, D)
-    if mask is None:  # -inf above the diagonal: no token sees those after it
-        mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu(Tk - Tq + 1)
-    if mask.ndim > 2:
-        mask = mask.expand(B, H, Tq, Tk).reshape(B * K, G * Tq, Tk)
-    else:
-        mask = mask.repeat(G, 1)
-    q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
-    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))  # (B K, G Tq, Tk)
-    weights = dropout(scores.softmax(-1), p_drop, True)  # each row sums to 1
-    return (weights @ v).view(B, H, Tq, D)
-
-
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
-    """The same through PyTorch's fused kernels.
-
-    On CPUs those have no dropout and are slow in bf16, so that the explicit code is the faster.
-    """
-    if q.device.type == "cpu" and q.shape[-2] > 1 and (p_drop or q.dtype != torch.float32):
-        return attention_manual(q, k, v, mask, p_drop)
-    grouped, causal = q.shape[1] != k.shape[1], False
-    if mask is None and q.shape[-2] > 1:  # as a branch: compiled, lengths may be symbols
-        causal = True
-    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
-        # Only the flash kernel groups; what it cannot do would go through the slow one.
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        grouped = False
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, p_drop, is_causal=causal, enable_gqa=grouped
-    )
-
-
-ATTENTION = {"manual": attention_manual, "sdpa": attention_sdpa}
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention over the past; key and value heads may serve groups of query heads."""
-
-    def __init__(self, config: GPTConfig, layer: int):
-        super().__init__()
-        self.config, self.layer = config, layer
-        q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.qkv = Linear(config.n_embd, q + 2 * kv, bias=config.bias)
-        self.proj = Linear(q, config.n_embd, bias=config.bias)
-        self.drop = Dropout(config.dropout)
-        if config.qk_norm:
-            self.q_norm = nn.Parameter(torch.ones(config.head_dim))
-            self.k_norm = nn.Parameter(torch.ones(config.head_dim))
-
-    def forward(self, x: Tensor, rotation, mask, cache=None) -> Tensor:
-        c = self.config
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, c.head_dim)  # (B, T, H + 2K, D)
-        qk, v = qkv.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=2)
-        if c.qk_norm:  # queries and keys in one go: half the operations
-            scale = torch.cat(
-                [self.q_norm.expand(c.n_head, -1), self.k_norm.expand(c.n_kv_head, -1)]
-            )
-            qk = rms_norm(qk, scale, c.norm_eps)
-        qk = rotate(qk, rotation).to(v.dtype).transpose(1, 2)  # (B, H + K, T, D)
-        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
-        v = v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        y = ATTENTION[c.attn](q, k, v, mask, c.dropout if self.training else 0.0)
-        return self.drop(self.proj(y.transpose(1, 2).reshape(B, T, -1)))  # (B, T, C)
-
-
-class MLP(nn.Module):
-    """Up, activation, down. SwiGLU's gate and value are the two halves of `up`."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.activation = ACTIVATIONS[config.mlp]
-        wide = config.n_inner * (2 if config.mlp == "swiglu" else 1)
-        self.up = Linear(config.n_embd, wide, bias=config.bias)
-        self.down = Linear(config.n_inner, config.n_embd, bias=config.bias)
-        self.drop = Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.down(self.activation(self.up(x))))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x))."""
-
-    def __init__(self, config: GPTConfig, layer: int):
-        super().__init__()
-        self.norm1 = NORMS[config.norm](config)
-        self.attn = CausalSelfAttention(config, layer)
-        self.norm2 = NORMS[config.norm](config)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, rotation, mask, cache=None) -> Tensor:
-        x = x + self.attn(self.norm1(x), rotation, mask, cache)
-        return x + self.mlp(self.norm2(x))
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of softmax(h W^T), a chunk of rows at a time.
-
-    The gradient is formed in the forward pass, while a chunk's logits are at hand, so that the
-    (N, V) logits never exist and nothing is computed twice.
-    """
-
-    @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        """h: (N, C); weight: (V, C); targets: (N,), IGNORE left out; products in `dtype`."""
-        low, w = h.to(dtype), weight.to(dtype)
-        grad_h = torch.empty_like(h)
-        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # frozen under LoRA
-        total = torch.zeros((), dtype=torch.float32, device=h.device)
-        rows = min(1024, len(h))
-        logits = w.new_empty(rows, len(w))  # one pair of buffers for all chunks
-        probabilities = torch.empty_like(logits, dtype=torch.float32)
-        for i in range(0, len(h), rows):
-            part, y = low[i : i + rows], targets[i : i + rows, None]
-            out, p, counts = logits[: len(part)], probabilities[: len(part)], y != IGNORE
-            torch.mm(part, w.T, out=out)
-            torch.softmax(out, -1, torch.float32, out=p)
-            picked = p.gather(1, y.clamp(min=0))
-            total -= (picked.clamp(min=1e-37).log() * counts).sum()
-            p.scatter_add_(1, y.clamp(min=0), -torch.ones_like(picked))  # d loss / d logits
-            out.copy_(p.mul_(counts))
-            grad_h[i : i + rows] = out @ w
-            if grad_w is not None:
-                grad_w += out.T @ part
-        ctx.save_for_backward(grad_h, grad_w)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, None if grad_w is None else grad_w * grad, None, None
-
-
-class GPT(nn.Module):
-    """A decoder-only Transformer."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        if config.problems():
-            raise UserError("; ".join(config.problems()))
-        self.config = config
-        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.positions = POSITIONS[config.pos](config)
-        self.drop = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
-        self.norm_f = NORMS[config.norm](config)
-        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:
-            self.head.weight = self.tok_emb.weight
-        self.grad_checkpointing = False
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Normal(0, init_std); output matrices shrink with depth, or are zero."""
-        std = self.config.init_std
-        small = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
-        for name, p in self.named_parameters():
-            if p.ndim >= 2:
-                p.normal_(0.0, small if name.endswith(("proj.weight", "down.weight")) else std)
-            elif name.endswith("bias"):
-                p.zero_()
-
-    def for_decoding(self, device: torch.device, dtype: torch.dtype) -> GPT:
-        """This model, moved there for good: ready to generate as fast as it can, not to train."""
-        self.to(device, dtype).eval()
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
-        return self
-
-    def n_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def mask(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
-        """Additive attention mask, (Tq, Tk) or (H, Tq, Tk); None where plain causality suffices."""
-        bias, window = self.positions.bias(q_pos, k_pos), self.config.attn_window
-        if bias is None and not (0 < window < len(k_pos)):
-            return None
-        distance = q_pos[:, None] - k_pos
-        hidden = distance < 0
-        if window:
-            hidden = hidden | (distance >= window)
-        zero = torch.zeros((), device=q_pos.device) if bias is None else bias
-        return torch.where(hidden, -math.inf, zero)
-
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, C) after the final norm. A cache holds what came before idx."""
-        T = idx.shape[1]
-        start = 0 if cache is None else cache.length
-        pos = torch.arange(start, start + T, device=idx.device)
-        rotation = self.positions.rotation(pos)
-        mask = self.mask(pos, pos if cache is None else cache.advance(T))
-        x = self.tok_emb(idx) + self.positions.embed(pos)
-        if mask is not None:
-            mask = mask.to(x.dtype)
-            if torch.is_autocast_enabled(idx.device.type):
-                mask = mask.to(torch.get_autocast_dtype(idx.device.type))
-        x = self.drop(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, rotation, mask, use_reentrant=False)
-            else:
-                x = block(x, rotation, mask, cache)
-        return self.norm_f(x)
-
-    def chunked_loss(self, h: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """The loss of a large vocabulary, (B T, C) hidden states a chunk of rows at a time."""
-        if torch.is_grad_enabled() and reduction == "sum":
-            kind = h.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-            return ChunkedCrossEntropy.apply(h, self.head.weight, targets.ravel(), dtype)
-        chunks = zip(h.split(1024), targets.ravel().split(1024), strict=True)
-        losses = torch.cat([
-            F.cross_entropy(self.head(part).float(), y, ignore_index=IGNORE, reduction="none")
-            for part, y in chunks
-        ])  # fmt: skip
-        return losses.sum() if reduction == "sum" else losses.view_as(targets)
-
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(logits, loss) of a batch.
-
-        idx, targets: (B, T) ids; targets equal to IGNORE do not count.
-        reduction: "mean" gives logits (B, T, V) and the mean loss; "sum" the loss alone, without
-        ever forming all logits of a large vocabulary; "none" the losses alone, (B, T).
-        Raises ValueError when T exceeds a block that positions are learned for.
-        """
-        if idx.shape[1] > self.config.block_size and self.config.pos == "learned":
-            raise ValueError(f"{idx.shape[1]} tokens exceed block_size {self.config.block_size}")
-        h = self.hidden(idx)
-        if targets is not None and reduction != "mean" and self.config.vocab_size > 4096:
-            return None, self.chunked_loss(h.flatten(0, 1), targets, reduction)
-        logits = self.head(h).float()
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(
-            logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORE,
-            reduction=reduction,
-        )  # fmt: skip
-        loss = loss.view_as(targets) if reduction == "none" else loss
-        return (logits if reduction == "mean" else None), loss
-
-
-def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
-    """How the rows of a fused weight divide into the matrices it stands for."""
-    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    halves = [config.n_inner] * (2 if config.mlp == "swiglu" else 1)
-    return {"attn.qkv": [q, kv, kv], "mlp.up": halves}
-
-
-# ====================================================================================
-# 7. Decoding
-# ====================================================================================
-
-
-class KVCache:
-    """Keys and values of the tokens so far, in buffers allocated once.
-
-    With an attention window the buffers are a ring of that size and never fill up; otherwise
-    they hold block_size tokens, after which `generate` starts again from the last half.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, most: int = 0):
-        """most: how many tokens will be stored at most, where that is known."""
-        c = config
-        self.config = config
-        # A learned position has no row beyond the block, so a window cannot slide past it.
-        self.ring = 0 < c.attn_window < c.block_size
-        self.size = c.attn_window if self.ring else min(c.block_size, most or c.block_size)
-        shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
-        self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
-        self.length = 0  # tokens seen, wherever they are stored
-
-    @property
-    def full(self) -> bool:
-        """Whether the next token has no place."""
-        bounded = not self.ring or self.config.pos == "learned"
-        return bounded and self.length >= self.config.block_size
-
-    def expand(self, batch: int) -> None:
-        """One prefilled sequence becomes `batch` sequences that start with it."""
-        if batch != len(self.keys[0]):
-            self.keys = [t.expand(batch, -1, -1, -1).contiguous() for t in self.keys]
-            self.values = [t.expand(batch, -1, -1, -1).contiguous() for t in self.values]
-
-    def advance(self, T: int) -> Tensor:
-        """Count T new tokens (many into an empty cache, or one). Returns the keys' positions."""
-        self.old, self.length = self.length, self.length + T
-        device = self.keys[0].device
-        if T > 1 or not self.ring or self.length <= self.size:
-            return torch.arange(self.length, device=device)
-        slots = torch.arange(self.size, device=device)  # slot s holds the latest p = s mod size
-        last = self.length - 1
-        return last - (last - slots) % self.size
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, (B, K, T, D); return those to attend to."""
-        keys, values = self.keys[layer], self.values[layer]
-        if k.shape[2] == 1:
-            slot = self.old % self.size
-            keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
-        else:
-            kept = torch.arange(max(self.old, self.length - self.size), self.length)
-            slots = (kept % self.size).to(k.device)
-            keys[:, :, slots] = k[:, :, -len(kept) :].to(keys.dtype)
-            values[:, :, slots] = v[:, :, -len(kept) :].to(values.dtype)
-            if self.old == 0:
-                return k, v
-        n = min(self.length, self.size)
-        return keys[:, :, :n], values[:, :, :n]
-
-
-def sample_next(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seen: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw the next token of each sequence: logits (B, V) -> (B,) ids.
-
-    The filters apply in this order, as in transformers: repetition penalty (Keskar et al., 2019)
-    on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen et
-    al., 2024). Temperature 0 takes the likeliest.
-    """
-    if repetition_penalty != 1.0:
-        scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, scaled, logits)
-    if temperature == 0.0:
-        return logits.argmax(-1)
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # never overflows
-    if 0 < top_k < logits.shape[-1]:
-        floor = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, -math.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -math.inf)
-    probabilities = logits.softmax(-1)
-    if min_p > 0.0:
-        floor = min_p * probabilities.max(-1, keepdim=True).values
-        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-
-
-@torch.inference_mode()
-def generate(
-    model: GPT,
-    prompt: Tensor,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...] = (),
-    num_samples: int = 1,
-    seed: int = 0,
-    **sampling,
-) -> Iterator[list[int]]:
-    """Yield the next id of each sample, step by step; -1 for a sample that has stopped.
-
-    prompt: (T,) ids, shared by all samples, which are drawn from one prefill.
-    sampling: the keyword arguments of `sample_next`.
-    When the cache is full, decoding goes on from the last half of the block.
-    """
-    device, config = prompt.device, model.config
-    generator = torch.Generator(device).manual_seed(seed)
-    history = prompt[None].expand(num_samples, -1)
-    seen = torch.zeros(num_samples, config.vocab_size, dtype=torch.bool, device=device)
-    seen.scatter_(1, history, True)
-    dtype = model.tok_emb.weight.dtype
-    cache = KVCache(config, 1, device, dtype, len(prompt) + max_new_tokens)
-    if config.pos == "learned" or not cache.ring:
-        history = history[:, -config.block_size :]
-    h = model.hidden(history[:1], cache)[:, -1]
-    cache.expand(num_samples)
-    h = h.expand(num_samples, -1)
-    alive = [True] * num_samples
-    keep = max(1, config.block_size // 2)  # what decoding goes on from when the cache is full
-    recent = deque(history.unbind(1), maxlen=keep)  # (num_samples,) each
-    for made in range(max_new_tokens):
-        logits = model.head(h).float()
-        token = sample_next(logits, seen=seen, generator=generator, **sampling)  # (num_samples,)
-        if sampling.get("repetition_penalty", 1.0) != 1.0:
-            seen.scatter_(1, token[:, None], True)
-        ids = token.tolist()
-        alive = [a and i not in stop_ids for a, i in zip(alive, ids, strict=True)]
-        yield [i if a else -1 for a, i in zip(alive, ids, strict=True)]
-        if not any(alive) or made == max_new_tokens - 1:
-            return
-        recent.append(token)
-        if cache.full:
-            cache = KVCache(config, num_samples, device, dtype)
-            h = model.hidden(torch.stack(tuple(recent), 1), cache)[:, -1]
-        else:
-            h = model.hidden(token[:, None], cache)[:, -1]
-
-
-# ====================================================================================
-# 8. Checkpoints
+# 12. Checkpoints
 #
 # One file: weights, optimizer, progress, settings, tokenizer. Plain types and tensors only.
 # ====================================================================================
 
 CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.1"
+
+
 SEAL = b"sha256:"  # the archive's zip comment: this, and the digest of all before its length
 
 
@@ -3142,20 +3494,6 @@ def check_seal(path: Path) -> None:
             raise ValueError("it is compressed, which torch.save never does")
         if sum(e.file_size for e in entries) > size:
             raise ValueError("it claims to unpack to more than its size")
-
-
-@dataclass
-class Progress:
-    """What a run knows besides weights and moments; stored in its checkpoints."""
-
-    step: int = 0  # optimizer steps done
-    total: int = 0  # optimizer steps to do
-    best: float = option(math.inf, "best validation loss", high=math.inf)
-    best_step: int = 0
-    evaluated: int = 0  # step of the last finished evaluation
-    misses: int = 0  # evaluations since the best
-    grad_accum: int = 1  # may grow, and checkpointing come on, when memory runs out
-    grad_checkpointing: bool = False
 
 
 SECTIONS = {"format": str, "model_config": dict, "weights": dict, "tokenizer": dict,
@@ -3240,20 +3578,131 @@ def is_tied(config: GPTConfig, name: str) -> bool:
     return config.tie_weights and name == "head.weight"
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as one piece on the CPU, gathered where FSDP shards it."""
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor.detach().cpu()
-
-
 def model_weights(model: GPT) -> dict[str, Tensor]:
     """Every weight once, by name, whole and on the CPU."""
     state = model.state_dict()
     return {n: whole(t) for n, t in state.items() if not is_tied(model.config, n)}
 
 
+def optimizer_state(model: GPT, optimizers: list) -> dict[str, dict[str, Tensor]]:
+    """{parameter name: {moment: tensor}}, whole and on the CPU, whatever shards them."""
+    names = {p: n for n, p in model.named_parameters()}
+    return {
+        names[p]: {k: whole(torch.as_tensor(v)) for k, v in state.items()}
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+    }
+
+
+def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
+    """Undo `optimizer_state`. Raises UserError when it does not belong to these parameters."""
+    names = {p: n for n, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                moments = saved.get(names[p])
+                if moments is None:
+                    raise UserError(f"the checkpoint holds no optimizer state for {names[p]}")
+                for key, value in moments.items():
+                    if value.ndim and value.shape != p.shape:
+                        raise UserError(f"the optimizer state of {names[p]} has another shape")
+                    sharded = value.ndim and hasattr(p, "placements")
+                    value = value if key == "step" else value.to(p.device, p.dtype)
+                    if key == "step" and p.device.type == "cuda":
+                        value = value.to(p.device)
+                    optimizer.state[p][key] = distribute_like(value, p) if sharded else value
+
+
+def save_run(run: Run, name: str) -> None:
+    """Write best.pth or last.pth. All processes gather, the first writes."""
+    position = {}
+    if isinstance(run.train.dataset, StreamDataset):
+        position = run.train.dataset.position(run.progress.step * run.config.batch_size)
+    state = run.about | {
+        "format": CHECKPOINT_FORMAT,
+        "weights": model_weights(run.model),
+        "optimizer": optimizer_state(run.model, run.optimizers),
+        "scaler": run.scaler.state_dict(),
+        "progress": asdict(run.progress),
+        "stream": position,
+    }
+    if run.rt.is_main:
+        save_checkpoint(run.path(name), state)
+    run.rt.barrier()
+
+
+def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store, lora) -> dict:
+    """What a checkpoint says of its origin: settings, tokenizer, data, versions."""
+    return {
+        "command": "finetune" if isinstance(config, FinetuneConfig) else "train",
+        "config": {
+            f.name: getattr(config, f.name)
+            for f in fields(config)
+            if f.metadata.get("resume") != "session"
+        },
+        "model_config": asdict(loaded.model.config),
+        "tokenizer": loaded.tokenizer.spec(),
+        "template": instruction_prompt("{instruction}", "{input}"),
+        "lora": lora,
+        "data": {
+            "fingerprint": store.fingerprint if store else "stream",
+            **{name: getattr(config, name) for name in SPLIT_SETTINGS},
+        },
+        "versions": {
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "device": rt.device.type,
+            "dtype": str(rt.dtype),
+            "threads": torch.get_num_threads(),
+            "world_size": rt.world_size,
+        },
+    }
+
+
+def check_drift(resumed: dict, about: dict) -> None:
+    """Refuse to resume on other data or settings; warn of what may change rounding."""
+    then, now = resumed["config"], about["config"]
+    for name in (*SPLIT_SETTINGS, "fingerprint"):
+        if resumed["data"].get(name) != about["data"][name]:
+            raise UserError(f"the data is not what this run was trained on ({name} differs): "
+                            "restore it, or start a new run in another --out_dir")  # fmt: skip
+    kind = TrainConfig if about["command"] == "train" else FinetuneConfig
+    policy = {f.name: f.metadata.get("resume", "fixed") for f in fields(kind)}
+    changed = [n for n in now if policy[n] == "fixed" and then.get(n) != now[n]]
+    if now["lr_schedule"] == "constant":
+        changed = [n for n in changed if n not in ("epochs", "max_steps")]
+    if changed:
+        raise UserError("--resume cannot change " + "; ".join(
+            f"{n} (from {then.get(n)} to {now[n]})" for n in changed))  # fmt: skip
+    for name, value in about["versions"].items():
+        if resumed["versions"].get(name) != value:
+            note(f"warning: {name} was {resumed['versions'].get(name)} and is {value}: results "
+                 "will agree to rounding, not bit for bit")  # fmt: skip
+
+
+def existing_run(config: FitConfig, suffix: str) -> dict | None:
+    """The state to resume, None for a new run; a UserError rather than a run overwritten."""
+    if config.overfit_batch:  # saves nothing
+        return None
+    last = Path(config.out_dir) / f"last{suffix}.pth"
+    best = last.with_name(f"best{suffix}.pth")
+    if config.resume:
+        if last.exists():
+            return load_checkpoint(last)
+        note(f"nothing to resume at {last}: starting from the beginning")
+    elif not config.overwrite and (last.exists() or best.exists()):
+        progress = load_checkpoint(last if last.exists() else best)["progress"]
+        raise UserError(
+            f"{config.out_dir} holds a run at step {progress.get('step')} (best validation loss "
+            f"{progress.get('best', math.nan):.4f}): --resume it, --overwrite it, or choose "
+            "another --out_dir"
+        )
+    return None
+
+
 # ====================================================================================
-# 9. Interchange
+# 13. Interchange
 #
 # One table per architecture, read in both directions. A row: our name, their names, transposed.
 # Several of their matrices, stacked, make one of ours, as `fused_rows` says.
@@ -3273,6 +3722,8 @@ GPT2_ROWS = [
                          ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj"))
     for end in ("weight", "bias")
 ]  # fmt: skip
+
+
 QWEN3_ROWS = [
     ("tok_emb.weight", ["model.embed_tokens.weight"], False),
     ("norm_f.weight", ["model.norm.weight"], False),
@@ -3290,6 +3741,7 @@ QWEN3_ROWS = [
         ("mlp.down.weight", "mlp.down_proj"),
     )
 ]
+
 
 GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
@@ -3578,9 +4030,9 @@ class Loaded:
     @property
     def data(self) -> dict:
         """Split settings under which this model has never seen the validation records."""
-        return {"split_seed": DataConfig.split_seed, "val_fraction": DataConfig.val_fraction} | (
-            self.state.get("data") or {}
-        )
+        usual = {name: getattr(DataConfig, name) for name in SPLIT_SETTINGS}
+        # Checkpoints from before --split_by split by content.
+        return usual | {"split_by": "content"} | (self.state.get("data") or {})
 
 
 def load_model(name: str, merge: bool = True, block_size: int | None = None) -> Loaded:
@@ -3619,855 +4071,135 @@ def resize_block(model: GPT, block_size: int | None) -> None:
     config.block_size = block_size
 
 
-# ====================================================================================
-# 10. Optimisation
-# ====================================================================================
-
-
-def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int | Tensor]:
-    """Summed cross entropy of the next token, and the number of targets."""
-    return model(batch.x, batch.y, "sum")[1], (batch.y != IGNORE).sum()
-
-
-def sequence_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-probability of each row's targets, (B,)."""
-    return -model(batch.x, batch.y, "none")[1].sum(-1)
-
-
-def preference_loss(model: nn.Module, batch: Batch, beta: float) -> tuple[Tensor, int]:
-    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), summed over pairs."""
-    log_probs = sequence_log_probs(model, batch)
-    reward = beta * (log_probs - batch.reference)
-    margin = reward[0::2] - reward[1::2]  # chosen over rejected
-    chosen = -log_probs[0::2].detach() / (batch.y[0::2] != IGNORE).sum(-1)
-    batch.stats = {"reward_margin": margin.detach().sum(),
-                   "reward_accuracy": (margin > 0).float().sum(),
-                   "chosen_loss": chosen.sum()}  # fmt: skip
-    return -F.logsigmoid(margin).sum(), len(margin)
-
-
-# (model, batch) -> (loss_sum, n_targets)
-OBJECTIVES: dict[str, Callable] = {
-    "ntp": lambda config: next_token_loss,
-    "dpo": lambda config: lambda model, batch: preference_loss(model, batch, config.dpo_beta),
-}
-
-
-def undecorated(method: Callable) -> Callable:
-    """An optimizer's method without a wrapper that imports torch._dynamo: a second of every start."""
-    return getattr(method, "__wrapped__", method)
-
-
-class AdamW(torch.optim.AdamW):
-    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
-    step = torch.no_grad()(undecorated(torch.optim.AdamW.step))
-
-
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan, 2024) with all matrices of one shape in one batched product.
-
-    A fused weight is orthogonalised matrix by matrix, as `rows` divides it. A small model's step
-    would otherwise go into launching hundreds of tiny products.
-    """
-
-    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
-
-    def __init__(self, params, rows: dict[nn.Parameter, list[int]], **settings):
-        super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
-        self.rows = rows
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params]
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
-            updates = self.orthogonalised(params, updates, group)
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, updates, alpha=-group["lr"])
-
-    def orthogonalised(self, params: list, updates: list[Tensor], group: dict) -> list[Tensor]:
-        """Each update with its matrices' singular values near 0.2 sqrt(max(rows, columns))."""
-        results = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in updates]
-        shapes: dict[tuple, list] = {}
-        for p, update, result in zip(params, updates, results, strict=True):
-            update = update.full_tensor() if hasattr(update, "full_tensor") else update
-            rows = self.rows.get(p) or [len(p)]
-            for m, out in zip(update.split(rows), result.split(rows), strict=True):
-                wide = len(m) <= m.shape[1]
-                shape = tuple(sorted(m.shape))
-                shapes.setdefault(shape, []).append((m if wide else m.T, out if wide else out.T))
-        for (_, longest), pairs in shapes.items():
-            X = newton_schulz(torch.stack([m for m, _ in pairs]), group)
-            scale = 0.2 * math.sqrt(longest)
-            torch._foreach_copy_([out for _, out in pairs], list((X * scale).unbind()))
-        return [distribute_like(result, p) for p, result in zip(params, results, strict=True)]
-
-
-def newton_schulz(X: Tensor, group: dict) -> Tensor:
-    """(N, rows, columns), rows <= columns, with singular values pulled towards 1."""
-    a, b, c = group["ns_coefficients"]
-    X = X.bfloat16()
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
-    return X
-
-
-def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor sharded as FSDP shards `like`; every process holds the same whole."""
-    if not hasattr(like, "placements"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-EMBEDDINGS = ("tok_emb", "positions")
-
-
-def make_optimizers(model: GPT, config: FitConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters that train, or Muon for the hidden matrices and AdamW for the rest.
-
-    Weight decay is on matrices alone. Each group keeps its `initial_lr`, which schedules scale.
-    """
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for n, p in trained.items() if n.startswith("blocks.") and p.ndim == 2]
-    head = [p for n, p in trained.items() if n == "head.weight"]  # where it is not the embedding
-    outer = [p for n, p in trained.items() if p.ndim == 2 and n.split(".")[0] in EMBEDDINGS]
-    small = [p for p in trained.values() if p.ndim < 2]
-    assert len(hidden) + len(head) + len(outer) + len(small) == len(trained)  # each exactly once
-    decay = config.weight_decay
-    groups = [
-        dict(params=outer, lr=config.lr, weight_decay=decay),
-        dict(params=head, lr=config.lr * config.head_lr_scale, weight_decay=decay),
-        dict(params=small, lr=config.lr, weight_decay=0.0),
-    ]
-    optimizers: list[torch.optim.Optimizer] = []
-    if config.optimizer == "muon":
-        if any("lora" in n for n in trained):
-            raise UserError("--optimizer muon does not suit LoRA's thin matrices; use adamw")
-        rows = {model.get_parameter(f"blocks.{i}.{name}.weight"): sizes
-                for name, sizes in fused_rows(model.config).items()
-                for i in range(model.config.n_layer)}  # fmt: skip
-        optimizers.append(
-            Muon(hidden, rows, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=decay)
-        )
-    else:
-        groups.append(dict(params=hidden, lr=config.lr, weight_decay=decay))
-    groups = [g for g in groups if g["params"]]
-    fused = next(iter(trained.values())).device.type in ("cpu", "cuda")
-    optimizers.append(AdamW(groups, betas=(0.9, config.beta2), fused=fused))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
-
-
-def cosine(progress: float, config: FitConfig) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def warmup_stable_decay(progress: float, config: FitConfig) -> float:
-    return min(1.0, (1 - progress) / max(config.decay_fraction, 1e-9))
-
-
-# Share of the way from min_lr_ratio to 1, at `progress` from 0 to 1.
-SCHEDULES: dict[str, Callable[[float, FitConfig], float]] = {
-    "constant": lambda progress, config: 1.0,
-    "linear": lambda progress, config: 1 - progress,
-    "cosine": cosine,
-    "wsd": warmup_stable_decay,
-}
-
-
-def lr_multiplier(step: int, total: int, config: FitConfig) -> float:
-    """What every group's initial_lr is multiplied by at a step: a pure function of the step."""
-    warmup = min(config.warmup_steps, total // 10)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    share = SCHEDULES[config.lr_schedule]((step - warmup) / max(1, total - warmup), config)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * share
-
-
-def optimizer_state(model: GPT, optimizers: list) -> dict[str, dict[str, Tensor]]:
-    """{parameter name: {moment: tensor}}, whole and on the CPU, whatever shards them."""
-    names = {p: n for n, p in model.named_parameters()}
-    return {
-        names[p]: {k: whole(torch.as_tensor(v)) for k, v in state.items()}
-        for optimizer in optimizers
-        for p, state in optimizer.state.items()
-    }
-
-
-def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
-    """Undo `optimizer_state`. Raises UserError when it does not belong to these parameters."""
-    names = {p: n for n, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                moments = saved.get(names[p])
-                if moments is None:
-                    raise UserError(f"the checkpoint holds no optimizer state for {names[p]}")
-                for key, value in moments.items():
-                    if value.ndim and value.shape != p.shape:
-                        raise UserError(f"the optimizer state of {names[p]} has another shape")
-                    sharded = value.ndim and hasattr(p, "placements")
-                    value = value if key == "step" else value.to(p.device, p.dtype)
-                    if key == "step" and p.device.type == "cuda":
-                        value = value.to(p.device)
-                    optimizer.state[p][key] = distribute_like(value, p) if sharded else value
-
-
-# ====================================================================================
-# 11. Training
-# ====================================================================================
-
-COLUMNS = ("step", "epoch", "split", "loss", "timestamp", "lr", "grad_norm", "tokens_per_s",
-           "reward_margin", "reward_accuracy", "chosen_loss")  # fmt: skip
-
-# Settings that may change on --resume, because the weights do not depend on them.
-FREE_ON_RESUME = {
-    "data_dir", "processed_dir", "out_dir", "wandb", "max_minutes", "eval_interval",
-    "eval_batches", "log_interval", "save_interval", "patience", "device", "threads",
-    "vram_limit_gb", "compile", "ckpt", "init_from", "fsdp", "grad_accum", "grad_checkpointing",
-    "report_samples", "preset", "recipe",
-}  # fmt: skip
-
-
-@dataclass
-class Run:
-    """All that one training run consists of."""
-
-    config: FitConfig
-    rt: Runtime
-    model: GPT  # the bare model: saved, evaluated
-    net: nn.Module  # the same, perhaps compiled and distributed: trained
-    objective: Callable
-    optimizers: list[torch.optim.Optimizer]
-    train: Loader
-    val: Loader | None
-    progress: Progress
-    about: dict  # what checkpoints say besides weights, moments and progress
-    out_dir: Path
-    suffix: str  # "" or "_finetune"
-    scaler: torch.amp.GradScaler
-    stop: StopSignal | bool = False
-
-    def path(self, name: str) -> Path:
-        return self.out_dir / f"{name}{self.suffix}.pth"
-
-    def evaluate_as_finely(self) -> None:
-        """Validation batches take the room that training has found to be there."""
-        if self.val:
-            self.val.grad_accum = self.progress.grad_accum
-
-
-class Interrupted(Exception):
-    """A stop signal came in the middle of a step or an evaluation."""
-
-
-@contextlib.contextmanager
-def synchronised(net: nn.Module, last: bool):
-    """Exchange gradients between processes after the last micro-batch only."""
-    if hasattr(net, "set_requires_gradient_sync"):  # FSDP
-        net.set_requires_gradient_sync(last)
-    with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
-        yield
-
-
-def trained_parameters(run: Run) -> list[nn.Parameter]:
-    """As the optimizers hold them: after an evaluation, FSDP's model shows whole ones instead."""
-    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
-    return [p for group in groups for p in group["params"]]
-
-
-def drop_gradients(run: Run) -> None:
-    for p in trained_parameters(run):
-        p.grad = None
-
-
-def gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
-    """Leave the gradient of the loss per target in the parameters. Returns (summed loss, stats)."""
-    config, rt, step = run.config, run.rt, run.progress.step
-    accum, loss_sum, stats = run.progress.grad_accum, 0.0, Counter()
-    for index, micro in enumerate(batch.split(accum)):
-        if run.stop and rt.world_size == 1:
-            raise Interrupted  # this step's gradients are dropped; resume repeats it
-        set_seed(derive_seed(config.seed, step, index * rt.world_size + rt.rank))  # for dropout
-        with synchronised(run.net, index == accum - 1), rt.autocast():
-            loss, _ = run.objective(run.net, micro)
-            # DDP and FSDP average over processes: undo that, the targets of all are counted.
-            run.scaler.scale(loss * (rt.world_size / n_targets)).backward()
-        loss_sum = loss_sum + loss.detach()
-        stats.update({name: value.detach() for name, value in micro.stats.items()})
-    return loss_sum, stats
-
-
-def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
-    """`gradients`, with smaller micro-batches, then checkpointing, when CUDA memory runs out.
-
-    Nothing is updated yet when that happens: the step is repeated on the same global batch.
-    """
-    while True:
-        try:
-            return gradients(run, batch, n_targets)
-        except torch.OutOfMemoryError:
-            drop_gradients(run)
-            p, rows = run.progress, run.config.batch_size
-            if run.rt.world_size > 1:  # the others are waiting inside a collective
-                raise UserError("out of GPU memory: --resume with a larger --grad_accum, or with "
-                                "--grad_checkpointing") from None  # fmt: skip
-            finer = [n for n in range(2 * p.grad_accum, rows + 1) if rows % n == 0]
-            if finer:
-                p.grad_accum = finer[0]
-            elif not p.grad_checkpointing:
-                p.grad_checkpointing = run.model.grad_checkpointing = True
-            else:
-                raise UserError(
-                    "out of GPU memory with micro-batches of one and checkpointing: choose a "
-                    "smaller --block_size or model"
-                ) from None
-            run.evaluate_as_finely()
-            note(f"out of memory at step {p.step + 1}: going on with grad_accum {p.grad_accum}, "
-                 f"grad_checkpointing {p.grad_checkpointing}")  # fmt: skip
-        if run.rt.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, dict]:
-    """One optimizer step on this process's rows. Returns (loss per target, gradient norm, stats).
-
-    Raises UserError, before anything is updated, when loss or gradient is not finite.
-    """
-    loss_sum, stats = surviving_gradients(run, batch, n_targets)
-    config, rt, step = run.config, run.rt, run.progress.step
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trained_parameters(run), config.grad_clip or math.inf)
-    norm = float(whole(norm))  # the step's one wait for the device
-    loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
-    loss = loss_sum / n_targets
-    if not (math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())):
-        kept = f"{run.path('last')} stands" if run.path("last").exists() else "nothing was saved"
-        raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the "
-                        f"weights are not updated; {kept}; try a lower --lr")  # fmt: skip
-    scale = lr_multiplier(step, run.progress.total, config)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
-        if math.isfinite(norm):  # in fp16, a step that overflowed only lowers the scale
-            run.scaler.step(optimizer)
-    run.scaler.update()
-    drop_gradients(run)
-    return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
-
-
-@torch.no_grad()
-def estimate_loss(model: GPT, loader: Loader, objective: Callable, limit: int,
-                  stop: StopSignal | bool = False) -> tuple[float, dict]:  # fmt: skip
-    """Mean loss and statistics over `limit` fixed batches (0: all). Draws no random number.
-
-    Raises Interrupted when a stop signal comes.
-    """
-    rt, training, stats = loader.rt, model.training, Counter()
-    model.eval()
-    try:
-        for batch in loader.fixed(limit):
-            if any(rt.sum(bool(stop))):
-                raise Interrupted
-            with rt.autocast():
-                loss, n = objective(model, batch)
-            real = bool((batch.y != IGNORE).any())  # not the stand-in of a process without a batch
-            found = {"loss": loss, "targets": n} | batch.stats
-            stats.update({name: float(value) if real else 0.0 for name, value in found.items()})
-    finally:
-        model.train(training)
-    sums = dict(zip(stats, rt.sum(*stats.values()), strict=True))
-    targets = max(sums.pop("targets"), 1.0)
-    means = {name: value / targets for name, value in sums.items()}
-    return means.pop("loss"), means
-
-
-def save_run(run: Run, name: str) -> None:
-    """Write best.pth or last.pth. All processes gather, the first writes."""
-    position = {}
-    if isinstance(run.train.dataset, StreamDataset):
-        position = run.train.dataset.position(run.progress.step * run.config.batch_size)
-    state = run.about | {
-        "format": CHECKPOINT_FORMAT,
-        "weights": model_weights(run.model),
-        "optimizer": optimizer_state(run.model, run.optimizers),
-        "scaler": run.scaler.state_dict(),
-        "progress": asdict(run.progress),
-        "stream": position,
-    }
-    if run.rt.is_main:
-        save_checkpoint(run.path(name), state)
-    run.rt.barrier()
-
-
-class Recorder:
-    """Where a run's numbers go: metrics.csv, the progress bar, Weights & Biases if asked for.
-
-    Processes other than the first have one too, which writes nothing.
-    """
-
-    def __init__(self, run: Run):
-        p, config, main = run.progress, run.config, run.rt.is_main
-        path = run.out_dir / f"metrics{run.suffix}.csv"
-        self.run, self.shown, self.tokens = run, {}, 0
-        self.log = CSVLogger(path, COLUMNS, p.step) if main else None
-        self.tracker = None
-        if config.wandb and main:
-            self.tracker = optional("wandb").init(project=config.wandb, config=asdict(config))
-        self.bar = tqdm(
-            total=p.total, initial=p.step, unit="step", disable=not main, smoothing=0.05
-        )
-        self.clock = time.perf_counter()
-
-    def step(self, batch: Batch, loss: float, norm: float, stats: dict) -> None:
-        """Count a step; a row every log_interval. Time spent outside steps does not count."""
-        p, config, now = self.run.progress, self.run.config, time.perf_counter
-        self.tokens += batch.x.numel() * self.run.rt.world_size
-        if p.step % config.log_interval == 0 or p.step == p.total:
-            speed, self.tokens = self.tokens / (now() - self.clock), 0
-            lr = self.run.optimizers[-1].param_groups[0]["lr"]
-            more = dict(lr=lr, grad_norm=norm, tokens_per_s=round(speed))
-            self.write("train", loss, **more, **stats)
-            self.shown |= {"loss": f"{loss:.4f}", "tok/s": f"{speed:,.0f}"}
-            self.clock = now()
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
-
-    def write(self, split: str, value: float, **more) -> None:
-        step = self.run.progress.step
-        epoch = max(0, step - 1) // self.run.train.steps_per_epoch
-        row = dict(step=step, epoch=epoch, split=split, loss=value, timestamp=time.time(), **more)
-        if self.log:
-            self.log.log(**row)
-        if self.tracker:
-            self.tracker.log({f"{split}/{k}": v for k, v in row.items() if k != "split"}, step=step)
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.log:
-            self.log.close()
-        if self.tracker:
-            self.tracker.finish()
-
-
-def assess(run: Run, recorder: Recorder, loss: float) -> None:
-    """Evaluate, record, and keep the best. Without validation data the training loss stands in."""
-    p = run.progress
-    value, stats = loss, {}
-    if run.val:
-        value, stats = estimate_loss(
-            run.model, run.val, run.objective, run.config.eval_batches, run.stop
-        )
-    p.evaluated, p.misses = p.step, p.misses + 1
-    if run.val:
-        recorder.write("val", value, **stats)
-        recorder.shown["val"] = f"{value:.4f}"
-    if value < p.best:
-        p.best, p.best_step, p.misses = value, p.step, 0
-        save_run(run, "best")
-
-
-def fit(run: Run) -> str:
-    """The loop of train and finetune. Returns why it ended: done, early, time, stopped, signal."""
-    config, p, first, saved, loss = run.config, run.progress, run.progress.step, -1, math.nan
-    started = time.perf_counter()
-    recorder = Recorder(run)
-    batches = run.train.steps(p.step, p.total)
-    try:
-        while True:
-            # --- up to the step, everything looks at the model and leaves it alone ---
-            paused, last = time.perf_counter(), p.step == p.total
-            new_epoch = p.step % run.train.steps_per_epoch == 0
-            if (p.step % config.eval_interval == 0 or new_epoch or last) and p.step > p.evaluated:
-                assess(run, recorder, loss)
-            late = 0 < config.max_minutes * 60 < time.perf_counter() - started
-            signalled, late = map(bool, run.rt.sum(bool(run.stop), late))
-            reasons = {
-                "done": last,
-                "early": 0 < config.patience <= p.misses,
-                "signal": signalled,
-                "time": late,
-                "stopped": 0 < config.stop_after <= p.step - first,
-            }
-            ended = next((reason for reason, holds in reasons.items() if holds), "")
-            due = p.step > first and p.step % config.save_interval == 0
-            if (ended or due) and p.step != saved:
-                save_run(run, "last")
-                saved = p.step
-            if ended:
-                return ended
-            recorder.clock += time.perf_counter() - paused
-            # --- the step ---
-            batch, n_targets = next(batches)
-            loss, norm, stats = train_step(run, batch, n_targets)
-            p.step += 1
-            recorder.step(batch, loss, norm, stats)
-    except Interrupted:
-        save_run(run, "last")
-        return "signal"
-    finally:
-        batches.close()
-        recorder.close()
-
-
-def distribute(model: GPT, config: FitConfig, rt: Runtime, total: int) -> nn.Module:
-    """The model as it is trained: compiled where that pays, copied or sharded over processes."""
-    if config.fsdp:
-        from torch.distributed.fsdp import fully_shard
-
-        if rt.world_size == 1:
-            raise UserError("--fsdp shards over processes: start with torchrun")
-        for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
-        return model
-    net: nn.Module = model
-    # A short run ends before compilation has paid for itself.
-    if config.compile == "on" or (
-        config.compile == "auto" and rt.device.type == "cuda" and total >= 1000 and can_compile()
-    ):
-        net = torch.compile(model)
-    if rt.world_size > 1:
-        ids = [rt.device.index] if rt.device.type == "cuda" else None
-        net = DistributedDataParallel(net, device_ids=ids)
-    return net
-
-
-def can_compile() -> bool:
-    """Whether Triton is here, and the C compiler that it calls."""
-    import importlib.util
-
-    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
-    found = os.name == "nt" or any(map(shutil.which, compilers))
-    return found and importlib.util.find_spec("triton") is not None
-
-
-def make_run(config: FitConfig, rt: Runtime, loaded: Loaded, store: TokenStore | None,
-             resumed: dict | None, about: dict, stop: StopSignal) -> Run:  # fmt: skip
-    """Put a run together; `resumed` is the last checkpoint's state, without weights."""
-    model = loaded.model.to(rt.device).train()
-    block_size = model.config.block_size
-    train, val = create_dataloaders(config, store, loaded.tokenizer, block_size, rt)
-    total = config.max_steps or config.epochs * train.steps_per_epoch
-    if total >= sys.maxsize:
-        raise UserError("a stream has no epochs: give --max_steps")
-    progress = Progress(
-        total=total, grad_accum=config.grad_accum, grad_checkpointing=config.grad_checkpointing
-    )
-    if resumed:
-        progress = Progress(**resumed["progress"] | {"total": total})
-        # What running out of memory has changed stays, but for other processes or on demand.
-        same_processes = rt.world_size == resumed["versions"].get("world_size")
-        for name in ("grad_accum", "grad_checkpointing"):
-            if not same_processes or name in config.given:
-                setattr(progress, name, getattr(config, name))
-    if config.overfit_batch:
-        only = train.step(0)
-        train.step, val = lambda step: only, None
-    model.grad_checkpointing = progress.grad_checkpointing
-    net = distribute(model, config, rt, total)
-    optimizers = make_optimizers(model, config)
-    if resumed and progress.step:
-        load_optimizer_state(model, optimizers, resumed["optimizer"])
-    if resumed and resumed["stream"]:
-        train.dataset.load_state_dict(resumed["stream"])
-    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    if resumed and resumed["scaler"]:
-        scaler.load_state_dict(resumed["scaler"])
-    objective = OBJECTIVES[getattr(config, "objective", "ntp")](config)
-    suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
-    run = Run(config, rt, model, net, objective, optimizers, train, val, progress, about,
-              Path(config.out_dir), suffix, scaler, stop)  # fmt: skip
-    run.evaluate_as_finely()
-    return run
-
-
-def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store, lora) -> dict:
-    """What a checkpoint says of its origin: settings, tokenizer, data, versions."""
-    return {
-        "command": "finetune" if isinstance(config, FinetuneConfig) else "train",
-        "config": {
-            f.name: getattr(config, f.name) for f in fields(config) if f.name not in SESSION
-        },
-        "model_config": asdict(loaded.model.config),
-        "tokenizer": loaded.tokenizer.spec(),
-        "template": instruction_prompt("{instruction}", "{input}"),
-        "lora": lora,
-        "data": {
-            "fingerprint": store.fingerprint if store else "stream",
-            "split_seed": config.split_seed,
-            "val_fraction": config.val_fraction,
-        },
-        "versions": {
-            "torch": str(torch.__version__),
-            "numpy": np.__version__,
-            "python": ".".join(map(str, sys.version_info[:3])),
-            "device": rt.device.type,
-            "dtype": str(rt.dtype),
-            "threads": torch.get_num_threads(),
-            "world_size": rt.world_size,
-        },
-    }
-
-
-def check_drift(resumed: dict, about: dict) -> None:
-    """Refuse to resume on other data or settings; warn of what may change rounding."""
-    then, now = resumed["config"], about["config"]
-    for name in ("split_seed", "val_fraction", "fingerprint"):
-        if resumed["data"].get(name) != about["data"][name]:
-            raise UserError(f"the data is not what this run was trained on ({name} differs): "
-                            "restore it, or start a new run in another --out_dir")  # fmt: skip
-    changed = [n for n in now if n not in FREE_ON_RESUME and then.get(n) != now[n]]
-    if now["lr_schedule"] == "constant":
-        changed = [n for n in changed if n not in ("epochs", "max_steps")]
-    if changed:
-        raise UserError("--resume cannot change " + "; ".join(
-            f"{n} (from {then.get(n)} to {now[n]})" for n in changed))  # fmt: skip
-    for name, value in about["versions"].items():
-        if resumed["versions"].get(name) != value:
-            note(f"warning: {name} was {resumed['versions'].get(name)} and is {value}: results "
-                 "will agree to rounding, not bit for bit")  # fmt: skip
-
-
-def existing_run(config: FitConfig, suffix: str) -> dict | None:
-    """The state to resume, None for a new run; a UserError rather than a run overwritten."""
-    if config.overfit_batch:  # saves nothing
-        return None
-    last = Path(config.out_dir) / f"last{suffix}.pth"
-    best = last.with_name(f"best{suffix}.pth")
-    if config.resume:
-        if last.exists():
-            return load_checkpoint(last)
-        note(f"nothing to resume at {last}: starting from the beginning")
-    elif not config.overwrite and (last.exists() or best.exists()):
-        progress = load_checkpoint(last if last.exists() else best)["progress"]
-        raise UserError(
-            f"{config.out_dir} holds a run at step {progress.get('step')} (best validation loss "
-            f"{progress.get('best', math.nan):.4f}): --resume it, --overwrite it, or choose "
-            "another --out_dir"
-        )
-    return None
-
-
-def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
-    """The corpus as a token store, built by the first process; None when training from a stream."""
-    if config.hf_dataset and config.streaming and isinstance(config, FitConfig):
-        return None
-    if not rt.is_main:
-        rt.barrier()
-    try:
-        return build_corpus_from_sources(config, tokenizer, pairs=pairs)
-    finally:
-        if rt.is_main:
-            rt.barrier()
-
-
-def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal) -> str:
-    """Train from scratch, from --init_from, or on from last.pth. Returns the path of best.pth."""
-    resumed = existing_run(config, "")
-    if config.init_from:
-        loaded = load_model(config.init_from)
-        own = asdict(loaded.model.config)
-        clash = [n for n in config.given & own.keys() - {"block_size", "dropout", "attn"}
-                 if n != "vocab_size" and getattr(config, n) != own[n]]  # fmt: skip
-        if clash:
-            raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
-        if "block_size" in config.given or config.block_size < own["block_size"]:
-            resize_block(loaded.model, config.block_size)
-        loaded.model = with_settings(loaded.model, dropout=config.dropout, attn=config.attn)
-        store = open_store(config, rt, loaded.tokenizer)
-    else:
-        store = open_store(config, rt)
-        tokenizer = store.tokenizer if store else load_tokenizer(config.tokenizer)
-        loaded = Loaded(GPT(model_config(config, tokenizer.vocab_size)), tokenizer, {})
-    for f in fields(GPTConfig):
-        if f.name != "vocab_size":  # as a setting, the size of a BPE to train
-            setattr(config, f.name, getattr(loaded.model.config, f.name))
-    if resumed:
-        loaded.model = build_model(resumed["model_config"], resumed.pop("weights"))
-    return run_fit(config, rt, stop, loaded, store, resumed)
-
-
-def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal) -> str:
-    """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
-    resumed = existing_run(config, "_finetune")
-    base = load_model(config.ckpt, block_size=config.block_size)
-    adopt_split(config, base)
-    pairs = config.objective == "dpo"
-    store = open_store(config, rt, base.tokenizer, pairs)
-    before = finetune_report(config, rt, base, base)
-    if pairs and config.dropout is None:
-        config.dropout = 0.0  # as the reference log-probabilities are computed
-    changes = {n: getattr(config, n) for n in ("dropout", "attn") if getattr(config, n) is not None}
-    model = base.model = with_settings(base.model, **changes)  # one copy is enough
-    reference = reference_log_probs(config, rt, model, store) if pairs else None
-    lora = None
-    if config.method == "lora":
-        targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
-        if None in targets:
-            raise UserError(f"--lora_targets must be among {', '.join(LORA_LAYERS)}")
-        lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
-                "targets": targets}  # fmt: skip
-        add_lora(model, lora)
-    if resumed:
-        model = build_model(resumed["model_config"], resumed.pop("weights"), lora)
-    for name, p in model.named_parameters():
-        p.requires_grad = not lora or "lora_" in name
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    note(f"training {trained:,} of {model.n_params():,} parameters")
-    loaded = Loaded(model, base.tokenizer, {})
-    best = run_fit(config, rt, stop, loaded, store, resumed, lora, reference)
-    if best and not stop:
-        after = finetune_report(config, rt, load_model(best), base)
-        if rt.is_main:
-            write_json(Path(config.out_dir) / "report_finetune.json",
-                       {"before": before, "after": after})  # fmt: skip
-        for name in before:
-            note(f"{name:<32}{before[name]:>12.4f} -> {after[name]:<12.4f}")
-    return best
-
-
 def with_settings(model: GPT, **changes) -> GPT:
     """The same weights in a model with other settings that do not change their shapes."""
     return build_model(replace(model.config, **changes), model_weights(model))
 
 
-def adopt_split(config: DataConfig, base: Loaded) -> None:
-    """Split data as the checkpoint did, so that its training records stay out of validation."""
-    for name in ("split_seed", "val_fraction"):
-        if getattr(config, name) is None:
-            setattr(config, name, base.data[name])
-        elif getattr(config, name) != base.data[name]:
-            note(f"warning: --{name} differs from the checkpoint's {base.data[name]}: it may have "
-                 "been trained on what is validated here")  # fmt: skip
+def transformers_library():
+    """transformers, without its remarks on what is meant to be so."""
+    library = optional("transformers")
+    library.logging.set_verbosity_error()
+    return library
 
 
-def run_fit(config: FitConfig, rt: Runtime, stop: StopSignal, loaded: Loaded,
-            store: TokenStore | None, resumed: dict | None, lora: dict | None = None,
-            reference: dict | None = None) -> str:  # fmt: skip
-    """Prepare the folder, call `fit`, say how it ended. Returns best.pth's path; "" if stopped."""
-    out_dir = Path(config.out_dir)
-    about = describe_run(config, rt, loaded, store, lora)
-    if resumed:
-        check_drift(resumed, about)
-    with contextlib.ExitStack() as stack:
-        if config.overfit_batch:
-            out_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        elif rt.is_main:
-            stack.enter_context(run_lock(out_dir))
-            for stale in out_dir.glob(".*.tmp"):  # of a save that was killed
-                stale.unlink(missing_ok=True)
-        run = make_run(config, rt, loaded, store, resumed, about, stop)
-        run.out_dir = out_dir
-        for loader in (run.train, run.val) if reference else ():
-            loader.dataset.reference = reference[loader.dataset.split]
-        if rt.is_main:
-            if not resumed:
-                for name in ("best", "last"):
-                    run.path(name).unlink(missing_ok=True)
-            write_json(out_dir / f"config{run.suffix}.json", about["config"])
-        config_line = run.model.config
-        note(f"{run.model.n_params():,} parameters, {config_line.n_layer} layers x "
-             f"{config_line.n_embd}, {rt.device} {str(rt.dtype).removeprefix('torch.')}, "
-             f"{run.progress.total:,} steps of {config.batch_size} x {config_line.block_size} "
-             "tokens")  # fmt: skip
-        ended = fit(run)
-    if ended == "signal":  # it may have come to another process
-        stop.number = stop.number or signal.SIGTERM
-    p = run.progress
-    if config.overfit_batch:
-        if not p.best < 0.05:
-            raise UserError(f"one batch is not learned by heart after {p.step} steps: loss "
-                            f"{p.best:.4f}; suspect the learning rate, or the model")  # fmt: skip
-        return f"one batch is learned by heart: loss {p.best:.4f} after {p.step} steps"
-    best, kind = run.path("best"), "validation" if run.val else "training"
-    note({
-        "done": f"done: best {kind} loss {p.best:.4f} at step {p.best_step}",
-        "early": f"stopped early at step {p.step}: nothing better than {p.best:.4f} "
-                 f"since step {p.best_step}",
-    }.get(ended, f"stopped at step {p.step}, saved in {run.path('last')}; go on with --resume"))  # fmt: skip
-    return str(best) if ended in ("done", "early") else ""
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ ' ' + m['content'] + '\\n<|sep|>' }}{% else %}"
+    "{{ '### Instruction: ' + m['content'] + '\\n### Input: \\n### Output:' }}"
+    "{% endif %}{% endfor %}"
+)
 
 
-def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
-                        store: TokenStore) -> dict[str, np.ndarray]:  # fmt: skip
-    """Log-probability of every preference record's response under the base model, by split."""
-    found = {}
-    model.to(rt.device).eval()
-    for split in ("train", "val"):
-        data = InstructionDataset(store, split, model.config.block_size, pairs=True)
-        values = np.zeros(len(data) * 2, np.float32)
-        numbers = np.argsort(data.lengths[::2], kind="stable")
-        for ids in tqdm(batched(numbers, config.batch_size), desc=f"reference, {split}",
-                        total=-(-len(data) // config.batch_size), delay=1,
-                        disable=not rt.is_main):  # fmt: skip
-            ids = np.array(ids)
-            with torch.no_grad(), rt.autocast():
-                row = sequence_log_probs(model, data.batch(ids).to(rt.device)).cpu().numpy()
-            values[(ids[:, None] * 2 + np.arange(2)).ravel()] = row
-        found[split] = values
-    return found
+def export_model(loaded: Loaded, folder: Path) -> None:
+    """Write a Hugging Face folder and check it: UserError if a logit differs by more than 1e-4."""
+    safetensors = optional("safetensors.torch", "safetensors")
+    optional("transformers")
+    model, tokenizer, config = loaded.model.float().eval(), loaded.tokenizer, loaded.model.config
+    remove_lora(model, merge=False)  # under --no_merge: the base, for an adapter to load upon
+    kind = interchange_kind(config)
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
+    ids["eos_token_id"] = sorted({tokenizer.eos_id, tokenizer.sep_id})
+    settings = INTERCHANGE[kind][1](config) | ids | {"dtype": "float32"}
+    safetensors.save_file(to_hf(model_weights(model), config), folder / "model.safetensors",
+                          {"format": "pt"})  # fmt: skip
+    write_json(folder / "config.json", settings)
+    write_json(folder / "generation_config.json",
+               ids | {"do_sample": True, "temperature": 0.9, "top_k": 30})  # fmt: skip
+    export_tokenizer(tokenizer, config.block_size, folder, loaded.is_tuned)
+    (folder / "README.md").write_text(model_card(loaded, kind), encoding="utf-8")
+    check_export(model, tokenizer, folder)
 
 
-@torch.no_grad()
-def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: Loaded) -> dict:
-    """What a finetune gains and forgets: losses, and how generation does on held-out records.
+def export_tokenizer(tokenizer: Tokenizer, block_size: int, folder: Path, tuned: bool) -> None:
+    library = byte_library() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library
+    library.save(str(folder / "tokenizer.json"))
+    token = library.id_to_token
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+        **{f"{n}_token": token(getattr(tokenizer, f"{n}_id")) for n in ("bos", "eos", "pad")},
+        "sep_token": token(tokenizer.sep_id),
+    }
+    if tuned:
+        sep = token(tokenizer.sep_id)
+        settings["chat_template"] = CHAT_TEMPLATE.replace("<|sep|>", sep)
+        (folder / "chat_template.jinja").write_text(settings["chat_template"], encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
 
-    loss_base: on the validation stream of the data the base was trained on, where it is at hand.
+
+def check_export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Load the folder as anybody would and compare ids and logits on real text."""
+    transformers = transformers_library()
+    text = "First Citizen:\nBefore we proceed any further, hear me speak. Größe 你好\n"
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode(text).astype(np.int64)[: model.config.block_size]
+    if theirs(text, add_special_tokens=False)["input_ids"][: len(ids)] != ids.tolist():
+        raise UserError("export failed its check: the tokenizer written gives other ids")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    x = torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        difference = (peer(x).logits - model.cpu()(x)[0]).abs().max().item()
+    if not difference <= 1e-4:
+        raise UserError(f"export failed its check: logits differ by {difference:.2e}")
+    note(f"logits agree with {type(peer).__name__} to {difference:.1e}")
+
+
+def model_card(loaded: Loaded, kind: str) -> str:
+    state, config = loaded.state, loaded.model.config
+    progress = state.get("progress", {})
+    settings = "\n".join(f"| {k} | {v} |" for k, v in sorted(state.get("config", {}).items())
+                         if v not in ("", None, 0, False))  # fmt: skip
+    figures = (f"Best validation loss {progress['best']:.4f} nats a token at step "
+               f"{progress['best_step']} of {progress['total']}." if progress else "")  # fmt: skip
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {kind}, "
+        f"{loaded.model.n_params():,} parameters\n\nTrained with llm_pipeline.py: {config.n_layer} "
+        f"layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}, "
+        f"{config.vocab_size} token ids. {figures}\n\nPrompts of a tuned model look like this, and "
+        f"the answer ends with its separator token:\n\n```\n"
+        f"{instruction_prompt('INSTRUCTION', 'INPUT')}\n```\n\n## Training settings\n\n"
+        f"| setting | value |\n|---|---|\n{settings}\n"
+    )
+
+
+def export_adapter(loaded: Loaded, folder: Path) -> None:
+    """A peft adapter for the exported base (export it with --no-merge).
+
+    Where their model has several matrices for one of ours, each gets our A and its rows of B.
     """
-    model, tokenizer = loaded.model.to(rt.device).eval(), loaded.tokenizer
-    block = model.config.block_size
-    store = open_store(config, rt, tokenizer)
-    datasets = {}
-    with contextlib.suppress(UserError):
-        for what in ("all", "response"):
-            datasets[f"loss_{what}"] = InstructionDataset(store, "val", block, 0, what)
-    if settings := base.state.get("config"):
-        names = [f.name for f in fields(DataConfig)]
-        with contextlib.suppress(UserError, KeyError):
-            old = DataConfig(**{name: settings[name] for name in names})
-            if not old.streaming:
-                datasets["loss_base"] = LMDataset(open_store(old, rt, tokenizer), "val", block)
-    report = {}
-    for name, data in datasets.items():
-        loader = Loader(data, config.batch_size, config.grad_accum, rt)
-        report[name], _ = estimate_loss(model, loader, next_token_loss, 20)
-    if config.report_samples and "loss_response" in datasets:
-        data = datasets["loss_response"]
-        prompts = np.flatnonzero(store.index["val"]["prompt"] > 1)
-        stopped = matched = 0
-        picked = prompts[:: max(1, len(prompts) // config.report_samples)][: config.report_samples]
-        for number in picked:
-            ids, n_prompt = data.record(int(number))
-            answer, ends = [], (tokenizer.sep_id, tokenizer.eos_id)
-            steps = generate(model, torch.from_numpy(ids[:n_prompt]).to(rt.device),
-                             len(ids) - n_prompt + 32, ends, temperature=0.0)  # fmt: skip
-            for (token,) in steps:
-                stopped += token < 0
-                answer += [token] if token >= 0 else []
-            wanted = tokenizer.decode(ids[n_prompt:])
-            matched += tokenizer.decode(answer).strip() == wanted.strip()
-        if len(picked):
-            report |= {"stops_by_itself": stopped / len(picked),
-                       "exact_match": matched / len(picked)}  # fmt: skip
-    return report
+    safetensors = optional("safetensors.torch", "safetensors")
+    lora, config = loaded.state.get("lora"), loaded.model.config
+    if not lora:
+        raise UserError("--adapter: this checkpoint was not tuned with --method lora")
+    kind = interchange_kind(config)
+    weights, tensors, targets = loaded.model.state_dict(), {}, set()
+    for ours, theirs, _, rows in table_rows(kind, config):
+        stem = ours.removesuffix(".weight")
+        if f"{stem}.lora_A.default.weight" not in weights:
+            continue
+        a = weights[f"{stem}.lora_A.default.weight"]
+        b = weights[f"{stem}.lora_B.default.weight"]
+        for name, part in zip(theirs, b.split(rows) if rows else [b], strict=True):
+            name = name.removesuffix(".weight")
+            targets.add(name.split(".", 3)[-1] if kind == "gpt2" else name.rsplit(".", 1)[-1])
+            for letter, tensor in (("A", a), ("B", part)):
+                key = f"base_model.model.{name}.lora_{letter}.weight"
+                tensors[key] = tensor.float().contiguous().clone()
+    safetensors.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"],
+        "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
+        "target_modules": sorted(targets), "fan_in_fan_out": kind == "gpt2", "bias": "none",
+        "inference_mode": True, "base_model_name_or_path": None,
+    })  # fmt: skip
 
 
 # ====================================================================================
-# 12. Evaluation
+# 14. Evaluation
+#
+# Each record by itself, each token once.
 # ====================================================================================
 
 
@@ -4649,6 +4381,269 @@ def evaluation_card(result: dict) -> str:
     return "\n".join(lines)
 
 
+def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
+                        store: TokenStore) -> dict[str, np.ndarray]:  # fmt: skip
+    """Log-probability of every preference record's response under the base model, by split."""
+    found = {}
+    model.to(rt.device).eval()
+    for split in ("train", "val"):
+        data = InstructionDataset(store, split, model.config.block_size, pairs=True)
+        values = np.zeros(len(data) * 2, np.float32)
+        numbers = np.argsort(data.lengths[::2], kind="stable")
+        for ids in tqdm(batched(numbers, config.batch_size), desc=f"reference, {split}",
+                        total=-(-len(data) // config.batch_size), delay=1,
+                        disable=not rt.is_main):  # fmt: skip
+            ids = np.array(ids)
+            with torch.no_grad(), rt.autocast():
+                row = sequence_log_probs(model, data.batch(ids).to(rt.device)).cpu().numpy()
+            values[(ids[:, None] * 2 + np.arange(2)).ravel()] = row
+        found[split] = values
+    return found
+
+
+@torch.no_grad()
+def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: Loaded) -> dict:
+    """What a finetune gains and forgets: losses, and how generation does on held-out records.
+
+    loss_base: on the validation stream of the data the base was trained on, where it is at hand.
+    """
+    model, tokenizer = loaded.model.to(rt.device).eval(), loaded.tokenizer
+    block = model.config.block_size
+    store = open_store(config, rt, tokenizer)
+    datasets = {}
+    with contextlib.suppress(UserError):
+        for what in ("all", "response"):
+            datasets[f"loss_{what}"] = InstructionDataset(store, "val", block, 0, what)
+    if settings := base.state.get("config"):
+        names = [f.name for f in fields(DataConfig)]
+        with contextlib.suppress(UserError, KeyError):
+            old = DataConfig(**{name: settings[name] for name in names})
+            if not old.streaming:
+                datasets["loss_base"] = LMDataset(open_store(old, rt, tokenizer), "val", block)
+    report = {}
+    for name, data in datasets.items():
+        loader = Loader(data, config.batch_size, config.grad_accum, rt)
+        report[name], _ = estimate_loss(model, loader, next_token_loss, 20)
+    if config.report_samples and "loss_response" in datasets:
+        data = datasets["loss_response"]
+        prompts = np.flatnonzero(store.index["val"]["prompt"] > 1)
+        stopped = matched = 0
+        picked = prompts[:: max(1, len(prompts) // config.report_samples)][: config.report_samples]
+        for number in picked:
+            ids, n_prompt = data.record(int(number))
+            answer, ends = [], (tokenizer.sep_id, tokenizer.eos_id)
+            steps = generate(model, torch.from_numpy(ids[:n_prompt]).to(rt.device),
+                             len(ids) - n_prompt + 32, ends, temperature=0.0)  # fmt: skip
+            for (token,) in steps:
+                stopped += token < 0
+                answer += [token] if token >= 0 else []
+            wanted = tokenizer.decode(ids[n_prompt:])
+            matched += tokenizer.decode(answer).strip() == wanted.strip()
+        if len(picked):
+            report |= {"stops_by_itself": stopped / len(picked),
+                       "exact_match": matched / len(picked)}  # fmt: skip
+    return report
+
+
+# ====================================================================================
+# 15. Commands
+#
+# One function for each command.
+# ====================================================================================
+
+
+def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
+    """The corpus as a token store, built by the first process; None when training from a stream."""
+    if config.hf_dataset and config.streaming and isinstance(config, FitConfig):
+        return None
+    if not rt.is_main:
+        rt.barrier()
+    try:
+        return build_corpus_from_sources(config, tokenizer, pairs=pairs)
+    finally:
+        if rt.is_main:
+            rt.barrier()
+
+
+def adopt_split(config: DataConfig, base: Loaded) -> None:
+    """Split data as the checkpoint did, so that its training records stay out of validation."""
+    for name in SPLIT_SETTINGS:
+        if getattr(config, name) is None:
+            setattr(config, name, base.data[name])
+        elif getattr(config, name) != base.data[name]:
+            note(f"warning: --{name} differs from the checkpoint's {base.data[name]}: it may have "
+                 "been trained on what is validated here")  # fmt: skip
+
+
+def make_run(config: FitConfig, rt: Runtime, loaded: Loaded, store: TokenStore | None,
+             resumed: dict | None, about: dict, stop: StopSignal) -> Run:  # fmt: skip
+    """Put a run together; `resumed` is the last checkpoint's state, without weights."""
+    model = loaded.model.to(rt.device).train()
+    block_size = model.config.block_size
+    train, val = create_dataloaders(config, store, loaded.tokenizer, block_size, rt)
+    total = config.max_steps or config.epochs * train.steps_per_epoch
+    if total >= sys.maxsize:
+        raise UserError("a stream has no epochs: give --max_steps")
+    progress = Progress(
+        total=total, grad_accum=config.grad_accum, grad_checkpointing=config.grad_checkpointing
+    )
+    if resumed:
+        progress = Progress(**resumed["progress"] | {"total": total})
+        # What running out of memory has changed stays, but for other processes or on demand.
+        same_processes = rt.world_size == resumed["versions"].get("world_size")
+        for name in ("grad_accum", "grad_checkpointing"):
+            if not same_processes or name in config.given:
+                setattr(progress, name, getattr(config, name))
+    if config.overfit_batch:
+        only = train.step(0)
+        train.step, val = lambda step: only, None
+    model.grad_checkpointing = progress.grad_checkpointing
+    net = distribute(model, config, rt, total)
+    optimizers = make_optimizers(model, config)
+    if resumed and progress.step:
+        load_optimizer_state(model, optimizers, resumed["optimizer"])
+    if resumed and resumed["stream"]:
+        train.dataset.load_state_dict(resumed["stream"])
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
+    if resumed and resumed["scaler"]:
+        scaler.load_state_dict(resumed["scaler"])
+    objective = OBJECTIVES[getattr(config, "objective", "ntp")](config)
+    suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
+    run = Run(config, rt, model, net, objective, optimizers, train, val, progress, about,
+              Path(config.out_dir), suffix, scaler, stop)  # fmt: skip
+    run.evaluate_as_finely()
+    return run
+
+
+def run_fit(config: FitConfig, rt: Runtime, stop: StopSignal, loaded: Loaded,
+            store: TokenStore | None, resumed: dict | None, lora: dict | None = None,
+            reference: dict | None = None) -> str:  # fmt: skip
+    """Prepare the folder, call `fit`, say how it ended. Returns best.pth's path; "" if stopped."""
+    out_dir = Path(config.out_dir)
+    about = describe_run(config, rt, loaded, store, lora)
+    if resumed:
+        check_drift(resumed, about)
+    with contextlib.ExitStack() as stack:
+        if config.overfit_batch:
+            out_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        elif rt.is_main:
+            stack.enter_context(run_lock(out_dir))
+            for stale in out_dir.glob(".*.tmp"):  # of a save that was killed
+                stale.unlink(missing_ok=True)
+        run = make_run(config, rt, loaded, store, resumed, about, stop)
+        run.out_dir = out_dir
+        for loader in (run.train, run.val) if reference else ():
+            loader.dataset.reference = reference[loader.dataset.split]
+        if rt.is_main:
+            if not resumed:
+                for name in ("best", "last"):
+                    run.path(name).unlink(missing_ok=True)
+            write_json(out_dir / f"config{run.suffix}.json", about["config"])
+        config_line = run.model.config
+        note(f"{run.model.n_params():,} parameters, {config_line.n_layer} layers x "
+             f"{config_line.n_embd}, {rt.device} {str(rt.dtype).removeprefix('torch.')}, "
+             f"{run.progress.total:,} steps of {config.batch_size} x {config_line.block_size} "
+             "tokens")  # fmt: skip
+        ended = fit(run)
+    if ended == "signal":  # it may have come to another process
+        stop.number = stop.number or signal.SIGTERM
+    p = run.progress
+    if config.overfit_batch:
+        if not p.best < 0.05:
+            raise UserError(f"one batch is not learned by heart after {p.step} steps: loss "
+                            f"{p.best:.4f}; suspect the learning rate, or the model")  # fmt: skip
+        return f"one batch is learned by heart: loss {p.best:.4f} after {p.step} steps"
+    best, kind = run.path("best"), "validation" if run.val else "training"
+    note({
+        "done": f"done: best {kind} loss {p.best:.4f} at step {p.best_step}",
+        "early": f"stopped early at step {p.step}: nothing better than {p.best:.4f} "
+                 f"since step {p.best_step}",
+    }.get(ended, f"stopped at step {p.step}, saved in {run.path('last')}; go on with --resume"))  # fmt: skip
+    return str(best) if ended in ("done", "early") else ""
+
+
+def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal) -> str:
+    """Train from scratch, from --init_from, or on from last.pth. Returns the path of best.pth."""
+    resumed = existing_run(config, "")
+    if config.init_from:
+        loaded = load_model(config.init_from)
+        own = asdict(loaded.model.config)
+        clash = [n for n in config.given & own.keys() - {"block_size", "dropout", "attn"}
+                 if n != "vocab_size" and getattr(config, n) != own[n]]  # fmt: skip
+        if clash:
+            raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
+        if "block_size" in config.given or config.block_size < own["block_size"]:
+            resize_block(loaded.model, config.block_size)
+        loaded.model = with_settings(loaded.model, dropout=config.dropout, attn=config.attn)
+        store = open_store(config, rt, loaded.tokenizer)
+    else:
+        store = open_store(config, rt)
+        tokenizer = store.tokenizer if store else load_tokenizer(config.tokenizer)
+        loaded = Loaded(GPT(model_config(config, tokenizer.vocab_size)), tokenizer, {})
+    for f in fields(ModelSettings):
+        setattr(config, f.name, getattr(loaded.model.config, f.name))
+    if resumed:
+        loaded.model = build_model(resumed["model_config"], resumed.pop("weights"))
+    return run_fit(config, rt, stop, loaded, store, resumed)
+
+
+def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal) -> str:
+    """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
+    resumed = existing_run(config, "_finetune")
+    base = load_model(config.ckpt, block_size=config.block_size)
+    adopt_split(config, base)
+    pairs = config.objective == "dpo"
+    store = open_store(config, rt, base.tokenizer, pairs)
+    before = finetune_report(config, rt, base, base)
+    if pairs and config.dropout is None:
+        config.dropout = 0.0  # as the reference log-probabilities are computed
+    changes = {n: getattr(config, n) for n in ("dropout", "attn") if getattr(config, n) is not None}
+    model = base.model = with_settings(base.model, **changes)  # one copy is enough
+    reference = reference_log_probs(config, rt, model, store) if pairs else None
+    lora = None
+    if config.method == "lora":
+        targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
+        if None in targets:
+            raise UserError(f"--lora_targets must be among {', '.join(LORA_LAYERS)}")
+        lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
+                "targets": targets}  # fmt: skip
+        add_lora(model, lora)
+    if resumed:
+        model = build_model(resumed["model_config"], resumed.pop("weights"), lora)
+    for name, p in model.named_parameters():
+        p.requires_grad = not lora or "lora_" in name
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    note(f"training {trained:,} of {model.n_params():,} parameters")
+    loaded = Loaded(model, base.tokenizer, {})
+    best = run_fit(config, rt, stop, loaded, store, resumed, lora, reference)
+    if best and not stop:
+        after = finetune_report(config, rt, load_model(best), base)
+        if rt.is_main:
+            write_json(Path(config.out_dir) / "report_finetune.json",
+                       {"before": before, "after": after})  # fmt: skip
+        for name in before:
+            note(f"{name:<32}{before[name]:>12.4f} -> {after[name]:<12.4f}")
+    return best
+
+
+def fit_command(loop: Callable) -> Callable:
+    def command(config: FitConfig, rt: Runtime, stop: StopSignal) -> None:
+        result = loop(config, rt, stop)
+        if not result:
+            if stop:
+                raise Interrupted
+            return
+        if rt.is_main:
+            if isinstance(config, TrainConfig) and not config.overfit_batch:
+                note(f"next: python llm_pipeline.py eval --ckpt {result}\n"
+                     f"      python llm_pipeline.py sample --ckpt {result} --prompt \"...\"\n"
+                     f"      python llm_pipeline.py finetune --ckpt {result}")  # fmt: skip
+            print(result)
+
+    command.__doc__ = loop.__doc__
+    return command
+
+
 def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     loaded = load_model(config.ckpt, block_size=config.block_size)
     adopt_split(config, loaded)
@@ -4754,7 +4749,103 @@ def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
             show(prompt)
 
 
-# --- prepare: a store, its report, and checks on both ---
+DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's members by base name
+    "tinyshakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        {"tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+    ),
+    "sms_spam": (
+        "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+        {"sms_spam_collection/SMSSpamCollection": "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"},
+    ),
+    "instructions": (
+        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/"
+        "01_main-chapter-code/instruction-data.json",
+        {"instruction-data.json": "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"},
+    ),
+    "wikitext-2": (
+        "https://wikitext.smerity.com/wikitext-2-v1.zip",
+        {"wikitext-2/wiki.train.tokens": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+         "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+         "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"},
+    ),
+}  # fmt: skip
+
+
+def download(name: str, data_dir: Path, mirror: str = "") -> None:
+    """Fetch a public data set into data_dir and check its sha256. Goes on where it broke off.
+
+    Raises UserError where there is no network or the bytes are not the pinned ones.
+    """
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    address, wanted = DOWNLOADS[name]
+    files = {data_dir / file: digest for file, digest in wanted.items()}
+    if all(f.is_file() and sha256_of(f) == digest for f, digest in files.items()):
+        note(f"{name}: already in {data_dir}")
+        return
+    address = f"{mirror.rstrip('/')}/{address.rsplit('/', 1)[1]}" if mirror else address
+    part = data_dir / f".{name}.part"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    done = part.stat().st_size if part.exists() else 0
+    try:
+        headers = {"Range": f"bytes={done}-"} if done else {}
+        request = urllib.request.Request(address, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            resumed = reply.status == 206
+            length = reply.headers.get("Content-Length")
+            total = int(length) + done * resumed if length else None
+            with open(part, "ab" if resumed else "wb") as file, tqdm(
+                desc=name, total=total, initial=done * resumed, unit="B", unit_scale=True
+            ) as bar:  # fmt: skip
+                while data := reply.read(1 << 16):
+                    file.write(data)
+                    bar.update(len(data))
+        if total is not None and part.stat().st_size < total:
+            raise UserError(f"{name}: the transfer broke off at {part.stat().st_size:,} of "
+                            f"{total:,} bytes; run the same command to go on")  # fmt: skip
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # the part is not a beginning of that file
+            part.unlink(missing_ok=True)
+        raise UserError(f"{name}: {address} answered {error.code} {error.reason}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"{name}: cannot fetch {address} ({one_line(error, 80)}); is there a "
+                        "network? run the same command to go on") from None  # fmt: skip
+    try:
+        unpack(part, files)
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, gzip.zlib.error):
+        raise UserError(f"{name}: the fetched archive is damaged and was deleted; run the same "
+                        "command again") from None  # fmt: skip
+    finally:
+        part.unlink(missing_ok=True)
+    note(f"{name}: {', '.join(map(str, files))}")
+
+
+def unpack(part: Path, files: dict[Path, str]) -> None:
+    """Check a fetched file, or the members of a fetched archive, and put them in their places."""
+    archive = zipfile.ZipFile(part) if zipfile.is_zipfile(part) else None
+    for path, digest in files.items():
+        if archive:
+            member = next((n for n in archive.namelist() if n.endswith(path.name)), None)
+            data = archive.read(member) if member else b""
+        else:
+            data = part.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise UserError(f"{path.name}: the fetched bytes do not match their sha256, and were "
+                            "deleted; run the same command again")  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(data)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        hasher = hashlib.sha256()
+        while data := file.read(1 << 22):
+            hasher.update(data)
+    return hasher.hexdigest()
 
 
 def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> None:
@@ -4859,13 +4950,6 @@ def figure_library():
     return optional("matplotlib.pyplot", "matplotlib")
 
 
-def transformers_library():
-    """transformers, without its remarks on what is meant to be so."""
-    library = optional("transformers")
-    library.logging.set_verbosity_error()
-    return library
-
-
 def check_model(name: str, store: TokenStore, block_size: int) -> str:
     """Loss of a Hugging Face model on a batch, twice: by its own shift, and by ours.
 
@@ -4895,16 +4979,6 @@ def check_model(name: str, store: TokenStore, block_size: int) -> str:
     return f"{name}: {shapes}, loss {out.loss:.4f}, by our own shift {ours:.4f}"
 
 
-# --- export ---
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{{ ' ' + m['content'] + '\\n<|sep|>' }}{% else %}"
-    "{{ '### Instruction: ' + m['content'] + '\\n### Input: \\n### Output:' }}"
-    "{% endif %}{% endfor %}"
-)
-
-
 def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
     out_dir = Path(config.out_dir)
     if out_dir.exists() and any(out_dir.iterdir()) and not config.overwrite:
@@ -4922,114 +4996,6 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
             shutil.rmtree(out_dir)
         folder.rename(out_dir)
     print(out_dir)
-
-
-def export_model(loaded: Loaded, folder: Path) -> None:
-    """Write a Hugging Face folder and check it: UserError if a logit differs by more than 1e-4."""
-    safetensors = optional("safetensors.torch", "safetensors")
-    optional("transformers")
-    model, tokenizer, config = loaded.model.float().eval(), loaded.tokenizer, loaded.model.config
-    remove_lora(model, merge=False)  # under --no_merge: the base, for an adapter to load upon
-    kind = interchange_kind(config)
-    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
-    ids["eos_token_id"] = sorted({tokenizer.eos_id, tokenizer.sep_id})
-    settings = INTERCHANGE[kind][1](config) | ids | {"dtype": "float32"}
-    safetensors.save_file(to_hf(model_weights(model), config), folder / "model.safetensors",
-                          {"format": "pt"})  # fmt: skip
-    write_json(folder / "config.json", settings)
-    write_json(folder / "generation_config.json",
-               ids | {"do_sample": True, "temperature": 0.9, "top_k": 30})  # fmt: skip
-    export_tokenizer(tokenizer, config.block_size, folder, loaded.is_tuned)
-    (folder / "README.md").write_text(model_card(loaded, kind), encoding="utf-8")
-    check_export(model, tokenizer, folder)
-
-
-def export_tokenizer(tokenizer: Tokenizer, block_size: int, folder: Path, tuned: bool) -> None:
-    library = byte_library() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library
-    library.save(str(folder / "tokenizer.json"))
-    token = library.id_to_token
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": block_size,
-        "clean_up_tokenization_spaces": False,
-        **{f"{n}_token": token(getattr(tokenizer, f"{n}_id")) for n in ("bos", "eos", "pad")},
-        "sep_token": token(tokenizer.sep_id),
-    }
-    if tuned:
-        sep = token(tokenizer.sep_id)
-        settings["chat_template"] = CHAT_TEMPLATE.replace("<|sep|>", sep)
-        (folder / "chat_template.jinja").write_text(settings["chat_template"], encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", settings)
-
-
-def check_export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Load the folder as anybody would and compare ids and logits on real text."""
-    transformers = transformers_library()
-    text = "First Citizen:\nBefore we proceed any further, hear me speak. Größe 你好\n"
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.encode(text).astype(np.int64)[: model.config.block_size]
-    if theirs(text, add_special_tokens=False)["input_ids"][: len(ids)] != ids.tolist():
-        raise UserError("export failed its check: the tokenizer written gives other ids")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    x = torch.from_numpy(ids)[None]
-    with torch.no_grad():
-        difference = (peer(x).logits - model.cpu()(x)[0]).abs().max().item()
-    if not difference <= 1e-4:
-        raise UserError(f"export failed its check: logits differ by {difference:.2e}")
-    note(f"logits agree with {type(peer).__name__} to {difference:.1e}")
-
-
-def model_card(loaded: Loaded, kind: str) -> str:
-    state, config = loaded.state, loaded.model.config
-    progress = state.get("progress", {})
-    settings = "\n".join(f"| {k} | {v} |" for k, v in sorted(state.get("config", {}).items())
-                         if v not in ("", None, 0, False))  # fmt: skip
-    figures = (f"Best validation loss {progress['best']:.4f} nats a token at step "
-               f"{progress['best_step']} of {progress['total']}." if progress else "")  # fmt: skip
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {kind}, "
-        f"{loaded.model.n_params():,} parameters\n\nTrained with llm_pipeline.py: {config.n_layer} "
-        f"layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}, "
-        f"{config.vocab_size} token ids. {figures}\n\nPrompts of a tuned model look like this, and "
-        f"the answer ends with its separator token:\n\n```\n"
-        f"{instruction_prompt('INSTRUCTION', 'INPUT')}\n```\n\n## Training settings\n\n"
-        f"| setting | value |\n|---|---|\n{settings}\n"
-    )
-
-
-def export_adapter(loaded: Loaded, folder: Path) -> None:
-    """A peft adapter for the exported base (export it with --no-merge).
-
-    Where their model has several matrices for one of ours, each gets our A and its rows of B.
-    """
-    safetensors = optional("safetensors.torch", "safetensors")
-    lora, config = loaded.state.get("lora"), loaded.model.config
-    if not lora:
-        raise UserError("--adapter: this checkpoint was not tuned with --method lora")
-    kind = interchange_kind(config)
-    weights, tensors, targets = loaded.model.state_dict(), {}, set()
-    for ours, theirs, _, rows in table_rows(kind, config):
-        stem = ours.removesuffix(".weight")
-        if f"{stem}.lora_A.default.weight" not in weights:
-            continue
-        a = weights[f"{stem}.lora_A.default.weight"]
-        b = weights[f"{stem}.lora_B.default.weight"]
-        for name, part in zip(theirs, b.split(rows) if rows else [b], strict=True):
-            name = name.removesuffix(".weight")
-            targets.add(name.split(".", 3)[-1] if kind == "gpt2" else name.rsplit(".", 1)[-1])
-            for letter, tensor in (("A", a), ("B", part)):
-                key = f"base_model.model.{name}.lora_{letter}.weight"
-                tensors[key] = tensor.float().contiguous().clone()
-    safetensors.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"],
-        "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
-        "target_modules": sorted(targets), "fan_in_fan_out": kind == "gpt2", "bias": "none",
-        "inference_mode": True, "base_model_name_or_path": None,
-    })  # fmt: skip
-
-
-# --- bench ---
 
 
 def median_seconds(function: Callable, rt: Runtime, rounds: int) -> float:
@@ -5113,7 +5079,7 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     model.grad_checkpointing = config.grad_checkpointing
     net = distribute(model, config, rt, 10**9)
     run = Run(config, rt, model, net, next_token_loss, make_optimizers(model, config), loader,
-              None, progress, {}, Path(config.out_dir), "",
+              None, progress, {}, Path(), "",
               torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16))  # fmt: skip
 
     def our_step():
@@ -5241,31 +5207,185 @@ def device_name(rt: Runtime) -> str:
 def corpus_bytes(config: DataConfig) -> int:
     """About how many bytes of training text the configured sources hold."""
     with contextlib.suppress(UserError):
-        return int(sum(p.stat().st_size for p in find_files(config)) * (1 - config.val_fraction))
+        return sum(p.stat().st_size for p in find_files(config))
     return 0
 
 
 # ====================================================================================
-# 13. Command line
+# 16. Command line
+#
+# The settings engine, the parser, main.
 # ====================================================================================
 
+CONFIGS = (
+    TrainConfig, FinetuneConfig, EvalConfig, SampleConfig, PrepareConfig, ExportConfig, BenchConfig
+)  # fmt: skip
 
-def fit_command(loop: Callable) -> Callable:
-    def command(config: FitConfig, rt: Runtime, stop: StopSignal) -> None:
-        result = loop(config, rt, stop)
-        if not result:
-            if stop:
-                raise Interrupted
-            return
-        if rt.is_main:
-            if isinstance(config, TrainConfig) and not config.overfit_batch:
-                note(f"next: python llm_pipeline.py eval --ckpt {result}\n"
-                     f"      python llm_pipeline.py sample --ckpt {result} --prompt \"...\"\n"
-                     f"      python llm_pipeline.py finetune --ckpt {result}")  # fmt: skip
-            print(result)
 
-    command.__doc__ = loop.__doc__
-    return command
+SETTINGS = {f.name for config in CONFIGS for f in fields(config)}
+
+
+# Settings that must be a key of a table.
+TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS, "download": DOWNLOADS}
+
+
+def convert(spec, value):
+    """`value` (flag text, or parsed JSON/TOML/YAML) as the type and within the limits of a field.
+
+    Raises ValueError with the rest of the sentence "NAME ...".
+    """
+    kind, limits = spec.type.split(" | ")[0], spec.metadata
+    if value is None and "None" in spec.type:
+        return None
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, not {value!r}")
+        return value
+    if kind == "str":
+        if not isinstance(value, str):
+            raise ValueError(f"must be text, not {value!r}")
+        if "\0" in value:
+            raise ValueError("must not hold a NUL character")
+    else:
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            number = float(value)
+            if kind == "int":
+                # Through int() first: large integers do not survive a float.
+                value = int(value) if isinstance(value, str | int) else number
+                if value != int(value):
+                    raise ValueError
+                value = int(value)
+            else:
+                value = number
+        except (TypeError, ValueError, OverflowError):
+            what = "a whole number" if kind == "int" else "a number"
+            raise ValueError(f"must be {what}, not {str(value)[:80]!r}") from None
+        if math.isnan(value) or (math.isinf(value) and limits.get("high") != math.inf):
+            raise ValueError(f"must be finite, not {value}")
+        if value < limits.get("low", -math.inf):
+            raise ValueError(f"must be at least {limits['low']}, not {value}")
+        if value <= limits.get("above", -math.inf):
+            raise ValueError(f"must be above {limits['above']}, not {value}")
+        if value > limits.get("high", 2**53):
+            raise ValueError(f"must be at most {limits.get('high', 2**53)}, not {value}")
+    choices = limits.get("choices") or TABLES.get(spec.name)
+    if choices and value not in choices and not (value == "" and spec.default == ""):
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"must be one of {', '.join(filter(None, choices))}, not {value!r}{hint}")
+    return value
+
+
+def claimed(spec, value):
+    """`convert` for a value that a file claims: the ValueError names the field."""
+    try:
+        return convert(spec, value)
+    except ValueError as error:
+        raise ValueError(f"{spec.name} {error}") from None
+
+
+def checked(cls: type, values: dict):
+    """An instance of a dataclass from what a file claims. Raises ValueError naming the field."""
+    specs = {f.name: f for f in fields(cls)}
+    if set(values) != set(specs):
+        raise ValueError(f"its settings differ: {sorted(map(str, set(values) ^ set(specs)))[:9]}")
+    return cls(**{name: claimed(specs[name], value) for name, value in values.items()})
+
+
+def read_table(file: Path, what: str) -> dict:
+    """The one table in a .json, .toml or .yaml file. Raises UserError, beginning with `what`."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".toml":
+            if sys.version_info < (3, 11):
+                raise UserError(f"{what}: TOML needs Python 3.11; use JSON or YAML")
+            import tomllib
+
+            table = tomllib.loads(text)
+        elif file.suffix in (".yaml", ".yml"):
+            table = optional("yaml", "pyyaml").safe_load(text)
+        else:
+            table = json.loads(text)
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {error.strerror}") from None
+    except UserError:
+        raise
+    except Exception as error:  # ValueError, RecursionError; pyyaml's share no standard base
+        raise UserError(f"{what} is not valid: {one_line(error)}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{what} must hold one table, not a {type(table).__name__}")
+    return table
+
+
+def resolve(cls, flags: dict, stored: dict | None = None):
+    """Build a `cls` from flags. Precedence: defaults < arch < preset < recipe < file < flags.
+
+    `stored` (the settings of a checkpoint that is being resumed) stands in for the tables.
+    Raises UserError with one line for each problem.
+    """
+    specs = {f.name: f for f in fields(cls)}
+    problems, given = [], {}
+    path = flags.get("config")
+    from_file = read_table(Path(path), f"--config {path}") if path else {}
+    for name in from_file:
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(str(name), specs, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = "; settings are flat, not nested" if isinstance(from_file[name], dict) else hint
+            problems.append(f"--config {path}: unknown setting {name!r}{hint}")
+    for origin, layer in (("config file: ", from_file), ("--", flags)):
+        for name, value in layer.items():
+            if name in specs:
+                try:
+                    given[name] = convert(specs[name], value)
+                except ValueError as error:
+                    problems.append(f"{origin}{name} {error}")
+    layers = {}
+    recipes = FINETUNE_RECIPES if issubclass(cls, FinetuneConfig) else RECIPES
+    if stored is None:
+        chosen = {n: given.get(n, specs[n].default) for n in TABLES if n in specs}
+        recipe = recipes.get(chosen.get("recipe"), {})
+        chosen["arch"] = given.get("arch", recipe.get("arch", chosen.get("arch")))
+        layers = ARCHS.get(chosen["arch"], {}) | PRESETS.get(chosen.get("preset"), {}) | recipe
+        if given.get("overfit_batch"):
+            layers |= OVERFIT
+        known = {n: f.default for n, f in specs.items()} | layers | given
+        layers = {n: v(known) if callable(v) else v for n, v in layers.items()}
+        if issubclass(cls, FinetuneConfig):  # its model is the checkpoint's, its rates its own
+            layers = {k: v for k, v in layers.items() if k in ("batch_size", "grad_accum", *recipe)}
+    config = {k: v for k, v in ((stored or layers) | given).items() if k in specs}
+    config = cls(**config)
+    config.given = frozenset(given)
+    problems += cross_checks(config)  # a field with a problem of its own stands at its default
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def cross_checks(config) -> list[str]:
+    """Settings that are each fine and do not go together, one line each."""
+    found = []
+    if isinstance(config, ModelSettings):
+        found += model_config(config, 260).problems()
+    if isinstance(config, OptimConfig):
+        share = config.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
+        if config.batch_size % share:
+            found.append(
+                f"batch_size {config.batch_size} does not divide into {share} micro-batches "
+                "(grad_accum x processes)"
+            )
+        if config.fsdp and config.compile == "on":
+            found.append("--fsdp and --compile on exclude each other")
+    if isinstance(config, FitConfig):
+        if isinstance(config, FinetuneConfig) and config.streaming:
+            found.append("finetune needs whole records: leave --streaming out")
+        if config.resume and config.overwrite:
+            found.append("--resume and --overwrite exclude each other")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
+        found.append(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
+    return found
 
 
 COMMANDS: dict[str, tuple[type, Callable]] = {
@@ -5358,7 +5478,7 @@ def stored_settings(cls: type, flags: dict) -> dict | None:
     last = Path(flags.get("out_dir", cls.out_dir)) / f"last{suffix}.pth"
     if not last.exists():
         return None
-    names = {f.name for f in fields(cls)} - SESSION
+    names = {f.name for f in fields(cls) if f.metadata.get("resume") != "session"}
     stored = load_checkpoint(last)["config"]  # its types and limits are checked there
     return {name: value for name, value in stored.items() if name in names}
 
@@ -5373,7 +5493,7 @@ def main(argv: list[str] | None = None) -> int:
                             "holes): pip install torch==2.13.0")  # fmt: skip
         name, config = parse(sys.argv[1:] if argv is None else argv)
         debug = config.debug
-        interruptible = issubclass(COMMANDS[name][0], FitConfig | EvalConfig) and name != "bench"
+        interruptible = issubclass(COMMANDS[name][0], FitConfig | EvalConfig)
         with stop if interruptible else contextlib.nullcontext(), runtime(config) as rt:
             COMMANDS[name][1](config, rt, stop)
         return 0
