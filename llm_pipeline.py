@@ -2484,19 +2484,37 @@ class TextFile:
 
 
 @dataclass
+class Turn:
+    """A prompt and the answer to it, both rendered by the one template of section 2."""
+
+    prompt: str  # "" for plain text
+    response: str | TextFile
+    trained: bool = True  # False: an answer that is context alone, such as one of weight 0
+
+
+@dataclass
 class Record:
-    """One unit of text: prompt and response, or plain text as a response without a prompt."""
+    """One unit of text: plain text, an instruction with its answer, or a conversation's turns."""
 
     source: str
-    response: str | TextFile
-    prompt: str = ""
-    rejected: str = ""  # of a preference pair; `response` is the chosen one
+    turns: list[Turn]  # at least one
+    rejected: str = ""  # of a preference pair: the other answer to the last turn
     where: str = ""  # file, or file:line
     split: str = ""  # where the file's name says so, as in wiki.train.tokens
 
     @property
     def is_plain(self) -> bool:
         return not self.prompt
+
+    @property
+    def prompt(self) -> str:
+        """The last turn's."""
+        return self.turns[-1].prompt
+
+    @property
+    def response(self) -> str | TextFile:
+        """The last turn's."""
+        return self.turns[-1].response
 
 
 class Report:
@@ -2607,7 +2625,7 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
         prompt = instruction_prompt(instruction, text("input") or "")
         rejected = text("rejected")
         rejected = "" if rejected is None else instruction_response(rejected)
-        return Record(source, instruction_response(output), prompt, rejected, where)
+        return Record(source, [Turn(prompt, instruction_response(output))], rejected, where)
     if isinstance(row.get("messages"), list):
         turns = row["messages"]
         if not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
@@ -2618,10 +2636,11 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
         if len(said) > 1:
             said = [f"{t.get('role')}: {t['content']}" for t in turns[:-1]]
         prompt = instruction_prompt("\n".join(said))
-        return Record(source, instruction_response(turns[-1]["content"]), prompt, where=where)
+        answer = instruction_response(turns[-1]["content"])
+        return Record(source, [Turn(prompt, answer)], where=where)
     plain = text(text_field)
     if plain is not None:
-        return Record(source, plain, where=where)
+        return Record(source, [Turn("", plain)], where=where)
     raise ValueError(f"no known fields among {', '.join(map(repr, list(row)[:8])) or 'none'}")
 
 
@@ -2636,7 +2655,8 @@ def load_sms_spam(path: Path, config: DataConfig, report: Report) -> Iterator[Re
             report.malformed("sms", "no tab between label and message", where)
         else:
             prompt = instruction_prompt("classify if the SMS is spam or ham", message)
-            yield Record("sms", instruction_response(label.strip()), prompt, where=where)
+            answer = instruction_response(label.strip())
+            yield Record("sms", [Turn(prompt, answer)], where=where)
 
 
 def load_instruction_json(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
@@ -2674,11 +2694,11 @@ def load_plain_text(path: Path, config: DataConfig, report: Report) -> Iterator[
         text: str | TextFile = TextFile(path, config.encoding_errors)
         if path.stat().st_size <= LONG_TEXT and path.suffix.lower() != ".gz":
             text = "".join(text.blocks())
-        yield Record(path.name, text, where=str(path))
+        yield Record(path.name, [Turn("", text)], where=str(path))
         return
     delimiter = unescape(config.doc_delimiter)
     for number, text in enumerate(read_pieces(path, config.encoding_errors, delimiter), 1):
-        yield Record(path.name, text, where=f"{path}: document {number}")
+        yield Record(path.name, [Turn("", text)], where=f"{path}: document {number}")
 
 
 def load_parquet(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
@@ -2818,7 +2838,8 @@ def toy_records() -> Iterator[Record]:
 
 
 def toy_record(task: str, input: str, answer: str) -> Record:
-    return Record("toy", instruction_response(answer), instruction_prompt(task, input), where="toy")
+    turn = Turn(instruction_prompt(task, input), instruction_response(answer))
+    return Record("toy", [turn], where="toy")
 
 
 def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
@@ -2882,21 +2903,36 @@ class SeenHashes:
         return new
 
 
-def record_hash(record: Record, split_seed: int) -> tuple[int, int, int]:
-    """(identity, place, bytes): two independent 64-bit hashes of the content, and its size.
+def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
+    """(identity, place, bytes): 64-bit hashes of the content and of its place in the split, and
+    the size of its prompts and responses.
 
-    A function of the content and the seed alone, so that adding data never moves a record.
+    Functions of the record and the seed alone, so that adding data never moves a record.
     """
-    hasher = hashlib.blake2b(digest_size=16, salt=split_seed.to_bytes(8, "little"))
-    hasher.update(record.prompt.encode("utf-8", "surrogatepass") + b"\0")
-    size = 0
-    for block in text_blocks(record.response):
-        data = block.encode("utf-8", "surrogatepass")
-        hasher.update(data)
-        size += len(data)
+
+    def new_hasher():
+        return hashlib.blake2b(digest_size=16, salt=config.split_seed.to_bytes(8, "little"))
+
+    hasher, size = new_hasher(), 0
+    for number, turn in enumerate(record.turns):
+        if number or not turn.trained:
+            hasher.update(b"\0\1" if turn.trained else b"\0\2")
+        prompt = turn.prompt.encode("utf-8", "surrogatepass")
+        hasher.update(prompt + b"\0")
+        size += len(prompt)
+        for block in text_blocks(turn.response):
+            data = block.encode("utf-8", "surrogatepass")
+            hasher.update(data)
+            size += len(data)
     hasher.update(b"\0" + record.rejected.encode("utf-8", "surrogatepass"))
     digest = hasher.digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"), size
+    if config.split_by == "prompt" and not record.is_plain:
+        asked = new_hasher()
+        asked.update(record.turns[0].prompt.encode("utf-8", "surrogatepass"))
+        place = asked.digest()[8:]
+    else:
+        place = digest[8:]
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(place, "little"), size
 
 
 def too_short(record: Record, config: DataConfig) -> bool:
@@ -2924,7 +2960,7 @@ def split_records(
     threshold = int(config.val_fraction * 2**64)
     documents = 0
     for batch in batched(read_records(config, report), 1024):
-        hashes = [record_hash(record, config.split_seed) for record in batch]
+        hashes = [record_hash(record, config) for record in batch]
         new = seen.add(np.array([identity for identity, _, _ in hashes], np.uint64))
         for record, fresh, (_, place, size) in zip(batch, new, hashes, strict=True):
             report.count(record.source, "records")
@@ -3037,13 +3073,12 @@ def documents(config: DataConfig, report: Report, pairs: bool) -> Iterator[tuple
     ("end",). A record that is split in two counts its bytes once.
     """
     for record, split, size in split_records(config, report, pairs):
-        size_read = size + len(record.prompt.encode("utf-8", "replace"))
         current = None
         for part, text in split_text(record, split, size, config.val_fraction):
             if part != current:
                 if current:
                     yield ("end",)
-                yield "begin", part, record.source, 0 if current else size_read, record.prompt
+                yield "begin", part, record.source, 0 if current else size, record.prompt
                 current = part
             yield "text", text
         yield ("end",)
@@ -3326,7 +3361,7 @@ class StreamDataset(Windows, torch.utils.data.IterableDataset):
             found = False
             self.rows.set_epoch(self.epoch)
             for record in load_hub(config, Report(config.bad_records), self.rows):
-                _, place, size = record_hash(record, config.split_seed)
+                _, place, size = record_hash(record, config)
                 if (place < threshold) != (self.split == "val"):
                     continue
                 if size == 0 or too_short(record, config):
