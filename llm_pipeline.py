@@ -62,7 +62,7 @@ import threading
 import time
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -491,8 +491,12 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
+    def decode(self, ids: Iterable[int], before: Sequence[int] = ()) -> str:
+        """Text of the ids, special tokens left out; bytes that are not UTF-8 become U+FFFD.
+
+        before: the ids that precede. Bytes mean the same everywhere; words of other vocabularies
+        begin with a space unless they begin the text.
+        """
         data = bytes(i for i in map(int, ids) if i < 256)
         try:
             return data.decode("utf-8", "surrogatepass")
@@ -2219,27 +2223,32 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class BPETokenizer:
-    """A `tokenizers.Tokenizer` behind the interface above.
+    """A `tokenizers.Tokenizer` behind the interface of `ByteTokenizer`.
 
     Byte-level vocabularies are encoded by tiktoken where it is installed: the same ids, sooner.
+    Raises UserError for a vocabulary that cannot be used.
     """
 
     def __init__(self, library_json: str, special_ids: dict[str, int]):
         tokenizers = optional("tokenizers")
         self.json = library_json
-        self.library = quietly(
-            tokenizers.Tokenizer.from_str, library_json, "the tokenizer is not valid"
-        )
-        self.library.encode_special_tokens = True  # a literal "<|sep|>" is encoded as characters
-        self.library.no_padding()
-        self.library.no_truncation()
-        self.vocab_size = max(self.library.get_vocab().values(), default=0) + 1
+        with tokenizer_errors("the tokenizer is not valid"):
+            self.library = tokenizers.Tokenizer.from_str(library_json)
+            self.library.encode_special_tokens = True  # a literal "<|sep|>" stays characters
+            self.library.no_padding()
+            self.library.no_truncation()
+            self.vocab_size = max(self.library.get_vocab().values(), default=0) + 1
+        if self.vocab_size > 2**24:
+            raise UserError(f"the tokenizer has ids up to {self.vocab_size - 1:,}, far beyond its "
+                            f"{len(self.library.get_vocab()):,} entries")  # fmt: skip
         for name in ("bos", "eos", "sep", "pad"):
             number = special_ids.get(f"{name}_id")
             if type(number) is not int or not 0 <= number < self.vocab_size:
                 raise UserError(f"the tokenizer has no usable {name} token (got {number!r})")
             setattr(self, f"{name}_id", number)
-        self.twin = tiktoken_twin(json.loads(library_json))
+        library = json.loads(library_json)
+        self.is_byte_level = '"ByteLevel"' in json.dumps(library.get("decoder"))
+        self.twin = tiktoken_twin(library)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -2247,30 +2256,47 @@ class BPETokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, (n,) uint32. Lone surrogates become U+FFFD."""
         texts = [SURROGATE.sub("\ufffd", text) for text in texts]
-        if self.twin is not None:
-            nothing = frozenset()
+        with tokenizer_errors("the tokenizer cannot encode this text"):
+            if self.twin is not None:
+                # Threads pay only where there are several texts.
+                return list((POOL.map if len(texts) > 1 else map)(self.encode_with_twin, texts))
+            encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(e.ids, np.uint32) for e in encoded]
 
-            def encode(text):
-                try:
-                    return self.twin.encode_to_numpy(
-                        text, allowed_special=nothing, disallowed_special=nothing
-                    )
-                except ValueError:  # its pattern gives up on a million spaces in a row
-                    return np.array(self.library.encode(text, add_special_tokens=False).ids)
+    def encode_with_twin(self, text: str) -> np.ndarray:
+        try:
+            return self.twin.encode_to_numpy(
+                text, allowed_special=frozenset(), disallowed_special=frozenset()
+            )
+        except ValueError:  # its pattern gives up on a million spaces in a row
+            return np.array(self.library.encode(text, add_special_tokens=False).ids, np.uint32)
 
-            return list((POOL.map if len(texts) > 1 else map)(encode, texts))
-        encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(e.ids, np.uint32) for e in encoded]
+    def decode(self, ids: Iterable[int], before: Sequence[int] = ()) -> str:
+        """The text that `ids` add after the ids `before`.
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.library.decode([int(i) for i in ids], skip_special_tokens=True)
+        Vocabularies that mark word starts (SentencePiece's) drop the space of the first token,
+        so that a stream of tokens must be decoded behind the ones it follows.
+        """
+        ids = [int(i) for i in ids]
+        if self.is_byte_level or not before:
+            return self.library.decode(ids, skip_special_tokens=True)
+        known = self.library.decode(list(before), skip_special_tokens=True)
+        return self.library.decode([*before, *ids], skip_special_tokens=True)[len(known) :]
 
     def token_bytes(self) -> np.ndarray:
-        byte_level = '"ByteLevel"' in json.dumps(json.loads(self.json).get("decoder"))
+        """(vocab_size,) int64: bytes of text that each token stands for, inside a text."""
         sizes = np.zeros(self.vocab_size, np.int64)
-        for token, number in self.library.get_vocab().items():
-            # A byte-level vocabulary spells each byte as one character of its own alphabet.
-            sizes[number] = len(token) if byte_level else len(self.decode([number]).encode())
+        vocabulary = self.library.get_vocab()
+        if self.is_byte_level:  # each byte is spelled as one character of its own alphabet
+            for token, number in vocabulary.items():
+                sizes[number] = len(token)
+        else:
+            anchor = self.encode("a").tolist()
+            known = len(self.decode(anchor).encode())
+            texts = self.library.decode_batch([[*anchor, n] for n in vocabulary.values()])
+            for (token, number), text in zip(vocabulary.items(), texts, strict=True):
+                one_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
+                sizes[number] = 1 if one_byte else max(0, len(text.encode()) - known)
         sizes[[n for n, t in self.library.get_added_tokens_decoder().items() if t.special]] = 0
         return sizes
 
@@ -2280,6 +2306,8 @@ class BPETokenizer:
 
 
 Tokenizer = ByteTokenizer | BPETokenizer
+POOL = ThreadPoolExecutor(os.cpu_count())  # starts its threads when first used
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @lru_cache(maxsize=4)
@@ -2288,20 +2316,147 @@ def bpe_tokenizer(library_json: str, **special_ids: int) -> BPETokenizer:
     return BPETokenizer(library_json, special_ids)
 
 
-POOL = ThreadPoolExecutor(os.cpu_count())  # starts its threads when first used
-
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def quietly(function: Callable, argument, complaint: str):
-    """Call into the tokenizers library, whose panics are BaseExceptions, for one clear line."""
+@contextlib.contextmanager
+def tokenizer_errors(complaint: str):
+    """One clear line for what the tokenizers library raises; its panics are BaseExceptions."""
     try:
-        return function(argument)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
         raise
     except BaseException as error:
         raise UserError(f"{complaint}: {one_line(error)}") from None
+
+
+def byte_level_library(model):
+    """A `tokenizers.Tokenizer` around a BPE model, with GPT-2's cutting and byte alphabet."""
+    tokenizers = optional("tokenizers")
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    return library
+
+
+def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
+    """Train byte-level BPE on an iterator of texts, in batches, in bounded memory."""
+    tokenizers = optional("tokenizers")
+    library = byte_level_library(tokenizers.models.BPE())
+    extra = [t for t in config.extra_special_tokens.split(",") if t]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        special_tokens=[*SPECIAL_TOKENS, *extra],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    clean = (SURROGATE.sub("\ufffd", text) for text in texts)
+    in_thread(library.train_from_iterator, batched(clean, 256), trainer)
+    ids = {f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos", "sep"))}
+    return bpe_tokenizer(library.to_str(), **ids)
+
+
+def in_thread(function: Callable, *args):
+    """Call `function` in a thread: signals are not heeded while the main thread is in a library."""
+    outcome: queue.Queue = queue.Queue()
+
+    def work():
+        try:
+            outcome.put((function(*args), None))
+        except BaseException as error:  # raised again below
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        with contextlib.suppress(queue.Empty):  # a wait without end is not interrupted on Windows
+            result, error = outcome.get(timeout=1)
+            if error:
+                raise error
+            return result
+
+
+def tokenizer_from_spec(spec: dict) -> Tokenizer:
+    """The tokenizer that a checkpoint or a store describes. Raises UserError."""
+    if spec.get("kind") == "byte":
+        return ByteTokenizer()
+    if spec.get("kind") != "bpe" or not isinstance(spec.get("json"), str):
+        raise UserError(f"unknown tokenizer kind {spec.get('kind')!r}")
+    ids = {key: spec.get(key) for key in ("bos_id", "eos_id", "sep_id", "pad_id")}
+    if not all(type(number) is int for number in ids.values()):
+        raise UserError(f"the tokenizer's special tokens are not ids: {ids}")
+    return bpe_tokenizer(spec["json"], **ids)
+
+
+# Names of a vocabulary and its merges: Hugging Face's and the original GPT-2's.
+VOCABULARIES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """`byte`, a tokenizer.json, a folder with one or with vocabulary and merges, or a Hub name.
+
+    Raises UserError where nothing usable stands there.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    tokenizers = optional("tokenizers")
+    path = Path(name)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    pair = next((p for p in VOCABULARIES if all((path / f).is_file() for f in p)), None)
+    if file.is_file():
+        with tokenizer_errors(f"{file} is not a tokenizer"):
+            library = tokenizers.Tokenizer.from_file(str(file))
+    elif pair:
+        library = library_from_merges(path / pair[0], path / pair[1])
+    elif path.exists():
+        raise UserError(f"{path}: no tokenizer.json, vocab.json + merges.txt or encoder.json + "
+                        "vocab.bpe in this folder")  # fmt: skip
+    else:
+        try:
+            library = tokenizers.Tokenizer.from_pretrained(name)
+        except Exception as error:
+            raise UserError(
+                f"--tokenizer {name}: no such file or folder, and the Hub did not answer "
+                f"({one_line(error, 90)}); give a local folder with vocab.json and merges.txt"
+            ) from None
+    return bpe_tokenizer(library.to_str(), **special_ids(library, file.parent))
+
+
+def library_from_merges(vocabulary: Path, merges: Path):
+    """GPT-2's two files as a `tokenizers.Tokenizer`. Raises UserError unless they fit together."""
+    tokenizers = optional("tokenizers")
+    with tokenizer_errors(f"{vocabulary} and {merges.name}"):
+        library = byte_level_library(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
+    library.add_special_tokens(["<|endoftext|>"])
+    n_merges = len(json.loads(library.to_str())["model"]["merges"])
+    orphans = len(library.get_vocab()) - 256 - n_merges
+    if orphans > 16:  # a few may be special tokens
+        raise UserError(f"{vocabulary} and {merges.name} do not belong together: {orphans:,} of "
+                        "its entries are made by no merge")  # fmt: skip
+    return library
+
+
+def special_ids(library, folder: Path) -> dict[str, int]:
+    """Ids of bos, eos, sep and pad in somebody else's vocabulary; missing roles fall back to eos.
+
+    Looks for this program's names, then the folder's configuration, then the usual names.
+    """
+    declared = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            declared |= json.loads((folder / name).read_text(encoding="utf-8"))
+    usual = {"eos": ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>"), "bos": ("<s>",)}
+    ids = {}
+    for role in ("eos", "bos", "sep", "pad"):
+        named = declared.get(f"{role}_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        names = (f"<|{role}|>", named, *usual.get(role, ()))
+        known = (library.token_to_id(n) for n in names if isinstance(n, str))
+        number = next((n for n in known if n is not None), ids.get("eos_id"))
+        if number is None:
+            raise UserError("the vocabulary has no end-of-text token such as <|endoftext|>")
+        ids[f"{role}_id"] = number
+    return ids
+
+
+# --- tiktoken, for speed -------------------------------------------------------------
 
 
 def tiktoken_twin(library: dict):
@@ -2350,106 +2505,6 @@ def byte_alphabet() -> dict[str, int]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
-    """Train byte-level BPE on an iterator of texts, in batches, in bounded memory."""
-    tokenizers = optional("tokenizers")
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    extra = [t for t in config.extra_special_tokens.split(",") if t]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        min_frequency=config.min_frequency,
-        special_tokens=[*SPECIAL_TOKENS, *extra],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    clean = (SURROGATE.sub("\ufffd", text) for text in texts)
-    library.train_from_iterator(batched(clean, 256), trainer)
-    ids = {f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos", "sep"))}
-    return bpe_tokenizer(library.to_str(), **ids)
-
-
-def tokenizer_from_spec(spec: dict) -> Tokenizer:
-    """The tokenizer that a checkpoint or a store describes. Raises UserError."""
-    if spec.get("kind") == "byte":
-        return ByteTokenizer()
-    if spec.get("kind") == "bpe" and isinstance(spec.get("json"), str):
-        ids = {key: spec.get(key) for key in ("bos_id", "eos_id", "sep_id", "pad_id")}
-        if all(type(number) is int for number in ids.values()):
-            return bpe_tokenizer(spec["json"], **ids)
-        raise UserError(f"the tokenizer's special tokens are not ids: {ids}")
-    raise UserError(f"unknown tokenizer kind {spec.get('kind')!r}")
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """`byte`, `gpt2`, a tokenizer.json, or a folder with one or with vocabulary and merges.
-
-    Raises UserError where nothing usable stands there.
-    """
-    if name == "byte":
-        return ByteTokenizer()
-    tokenizers = optional("tokenizers")
-    path = Path(name)
-    folder = path if path.is_dir() else path.parent
-    pairs = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]
-    pair = next((p for p in pairs if all((path / f).is_file() for f in p)), None)
-    if path.is_file() or (path / "tokenizer.json").is_file():
-        file = path if path.is_file() else path / "tokenizer.json"
-        library = quietly(tokenizers.Tokenizer.from_file, str(file), f"{file} is not a tokenizer")
-    elif pair:
-        files = [str(path / f) for f in pair]
-        model = quietly(
-            lambda f: tokenizers.models.BPE.from_file(*f), files, f"{files[0]} and {pair[1]}"
-        )
-        library = tokenizers.Tokenizer(model)
-        library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        library.decoder = tokenizers.decoders.ByteLevel()
-        library.add_special_tokens(["<|endoftext|>"])
-        merges = json.loads(library.to_str())["model"]["merges"]
-        orphans = len(library.get_vocab()) - 256 - len(merges)
-        if orphans > 16:  # a few may be special tokens
-            raise UserError(f"{files[0]} and {pair[1]} do not belong together: {orphans:,} of its "
-                            "entries are made by no merge")  # fmt: skip
-    elif path.exists():
-        raise UserError(f"{path}: no tokenizer.json, vocab.json + merges.txt or encoder.json + "
-                        "vocab.bpe in this folder")  # fmt: skip
-    else:
-        try:
-            library = tokenizers.Tokenizer.from_pretrained(name)
-        except Exception as error:
-            raise UserError(
-                f"--tokenizer {name}: no such file or folder, and the Hub did not answer "
-                f"({one_line(error, 90)}); give a local folder with vocab.json and merges.txt"
-            ) from None
-    return bpe_tokenizer(library.to_str(), **special_ids(library, folder))
-
-
-def special_ids(library, folder: Path) -> dict[str, int]:
-    """Ids of bos, eos, sep and pad in somebody else's vocabulary; eos stands in for what it lacks.
-
-    Looks for this program's names, then the folder's configuration, then the usual names.
-    """
-    declared = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-            declared |= json.loads((folder / name).read_text(encoding="utf-8"))
-    usual = {"eos": ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>"), "bos": ("<s>",)}
-    ids = {}
-    for role in ("eos", "bos", "sep", "pad"):
-        named = declared.get(f"{role}_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        for token in (f"<|{role}|>", named, *usual.get(role, ())):
-            if isinstance(token, str) and library.token_to_id(token) is not None:
-                ids[f"{role}_id"] = library.token_to_id(token)
-                break
-        else:
-            if "eos_id" not in ids:
-                raise UserError("the vocabulary has no end-of-text token such as <|endoftext|>")
-            ids[f"{role}_id"] = ids["eos_id"]
-    return ids
 
 
 # ====================================================================================
@@ -4710,7 +4765,7 @@ def sample_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) 
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
         repetition_penalty=config.repetition_penalty,
     )  # fmt: skip
-    writers = [TextStream(tokenizer, unescape(config.stop)) for _ in range(config.num_samples)]
+    writers = [TextStream(tokenizer, unescape(config.stop), ids) for _ in range(config.num_samples)]
     for tokens in steps:
         pieces = [w.add(t) if t >= 0 else "" for w, t in zip(writers, tokens, strict=True)]
         if config.num_samples == 1:
@@ -4729,8 +4784,9 @@ def sample_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) 
 class TextStream:
     """Turns tokens into text as it becomes certain: whole characters, no beginning of a stop."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: str):
+    def __init__(self, tokenizer: Tokenizer, stop: str, before: Sequence[int] = ()):
         self.tokenizer, self.stop = tokenizer, stop
+        self.before = [int(i) for i in before][-8:]  # ids that the next ones follow
         self.ids: list[int] = []  # not yet turned into text
         self.held = ""  # text that may be the beginning of the stop string
         self.text, self.stopped = "", False
@@ -4740,10 +4796,10 @@ class TextStream:
         if self.stopped:
             return ""
         self.ids.append(token)
-        piece = self.tokenizer.decode(self.ids)
+        piece = self.tokenizer.decode(self.ids, self.before)
         if piece.endswith("\ufffd") and len(self.ids) < 8:  # perhaps half a character
             return ""
-        self.ids = []
+        self.before, self.ids = self.ids, []
         return self.emit(self.held + piece)
 
     def emit(self, text: str, last: bool = False) -> str:
@@ -4761,7 +4817,7 @@ class TextStream:
     def finish(self) -> str:
         if self.stopped:
             return ""
-        return self.emit(self.held + self.tokenizer.decode(self.ids), last=True)
+        return self.emit(self.held + self.tokenizer.decode(self.ids, self.before), last=True)
 
 
 def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:

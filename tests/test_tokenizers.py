@@ -503,3 +503,73 @@ def test_a_folder_whose_configuration_is_broken(tmp_path, data, content, gpt2):
         assert lp.load_tokenizer(str(tmp_path)).eos_id == gpt2.eos_id
     except lp.UserError as error:
         assert "tokenizer_config.json" in str(error)
+
+
+# --- vocabularies that mark the beginnings of words ---
+
+
+def sentencepiece_like(fallback: bool) -> lp.BPETokenizer:
+    """A BPE vocabulary as SentencePiece writes them, with or without a token for each byte."""
+    tokenizers = pytest.importorskip("tokenizers")
+    decoders = tokenizers.decoders
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE(byte_fallback=fallback, unk_token="<unk>", fuse_unk=True)
+    )
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    if fallback:
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        library.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    byte_tokens = [f"<0x{b:02X}>" for b in range(256)] * fallback
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False
+    )
+    texts = ["the cat sees the dog and the other cat sings " * 3, "a dog walks far away"]
+    library.train_from_iterator(texts, trainer)
+    spec = json.loads(library.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
+    return lp.BPETokenizer(json.dumps(spec), dict(pad_id=2, bos_id=1, eos_id=2, sep_id=2))
+
+
+WORD_STARTS = ["the cat sees the dog", "a dog and the other cat walks far away", "sings"]
+
+
+@pytest.mark.parametrize("fallback", [False, True], ids=["metaspace", "byte fallback"])
+def test_a_stream_of_tokens_keeps_its_spaces(fallback):
+    tokenizer = sentencepiece_like(fallback)
+    for text in WORD_STARTS + ["the 你 dog 😀"] * fallback:
+        ids = tokenizer.encode(text).tolist()
+        for before, wanted in (([tokenizer.bos_id], text), (tokenizer.encode("the"), " " + text)):
+            stream = lp.TextStream(tokenizer, "", before)
+            assert "".join(map(stream.add, ids)) + stream.finish() == wanted
+
+
+@pytest.mark.parametrize("fallback", [False, True], ids=["metaspace", "byte fallback"])
+def test_token_bytes_count_the_spaces(fallback):
+    tokenizer = sentencepiece_like(fallback)
+    sizes = tokenizer.token_bytes()
+    for text in WORD_STARTS + ["the 你 dog 😀"] * fallback:
+        # One more for the space that such a vocabulary puts before every text.
+        assert sizes[tokenizer.encode(text)].sum() == len(text.encode()) + 1
+    assert sizes[[tokenizer.bos_id, tokenizer.eos_id]].sum() == 0
+
+
+def test_ids_far_beyond_the_entries_are_refused(trained):
+    spec = trained.spec()
+    library = json.loads(spec["json"])
+    library["model"]["vocab"]["far"] = 2**31
+    with pytest.raises(lp.UserError, match="ids up to 2,147,483,648"):
+        lp.tokenizer_from_spec(spec | {"json": json.dumps(library)})
+
+
+def test_a_pattern_that_panics_is_one_line(trained, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer.from_str(trained.json)
+    pattern = tokenizers.Regex(r"(x+x+)+y")
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/a.txt").write_text("x" * 4000)
+    flags = ["--data_dir", tmp_path / "raw", "--tokenizer", tmp_path / "tokenizer.json"]
+    result = run("prepare", *flags, "--out_dir", tmp_path / "store").fails(1, "tokenizer", "Regex")
+    assert len(result.errors) == 1
