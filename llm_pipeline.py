@@ -367,6 +367,7 @@ class SampleConfig(RuntimeConfig):
     ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     prompt: str | None = option(None, "text to continue, or the instruction")
     input: str = option("", "the instruction's input")
+    system: str = option("", "system text before the instruction")
     template: str = option(
         "auto", "wrap the prompt: if tuned, never, always", choices=("auto", "raw", "instruct")
     )
@@ -702,6 +703,25 @@ def cut_prompt(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, in
     return prompt - tail, tail, response
 
 
+def fit_record(prompt: np.ndarray, response: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
+    """A record's ids cut to `limit`, as `cut_prompt` says, and how many of them are prompt."""
+    head, tail, kept = cut_prompt(len(prompt), len(response), limit)
+    parts = prompt[:head], prompt[len(prompt) - tail :], response[:kept]
+    return np.concatenate(parts), head + tail
+
+
+def stack_rows(rows: list[tuple[np.ndarray, int]], width: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Sequences (ids, first counted target) as inputs and targets, (B, width) int64, padded.
+
+    Targets before the first counted one are IGNORE, and so is padding.
+    """
+    x, y = np.full((len(rows), width), pad, np.int64), np.full((len(rows), width), IGNORE, np.int64)
+    for i, (ids, first) in enumerate(rows):
+        x[i, : len(ids) - 1] = ids[:-1]
+        y[i, first - 1 : len(ids) - 1] = ids[first:]  # targets are the inputs, one token ahead
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
 class InstructionDataset:
     """Whole records, bucketed by length and padded. A sample id is the record's number.
 
@@ -764,26 +784,18 @@ class InstructionDataset:
         """Ids of a record, cut to the block, and how many of them are prompt."""
         start, length, prompt, _ = self.store.index[self.split][number].tolist()
         ids = self.store.ids(self.split, start, length)
-        head, tail, response = cut_prompt(prompt, length - prompt, self.block_size + 1)
-        ids = np.concatenate(
-            [ids[:head], ids[prompt - tail : prompt], ids[prompt : prompt + response]]
-        )
-        return ids, head + tail
+        return fit_record(ids[:prompt], ids[prompt:], self.block_size + 1)
 
     def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
         """Rows of a global batch, padded to the longest of the whole of it."""
         numbers = (ids[:, None] * self.group + np.arange(self.group)).ravel()
         width = padded_width(int(self.lengths[numbers].max()) - 1, self.block_size)
         numbers = (ids[rows][:, None] * self.group + np.arange(self.group)).ravel()
-        x = np.full((len(numbers), width), self.store.tokenizer.pad_id, np.int64)
-        y = np.full((len(numbers), width), IGNORE, np.int64)
-        for row, number in enumerate(numbers):
-            tokens, prompt = self.record(number)
-            x[row, : len(tokens) - 1] = tokens[:-1]
-            first = prompt if self.loss_on == "response" else 1
-            y[row, first - 1 : len(tokens) - 1] = tokens[first:]
+        rows = [(ids, prompt if self.loss_on == "response" else 1)
+                for ids, prompt in map(self.record, numbers)]  # fmt: skip
+        x, y = stack_rows(rows, width, self.store.tokenizer.pad_id)
         reference = None if self.reference is None else torch.from_numpy(self.reference[numbers])
-        return Batch(torch.from_numpy(x), torch.from_numpy(y), {}, reference)
+        return Batch(x, y, {}, reference)
 
 
 class Loader:
@@ -1116,7 +1128,8 @@ class GPT(nn.Module):
     def mask(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
         """Additive attention mask, (Tq, Tk) or (H, Tq, Tk); None where plain causality suffices."""
         bias, window = self.positions.bias(q_pos, k_pos), self.config.attn_window
-        if bias is None and not (0 < window < len(k_pos)):
+        plain = bias is None and not (0 < window < len(k_pos))
+        if plain and len(q_pos) in (1, len(k_pos)):  # else several queries follow a cache
             return None
         distance = q_pos[:, None] - k_pos
         hidden = distance < 0
@@ -1641,7 +1654,8 @@ def sample_next(
         logits = torch.where(seen, scaled, logits)
     if temperature == 0.0:
         return logits.argmax(-1)
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # never overflows
+    # The likeliest at 0, and a temperature that fp32 can hold: nothing overflows to NaN.
+    logits = (logits - logits.max(-1, keepdim=True).values) / max(temperature, 1e-30)
     if 0 < top_k < logits.shape[-1]:
         floor = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -math.inf)
@@ -1664,11 +1678,13 @@ def generate(
     stop_ids: tuple[int, ...] = (),
     num_samples: int = 1,
     seed: int = 0,
+    cache: KVCache | None = None,
     **sampling,
 ) -> Iterator[list[int]]:
     """Yield the next id of each sample, step by step; -1 for a sample that has stopped.
 
     prompt: (T,) ids, shared by all samples, which are drawn from one prefill.
+    cache: holds the first tokens of the prompt already, which must fit into the block.
     sampling: the keyword arguments of `sample_next`.
     When the cache is full, decoding goes on from the last half of the block.
     """
@@ -1678,10 +1694,10 @@ def generate(
     seen = torch.zeros(num_samples, config.vocab_size, dtype=torch.bool, device=device)
     seen.scatter_(1, history, True)
     dtype = model.tok_emb.weight.dtype
-    cache = KVCache(config, 1, device, dtype, len(prompt) + max_new_tokens)
+    cache = cache or KVCache(config, 1, device, dtype, len(prompt) + max_new_tokens)
     if config.pos == "learned" or not cache.ring:
         history = history[:, -config.block_size :]
-    h = model.hidden(history[:1], cache)[:, -1]
+    h = model.hidden(history[:1, cache.length :], cache)[:, -1]
     cache.expand(num_samples)
     h = h.expand(num_samples, -1)
     alive = [True] * num_samples
@@ -4293,18 +4309,10 @@ def export_adapter(loaded: Loaded, folder: Path) -> None:
 # ====================================================================================
 
 
-def stack_rows(rows: list[tuple], pad: int, most: int) -> tuple[Tensor, Tensor]:
-    """Rows (x, y, ...) of unequal length as two padded (B, T) tensors."""
-    width = padded_width(max(len(x) for x, *_ in rows), most)
-    x, y = np.full((len(rows), width), pad), np.full((len(rows), width), IGNORE)
-    for i, (row_x, row_y, *_) in enumerate(rows):
-        x[i, : len(row_x)], y[i, : len(row_y)] = row_x, row_y
-    return torch.from_numpy(x), torch.from_numpy(y)
-
-
 def token_losses(model: GPT, rows: list, pad: int, rt: Runtime) -> tuple[Tensor, Tensor]:
-    """(losses, targets) of padded rows, (B, T) on the CPU, losses 0 where nothing counts."""
-    x, y = stack_rows(rows, pad, model.config.block_size)
+    """(losses, targets) of sequences (ids, first target), (B, T) on the CPU; 0 where none counts."""
+    width = padded_width(max(len(ids) for ids, _ in rows) - 1, model.config.block_size)
+    x, y = stack_rows(rows, width, pad)
     with torch.no_grad(), rt.autocast():
         _, losses = model(x.to(rt.device), y.to(rt.device), "none")
     return losses.cpu().double(), y
@@ -4332,11 +4340,11 @@ def evaluate_perplexity(
         for batch in islice(batched(rows, batch_size), rt.rank, None, rt.world_size):
             if stop:
                 raise Interrupted
-            losses, y = token_losses(model, batch, store.tokenizer.pad_id, rt)
+            losses, y = token_losses(model, [row for *row, _ in batch], store.tokenizer.pad_id, rt)
             size = token_bytes[y.clamp(min=0)] * (y != IGNORE)
             sums[source].update(nll=losses.sum().item(), tokens=(y != IGNORE).sum().item(),
                                 text_nll=losses[size > 0].sum().item(), bytes=size.sum().item(),
-                                records=sum(first for _, _, first in batch))  # fmt: skip
+                                records=sum(begins for _, _, begins in batch))  # fmt: skip
             bar.update()
     bar.close()
     keys = ("nll", "tokens", "text_nll", "bytes", "records")
@@ -4368,8 +4376,8 @@ def by_length(store: TokenStore, split: str, source: int) -> np.ndarray:
 
 def scored_rows(
     store: TokenStore, source: int, splits: tuple[str, ...], block_size: int, most: int = 0
-) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """(x, y, whether it begins a record): windows that score each id but a record's first once.
+) -> Iterator[tuple[np.ndarray, int, bool]]:
+    """(ids, first target, begins a record): windows that score each id but a record's first once.
 
     Windows do not overlap, but for a record's last, which reaches back for as much context as
     fits; as lm_eval's rolling windows do. most: evenly spaced windows of each split (0: all).
@@ -4385,9 +4393,7 @@ def scored_rows(
             end = min(first + block_size, int(to_score[record]))
             start = max(0, end - block_size)
             ids = store.ids(split, int(index["start"][record]) + start, end - start + 1)
-            y = ids[1:].copy()
-            y[: first - start] = IGNORE
-            yield ids[:-1], y, first == 0
+            yield ids, first - start + 1, first == 0
 
 
 def closed_set(store: TokenStore, source: int, most: int = 10) -> list[np.ndarray]:
@@ -4427,12 +4433,7 @@ def classify(model: GPT, store: TokenStore, source: str, splits: tuple[str, ...]
         for start, length, prompt, _, split in batch:
             ids = store.ids(split, start, length)
             truth += [i for i, label in enumerate(labels) if np.array_equal(label, ids[prompt:])]
-            for label in labels:
-                head, tail, kept = cut_prompt(prompt, len(label), limit)
-                row = np.concatenate([ids[:head], ids[prompt - tail : prompt], label[:kept]])
-                y = row[1:].copy()
-                y[: head + tail - 1] = IGNORE
-                rows.append((row[:-1], y))
+            rows += [fit_record(ids[:prompt], label, limit) for label in labels]
         losses, _ = token_losses(model, rows, store.tokenizer.pad_id, rt)
         guesses = losses.sum(-1).view(len(truth), len(labels)).argmin(-1).tolist()
         np.add.at(table, (truth, guesses), 1)
@@ -4753,32 +4754,101 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
 def sample_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) -> Iterator[str]:
     """Pieces of text as they are generated; with several samples, whole samples one by one.
 
-    --template auto wraps the prompt as an instruction when the checkpoint is a finetuned one.
+    --template auto wraps the prompt as an instruction when the checkpoint is a finetuned one. The
+    answer to an instruction comes without the space before it and the newline after it.
     """
-    tokenizer, model = loaded.tokenizer, loaded.model
-    instruct = config.template == "instruct" or (config.template == "auto" and loaded.is_tuned)
-    text = instruction_prompt(prompt, config.input) if instruct else prompt
-    ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(text)]).astype(np.int64)
-    steps = generate(
-        model, torch.from_numpy(ids).to(rt.device), config.max_new_tokens,
-        (tokenizer.sep_id, tokenizer.eos_id), config.num_samples, config.seed,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
+    instruct = is_instruct(loaded, config)
+    if instruct:
+        turn = (prompt, config.input, None)
+        ids = conversation_ids(loaded.tokenizer, [turn], config.system)
+    else:
+        ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt).tolist()]
+    ids = fit_context(ids, loaded.model.config, config.max_new_tokens, instruct)
+    steps = sampled_ids(loaded, config, rt, ids, config.seed)
+    texts = streamed_texts(steps, loaded.tokenizer, config, ids)
+    if config.num_samples == 1:
+        yield from answer_text(texts) if instruct else texts
+        return
+    for number, text in enumerate(texts, 1):
+        note(f"--- sample {number}")
+        text = "".join(answer_text([text])) if instruct else text
+        yield text if number == config.num_samples else f"{text}\n"
+
+
+def is_instruct(loaded: Loaded, config: SampleConfig) -> bool:
+    return config.template == "instruct" or (config.template == "auto" and loaded.is_tuned)
+
+
+def conversation_ids(tokenizer: Tokenizer, turns: list[tuple], system: str = "") -> list[int]:
+    """Ids of a conversation, the same as in a token store.
+
+    turns: (instruction, input, answer); an answer that is still to come is None.
+    """
+    ids = [tokenizer.bos_id]
+    for number, (instruction, input, answer) in enumerate(turns):
+        prompt = instruction_prompt(instruction, input, "" if number else system)
+        ids += tokenizer.encode(prompt).tolist()
+        if answer is not None:
+            ids += [*tokenizer.encode(instruction_response(answer)).tolist(), tokenizer.sep_id]
+    return ids
+
+
+def context_room(config: GPTConfig, max_new_tokens: int) -> int:
+    """Tokens of a prompt that fit into the context beside the beginning of an answer."""
+    if 0 < config.attn_window < config.block_size and config.pos != "learned":
+        return sys.maxsize  # the window slides on for ever
+    return config.block_size - min(max_new_tokens, config.block_size // 8)
+
+
+def fit_context(ids: list[int], config: GPTConfig, max_new_tokens: int, instruct: bool) -> list:
+    """A prompt that fits the context. One that is too long is cut, with a note that says so.
+
+    An instruction loses its middle, as in training; of other text the model sees the end.
+    """
+    room = context_room(config, max_new_tokens)
+    if len(ids) <= (room if instruct else max(room, config.block_size)):
+        return ids
+    what = "the middle is left out" if instruct else "only the end is read"
+    note(f"the prompt has {len(ids):,} tokens and the context {config.block_size:,}: {what}")
+    if not instruct:  # `generate` takes the last block; the repetition penalty counts all
+        return ids
+    return fit_record(np.array(ids), np.empty(0, np.int64), room)[0].tolist()
+
+
+def sampled_ids(loaded: Loaded, config: SampleConfig, rt: Runtime, ids: list[int], seed: int,
+                cache: KVCache | None = None) -> Iterator[list[int]]:  # fmt: skip
+    """`generate` with the settings of a command."""
+    ends = (loaded.tokenizer.sep_id, loaded.tokenizer.eos_id)
+    return generate(
+        loaded.model, torch.tensor(ids, device=rt.device), config.max_new_tokens, ends,
+        config.num_samples, seed, cache, temperature=config.temperature, top_k=config.top_k,
+        top_p=config.top_p, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
     )  # fmt: skip
+
+
+def streamed_texts(steps: Iterator[list[int]], tokenizer: Tokenizer, config: SampleConfig,
+                   ids: list[int]) -> Iterator[str]:  # fmt: skip
+    """Generated ids as text: the pieces of one sample, or several samples whole."""
     writers = [TextStream(tokenizer, unescape(config.stop), ids) for _ in range(config.num_samples)]
     for tokens in steps:
         pieces = [w.add(t) if t >= 0 else "" for w, t in zip(writers, tokens, strict=True)]
-        if config.num_samples == 1:
+        if len(writers) == 1:
             yield pieces[0]
         if all(w.stopped or t < 0 for w, t in zip(writers, tokens, strict=True)):
             break
-    if config.num_samples == 1:
-        yield writers[0].finish()
-    else:
-        for number, writer in enumerate(writers, 1):
-            writer.finish()
-            note(f"--- sample {number}")
-            yield f"{writer.text}\n" if number < len(writers) else writer.text
+    last = [w.finish() for w in writers]
+    yield from last if len(writers) == 1 else [w.text for w in writers]
+
+
+def answer_text(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of a response without what `instruction_response` puts around the answer."""
+    held, started = "", False
+    for piece in pieces:
+        text = held + piece
+        if not started and text:
+            text, started = text.removeprefix(" "), True
+        held = "\n" if text.endswith("\n") else ""  # the last one, perhaps
+        yield text.removesuffix("\n")
 
 
 class TextStream:
@@ -4820,24 +4890,148 @@ class TextStream:
         return self.emit(self.held + self.tokenizer.decode(self.ids, self.before), last=True)
 
 
+class Chat:
+    """A session with one model. A tuned model's conversation and key/value cache are kept.
+
+    The cache is brought to the conversation rather than the other way round: what they begin with
+    in common stays, the rest is fed again. So a new system text, a dropped turn or an answer that
+    was cut need no care of their own.
+    """
+
+    def __init__(self, loaded: Loaded, config: SampleConfig, rt: Runtime):
+        self.loaded, self.config, self.rt = loaded, config, rt
+        self.system = config.system
+        self.turns: list[tuple] = []  # (instruction, input, answer)
+        self.asked = 0  # over the whole session
+        self.cache: KVCache | None = None
+        self.cached: list[int] = []  # ids whose first cache.length are in the cache
+
+    def ask(self, instruction: str, input: str = "") -> Iterator[str]:
+        """Pieces of the answer, which becomes a part of the conversation."""
+        self.turns.append((instruction, input, None))
+        ids = self.context()
+        self.reuse_cache(ids)
+        steps = sampled_ids(self.loaded, self.config, self.rt, ids, self.next_seed(), self.cache)
+        texts = streamed_texts(self.recorded(steps), self.loaded.tokenizer, self.config, ids)
+        answer = ""
+        try:
+            for piece in answer_text(texts):
+                answer += piece
+                yield piece
+        except KeyboardInterrupt:
+            self.cache = None  # half a token may be in it
+            raise
+        finally:
+            self.turns[-1] = (instruction, input, answer)
+
+    def next_seed(self) -> int:
+        """Another one for each answer, so that a session repeats itself only when asked to."""
+        self.asked += 1
+        return derive_seed(self.config.seed, self.asked)
+
+    def context(self) -> list[int]:
+        """Ids of the conversation, without its oldest turns where it outgrows the context."""
+        shape, new = self.loaded.model.config, self.config.max_new_tokens
+        dropped = 0
+        while True:
+            ids = conversation_ids(self.loaded.tokenizer, self.turns, self.system)
+            if len(ids) <= context_room(shape, new) or len(self.turns) == 1:
+                break
+            del self.turns[0]
+            dropped += 1
+        if dropped:
+            note(f"the conversation is longer than the context of {shape.block_size:,} tokens: "
+                 f"its {dropped} oldest turn{'s' * (dropped > 1)} left out")  # fmt: skip
+        return fit_context(ids, shape, new, True)
+
+    def reuse_cache(self, ids: list[int]) -> None:
+        """Keep what the cache and the new ids begin with in common."""
+        model, reused = self.loaded.model, 0
+        if self.cache and not self.cache.ring:  # a ring has overwritten its beginning
+            limit = min(self.cache.length, len(ids) - 1)  # the last token's state is needed
+            pairs = zip(self.cached[:limit], ids, strict=False)
+            reused = next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
+        if not reused:
+            self.cache = KVCache(model.config, 1, self.rt.device, model.tok_emb.weight.dtype)
+        self.cache.length, self.cached = reused, list(ids)
+
+    def recorded(self, steps: Iterator[list[int]]) -> Iterator[list[int]]:
+        for tokens in steps:
+            self.cached.append(tokens[0])
+            yield tokens
+
+
+CHAT_HELP = """\
+/input TEXT   give the next instruction an input; then an empty line repeats the last instruction
+/system TEXT  begin a new conversation with this system text (none: without one)
+/new          begin a new conversation
+/help         show this
+ctrl-c ends an answer, ctrl-d or an empty line ends the session"""
+
+
+def chat_session(loaded: Loaded, config: SampleConfig, rt: Runtime) -> None:
+    """Read prompts from the terminal and answer them until an empty line or the end of input."""
+    with contextlib.suppress(ImportError):  # arrow keys and history; Windows has no such module
+        import readline  # noqa: F401
+    if "seed" not in config.given:
+        config.seed = int.from_bytes(os.urandom(4), "little")
+    instruct = is_instruct(loaded, config)
+    if instruct and config.num_samples > 1:
+        raise UserError("--num_samples needs --prompt: a conversation goes on from one answer")
+    note(f"{'a conversation' if instruct else 'text to continue'}; /help lists the commands; "
+         f"--seed {config.seed} repeats this session")  # fmt: skip
+    chat, input_text, last = Chat(loaded, config, rt), config.input, ""
+    with contextlib.suppress(EOFError):
+        while line := input("> ") or (last if input_text else ""):
+            command, _, text = line.partition(" ")
+            if command == "/help":
+                note(CHAT_HELP)
+            elif command == "/input":
+                input_text = text.strip()
+            elif command in ("/new", "/system"):
+                system = text.strip() if command == "/system" else chat.system
+                chat.system, chat.turns = system, []
+            elif command.startswith("/"):
+                note(f"there is no command {command}; /help lists them")
+            else:
+                last = line
+                again = replace(config, seed=chat.next_seed())
+                show(chat.ask(line, input_text) if instruct
+                     else sample_text(loaded, again, rt, line))  # fmt: skip
+                input_text = ""
+
+
+def show(pieces: Iterator[str]) -> None:
+    """Print pieces of text as they come; ctrl-c ends them."""
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def read_prompt() -> str:
+    try:
+        if hasattr(sys.stdin, "reconfigure"):  # a notebook's has no such method
+            sys.stdin.reconfigure(encoding="utf-8")
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the prompt on standard input is not UTF-8 (byte {error.start}): convert it first"
+        ) from None
+
+
 def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
     loaded = load_model(config.ckpt)
     loaded.model.for_decoding(rt.device, rt.dtype)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-
-    def show(prompt: str) -> None:
-        for piece in sample_text(loaded, config, rt, prompt):
-            print(piece, end="", flush=True)
-        print(flush=True)
-
-    if config.prompt is not None or not sys.stdin.isatty():
-        show(config.prompt if config.prompt is not None else sys.stdin.read())
+    if config.prompt is None and sys.stdin.isatty():
+        chat_session(loaded, config, rt)
         return
-    note("a prompt, and enter; an empty line or ctrl-d ends the session")
-    with contextlib.suppress(EOFError):
-        while prompt := input("> "):
-            show(prompt)
+    prompt = read_prompt() if config.prompt is None else config.prompt
+    for piece in sample_text(loaded, config, rt, prompt):
+        print(piece, end="", flush=True)
+    print(flush=True)
 
 
 DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's members by base name
