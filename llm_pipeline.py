@@ -5283,36 +5283,38 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
     print(out_dir)
 
 
-def median_seconds(function: Callable, rt: Runtime, rounds: int) -> float:
-    """Median time of a call, the device waited for."""
-    times = []
-    for _ in range(rounds + 1):
-        wait(rt)
-        started = time.perf_counter()
-        function()
-        wait(rt)
-        times.append(time.perf_counter() - started)
-    return sorted(times[1:])[rounds // 2]  # the first warms up
-
-
-def wait(rt: Runtime) -> None:
+def synchronize(rt: Runtime) -> None:
     if rt.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def in_turns(sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = "") -> dict:
+    """Median seconds of each side, measured A B A B ..., so that a drifting machine is fair."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in tqdm(range(rounds + 2), desc=f"measuring {what}", disable=not what):
+        for name, side in sides.items():
+            synchronize(rt)
+            started = time.perf_counter()
+            side()
+            synchronize(rt)
+            if number >= 2:  # two rounds to warm up, compile and fill caches
+                times[name].append(time.perf_counter() - started)
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
 
 
 def matmul_peak(rt: Runtime, rounds: int) -> float:
     """FLOP/s of a large square matrix product in the run's dtype."""
     n = 8192 if rt.device.type == "cuda" else 2048
     a = torch.randn(n, n, device=rt.device, dtype=rt.dtype)
-    return 2 * n**3 / median_seconds(lambda: a @ a, rt, rounds)
+    return 2 * n**3 / in_turns({"": lambda: a @ a}, rt, rounds)[""]
 
 
 def matvec_bytes_per_second(rt: Runtime, rounds: int) -> float:
-    """Bytes a second at which a matrix too large for the caches is read by a product."""
+    """Bytes a second at which a product reads a matrix that is too large for the caches."""
     n = 16384 if rt.device.type == "cuda" else 8192
     a = torch.randn(n, n, device=rt.device, dtype=rt.dtype)
     v = torch.randn(n, 1, device=rt.device, dtype=rt.dtype)
-    return a.nbytes / median_seconds(lambda: a @ v, rt, rounds)
+    return a.nbytes / in_turns({"": lambda: a @ v}, rt, rounds)[""]
 
 
 def flops_per_token(model: GPT, T: int) -> float:
@@ -5325,21 +5327,56 @@ def flops_per_token(model: GPT, T: int) -> float:
     return 6 * used + 12 * c.n_layer * T * c.n_head * c.head_dim
 
 
-class SyntheticDataset(Windows):
-    """Random windows for measuring speed."""
+def random_batch(config: BenchConfig, rt: Runtime, vocab_size: int) -> Batch:
+    """This process's share of one global batch. Speed does not depend on what the tokens are."""
+    shape = config.batch_size // rt.world_size, config.block_size + 1
+    tokens = torch.randint(vocab_size, shape, device=rt.device)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
-    def __init__(self, vocab_size: int, block_size: int):
-        self.vocab_size, self.block_size = vocab_size, block_size
 
-    def __len__(self) -> int:
-        return sys.maxsize
+def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
+    """Speed of a training step against the ceiling of matrix products, and its peak memory."""
+    total = 10**9  # a long run: compiling pays, the learning rate stays in its warm-up
+    model.grad_checkpointing = config.grad_checkpointing
+    run = Run(
+        config=config, rt=rt, model=model, net=distribute(model, config, rt, total),
+        objective=next_token_loss, optimizers=make_optimizers(model, config),
+        train=None, val=None, about={}, out_dir=Path(), suffix="",
+        progress=Progress(total=total, grad_accum=config.grad_accum,
+                          grad_checkpointing=config.grad_checkpointing),
+        scaler=torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16),
+    )  # fmt: skip
+    batch = random_batch(config, rt, model.config.vocab_size)
+    tokens = config.batch_size * config.block_size
 
-    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        return places
+    def our_step():
+        train_step(run, batch, tokens)
+        run.progress.step += 1
 
-    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-        shape = (len(ids[rows]), self.block_size + 1)
-        return np.random.default_rng(ids[0]).integers(0, self.vocab_size, shape)
+    if rt.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    our_step()
+    our_step()
+    memory = peak_memory(rt)  # before there is a peer
+    sides = {"": our_step}
+    if config.vs == "hf":
+        sides |= {"hf_": hf_step(config, rt, model, rt.dtype, batch),
+                  "hf_fp32_": hf_step(config, rt, model, torch.float32, batch)}  # fmt: skip
+    seconds = in_turns(sides, rt, config.rounds, "training")
+    # The ceiling is taken right after the rounds it is compared with: clocks and neighbours drift.
+    peak = matmul_peak(rt, config.rounds)
+    result = {
+        "train_tokens_per_s": tokens / seconds[""], "step_ms": 1e3 * seconds[""],
+        "matmul_peak_flops": peak, "peak_memory_bytes": memory,
+        "mfu": tokens * flops_per_token(model, config.block_size) / seconds[""] / peak,
+        "grad_accum": run.progress.grad_accum,
+        "grad_checkpointing": run.progress.grad_checkpointing,
+    }  # fmt: skip
+    for name, key in (("hf_", "train_ratio"), ("hf_fp32_", "train_ratio_fp32")):
+        if name in seconds:
+            result[f"{name}train_tokens_per_s"] = tokens / seconds[name]
+            result[key] = seconds[name] / seconds[""]
+    return result
 
 
 def hf_peer(config: GPTConfig):
@@ -5351,88 +5388,12 @@ def hf_peer(config: GPTConfig):
     )
 
 
-def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
-    """Print and optionally save the figures; see README for what each means."""
-    vocab_size = config.vocab_size
-    if config.tokenizer != "bpe":
-        vocab_size = load_tokenizer(config.tokenizer).vocab_size
-    model = GPT(model_config(config, vocab_size)).to(rt.device)
-    T, rows = config.block_size, config.batch_size
-    loader = Loader(SyntheticDataset(vocab_size, T), rows, config.grad_accum, rt)
-    progress = Progress(total=10**9, grad_accum=config.grad_accum,
-                        grad_checkpointing=config.grad_checkpointing)  # fmt: skip
-    model.grad_checkpointing = config.grad_checkpointing
-    net = distribute(model, config, rt, 10**9)
-    run = Run(config, rt, model, net, next_token_loss, make_optimizers(model, config), loader,
-              None, progress, {}, Path(), "",
-              torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16))  # fmt: skip
-
-    def our_step():
-        batch, n_targets = loader.step(run.progress.step)
-        train_step(run, batch, n_targets)
-        run.progress.step += 1
-
-    if rt.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    our_step()
-    our_step()
-    memory = peak_memory(rt)  # before there is a peer
-    sides = {"": our_step}
-    if config.vs == "hf":
-        sides |= {"hf_": hf_step(config, rt, model, rt.dtype, loader),
-                  "hf_fp32_": hf_step(config, rt, model, torch.float32, loader)}  # fmt: skip
-    seconds = in_turns(sides, rt, config.rounds, "training")
-    # The ceiling is taken among the rounds it is compared with: clocks and neighbours drift.
-    peak = matmul_peak(rt, config.rounds)
-    tokens = rows * T
-    train_flops = tokens * flops_per_token(model, T)
-    result = {
-        "params": model.n_params(), "device": device_name(rt), "dtype": str(rt.dtype)[6:],
-        "threads": torch.get_num_threads(), "train_tokens_per_s": tokens / seconds[""],
-        "step_ms": 1e3 * seconds[""], "matmul_peak_flops": peak,
-        "mfu": train_flops / seconds[""] / peak, "peak_memory_bytes": memory,
-        "grad_accum": run.progress.grad_accum,
-        "grad_checkpointing": run.progress.grad_checkpointing,
-    }  # fmt: skip
-    result |= bench_decoding(config, rt, model)
-    for name, key in (("hf_", "train_ratio"), ("hf_fp32_", "train_ratio_fp32")):
-        if name in seconds:
-            result[f"{name}train_tokens_per_s"] = tokens / seconds[name]
-            result[key] = seconds[name] / seconds[""]
-    total = config.max_steps * tokens or config.epochs * corpus_bytes(config)
-    result["whole_run_tokens"] = total
-    result["whole_run_seconds"] = total / tokens * seconds[""]
-    for name, value in result.items():
-        print(
-            f"{name:<28}{value:>20,.4f}" if isinstance(value, float) else f"{name:<28}{value!s:>20}"
-        )
-    if config.json:
-        write_json(Path(config.json), result)
-
-
-def in_turns(sides: dict[str, Callable], rt: Runtime, rounds: int, what: str) -> dict[str, float]:
-    """Median seconds of each side, measured A B A B ..., so that a drifting machine is fair."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in tqdm(range(rounds + 2), desc=f"measuring {what}"):
-        for name, side in sides.items():
-            wait(rt)
-            started = time.perf_counter()
-            side()
-            wait(rt)
-            if number >= 2:  # two rounds to warm up, compile and fill caches
-                times[name].append(time.perf_counter() - started)
-    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-
-
-def hf_step(config: BenchConfig, rt: Runtime, model: GPT, dtype: torch.dtype, loader: Loader):
+def hf_step(config: BenchConfig, rt: Runtime, model: GPT, dtype: torch.dtype, batch: Batch):
     """A training step of the peer as people write it: autocast, fused AdamW, clipping."""
     peer = hf_peer(model.config).to(rt.device).train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=config.lr, fused=True)
-    step = [0]
 
-    def run():
-        batch, _ = loader.step(step[0])
-        step[0] += 1
+    def step():
         for micro in batch.split(config.grad_accum):
             with torch.autocast(rt.device.type, dtype, enabled=dtype != torch.float32):
                 loss = peer(input_ids=micro.x, labels=micro.x).loss / config.grad_accum
@@ -5441,7 +5402,7 @@ def hf_step(config: BenchConfig, rt: Runtime, model: GPT, dtype: torch.dtype, lo
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return run
+    return step
 
 
 def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
@@ -5465,6 +5426,71 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
         result |= {"hf_decode_tokens_per_s": speed["hf_"],
                    "decode_ratio": speed[""] / speed["hf_"]}  # fmt: skip
     return result
+
+
+def with_prefix(value: float, unit: str) -> str:
+    """Three digits and a prefix: 20734 " tok/s" is 20.7 k tok/s."""
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while abs(value) >= 999.5 and len(prefixes) > 1:
+        value = value / 1000
+        del prefixes[0]
+    return f"{value:.3g} {(prefixes[0] + unit).strip()}"
+
+
+def in_unit(unit: str) -> Callable[[float], str]:
+    return lambda value: with_prefix(value, unit)
+
+
+# key of --json: (what people read, how it is written)
+BENCH_ROWS: dict[str, tuple[str, Callable]] = {
+    "params": ("parameters", in_unit("")),
+    "device": ("device", str),
+    "dtype": ("dtype", str),
+    "threads": ("CPU threads", str),
+    "train_tokens_per_s": ("training", in_unit(" tok/s")),
+    "step_ms": ("one step", "{:,.1f} ms".format),
+    "matmul_peak_flops": ("matrix products at their fastest", in_unit("FLOP/s")),
+    "mfu": ("of that, used by training (MFU)", "{:.1%}".format),
+    "peak_memory_bytes": ("peak memory", lambda n: f"{n / 2**30:.2f} GiB"),
+    "grad_accum": ("micro-batches a step", str),
+    "grad_checkpointing": ("activations recomputed", lambda on: "yes" if on else "no"),
+    "decode_tokens_per_s": ("decoding", in_unit(" tok/s")),
+    "decode_limit_tokens_per_s": ("decoding, limit of the bandwidth", in_unit(" tok/s")),
+    "hf_train_tokens_per_s": ("training, transformers", in_unit(" tok/s")),
+    "train_ratio": ("training, times transformers", "{:.2f}".format),
+    "hf_fp32_train_tokens_per_s": ("training, transformers in fp32", in_unit(" tok/s")),
+    "train_ratio_fp32": ("training, times transformers in fp32", "{:.2f}".format),
+    "hf_decode_tokens_per_s": ("decoding, transformers", in_unit(" tok/s")),
+    "decode_ratio": ("decoding, times transformers", "{:.2f}".format),
+    "whole_run_tokens": ("a whole run over the data", in_unit(" tokens")),
+    "whole_run_seconds": ("its time, about", lambda s: str(timedelta(seconds=round(s)))),
+}
+
+
+def bench_card(result: dict) -> str:
+    """The result of a benchmark as a table for people."""
+    unknown = () if result["whole_run_tokens"] else ("whole_run_tokens", "whole_run_seconds")
+    rows = [(*BENCH_ROWS[key], value) for key, value in result.items() if key not in unknown]
+    return "\n".join(f"{label:<38}{written(value)}" for label, written, value in rows)
+
+
+def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
+    """Measure training and decoding beside the limits of the machine."""
+    vocab_size = config.vocab_size
+    if config.tokenizer != "bpe":
+        vocab_size = load_tokenizer(config.tokenizer).vocab_size
+    model = GPT(model_config(config, vocab_size)).to(rt.device)
+    result = {"params": model.n_params(), "device": device_name(rt), "dtype": str(rt.dtype)[6:],
+              "threads": torch.get_num_threads()}  # fmt: skip
+    result |= bench_training(config, rt, model)
+    result |= bench_decoding(config, rt, model)
+    tokens = config.batch_size * config.block_size
+    total = config.max_steps * tokens or config.epochs * corpus_bytes(config)
+    result["whole_run_tokens"] = total
+    result["whole_run_seconds"] = total / result["train_tokens_per_s"]
+    print(bench_card(result))
+    if config.json:
+        write_json(Path(config.json), result)
 
 
 def peak_memory(rt: Runtime) -> int:

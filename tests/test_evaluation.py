@@ -291,3 +291,39 @@ def test_two_processes_give_the_same_figures(checkpoint, texts, tmp_path):
         assert found["sources"][name].get("confusion") == source.get("confusion")
         assert found["sources"][name]["records"] == source["records"]
         assert found["sources"][name]["loss"] == pytest.approx(source["loss"], rel=1e-9)
+
+
+# --- the benchmark ---
+
+
+def test_the_benchmark_prints_units_and_saves_plain_numbers(tmp_path):
+    shape = ["--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 2]
+    path = tmp_path / "bench.json"
+    flags = [*CPU, *shape, "--rounds", 1, "--max_steps", 1000, "--json", path]
+    out = run("bench", *flags, "--data_dir", tmp_path).ok().out
+    found = json.loads(path.read_text(encoding="utf-8"))
+    promised = {"params", "device", "dtype", "train_tokens_per_s", "step_ms", "matmul_peak_flops",
+                "mfu", "peak_memory_bytes", "decode_tokens_per_s", "decode_limit_tokens_per_s",
+                "whole_run_tokens", "whole_run_seconds"}  # fmt: skip
+    assert found.keys() >= promised
+    assert all(isinstance(found[name], int | float) for name in promised - {"device", "dtype"})
+    assert found["whole_run_tokens"] == 1000 * 2 * 16
+    for unit in (" tok/s", "FLOP/s", " GiB", "%", " ms", "32 k tokens"):
+        assert unit in out, unit
+    table = dict(line.rsplit("  ", 1) for line in out.splitlines())
+    assert len(table) == len(out.splitlines()) >= len(promised)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "wanted"),
+    [
+        (20734, " tok/s", "20.7 k tok/s"),
+        (412.4, " tok/s", "412 tok/s"),
+        (999.6, "", "1 k"),
+        (1.18e12, "FLOP/s", "1.18 TFLOP/s"),
+        (0, " tokens", "0 tokens"),
+        (3e21, "FLOP/s", "3e+06 PFLOP/s"),
+    ],
+)
+def test_numbers_with_prefixes(value, unit, wanted):
+    assert lp.with_prefix(value, unit) == wanted
