@@ -387,7 +387,7 @@ class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
 
     out_dir: str = option("", "the store's folder (default: under processed_dir)")
     block_size: int = option(256, "marked in the histogram, used for the batch", low=2, high=2**20)
-    download: str = option("", "fetch a public data set into data_dir first")
+    download: str = option("", "fetch a public data set into data_dir, and no more")
     preview: int = option(0, "show N records token by token", low=0)
     mirror: str = option("", "fetch downloads from this address instead")
     check_model: str = option("", "run a batch through this AutoModelForCausalLM")
@@ -5057,69 +5057,54 @@ DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's me
 }  # fmt: skip
 
 
-def download(name: str, data_dir: Path, mirror: str = "") -> None:
-    """Fetch a public data set into data_dir and check its sha256. Goes on where it broke off.
+def download(name: str, data_dir: Path, mirror: str = "") -> list[Path]:
+    """Fetch a public data set into data_dir and check its sha256. Returns its files.
 
     Raises UserError where there is no network or the bytes are not the pinned ones.
     """
     import http.client
-    import urllib.error
-    import urllib.request
+    import socket
 
     address, wanted = DOWNLOADS[name]
     files = {data_dir / file: digest for file, digest in wanted.items()}
     if all(f.is_file() and sha256_of(f) == digest for f, digest in files.items()):
         note(f"{name}: already in {data_dir}")
-        return
+        return list(files)
     address = f"{mirror.rstrip('/')}/{address.rsplit('/', 1)[1]}" if mirror else address
-    part = data_dir / f".{name}.part"
-    data_dir.mkdir(parents=True, exist_ok=True)
-    done = part.stat().st_size if part.exists() else 0
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # of silence; torch sets no limit
     try:
-        headers = {"Range": f"bytes={done}-"} if done else {}
-        request = urllib.request.Request(address, headers=headers)
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            resumed = reply.status == 206
-            length = reply.headers.get("Content-Length")
-            total = int(length) + done * resumed if length else None
-            with open(part, "ab" if resumed else "wb") as file, tqdm(
-                desc=name, total=total, initial=done * resumed, unit="B", unit_scale=True
-            ) as bar:  # fmt: skip
-                while data := reply.read(1 << 16):
-                    file.write(data)
-                    bar.update(len(data))
-        if total is not None and part.stat().st_size < total:
-            raise UserError(f"{name}: the transfer broke off at {part.stat().st_size:,} of "
-                            f"{total:,} bytes; run the same command to go on")  # fmt: skip
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # the part is not a beginning of that file
-            part.unlink(missing_ok=True)
-        raise UserError(f"{name}: {address} answered {error.code} {error.reason}") from None
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download.") as folder:
+            fetched = Path(folder) / "fetched"
+            note(f"{name}: fetching {address}")
+            torch.hub.download_url_to_file(address, str(fetched))
+            unpack(fetched, files)
+    except (zipfile.BadZipFile, EOFError, RuntimeError, gzip.zlib.error) as error:
+        raise UserError(f"{name}: what {address} sent is not what it should be "
+                        f"({one_line(error, 80)}); run the same command again") from None  # fmt: skip
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"{name}: cannot fetch {address} ({one_line(error, 80)}); is there a "
-                        "network? run the same command to go on") from None  # fmt: skip
-    try:
-        unpack(part, files)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, gzip.zlib.error):
-        raise UserError(f"{name}: the fetched archive is damaged and was deleted; run the same "
-                        "command again") from None  # fmt: skip
+        raise UserError(f"{name}: cannot fetch {address} into {data_dir} ({one_line(error, 80)}); "
+                        "is there a network? run the same command again") from None  # fmt: skip
     finally:
-        part.unlink(missing_ok=True)
-    note(f"{name}: {', '.join(map(str, files))}")
+        socket.setdefaulttimeout(patience)
+    return list(files)
 
 
-def unpack(part: Path, files: dict[Path, str]) -> None:
-    """Check a fetched file, or the members of a fetched archive, and put them in their places."""
-    archive = zipfile.ZipFile(part) if zipfile.is_zipfile(part) else None
+def unpack(fetched: Path, files: dict[Path, str]) -> None:
+    """Check a fetched file, or the members of a fetched archive, and put them in their places.
+
+    Raises RuntimeError or what `zipfile` raises where the bytes are not the pinned ones.
+    """
+    archive = zipfile.ZipFile(fetched) if zipfile.is_zipfile(fetched) else None
     for path, digest in files.items():
         if archive:
             member = next((n for n in archive.namelist() if n.endswith(path.name)), None)
             data = archive.read(member) if member else b""
         else:
-            data = part.read_bytes()
+            data = fetched.read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
-            raise UserError(f"{path.name}: the fetched bytes do not match their sha256, and were "
-                            "deleted; run the same command again")  # fmt: skip
+            raise RuntimeError(f"the sha256 of {path.name} differs")
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(data)
@@ -5135,7 +5120,10 @@ def sha256_of(path: Path) -> str:
 
 def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> None:
     if config.download:
-        download(config.download, Path(config.data_dir), config.mirror)
+        files = download(config.download, Path(config.data_dir), config.mirror)
+        note(f"next: python llm_pipeline.py train --data_dir {config.data_dir}")
+        print(*files, sep="\n")
+        return
     folder = Path(config.out_dir) if config.out_dir else None
     store = build_corpus_from_sources(config, folder=folder)
     report = store_report(store)
@@ -5151,7 +5139,7 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> Non
 
 
 def store_report(store: TokenStore) -> dict:
-    """Documents, tokens, speed, bytes per token and the distribution of lengths."""
+    """Records, tokens, speed, bytes per token and the distribution of lengths."""
     meta = store.meta
     lengths = np.array([int(k) for k in meta["lengths"]])
     counts = np.array(list(meta["lengths"].values()))
@@ -5167,8 +5155,8 @@ def store_report(store: TokenStore) -> dict:
     figures = {
         "records read": sum(r.get("records", 0) for r in rows),
         **{f"dropped, {why}": n for why, n in dropped.items()},
-        "documents, train": meta["documents"]["train"],
-        "documents, val": meta["documents"]["val"],
+        "records, train": meta["documents"]["train"],
+        "records, val": meta["documents"]["val"],
         "tokens, train": meta["tokens"]["train"],
         "tokens, val": meta["tokens"]["val"],
         "vocabulary": store.tokenizer.vocab_size,
@@ -5177,7 +5165,7 @@ def store_report(store: TokenStore) -> dict:
         "megabytes per second": round(size / 1e6 / seconds, 1),
     }
     lines = [f"{name:<28}{value:>16,}" for name, value in figures.items()]
-    lines.append("tokens in a document, by percentile:")
+    lines.append("tokens in a record, by percentile:")
     lines += [f"  {p:>3}%{n:>12,}" for p, n in percentiles.items()]
     return {"figures": figures, "length_percentiles": percentiles, "lines": lines}
 
@@ -5192,8 +5180,14 @@ def write_sample_batch(store: TokenStore, block_size: int, rows: int = 4) -> Non
     })  # fmt: skip
 
 
+PREVIEW_TOKENS = 150, 50  # shown of a record's beginning and of its end
+
+
 def preview(store: TokenStore, n: int, block_size: int) -> str:
-    """Records token by token: position, id, text, and whether it is trained, masked or cut."""
+    """Records token by token: position, id, state, text. A long record is shown in part.
+
+    The state is what finetune --loss_on response makes of a token: masked, trained or cut.
+    """
     index, lines = store.index["train"], []
     data = InstructionDataset(store, "train", block_size, loss_on="response")
     for number in data.fixed_ids(n):
@@ -5203,8 +5197,11 @@ def preview(store: TokenStore, n: int, block_size: int) -> str:
             f"record {number} of {store.sources[source]}: {length} tokens "
             "(state under --loss_on response; with all, prompts are trained too)"
         )
-        ids = store.ids("train", start, length)
-        for i, token in enumerate(ids.tolist()):
+        first, last = PREVIEW_TOKENS if length > sum(PREVIEW_TOKENS) else (length, 0)
+        for i in (*range(first), *range(length - last, length)):
+            if i == length - last and last:
+                lines.append(f"   ... {length - first - last:,} tokens left out")
+            token = int(store.ids("train", start + i, 1)[0])
             cut = head <= i < prompt - tail or i >= prompt + response
             state = "cut" if cut else "masked" if i < prompt else "trained"
             lines.append(f"{i:>6}{token:>8}  {state:<8}{store.tokenizer.decode([token])!r}")
