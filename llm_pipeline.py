@@ -40,13 +40,13 @@ problem; 130 or 143 stopped by SIGINT or SIGTERM with `last.pth` saved.
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import contextlib
 import csv
 import difflib
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -58,6 +58,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zipfile
@@ -70,6 +71,7 @@ from functools import lru_cache
 from glob import glob
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":  # ctrl-c during the slow imports below: no traceback, exit code 130
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -167,7 +169,7 @@ class GPTConfig(ModelSettings):
         return found
 
 
-def model_config(settings: ModelSettings, vocab_size: int) -> GPTConfig:
+def model_config(settings: ModelSettings, vocab_size: int = GPTConfig.vocab_size) -> GPTConfig:
     """The shape that a command's settings ask for, over a tokenizer of `vocab_size` ids."""
     shape = {f.name: getattr(settings, f.name) for f in fields(ModelSettings)}
     return GPTConfig(vocab_size=vocab_size, **shape)
@@ -320,13 +322,26 @@ class FinetuneConfig(FitConfig):
     epochs: int = option(3, "passes over the training data", low=1, high=10**6)
     lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
     seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
-    dropout: float | None = option(None, "(default: the checkpoint's)", low=0.0, high=0.95)
-    block_size: int | None = option(None, "(default: the checkpoint's)", low=2, high=2**20)
-    split_seed: int | None = option(None, "(default: the checkpoint's)", low=0)
-    split_by: str | None = option(
-        None, "(default: the checkpoint's)", choices=("prompt", "content")
+    dropout: float | None = option(
+        None, "on embedding, attention and residual (default: the checkpoint's)", low=0.0, high=0.95
     )
-    val_fraction: float | None = option(None, "(default: the checkpoint's)", above=0.0, high=0.9)
+    block_size: int | None = option(
+        None, "longest context, in tokens (default: the checkpoint's)", low=2, high=2**20
+    )
+    split_seed: int | None = option(
+        None, "salt of the split's hash (default: the checkpoint's)", low=0
+    )
+    split_by: str | None = option(
+        None,
+        "what decides a record's side (default: the checkpoint's)",
+        choices=("prompt", "content"),
+    )
+    val_fraction: float | None = option(
+        None,
+        "share of records kept for validation (default: the checkpoint's)",
+        above=0.0,
+        high=0.9,
+    )
     attn: str | None = option(None, "attention code", choices=("manual", "sdpa"))
     method: str = option("full", "all weights, or peft's adapters", choices=("full", "lora"))
     lora_r: int = option(8, "rank of the adapters", low=1, high=4096)
@@ -348,12 +363,23 @@ class EvalConfig(DataConfig, RuntimeConfig):
     dtype: str = option("float32", "of matrix products", choices=DTYPES)
     ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     split: str = option("val", "records to evaluate", choices=("val", "train", "all"))
-    block_size: int | None = option(None, "(default: the checkpoint's)", low=2, high=2**20)
-    split_seed: int | None = option(None, "(default: the checkpoint's)", low=0)
-    split_by: str | None = option(
-        None, "(default: the checkpoint's)", choices=("prompt", "content")
+    block_size: int | None = option(
+        None, "longest context, in tokens (default: the checkpoint's)", low=2, high=2**20
     )
-    val_fraction: float | None = option(None, "(default: the checkpoint's)", above=0.0, high=0.9)
+    split_seed: int | None = option(
+        None, "salt of the split's hash (default: the checkpoint's)", low=0
+    )
+    split_by: str | None = option(
+        None,
+        "what decides a record's side (default: the checkpoint's)",
+        choices=("prompt", "content"),
+    )
+    val_fraction: float | None = option(
+        None,
+        "share of records kept for validation (default: the checkpoint's)",
+        above=0.0,
+        high=0.9,
+    )
     batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
     max_batches: int = option(0, "evenly spaced batches of each source (0: all)", low=0)
     json: str = option("", "write the figures to this file")
@@ -448,21 +474,33 @@ FAST_RATES = dict(
 )  # fmt: skip
 
 
-# A value may be a function of the other settings. `fast` was tuned for the fewest steps to a given
-# loss at 0.8 to 12 M parameters on three data sets; README has the table. It makes one pass or
-# few, and so has no dropout: on small data and many epochs, pass --dropout.
-RECIPES = {
-    "classic": {},
-    "fast": FAST_RATES | dict(
+def classic_recipe(sizes: dict) -> dict:
+    """What the preset says: AdamW."""
+    return {}
+
+
+def fast_recipe(sizes: dict) -> dict:
+    """Tuned for the fewest steps to a given loss at 0.8 to 12 M parameters on three data sets.
+
+    README has the table. It makes one pass or few, and so has no dropout: on small data and many
+    epochs, pass --dropout.
+    """
+    n_head = sizes["n_head"]
+    return FAST_RATES | dict(
         arch="modern", tie_weights=False, zero_init=True, dropout=0.0, lr=0.02,
-        n_inner=lambda s: 2 * s["n_embd"], rope_theta=lambda s: 3.0 * s["block_size"],
-        n_kv_head=lambda s: s["n_head"] // 2 if s["n_head"] % 2 == 0 else s["n_head"],
-    ),
-}  # fmt: skip
+        n_inner=2 * sizes["n_embd"], rope_theta=3.0 * sizes["block_size"],
+        n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head,
+    )  # fmt: skip
 
 
-# The same for finetune, whose model is the checkpoint's: smaller steps.
-FINETUNE_RECIPES = {"classic": {}, "fast": FAST_RATES | dict(lr=0.008)}
+def fast_finetune_recipe(sizes: dict) -> dict:
+    """The same rates for a model that the checkpoint brings, with smaller steps."""
+    return FAST_RATES | dict(lr=0.008)
+
+
+# A recipe is a function of the settings so far. It outranks arch and preset.
+RECIPES = {"classic": classic_recipe, "fast": fast_recipe}
+FINETUNE_RECIPES = {"classic": classic_recipe, "fast": fast_finetune_recipe}
 
 
 # What --overfit_batch sets, unless told otherwise.
@@ -1750,9 +1788,18 @@ def optional(module: str, package: str = ""):
         raise UserError(f"this needs {name}: pip install {name}") from None
 
 
+def launched(name: str, default: int) -> int:
+    """RANK, WORLD_SIZE or LOCAL_RANK, as torchrun sets them. Raises UserError on anything else."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < (name == "WORLD_SIZE"):
+        raise UserError(f"the environment has {name}={text!r}, which is not a number that torchrun "
+                        f"sets: unset {name}, or start with torchrun")  # fmt: skip
+    return int(text)
+
+
 def is_main() -> bool:
     """Whether this is the first process, known before the process group is."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return launched("RANK", 0) == 0
 
 
 def note(text: str) -> None:
@@ -1771,18 +1818,22 @@ def cpu_has_bf16() -> bool:
 
 
 @contextlib.contextmanager
-def runtime(config: RuntimeConfig):
+def runtime(config: RuntimeConfig, alone: bool = False):
     """Set up device, dtype, threads, seed and process group for one command; take down at the end.
 
-    Raises UserError when the device asked for is not there: no silent fallback.
+    `alone`: without the other processes. Raises UserError when the device asked for is not there:
+    no silent fallback.
     """
-    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = (0, 1) if alone else (launched("RANK", 0), launched("WORLD_SIZE", 1))
+    if rank >= world_size:
+        raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={world_size}: unset both, "
+                        "or start with torchrun")  # fmt: skip
     name = config.device
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda":  # torch.cuda.set_device wants a number
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{launched('LOCAL_RANK', 0)}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: {torch.cuda.device_count()} CUDA devices; try cpu")
@@ -1803,11 +1854,15 @@ def runtime(config: RuntimeConfig):
         torch.use_deterministic_algorithms(True)
     set_seed(config.seed)
     if world_size > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(days=1),  # the first process may take hours over a large corpus
-            device_id=device if device.type == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(days=1),  # the first process may take hours over a large corpus
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"cannot join {world_size - 1} other processes: {one_line(error)}; "
+                            "start with torchrun") from None  # fmt: skip
     try:
         yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size)
     finally:
@@ -1913,10 +1968,55 @@ def atomic_write(path: Path, sync: bool = True):
             temporary.unlink(missing_ok=True)
 
 
+def as_json(value) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value) -> None:
     with atomic_write(path) as file:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        file.write(text.encode("utf-8", "replace"))
+        file.write(as_json(value).encode("utf-8", "replace"))
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether `path` is where print writes, as /dev/stdout is even when redirected to a file."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    return False
+
+
+def unfit_for_result(name: str) -> str:
+    """Why a result must not be written to the file that a user named; "" if it may.
+
+    Only JSON or an empty file is replaced; a pipe or device is written to, and stays.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return "it is a folder"
+    if not path.exists():
+        folder = Path(os.path.realpath(path)).parent
+        return "" if folder.is_dir() else f"there is no folder {folder}"
+    if not os.access(path, os.W_OK):
+        return "no permission to write it"
+    if path.is_file() and not is_stdout(path):
+        try:
+            content = path.read_bytes()
+            if content.strip():
+                json.loads(content)
+        except (OSError, ValueError, RecursionError):
+            return "it holds something other than JSON, which will not be replaced"
+    return ""
+
+
+def write_result(name: str, value) -> None:
+    """Write JSON where the user asked for it: through links, and into pipes and devices."""
+    path = Path(name)
+    if is_stdout(path):
+        print(as_json(value), end="")
+    elif path.exists() and not path.is_file():
+        with open(path, "w", encoding="utf-8", errors="replace") as file:
+            file.write(as_json(value))
+    else:
+        write_json(Path(os.path.realpath(path)), value)
 
 
 class CSVLogger:
@@ -3624,7 +3724,7 @@ def load_checkpoint(path: str | Path) -> dict:
         for f in fields(kind):  # settings may come and go between versions of this program
             for section in (state["config"], state["data"]):
                 if f.name in section:
-                    claimed(f, section[f.name])
+                    convert(f, section[f.name])
         for owner, tensors in (("weights", state["weights"]), *state["optimizer"].items()):
             for name, tensor in tensors.items():
                 if not isinstance(tensor, Tensor) or not tensor.is_contiguous():
@@ -4024,7 +4124,7 @@ def hf_shape(settings: dict) -> tuple[str, GPTConfig]:
     specs = {f.name: f for f in fields(GPTConfig)}
     try:
         shape = INTERCHANGE[kind][2](settings) | {"vocab_size": settings["vocab_size"]}
-        shape = {name: claimed(specs[name], value) for name, value in shape.items()}
+        shape = {name: convert(specs[name], value) for name, value in shape.items()}
         return kind, checked_model_config(asdict(GPTConfig(**shape)))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"config.json: {one_line(error)}") from None
@@ -4735,7 +4835,8 @@ def fit_command(loop: Callable) -> Callable:
     return command
 
 
-def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
+def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> dict:
+    """The figures of the `eval` command; see section 14 for their names."""
     loaded = load_model(config.ckpt, block_size=config.block_size)
     adopt_split(config, loaded)
     store = open_store(config, rt, loaded.tokenizer)
@@ -4743,12 +4844,16 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     if trained_on not in (None, store.fingerprint):
         note("not the very corpus that the checkpoint was trained on; records of both keep "
              "their side")  # fmt: skip
-    result = evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
-                                 config.max_batches, stop)  # fmt: skip
+    return evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
+                               config.max_batches, stop)  # fmt: skip
+
+
+def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
+    result = evaluate_checkpoint(config, rt, stop)
     if rt.is_main:
         print(evaluation_card(result))
         if config.json:
-            write_json(Path(config.json), result)
+            write_result(config.json, result)
 
 
 def sample_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) -> Iterator[str]:
@@ -5023,8 +5128,6 @@ def read_prompt() -> str:
 def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
     loaded = load_model(config.ckpt)
     loaded.model.for_decoding(rt.device, rt.dtype)
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     if config.prompt is None and sys.stdin.isatty():
         chat_session(loaded, config, rt)
         return
@@ -5487,7 +5590,7 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     result["whole_run_seconds"] = total / result["train_tokens_per_s"]
     print(bench_card(result))
     if config.json:
-        write_json(Path(config.json), result)
+        write_result(config.json, result)
 
 
 def peak_memory(rt: Runtime) -> int:
@@ -5522,76 +5625,200 @@ def corpus_bytes(config: DataConfig) -> int:
 # ====================================================================================
 # 16. Command line
 #
-# The settings engine, the parser, main.
+# Settings come from defaults, tables, a file and flags, in that order; `resolve` merges and checks
+# them. Then help, `main`, and the same commands as functions for use from Python.
 # ====================================================================================
 
-CONFIGS = (
-    TrainConfig, FinetuneConfig, EvalConfig, SampleConfig, PrepareConfig, ExportConfig, BenchConfig
-)  # fmt: skip
+
+class UsageError(UserError):
+    """Settings that cannot work, one line each; exit code 2."""
 
 
-SETTINGS = {f.name for config in CONFIGS for f in fields(config)}
+class Command(NamedTuple):
+    """A command: its settings and function, and what its --help shows."""
+
+    settings: type
+    run: Callable
+    first: str  # the flags that a first user needs
+    examples: str  # command lines without the program's name
+    parallel: bool = True  # under torchrun, in all processes; False: in the first one alone
+
+
+COMMANDS = {
+    "train": Command(
+        TrainConfig, fit_command(train_loop),
+        "data_dir preset recipe tokenizer epochs max_steps batch_size lr out_dir resume",
+        """train --preset cpu-debug --recipe fast
+        train --data_dir book.txt --preset cpu-debug --recipe fast --epochs 5 --out_dir runs/book
+        train --resume --out_dir runs/book""",
+    ),
+    "finetune": Command(
+        FinetuneConfig, fit_command(finetune_loop),
+        "ckpt data_dir epochs max_steps lr recipe method loss_on objective out_dir resume",
+        """finetune --ckpt ckpts/best.pth --data_dir data/raw
+        finetune --ckpt ckpts/best.pth --method lora --lora_r 8
+        finetune --ckpt ckpts/best_finetune.pth --objective dpo --data_dir pairs.jsonl --out_dir dpo""",
+    ),
+    "eval": Command(
+        EvalConfig, eval_command, "ckpt data_dir split block_size batch_size max_batches json",
+        """eval --ckpt ckpts/best.pth
+        eval --ckpt ckpts/best_finetune.pth --data_dir data/raw --json figures.json""",
+    ),
+    "sample": Command(
+        SampleConfig, sample_command,
+        "ckpt prompt input max_new_tokens temperature top_k top_p stop num_samples seed",
+        """sample --ckpt ckpts/best.pth --prompt "Once upon a time"
+        sample --ckpt ckpts/best_finetune.pth --prompt "Reverse the word." --input lamp
+        sample --ckpt ckpts/best_finetune.pth""",
+        parallel=False,
+    ),
+    "prepare": Command(
+        PrepareConfig, prepare_command,
+        "data_dir download hf_dataset tokenizer vocab_size out_dir max_docs preview",
+        """prepare --data_dir data/raw --preview 2
+        prepare --download tinyshakespeare
+        prepare --data_dir books --tokenizer bpe --vocab_size 4096 --out_dir data/processed/books""",
+        parallel=False,
+    ),
+    "export": Command(
+        ExportConfig, export_command, "ckpt out_dir adapter merge overwrite",
+        """export --ckpt ckpts/best.pth --out_dir hf""",
+        parallel=False,
+    ),
+    "bench": Command(
+        BenchConfig, bench_command, "preset recipe batch_size block_size dtype compile vs json",
+        """bench --preset cpu-debug
+        bench --preset tiny-8g --vs hf --json speed.json""",
+    ),
+}  # fmt: skip
 
 
 # Settings that must be a key of a table.
 TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS, "download": DOWNLOADS}
 
+# Settings that need an optional package when they are not left at their default.
+PACKAGES = {
+    "tokenizer": "tokenizers", "method": "peft", "wandb": "wandb", "hf_dataset": "datasets",
+    "check_model": "transformers", "vs": "transformers",
+}  # fmt: skip
+
+# What other programs call our settings.
+ALIASES = {
+    "lr": "learning_rate learn_rate max_lr base_lr",
+    "batch_size": "bs batch train_batch_size per_device_train_batch_size micro_batch_size",
+    "epochs": "epoch max_epochs num_epochs n_epochs num_train_epochs",
+    "max_steps": "steps iters max_iters num_steps iterations train_steps",
+    "max_new_tokens": "max_tokens num_tokens n_tokens max_length length n_predict",
+    "block_size": "context context_length context_size seq_len max_seq_len seq_length max_length "
+                  "n_ctx n_positions sequence_length",
+    "n_layer": "layers num_layers num_hidden_layers depth",
+    "n_head": "heads num_heads num_attention_heads",
+    "n_kv_head": "num_kv_heads num_key_value_heads",
+    "n_embd": "d_model dim hidden_size embed_dim embedding_dim width",
+    "n_inner": "d_ff ffn_dim intermediate_size",
+    "ckpt": "checkpoint model model_path model_name_or_path resume_from",
+    "out_dir": "output output_dir out outdir save_dir run_dir",
+    "data_dir": "data dataset file input_file train_file train_data corpus path",
+    "device": "gpu cuda cpu accelerator",
+    "dtype": "precision fp16 bf16 fp32 mixed_precision",
+    "grad_accum": "gradient_accumulation_steps accumulate_grad_batches accumulation_steps",
+    "grad_clip": "clip max_grad_norm gradient_clip_val",
+    "grad_checkpointing": "gradient_checkpointing",
+    "lr_schedule": "scheduler lr_scheduler lr_scheduler_type",
+    "warmup_steps": "warmup warmup_iters",
+    "weight_decay": "wd decay",
+    "optimizer": "optim opt",
+    "eval_interval": "eval_steps eval_every val_interval",
+    "temperature": "temp",
+    "num_samples": "n num_return_sequences samples",
+    "prompt": "text start instruction",
+    "lora_r": "rank lora_rank",
+    "max_minutes": "minutes time_limit",
+}  # fmt: skip
+
+
+def did_you_mean(word: object, known: Iterable[str], mark: str = "", cutoff=0.6) -> str:
+    """A hint at the known name that a mistyped or foreign `word` may stand for, or ""."""
+    word, known = str(word), list(known)
+    near = [ours for ours, theirs in ALIASES.items() if ours in known and word in theirs.split()]
+    near = near or difflib.get_close_matches(word, known, 1, cutoff)
+    return f"; did you mean {mark}{near[0]}?" if near else ""
+
 
 def convert(spec, value):
-    """`value` (flag text, or parsed JSON/TOML/YAML) as the type and within the limits of a field.
+    """`value` (a flag's text, or what a file or a caller gave) as the type of a field.
 
-    Raises ValueError with the rest of the sentence "NAME ...".
+    Raises ValueError with a sentence that begins with the field's name.
     """
-    kind, limits = spec.type.split(" | ")[0], spec.metadata
-    if value is None and "None" in spec.type:
+    kind, *nullable = spec.type.split(" | ")
+    if value is None and nullable:
         return None
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise ValueError(f"must be true or false, not {value!r}")
-        return value
-    if kind == "str":
-        if not isinstance(value, str):
-            raise ValueError(f"must be text, not {value!r}")
-        if "\0" in value:
-            raise ValueError("must not hold a NUL character")
-    else:
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            number = float(value)
-            if kind == "int":
-                # Through int() first: large integers do not survive a float.
-                value = int(value) if isinstance(value, str | int) else number
-                if value != int(value):
-                    raise ValueError
-                value = int(value)
-            else:
-                value = number
-        except (TypeError, ValueError, OverflowError):
-            what = "a whole number" if kind == "int" else "a number"
-            raise ValueError(f"must be {what}, not {str(value)[:80]!r}") from None
-        if math.isnan(value) or (math.isinf(value) and limits.get("high") != math.inf):
-            raise ValueError(f"must be finite, not {value}")
-        if value < limits.get("low", -math.inf):
-            raise ValueError(f"must be at least {limits['low']}, not {value}")
-        if value <= limits.get("above", -math.inf):
-            raise ValueError(f"must be above {limits['above']}, not {value}")
-        if value > limits.get("high", 2**53):
-            raise ValueError(f"must be at most {limits.get('high', 2**53)}, not {value}")
-    choices = limits.get("choices") or TABLES.get(spec.name)
+    try:
+        value = {"bool": as_bool, "str": as_text, "int": as_int, "float": as_float}[kind](value)
+        if kind in ("int", "float"):
+            check_limits(value, spec.metadata)
+    except ValueError as error:
+        raise ValueError(f"{spec.name} {error}") from None
+    choices = choices_of(spec)
     if choices and value not in choices and not (value == "" and spec.default == ""):
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"must be one of {', '.join(filter(None, choices))}, not {value!r}{hint}")
+        raise ValueError(f"{spec.name} must be one of {', '.join(filter(None, choices))}, "
+                         f"not {value!r}{did_you_mean(value, choices)}")  # fmt: skip
     return value
 
 
-def claimed(spec, value):
-    """`convert` for a value that a file claims: the ValueError names the field."""
+def choices_of(spec) -> Iterable[str]:
+    return spec.metadata.get("choices") or TABLES.get(spec.name) or ()
+
+
+def as_bool(value) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, not {value!r}")
+    return value
+
+
+def as_text(value) -> str:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str):
+        raise ValueError(f"must be text, not {value!r}")
+    if "\0" in value:
+        raise ValueError("must not hold a NUL character")
+    try:  # an argument's bytes are UTF-8, whatever Python took the locale to be
+        return value.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        raise ValueError(f"must be valid UTF-8, not {value!r}") from None
+
+
+def as_int(value) -> int:
+    try:  # through int() first: large integers do not survive a float
+        exact = int(value) if isinstance(value, str | int) else float(value)
+        if isinstance(value, bool) or exact != int(exact):
+            raise ValueError
+        return int(exact)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"must be a whole number, not {str(value)[:80]!r}") from None
+
+
+def as_float(value) -> float:
     try:
-        return convert(spec, value)
-    except ValueError as error:
-        raise ValueError(f"{spec.name} {error}") from None
+        if isinstance(value, bool):
+            raise ValueError
+        value = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"must be a number, not {str(value)[:80]!r}") from None
+    if 0 < abs(value) < 1e-30:  # near the smallest float32, where 1 / value is infinite
+        raise ValueError(f"must be 0 or at least 1e-30, not {value}")
+    return value
+
+
+def check_limits(value: float, limits: dict) -> None:
+    if not math.isfinite(value) and value != limits.get("high"):
+        raise ValueError(f"must be finite, not {value}")
+    if value < limits.get("low", -math.inf):
+        raise ValueError(f"must be at least {limits['low']}, not {value}")
+    if value <= limits.get("above", -math.inf):
+        raise ValueError(f"must be above {limits['above']}, not {value}")
+    if value > limits.get("high", 2**53):
+        raise ValueError(f"must be at most {limits.get('high', 2**53)}, not {value}")
 
 
 def checked(cls: type, values: dict):
@@ -5599,11 +5826,13 @@ def checked(cls: type, values: dict):
     specs = {f.name: f for f in fields(cls)}
     if set(values) != set(specs):
         raise ValueError(f"its settings differ: {sorted(map(str, set(values) ^ set(specs)))[:9]}")
-    return cls(**{name: claimed(specs[name], value) for name, value in values.items()})
+    return cls(**{name: convert(specs[name], value) for name, value in values.items()})
 
 
 def read_table(file: Path, what: str) -> dict:
     """The one table in a .json, .toml or .yaml file. Raises UserError, beginning with `what`."""
+    if file.exists() and not file.is_file():  # reading from a pipe may wait for ever
+        raise UserError(f"{what} is not a file")
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".toml":
@@ -5627,58 +5856,104 @@ def read_table(file: Path, what: str) -> dict:
     return table
 
 
-def resolve(cls, flags: dict, stored: dict | None = None):
-    """Build a `cls` from flags. Precedence: defaults < arch < preset < recipe < file < flags.
+def read_config(cls: type, path: str) -> tuple[dict, list[str]]:
+    """({setting: value} of a --config file, problems). Settings of other commands are left out."""
+    own = {f.name for f in fields(cls)}
+    everything = {f.name for command in COMMANDS.values() for f in fields(command.settings)}
+    try:
+        table = read_table(Path(path), f"--config {path}")
+    except UserError as error:
+        return {}, [str(error)]
+    problems = []
+    for name in table.keys() - everything:
+        nested = isinstance(table[name], dict)
+        hint = "; settings are flat, not nested" if nested else did_you_mean(name, own)
+        problems.append(f"--config {path}: unknown setting {name!r}{hint}")
+    foreign = sorted(table.keys() & everything - own)
+    if foreign:
+        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        note(f"--config {path}: left out {', '.join(foreign[:5])}{more}, which belong to other "
+             "commands")  # fmt: skip
+    return {name: value for name, value in table.items() if name in own}, problems
 
-    `stored` (the settings of a checkpoint that is being resumed) stands in for the tables.
-    Raises UserError with one line for each problem.
+
+def table_layers(cls: type, given: dict) -> list[dict]:
+    """What the tables set, lowest precedence first: arch, preset, recipe, overfit_batch."""
+    chosen = {f.name: f.default for f in fields(cls)} | given
+    tuning = issubclass(cls, FinetuneConfig)
+    preset = PRESETS.get(chosen.get("preset"), {})
+    if tuning:  # the model is the checkpoint's, the rates are finetuning's own
+        preset = {n: v for n, v in preset.items() if n in ("batch_size", "grad_accum")}
+    recipes = FINETUNE_RECIPES if tuning else RECIPES
+    recipe = recipes.get(chosen.get("recipe"), classic_recipe)(chosen | preset | given)
+    arch = ARCHS.get((chosen | recipe | given).get("arch"), {})
+    return [arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
+
+
+def resolve(cls: type, flags: dict, mark: str = "--"):
+    """Build a `cls` from flags: defaults < arch < preset < recipe < --config file < flags.
+
+    With --resume, the settings of the run that goes on stand in for the tables, so that they need
+    not be typed again. Raises UsageError with one line for each problem.
     """
     specs = {f.name: f for f in fields(cls)}
-    problems, given = [], {}
-    path = flags.get("config")
-    from_file = read_table(Path(path), f"--config {path}") if path else {}
-    for name in from_file:
-        if name not in SETTINGS:
-            near = difflib.get_close_matches(str(name), specs, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            hint = "; settings are flat, not nested" if isinstance(from_file[name], dict) else hint
-            problems.append(f"--config {path}: unknown setting {name!r}{hint}")
-    for origin, layer in (("config file: ", from_file), ("--", flags)):
-        for name, value in layer.items():
-            if name in specs:
-                try:
-                    given[name] = convert(specs[name], value)
-                except ValueError as error:
-                    problems.append(f"{origin}{name} {error}")
-    layers = {}
-    recipes = FINETUNE_RECIPES if issubclass(cls, FinetuneConfig) else RECIPES
-    if stored is None:
-        chosen = {n: given.get(n, specs[n].default) for n in TABLES if n in specs}
-        recipe = recipes.get(chosen.get("recipe"), {})
-        chosen["arch"] = given.get("arch", recipe.get("arch", chosen.get("arch")))
-        layers = ARCHS.get(chosen["arch"], {}) | PRESETS.get(chosen.get("preset"), {}) | recipe
-        if given.get("overfit_batch"):
-            layers |= OVERFIT
-        known = {n: f.default for n, f in specs.items()} | layers | given
-        layers = {n: v(known) if callable(v) else v for n, v in layers.items()}
-        if issubclass(cls, FinetuneConfig):  # its model is the checkpoint's, its rates its own
-            layers = {k: v for k, v in layers.items() if k in ("batch_size", "grad_accum", *recipe)}
-    config = {k: v for k, v in ((stored or layers) | given).items() if k in specs}
-    config = cls(**config)
+    from_file, problems = read_config(cls, flags["config"]) if flags.get("config") else ({}, [])
+    problems += [unknown_setting(cls, name, mark) for name in flags if name not in specs]
+    given = {}
+    for origin, source in (("config file: ", from_file), (mark, flags)):
+        for name in source.keys() & specs.keys():
+            try:
+                given[name] = convert(specs[name], source[name])
+            except ValueError as error:  # a cross check below sees the default instead
+                problems.append(f"{origin}{error}")
+    try:
+        stored = stored_settings(cls, given)
+    except UserError as error:
+        stored = {}
+        problems.append(str(error))
+    values = {}
+    for layer in ([stored] if stored else table_layers(cls, given)) + [given]:
+        values |= {name: value for name, value in layer.items() if name in specs}
+    config = cls(**values)
     config.given = frozenset(given)
-    problems += cross_checks(config)  # a field with a problem of its own stands at its default
+    problems += cross_checks(config)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UsageError("\n".join(problems))
     return config
+
+
+def stored_settings(cls: type, given: dict) -> dict:
+    """The settings of the run that --resume continues; empty without one."""
+    if not (issubclass(cls, FitConfig) and given.get("resume")):
+        return {}
+    suffix = "_finetune" if cls is FinetuneConfig else ""
+    last = Path(given.get("out_dir", cls.out_dir)) / f"last{suffix}.pth"
+    if not last.exists():
+        return {}
+    names = {f.name for f in fields(cls) if f.metadata.get("resume") != "session"}
+    stored = load_checkpoint(last)["config"]  # its types and limits are checked there
+    return {name: value for name, value in stored.items() if name in names}
+
+
+def unknown_setting(cls: type, name: str, mark: str) -> str:
+    owners = ", ".join(n for n, c in COMMANDS.items() if hasattr(c.settings, name))
+    what = f"{mark}{name} belongs to {owners}" if owners else f"unknown setting {mark}{name}"
+    own = [f.name for f in fields(cls)]
+    hint = did_you_mean(name, own, mark, cutoff=1.0 if owners else 0.6)
+    return what + (hint or ("" if owners else "; --help_all lists all"))
 
 
 def cross_checks(config) -> list[str]:
     """Settings that are each fine and do not go together, one line each."""
     found = []
+    for name, package in PACKAGES.items():
+        asked = getattr(config, name, None) not in (None, getattr(type(config), name, None))
+        if asked and importlib.util.find_spec(package) is None:
+            found.append(f"--{name} needs {package}: pip install {package}")
     if isinstance(config, ModelSettings):
-        found += model_config(config, 260).problems()
+        found += model_config(config).problems()
     if isinstance(config, OptimConfig):
-        share = config.grad_accum * int(os.environ.get("WORLD_SIZE", 1))
+        share = config.grad_accum * launched("WORLD_SIZE", 1)
         if config.batch_size % share:
             found.append(
                 f"batch_size {config.batch_size} does not divide into {share} micro-batches "
@@ -5691,139 +5966,271 @@ def cross_checks(config) -> list[str]:
             found.append("finetune needs whole records: leave --streaming out")
         if config.resume and config.overwrite:
             found.append("--resume and --overwrite exclude each other")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):
         found.append(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
+    if getattr(config, "json", "") and (why_not := unfit_for_result(config.json)):
+        found.append(f"--json {config.json}: {why_not}; name another file")
     return found
 
 
-COMMANDS: dict[str, tuple[type, Callable]] = {
-    "train": (TrainConfig, fit_command(train_loop)),
-    "finetune": (FinetuneConfig, fit_command(finetune_loop)),
-    "eval": (EvalConfig, eval_command),
-    "sample": (SampleConfig, sample_command),
-    "prepare": (PrepareConfig, prepare_command),
-    "export": (ExportConfig, export_command),
-    "bench": (BenchConfig, bench_command),
-}
+def read_flags(cls: type, words: list[str]) -> tuple[dict, list[str]]:
+    """({setting: text or bool}, problems) of `--name value`, `--name=value`, `--switch`, `--no_switch`.
+
+    Names may have dashes for underscores. A value is the next word, whatever it looks like, unless
+    that is itself a flag of the command.
+    """
+    switches = {no + f.name: not no for f in fields(cls) if f.type == "bool" for no in ("", "no_")}
+    known = {f.name for f in fields(cls)} | switches.keys()
+
+    def flag_name(word: str) -> str:
+        is_flag = word.startswith("--") and len(word) > 2
+        return word[2:].partition("=")[0].replace("-", "_") if is_flag else ""
+
+    flags, problems, rest = {}, [], deque(words)
+    while rest:
+        word = rest.popleft()
+        name, (_, equals, value) = flag_name(word), word.partition("=")
+        follows = bool(rest) and flag_name(rest[0]) not in known
+        if not name:
+            problems.append(f"unexpected {word!r}: settings are given as --name value")
+        elif name in switches:
+            flags[name if switches[name] else name[3:]] = switches[name]
+            if equals:
+                problems.append(f"--{name} takes no value")
+        elif equals:
+            flags[name] = value
+        elif name not in known:
+            flags[name] = rest.popleft() if follows and not flag_name(rest[0]) else ""
+        elif follows:
+            flags[name] = rest.popleft()
+        else:
+            problems.append(f"--{name} needs a value")
+    return flags, problems
 
 
-class UsageError(UserError):
-    """Settings that cannot work, one line each; exit code 2."""
+def parse(argv: list[str]) -> tuple[str, Settings]:
+    """(command name, its settings). Raises UsageError listing every problem."""
+    name = argv[0] if argv else ""
+    if name not in COMMANDS:
+        wrong = f"unknown command {name!r}" if name else "no command"
+        hint = did_you_mean(name, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+        raise UsageError(f"{wrong}{hint}")
+    cls = COMMANDS[name].settings
+    flags, problems = read_flags(cls, argv[1:])
+    try:
+        config = resolve(cls, flags)
+    except UsageError as error:
+        problems += str(error).split("\n")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return name, config
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message}; see {self.prog} --help")
+def help_text(argv: list[str]) -> str:
+    """What --help, -h and --help_all ask for; "" if none of them is there."""
+    asked = {word.replace("-", "_") for word in argv} & {"_h", "__help", "__help_all"}
+    if not asked:
+        return ""
+    name = argv[0]
+    if name not in COMMANDS:
+        return program_help()
+    command = COMMANDS[name]
+    lines = [f"usage: llm_pipeline.py {name} [--NAME VALUE ...]", "", first_line(command.settings)]
+    if "__help_all" in asked:
+        for title, specs in topics(command.settings).items():
+            lines += [
+                "",
+                "This command alone:" if title == lines[2] else title,
+                *(line for f in specs for line in flag_help(f, limits=True)),
+            ]
+    else:
+        specs = {f.name: f for f in fields(command.settings)}
+        lines += ["", *(line for n in command.first.split() for line in flag_help(specs[n]))]
+        lines += ["", f"All {len(specs)} settings, by topic: llm_pipeline.py {name} --help_all"]
+    return "\n".join([*lines, "", "Examples:", *command_lines(command.examples)])
 
 
-def build_parser() -> Parser:
-    """Flags of every command, from its dataclass. Values stay text: `resolve` judges them."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("llm_pipeline.py", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (cls, _) in COMMANDS.items():
-        sub = commands.add_parser(name, help=first_line(cls), description=first_line(cls),
-                                  allow_abbrev=False)  # fmt: skip
-        for f in fields(cls):
-            choices = f.metadata.get("choices") or TABLES.get(f.name)
-            text = f.metadata["help"] + (f": {', '.join(filter(None, choices))}" if choices else "")
-            text += "" if f.default in ("", None) else f" (default: {f.default})"
-            kind = (dict(action=argparse.BooleanOptionalAction) if f.type == "bool"
-                    else dict(metavar=f.type.split(" | ")[0].upper()))  # fmt: skip
-            sub.add_argument(f"--{f.name}", default=None, help=text.replace("%", "%%"), **kind)
-    return parser
+def program_help() -> str:
+    commands = [f"  {name:<10}{first_line(c.settings)}" for name, c in COMMANDS.items()]
+    shortest = """train --preset cpu-debug --recipe fast
+        sample --ckpt ckpts/best.pth --prompt "Once upon a time"
+        eval --ckpt ckpts/best.pth
+        finetune --ckpt ckpts/best.pth"""
+    return "\n".join([
+        "usage: llm_pipeline.py COMMAND [--NAME VALUE ...]", "", __doc__.split("\n")[0], "",
+        "Commands:", *commands, "",
+        "The shortest path, on your text in data/raw (if it is empty, on a built-in toy corpus):",
+        *command_lines(shortest), "",
+        "COMMAND --help shows the settings to begin with, COMMAND --help_all all of them.",
+    ])  # fmt: skip
+
+
+def command_lines(text: str) -> list[str]:
+    return [f"  python llm_pipeline.py {line.strip()}" for line in text.split("\n")]
 
 
 def first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().split("\n")[0]
 
 
-def normalised(argv: list[str]) -> list[str]:
-    """Flags with underscores, however they were typed: --out-dir as --out_dir, --no_x as --no-x."""
-    found = []
-    for word in argv:
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            name = "no-" + name[3:] if name.startswith("no_") else name
-            word = f"--{name}{equals}{value}"
-        found.append(word)
-    return found
+def topics(cls: type) -> dict[str, list]:
+    """Settings by the class that introduces them, the command's own first."""
+    found: dict[str, list] = {first_line(base): [] for base in cls.__mro__}
+    for f in fields(cls):
+        origin = [base for base in cls.__mro__ if hasattr(base, f.name)]
+        found[first_line(origin[-1])].append(f)
+    return {title: specs for title, specs in found.items() if specs}
 
 
-def parse(argv: list[str]):
-    """(command name, its configuration). Raises UserError listing every problem."""
-    first = next((word for word in argv if not word.startswith("-")), "")
-    near = difflib.get_close_matches(first, COMMANDS, 1)
-    if first not in COMMANDS and near:
-        raise UsageError(f"unknown command {first!r}; did you mean {near[0]}?")
-    arguments, unknown = build_parser().parse_known_args(normalised(argv))
-    command = arguments.command
-    cls = COMMANDS[command][0]
-    flags = {k: v for k, v in vars(arguments).items() if k != "command" and v is not None}
-    problems = []
-    names = [f.name for f in fields(cls)]
-    for word in unknown:
-        near = difflib.get_close_matches(word.lstrip("-").split("=")[0], names, 1)
-        problems.append(
-            f"unknown argument {word!r}" + (f"; did you mean --{near[0]}?" if near else "")
-        )
-    stored = None
+def flag_help(spec, limits: bool = False) -> list[str]:
+    """The lines of one setting: how it is typed, what it means, its default."""
+    kind, choices = spec.type.split(" | ")[0], "|".join(filter(None, choices_of(spec)))
+    value = choices or {"int": "N", "float": "X", "str": "TEXT", "bool": ""}[kind]
+    name = f"no_{spec.name}" if spec.default is True else spec.name
+    default = "on" if spec.default is True else spec.default
+    remarks = [] if default in ("", None) or default is False else [f"default: {default}"]
+    if limits and "high" in spec.metadata:
+        low = spec.metadata.get("low", spec.metadata.get("above"))
+        above = "above " if "above" in spec.metadata else ""
+        remarks.append(f"{above}{low:,} to {spec.metadata['high']:,}")
+    text = spec.metadata["help"] + (f" ({'; '.join(remarks)})" if remarks else "")
+    typed, body = f"  --{name} {value}".rstrip(), textwrap.wrap(text, 70)
+    first = [typed] if len(typed) > 26 else [f"{typed:<28}{body.pop(0)}"]
+    return first + [" " * 28 + line for line in body]
+
+
+def explanation(error: Exception) -> str:
+    """The lines that tell a user of an error: the one place that knows every kind."""
+    if isinstance(error, UserError):
+        return str(error)
+    memory = r"out of memory|can't allocate memory|not enough memory|calculation overflowed|too big"
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(memory, str(error))
+    ):
+        return ("out of memory: lower --batch_size or --block_size, raise --grad_accum, or choose "
+                "a smaller model (--preset, --n_layer, --n_embd)")  # fmt: skip
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"cannot go on: {where}{error.strerror}"
+    if isinstance(error, UnicodeError):
+        return f"the input is not valid UTF-8 text: {one_line(error)}"
+    return f"{type(error).__name__}: {one_line(error, 300)} (--debug shows where)"
+
+
+def use_utf8() -> None:
+    """Text in and out is UTF-8 whatever the locale; what cannot be shown never ends a run."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def close_output() -> None:
+    """Write out what print holds back; if nobody takes it, Python must not try again at exit."""
     try:
-        if flags.get("resume") and issubclass(cls, FitConfig):
-            stored = stored_settings(cls, flags)
-        config = resolve(cls, flags, stored)
-    except UserError as error:
-        problems += str(error).split("\n")
-    if problems:
-        raise UsageError("\n".join(problems))
-    return command, config
+        if sys.stdout:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def stored_settings(cls: type, flags: dict) -> dict | None:
-    """The settings of the run that --resume continues, so that they need not be typed again."""
-    suffix = "_finetune" if cls is FinetuneConfig else ""
-    last = Path(flags.get("out_dir", cls.out_dir)) / f"last{suffix}.pth"
-    if not last.exists():
-        return None
-    names = {f.name for f in fields(cls) if f.metadata.get("resume") != "session"}
-    stored = load_checkpoint(last)["config"]  # its types and limits are checked there
-    return {name: value for name, value in stored.items() if name in names}
+def run_command(name: str, config: Settings, stop: StopSignal) -> None:
+    command = COMMANDS[name]
+    if not command.parallel and not is_main():
+        return  # torchrun waits for the first process, which does the work
+    interruptible = issubclass(command.settings, FitConfig | EvalConfig)
+    with (
+        stop if interruptible else contextlib.nullcontext(),
+        runtime(config, alone=not command.parallel) as rt,
+    ):
+        command.run(config, rt, stop)
+    if sys.stdout:
+        sys.stdout.flush()  # a full disk shows here, while it can still be said
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code; never raises for what a user can mend."""
-    debug = "--debug" in (sys.argv if argv is None else argv)
-    stop = StopSignal()
+    """Run one command. Returns the exit code; never raises for what a user can fix."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug, stop = "--debug" in argv, StopSignal()
     try:
+        use_utf8()
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
             raise UserError(f"PyTorch {torch.__version__} is too old (its torch.load has known "
                             "holes): pip install torch==2.13.0")  # fmt: skip
-        name, config = parse(sys.argv[1:] if argv is None else argv)
-        debug = config.debug
-        interruptible = issubclass(COMMANDS[name][0], FitConfig | EvalConfig)
-        with stop if interruptible else contextlib.nullcontext(), runtime(config) as rt:
-            COMMANDS[name][1](config, rt, stop)
+        if text := help_text(argv):
+            print(text)
+            return 0
+        name, config = parse(argv)
+        run_command(name, config, stop)
         return 0
-    except UserError as error:
-        if debug:
-            raise
-        for line in str(error).split("\n"):
-            print(f"error: {line}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
     except Interrupted:
         return 128 + (stop.number or signal.SIGTERM)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:  # not foreseen: a bug here, or in a library
+    except Exception as error:
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {one_line(error, 300)} (--debug shows where)",
-              file=sys.stderr)  # fmt: skip
-        return 1
+        for line in explanation(error).split("\n"):
+            print(f"error: {line}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        close_output()
+
+
+# --- the same from Python: import llm_pipeline as lp ---
+
+
+def call(name: str, function: Callable, settings: dict):
+    """Run a command's function with settings by name. Raises UserError where the command fails."""
+    config, stop = resolve(COMMANDS[name].settings, settings, mark=""), StopSignal()
+    with stop, runtime(config) as rt:
+        result = function(config, rt, stop)
+    if stop:
+        raise KeyboardInterrupt
+    return result
+
+
+def train(**settings) -> str:
+    """Train; `lp.train(data_dir="book.txt", preset="cpu-debug")`. Returns the path of best.pth."""
+    return call("train", train_loop, settings)
+
+
+def finetune(**settings) -> str:
+    """Tune a checkpoint. Returns the path of best_finetune.pth."""
+    return call("finetune", finetune_loop, settings)
+
+
+def evaluate(**settings) -> dict:
+    """Score a checkpoint: loss, ppl, bits_per_byte, sources, as in `eval --json`."""
+    return call("eval", evaluate_checkpoint, settings)
+
+
+class Writer:
+    """A checkpoint ready to write text; see `load`."""
+
+    def __init__(self, ckpt: str, settings: dict):
+        self.settings = {"ckpt": ckpt} | settings
+        with runtime(self.config()) as self.rt:
+            self.loaded = load_model(str(ckpt))
+            self.loaded.model.for_decoding(self.rt.device, self.rt.dtype)
+
+    def config(self, **settings) -> SampleConfig:
+        return resolve(SampleConfig, self.settings | settings, mark="")
+
+    def stream(self, prompt: str, **settings) -> Iterator[str]:
+        """Pieces of text as they are generated."""
+        return sample_text(self.loaded, self.config(**settings), self.rt, prompt)
+
+    def generate(self, prompt: str, **settings) -> str:
+        """The text that follows `prompt`. Settings are those of the `sample` command."""
+        return "".join(self.stream(prompt, **settings))
+
+
+def load(ckpt: str = "ckpts/best.pth", **settings) -> Writer:
+    """A checkpoint that writes: `lp.load("ckpts/best.pth").generate("Once", temperature=0.5)`."""
+    return Writer(ckpt, settings)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The command line: every problem named at once, settings from every source, no traceback."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from conftest import (
@@ -15,8 +18,8 @@ from conftest import (
     differences,
     run,
     run_process,
-    start,
     words,
+    write_corpus,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,19 +37,69 @@ def snapshot(folder) -> dict:
 # --- help ---
 
 
+def settings_of(command: str) -> dict:
+    return {f.name: f for f in fields(lp.COMMANDS[command].settings)}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_lists_every_flag_with_its_default(command):
+def test_help_all_lists_every_setting_with_its_default_and_its_choices(command):
+    text = " ".join(run(command, "--help_all").ok().out.split())
+    for name, field in settings_of(command).items():
+        assert f"--{name} " in text or f"--no_{name} " in text
+        if field.default not in ("", None) and field.type != "bool":
+            assert f"default: {field.default}" in text
+        for choice in field.metadata.get("choices", ()):
+            assert choice in text, name
+    assert " STR " not in text
+    assert run(command, "--help-all").out == run(command, "--help_all").out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_what_a_first_user_needs(command):
     result = run(command, "--help").ok()
-    text = " ".join(result.out.split())
-    for field in fields(lp.COMMANDS[command][0]):
-        assert f"--{field.name}" in text
-        if field.default not in ("", None):
-            assert str(field.default) in text
+    shown = [line.split()[0] for line in result.out.splitlines() if line.startswith("  --")]
+    names = [name.removeprefix("--").removeprefix("no_") for name in shown]
+    assert 4 <= len(names) <= 11
+    assert set(names) <= settings_of(command).keys()
+    assert f"{command} --help_all" in result.out
+    examples = result.out.split("Examples:")[1].strip().splitlines()
+    assert 1 <= len(examples) <= 3
+    assert run(command, "-h").out == result.out
 
 
-def test_help_lists_every_command():
-    result = run("--help").ok()
-    assert all(command in result.out for command in COMMANDS)
+def test_help_all_has_a_title_for_each_topic():
+    lines = run("train", "--help_all").ok().out.splitlines()
+    titles = [i for i, line in enumerate(lines) if line and not line.startswith(" ")][2:-1]
+    kinds = {line.split()[0].removeprefix("--"): max(t for t in titles if t < i)
+             for i, line in enumerate(lines) if line.startswith("  --")}  # fmt: skip
+    title = {name: lines[i].split(":")[0] for name, i in kinds.items()}
+    wanted = {"n_layer": "Model", "lr": "Optimisation", "data_dir": "Data", "device": "Machine",
+              "out_dir": "Run", "tokenizer": "Tokenizer. Commands that take a checkpoint use the "
+              "tokenizer inside it."}  # fmt: skip
+    assert {name: title[name] for name in wanted} == wanted
+
+
+def test_bench_offers_nothing_of_a_run():
+    assert not settings_of("bench").keys() & {"resume", "wandb", "patience", "out_dir"}
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--help_all"]])
+def test_help_says_what_the_program_is_its_commands_and_the_shortest_path(argv):
+    result = run(*argv).ok()
+    assert all(f"\n  {command} " in result.out for command in COMMANDS)
+    assert "from raw text to a small GPT" in result.out
+    assert "python llm_pipeline.py train --preset cpu-debug" in result.out
+    assert len(result.out.splitlines()) < 30
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_command_lines_that_this_program_takes(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = run(command, "--help").out + run("--help").out
+    for line in text.splitlines():
+        if line.startswith("  python llm_pipeline.py"):
+            name, config = lp.parse(shlex.split(line)[2:])
+            assert isinstance(config, lp.COMMANDS[name].settings)
 
 
 def test_importing_has_no_side_effect(tmp_path):
@@ -192,7 +245,7 @@ def test_precedence(corpus, tmp_path):
     layers = {
         "default": ("", 3e-4),
         "preset": ("--preset small-16g", 2e-4),
-        "recipe": ("--preset small-16g --recipe fast", lp.RECIPES["fast"]["lr"]),
+        "recipe": ("--preset small-16g --recipe fast", 0.02),
         "file": ("--preset small-16g --recipe fast --config c.json", 0.04),
         "flag": ("--preset small-16g --recipe fast --config c.json --lr 0.05", 0.05),
         "file's recipe": ("--preset small-16g --config c.json --lr 0.06", 0.06),
@@ -300,19 +353,261 @@ def test_every_problem_of_a_config_is_named(tmp_path):
         assert any(name in line for line in result.errors), name
 
 
+def test_settings_of_other_commands_in_a_config_are_left_out_with_a_word(corpus, tmp_path):
+    (tmp_path / "c.json").write_text('{"lr": 0.002, "lora_r": 4, "temperature": 0.5}')
+    flags = [*corpus, *ONE, "--config", tmp_path / "c.json", "--out_dir", tmp_path / "run"]
+    result = run("train", *flags).ok()
+    assert "left out lora_r, temperature" in result.err
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_config_that_is_not_a_file_is_refused_at_once(kind, tmp_path):
+    path = tmp_path / "c.json"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    result = run_process("train", "--config", path, within=30).fails(2, f"{path} is not a file")
+    assert len(result.errors) == 1
+
+
+def test_a_value_may_begin_with_dashes(tiny_checkpoint):
+    flags = ["--ckpt", tiny_checkpoint, *words("--device cpu --max_new_tokens 1 --template raw")]
+    for argv in (
+        ["--prompt", "--out-dir is"],
+        ["--prompt=--out-dir is"],
+        ["--prompt", "--out-dir"],
+    ):
+        config = lp.parse(["sample", *map(str, flags), *argv])[1]
+        assert config.prompt in ("--out-dir is", "--out-dir")
+    run("sample", "--prompt", "--top-k", 3, *flags).fails(2, "--prompt needs a value")
+
+
+# What people type who come from another program.
+FOREIGN = {
+    "train --learning_rate 1e-3": "did you mean --lr?",
+    "train --bs 4": "did you mean --batch_size?",
+    "train --max-epochs 4": "did you mean --epochs?",
+    "train --max_length 4": "did you mean --block_size?",
+    "sample --max_length 4": "did you mean --max_new_tokens?",
+    "sample --max_tokens 4": "did you mean --max_new_tokens?",
+    "eval --model x.pth": "did you mean --ckpt?",
+    "train --gpu 0": "did you mean --device?",
+    "train --temperature 1": "--temperature belongs to sample",
+    "sample --lora_r 4": "--lora_r belongs to finetune",
+    "train --qwertyuiop 1": "--help_all lists all",
+}
+
+
+@pytest.mark.parametrize("argv", FOREIGN)
+def test_names_from_elsewhere_get_a_hint(argv, tmp_path):
+    result = run(*words(argv), cwd=tmp_path).fails(2, FOREIGN[argv])
+    assert len(result.errors) == 1
+    (tmp_path / "c.json").write_text('{"learning_rate": 1}')
+    run("train", "--config", "c.json", cwd=tmp_path).fails(2, "did you mean lr?")
+
+
+PACKAGES = {
+    "train --tokenizer bpe": "tokenizers",
+    "train --tokenizer gpt2": "tokenizers",
+    "finetune --method lora": "peft",
+    "train --wandb project": "wandb",
+    "prepare --hf_dataset json --hf_files *.jsonl": "datasets",
+    "bench --vs hf": "transformers",
+}
+
+
+@pytest.mark.parametrize("argv", PACKAGES)
+def test_a_missing_package_is_named_before_work_starts(argv, tmp_path, monkeypatch):
+    package = PACKAGES[argv]
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    result = run(*words(argv), cwd=tmp_path).fails(2, f"pip install {package}")
+    assert len(result.errors) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# --- the environment ---
+
+
+@pytest.mark.parametrize(
+    ("env", "word"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"RANK": "-1"}, "RANK"),
+        ({"RANK": "1e3"}, "RANK"),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_malformed_place_among_processes_is_one_line(command, env, word, corpus, tmp_path):
+    flags = [*corpus, *ONE] if command == "train" else []
+    result = run(command, *flags, cwd=tmp_path, **env)
+    result.fails(result.code or 1, word)
+    assert len(result.errors) == 1
+    assert "Error:" not in result.err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
+def test_training_ends_well_whatever_the_locale(encoding, tmp_path):
+    folder = tmp_path / "数据"
+    write_corpus(folder / "raw")
+    flags = ["--data_dir", folder / "raw", "--out_dir", folder / "run", *ONE]
+    result = subprocess.run(
+        [sys.executable, str(PROGRAM), "train", *map(str, flags)],
+        cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode() == f"{folder / 'run/best.pth'}\n"
+
+
+def test_a_prompt_on_stdin_that_is_not_utf8(tiny_checkpoint):
+    command = [sys.executable, str(PROGRAM), "sample", "--ckpt", str(tiny_checkpoint)]
+    done = subprocess.run(
+        [*command, "--max_new_tokens", "2"], input=b"\xff\xfe", capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_what_may_not_be_read_is_named(tmp_path):
+    (tmp_path / "c.json").write_text("{}")
+    (tmp_path / "c.json").chmod(0)
+    run("train", "--config", tmp_path / "c.json").fails(2, "c.json")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "train --out_dir LONG", "train --data_dir LONG", "train --processed_dir LONG",
+        "train --config LONG", "train --init_from LONG", "train --resume --out_dir LONG",
+        "eval --ckpt LONG", "eval --json LONG", "sample --ckpt LONG", "prepare --out_dir LONG",
+        "export --out_dir LONG", "finetune --ckpt LONG", "train --tokenizer LONG",
+        "train --out_dir FILE", "train --processed_dir FILE", "prepare --out_dir FILE",
+        "train --out_dir FILE/x", "export --out_dir FILE", "export --out_dir FILE/x",
+        "eval --json FILE/x", "sample --ckpt FILE/x", "train --data_dir FILE/x",
+    ],
+)  # fmt: skip
+def test_names_that_cannot_be_are_one_line(argv, corpus, tiny_checkpoint, tmp_path):
+    (tmp_path / "file").write_text("x")
+    command, *flags = [w.replace("LONG", "x" * 300).replace("FILE", "file") for w in words(argv)]
+    base = {"train": [*corpus, *ONE], "export": ["--ckpt", tiny_checkpoint]}.get(command, [])
+    base = base or [*corpus, *(["--ckpt", tiny_checkpoint] if command == "eval" else [])]
+    base = [] if command == "sample" else base
+    result = run(command, *base, *flags, cwd=tmp_path)
+    result.fails(result.code or 1)
+    assert len(result.errors) == 1, result.err
+    assert "Error:" not in result.err
+
+
+@pytest.mark.parametrize(
+    "argv", ["train --lr 1e-320", "sample --temperature 1e-320", "train --device cuda:" + "9" * 20]
+)
+def test_numbers_out_of_every_range(argv, tmp_path):
+    run(*words(argv), cwd=tmp_path).fails(2, words(argv)[1].strip("-"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you "
+                                 "tried to allocate 99 bytes. Error code 12")],
+)  # fmt: skip
+def test_running_out_of_memory_says_what_to_lower(error):
+    assert "lower --batch_size" in lp.explanation(error)
+
+
+def test_a_model_that_no_memory_can_hold(corpus, tmp_path):
+    flags = words("--n_embd 65536 --n_inner 1048576 --n_layer 1024 --n_head 1024")
+    run("train", *corpus, *flags, "--out_dir", tmp_path).fails(1, "memory")
+
+
+# --- results as JSON ---
+
+
+@pytest.fixture
+def scored(corpus, tiny_checkpoint):
+    """`eval` on the small corpus; more flags may follow."""
+    return ["eval", *corpus, *CPU, "--ckpt", tiny_checkpoint, "--max_batches", "1"]
+
+
+def test_json_is_written_through_a_link(scored, tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    for _ in range(2):  # a new target, then one that is there
+        run(*scored, "--json", tmp_path / "link.json").ok()
+        assert (tmp_path / "link.json").is_symlink()
+        assert "loss" in json.loads((tmp_path / "target.json").read_text())
+
+
+def test_json_goes_to_devices_which_stay(scored, tmp_path):
+    run(*scored, "--json", "/dev/null").ok()
+    assert Path("/dev/null").is_char_device()
+    for target in (subprocess.PIPE, open(tmp_path / "out.txt", "w")):
+        done = subprocess.run([sys.executable, str(PROGRAM), *map(str, scored), "--json",
+                               "/dev/stdout"], stdout=target, text=True, check=True)  # fmt: skip
+        out = done.stdout or (tmp_path / "out.txt").read_text()
+        card, brace, figures = out.partition("{\n")
+        assert "perplexity" in card or "ppl" in card
+        assert "loss" in json.loads(brace + figures)
+
+
+@pytest.mark.parametrize("content", [b"notes of a year", b"PK\x03\x04", b"{broken"])
+def test_json_replaces_nothing_but_json(content, scored, tmp_path):
+    target = tmp_path / "precious"
+    target.write_bytes(content)
+    result = run(*scored, "--json", target).fails(2, "--json", "name another file")
+    assert result.out == ""
+    assert target.read_bytes() == content
+    run("bench", "--json", target).fails(2, "--json")
+    target.write_bytes(b"")
+    run(*scored, "--json", target).ok()
+
+
+@pytest.mark.parametrize("name", ["", "none/x.json"])
+def test_json_where_no_file_can_be_is_refused_before_work(name, scored, tmp_path):
+    result = run(*scored, "--json", tmp_path / name).fails(2, "--json")
+    assert result.out == ""
+
+
+# --- under torchrun ---
+
+
+def test_what_needs_one_process_runs_once(corpus, tiny_checkpoint, tmp_path):
+    sample = ["sample", "--ckpt", tiny_checkpoint, *words("--prompt x --max_new_tokens 2")]
+    prepare = ["prepare", *corpus, "--out_dir", tmp_path / "store"]
+    for argv in (sample, prepare):
+        results = [run(*argv, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+        assert [result.ok().code for result in results] == [0, 0]
+        assert results[0].out
+        assert results[1].out == ""
+
+
 # --- output ---
 
 
-def test_a_reader_that_goes_away_is_no_traceback(tiny_checkpoint):
-    flags = words("--prompt x --max_new_tokens 3000 --temperature 100 --device cpu")
-    process = start("sample", *flags, "--ckpt", tiny_checkpoint)
-    process.stdout.read(1)
-    process.stdout.close()
-    err = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(60) == 1
-    assert "Traceback" not in err
-    assert "Exception ignored" not in err
+@pytest.mark.parametrize(
+    "argv", ["sample --prompt x --ckpt", "eval --data_dir raw --ckpt", "--help"]
+)
+def test_a_reader_that_goes_away_is_no_traceback(argv, tiny_checkpoint, tmp_path):
+    write_corpus(tmp_path / "raw")
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [*words(argv), tiny_checkpoint] if "ckpt" in argv else words(argv)
+    done = subprocess.run([sys.executable, str(PROGRAM), *map(str, argv)], stdout=writer,
+                          stderr=subprocess.PIPE, text=True, cwd=tmp_path)  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("argv", ["sample --prompt x --ckpt", "--help"])
+def test_a_full_disk_under_stdout_is_said(argv, tiny_checkpoint):
+    argv = [*words(argv), tiny_checkpoint] if "ckpt" in argv else words(argv)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(PROGRAM), *map(str, argv)], stdout=full,
+                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: cannot go on: No space left")
 
 
 def test_text_that_the_terminal_cannot_show(tiny_checkpoint):
@@ -347,7 +642,7 @@ def mutated(draw) -> list[str]:
     """A good command line with a few words changed, dropped, doubled, swapped or put in."""
     command = draw(st.sampled_from(["train", "finetune", "eval", "sample", "prepare"]))
     argv = [command, *BASES[command]]
-    flags = [f"--{f.name}" for f in fields(lp.COMMANDS[command][0]) if f.name not in LEFT_OUT]
+    flags = [f"--{f.name}" for f in fields(lp.COMMANDS[command].settings) if f.name not in LEFT_OUT]
     for _ in range(draw(st.integers(1, 4))):
         i = draw(st.integers(0, len(argv) - 1))
         what = draw(st.sampled_from(["odd", "drop", "twice", "swap", "flag", "letter"]))
