@@ -152,7 +152,8 @@ class GPTConfig(ModelSettings):
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_dim = self.head_dim or self.n_embd // max(self.n_head, 1)
+        if not self.head_dim and self.n_head and self.n_embd % self.n_head == 0:
+            self.head_dim = self.n_embd // self.n_head
         if not self.n_inner:  # 8/3 gives the three SwiGLU matrices the size of two at 4
             wide = self.mlp == "swiglu"
             self.n_inner = -(-8 * self.n_embd // 96) * 32 if wide else 4 * self.n_embd
@@ -160,8 +161,9 @@ class GPTConfig(ModelSettings):
     def problems(self) -> list[str]:
         """What makes this shape impossible, one line each."""
         found = []
-        if self.n_embd % self.n_head and self.head_dim * self.n_head != self.n_embd:
-            found.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if not self.head_dim:
+            found.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change "
+                         "one of them, or give head_dim")  # fmt: skip
         if self.n_head % self.n_kv_head:
             found.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.pos == "rope" and self.head_dim % 2:
@@ -425,9 +427,12 @@ class ExportConfig(RuntimeConfig):
 
     ckpt: str = option("ckpts/best.pth", "checkpoint to export")
     out_dir: str = option("export", "folder to write")
+    gguf: str = option("", "write this GGUF file, for llama.cpp and Ollama, instead of a folder")
+    gguf_type: str = option("f16", "its matrices", choices=("f32", "f16", "bf16", "q8_0"))
     adapter: bool = option(False, "write the LoRA adapter alone, for peft")
+    base_model: str = option("", "the adapter's base: its exported folder or its name on the Hub")
     merge: bool = option(True, "fold LoRA adapters into the weights")
-    overwrite: bool = option(False, "replace what stands in out_dir")
+    overwrite: bool = option(False, "replace an earlier export")
 
 
 @dataclass
@@ -2575,14 +2580,10 @@ def special_ids(library, folder: Path) -> dict[str, int]:
 # --- tiktoken, for speed -------------------------------------------------------------
 
 
-def tiktoken_twin(library: dict):
-    """A tiktoken encoder with the same ids as a byte-level `tokenizer.json`, or None.
-
-    tiktoken merges the adjacent pair of lowest id, tokenizers the pair of lowest merge rank.
-    The two agree when the ids rise with the merges and text is cut by GPT-2's pattern.
-    """
+def is_gpt2_bpe(library: dict) -> bool:
+    """Whether a `tokenizer.json` is byte-level BPE over text that GPT-2's pattern has cut."""
     model, cut = library.get("model", {}), library.get("pre_tokenizer") or {}
-    plain = (
+    return (
         model.get("type") == "BPE"
         and cut.get("type") == "ByteLevel"
         and not cut.get("add_prefix_space")
@@ -2591,12 +2592,21 @@ def tiktoken_twin(library: dict):
         and not any(model.get(k) for k in ("ignore_merges", "byte_fallback", "dropout"))
         and all(token.get("special") for token in library.get("added_tokens", []))
     )
+
+
+def tiktoken_twin(library: dict):
+    """A tiktoken encoder with the same ids as a byte-level `tokenizer.json`, or None.
+
+    tiktoken merges the adjacent pair of lowest id, tokenizers the pair of lowest merge rank.
+    The two agree when the ids rise with the merges and text is cut by GPT-2's pattern.
+    """
     try:
         import tiktoken
     except ImportError:
         return None
-    if not plain or not hasattr(tiktoken.Encoding, "encode_to_numpy"):
+    if not is_gpt2_bpe(library) or not hasattr(tiktoken.Encoding, "encode_to_numpy"):
         return None
+    model = library["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     merged = [model["vocab"]["".join(pair)] for pair in merges]
     bytes_of = byte_alphabet()
@@ -3955,7 +3965,8 @@ GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 def gpt2_to_hf(c: GPTConfig) -> dict:
     return {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-        "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
+        "n_positions": c.block_size, "n_ctx": c.block_size,  # the same under its older name
+        "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
         "n_inner": c.n_inner, "activation_function": GPT2_ACTIVATIONS[c.mlp],
         "layer_norm_epsilon": c.norm_eps, "tie_word_embeddings": c.tie_weights,
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
@@ -4059,17 +4070,20 @@ def table_rows(kind: str, config: GPTConfig) -> Iterator[tuple[str, list[str], b
             yield ours.format(i=i), [name.format(i=i) for name in theirs], transposed, rows
 
 
-def to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Our tensors under their names."""
+def to_hf(weights: dict[str, Tensor], config: GPTConfig, conv1d: bool = True) -> dict[str, Tensor]:
+    """Our tensors under their names. Without `conv1d` no matrix is transposed."""
     kind, found = interchange_kind(config), {}
     for ours, theirs, transposed, rows in table_rows(kind, config):
-        tensor = weights[ours].T if transposed else weights[ours]
+        tensor = weights[ours].T if transposed and conv1d else weights[ours]
         for name, part in zip(theirs, tensor.split(rows) if rows else [tensor], strict=True):
             found[name] = part.contiguous()
     missed = weights.keys() - {row[0] for row in table_rows(kind, config)}
     if missed:
         raise UserError(f"no Hugging Face name for {sorted(missed)[0]}")
     return found
+
+
+HF_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[str, Tensor]:
@@ -4094,10 +4108,12 @@ def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[st
                 raise UserError(
                     f"{name} has shape {tuple(part.shape)}, not {(size, config.n_embd)}"
                 )
-        if not all(part.isfinite().all() for part in parts):
+        if not all(part.dtype in HF_DTYPES for part in parts):
+            raise UserError(f"{theirs[0]} holds {parts[0].dtype}: quantised models are not read")
+        tensor = (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
+        if not tensor.isfinite().all():
             raise UserError(f"{theirs[0]} holds values that are not finite")
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        weights[ours] = (tensor.T if transposed else tensor).contiguous().float()
+        weights[ours] = (tensor.T if transposed else tensor).contiguous()
     if left:
         raise UserError(f"the model holds a tensor this program does not know: {sorted(left)[0]}")
     return weights
@@ -4106,6 +4122,9 @@ def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[st
 def hf_folder(name: str) -> Path:
     """The folder of a Hugging Face model: itself, or fetched from the Hub. Raises UserError."""
     if Path(name).is_dir():
+        runs = sorted(Path(name).glob("*.pth"))
+        if runs:
+            raise UserError(f"a run's folder: name a checkpoint in it, such as {runs[0]}")
         return Path(name)
     hub = optional("huggingface_hub")
     try:
@@ -4144,8 +4163,8 @@ def hf_tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"not a usable model folder: {one_line(error)}") from None
 
 
-def load_hf(name: str) -> tuple[GPT, Tokenizer]:
-    """Model and tokenizer from a Hugging Face folder or, where there is a network, a name.
+def load_hf(name: str) -> tuple[GPT, Tokenizer, bool]:
+    """Model, tokenizer and whether the chat template is ours, of a Hugging Face folder or name.
 
     Raises UserError for anything but GPT-2 or Qwen3 in safetensors, whole and of the right shape.
     """
@@ -4159,9 +4178,12 @@ def load_hf(name: str) -> tuple[GPT, Tokenizer]:
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only "
                             f"{config.vocab_size}")  # fmt: skip
+        templates = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
+        has_template = any("### Instruction: " in file.read_text("utf-8", "replace")
+                           for file in templates if file.is_file())  # fmt: skip
     except UserError as error:
         raise UserError(str(error) if name in str(error) else f"{name}: {error}") from None
-    return model, tokenizer
+    return model, tokenizer, has_template
 
 
 def is_byte_vocabulary(tokenizer: BPETokenizer) -> bool:
@@ -4228,10 +4250,11 @@ class Loaded:
     model: GPT
     tokenizer: Tokenizer
     state: dict  # the checkpoint without its weights; empty for a Hugging Face model
+    has_template: bool = False  # a Hugging Face model whose chat template is ours
 
     @property
     def is_tuned(self) -> bool:
-        return self.state.get("command") == "finetune"
+        return self.has_template or self.state.get("command") == "finetune"
 
     @property
     def data(self) -> dict:
@@ -4243,7 +4266,7 @@ class Loaded:
 
 def load_model(name: str, merge: bool = True, block_size: int | None = None) -> Loaded:
     """A checkpoint of this program, or a Hugging Face folder or name. LoRA comes folded in."""
-    path = Path(name)
+    path, has_template = Path(name), False
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or path.is_file():
         state = load_checkpoint(path)
         try:
@@ -4257,9 +4280,9 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
             model.float()  # frozen weights may be bf16, too coarse to add small changes to
             remove_lora(model, merge=True)
     else:
-        (model, tokenizer), state = load_hf(name), {}
+        (model, tokenizer, has_template), state = load_hf(name), {}
     resize_block(model, block_size)
-    return Loaded(model, tokenizer, state)
+    return Loaded(model, tokenizer, state, has_template)
 
 
 def resize_block(model: GPT, block_size: int | None) -> None:
@@ -4289,12 +4312,26 @@ def transformers_library():
     return library
 
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{{ ' ' + m['content'] + '\\n<|sep|>' }}{% else %}"
-    "{{ '### Instruction: ' + m['content'] + '\\n### Input: \\n### Output:' }}"
-    "{% endif %}{% endfor %}"
-)
+def chat_templates(sep: str) -> tuple[str, str]:
+    """`instruction_prompt` as a template: Jinja's (transformers, llama.cpp), and Go's (Ollama).
+
+    A user's message may have an `input` beside its content. Ollama's runner adds bos by itself.
+    """
+    jinja, go = ({"user": instruction_prompt(text, input),
+                  "system": instruction_prompt("", "", text).removesuffix(instruction_prompt("")),
+                  "assistant": instruction_response(text) + sep}
+                 for text, input in (("{{ text }}", "{{ m['input'] or '' }}"), ("{{ .Content }}", ""))
+                 )  # fmt: skip
+    text = "m['content'] if m['content'] is string else m['content']|map(attribute='text')|join"
+    return (
+        "{{ bos_token }}{% for m in messages %}{% set text = " + text + " %}{% if false %}"
+        + "".join(f"{{% elif m['role'] == '{role}' %}}{form}" for role, form in jinja.items())
+        + "{% else %}{{ raise_exception('roles are system, user and assistant') }}"
+        "{% endif %}{% endfor %}",
+        "{{ range .Messages }}{{ if false }}"
+        + "".join(f'{{{{ else if eq .Role "{role}" }}}}{form}' for role, form in go.items())
+        + "{{ end }}{{ end }}",
+    )  # fmt: skip
 
 
 def export_model(loaded: Loaded, folder: Path) -> None:
@@ -4312,41 +4349,74 @@ def export_model(loaded: Loaded, folder: Path) -> None:
     write_json(folder / "config.json", settings)
     write_json(folder / "generation_config.json",
                ids | {"do_sample": True, "temperature": 0.9, "top_k": 30})  # fmt: skip
-    export_tokenizer(tokenizer, config.block_size, folder, loaded.is_tuned)
+    export_tokenizer(loaded, folder)
     (folder / "README.md").write_text(model_card(loaded, kind), encoding="utf-8")
     check_export(model, tokenizer, folder)
 
 
-def export_tokenizer(tokenizer: Tokenizer, block_size: int, folder: Path, tuned: bool) -> None:
-    library = byte_library() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library
+def export_library(loaded: Loaded):
+    """The tokenizer as a `tokenizers.Tokenizer` that puts bos before a text, as training did."""
+    tokenizers, tokenizer = optional("tokenizers"), loaded.tokenizer
+    if isinstance(tokenizer, ByteTokenizer):
+        library = byte_library()
+    else:
+        library = tokenizers.Tokenizer.from_str(tokenizer.json)
+        if not loaded.state:  # somebody else's model: as they made it
+            return library
+    bos = library.id_to_token(tokenizer.bos_id)
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, tokenizer.bos_id)]
+    )
+    return library
+
+
+def export_tokenizer(loaded: Loaded, folder: Path) -> None:
+    tokenizer, library = loaded.tokenizer, export_library(loaded)
     library.save(str(folder / "tokenizer.json"))
-    token = library.id_to_token
+    tokens = {n: library.id_to_token(getattr(tokenizer, f"{n}_id"))
+              for n in ("bos", "eos", "pad", "sep")}  # fmt: skip
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": block_size,
+        "model_max_length": loaded.model.config.block_size,
         "clean_up_tokenization_spaces": False,
-        **{f"{n}_token": token(getattr(tokenizer, f"{n}_id")) for n in ("bos", "eos", "pad")},
-        "sep_token": token(tokenizer.sep_id),
+        **{f"{name}_token": token for name, token in tokens.items()},
     }
-    if tuned:
-        sep = token(tokenizer.sep_id)
-        settings["chat_template"] = CHAT_TEMPLATE.replace("<|sep|>", sep)
+    if loaded.is_tuned:
+        settings["chat_template"] = chat_templates(tokens["sep"])[0]
         (folder / "chat_template.jinja").write_text(settings["chat_template"], encoding="utf-8")
+        ends = "|".join(re.escape(tokens[name]) for name in ("sep", "eos"))
+        settings["response_template"] = {  # how `transformers serve` finds the answer
+            "defaults": {"role": "assistant"},
+            "start_anchor": "### Output:",
+            "fields": {"content": {"content": "text", "close_pattern": rf"\s*(?:{ends})"}},
+        }
     write_json(folder / "tokenizer_config.json", settings)
+
+
+CHECK_TEXTS = (
+    "First Citizen:\nBefore we proceed any further, hear me speak.", " Größe 你好 e\u0301 😀",
+    "  two  spaces\t\r\n\n x" + " " * 20 + "y ", "1234567 3.14", "I'll don't WE'RE", "!?...#@",
+)  # fmt: skip
 
 
 def check_export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     """Load the folder as anybody would and compare ids and logits on real text."""
     transformers = transformers_library()
-    text = "First Citizen:\nBefore we proceed any further, hear me speak. Größe 你好\n"
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.encode(text).astype(np.int64)[: model.config.block_size]
-    if theirs(text, add_special_tokens=False)["input_ids"][: len(ids)] != ids.tolist():
-        raise UserError("export failed its check: the tokenizer written gives other ids")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for text in CHECK_TEXTS:
+        ids = tokenizer.encode(text).tolist()
+        if theirs(text, add_special_tokens=False)["input_ids"] != ids:
+            raise UserError("export failed its check: the tokenizer written gives other ids")
+    check_logits(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+                 model, tokenizer)  # fmt: skip
+
+
+def check_logits(peer, model: GPT, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("".join(CHECK_TEXTS)).astype(np.int64)[: model.config.block_size]
     x = torch.from_numpy(ids)[None]
     with torch.no_grad():
-        difference = (peer(x).logits - model.cpu()(x)[0]).abs().max().item()
+        logits = model.cpu().float().eval()(x)[0]
+        difference = (peer.float().eval()(x).logits - logits).abs().max().item()
     if not difference <= 1e-4:
         raise UserError(f"export failed its check: logits differ by {difference:.2e}")
     note(f"logits agree with {type(peer).__name__} to {difference:.1e}")
@@ -4370,8 +4440,195 @@ def model_card(loaded: Loaded, kind: str) -> str:
     )
 
 
-def export_adapter(loaded: Loaded, folder: Path) -> None:
-    """A peft adapter for the exported base (export it with --no-merge).
+# --- GGUF, the format of llama.cpp and Ollama ---
+
+
+def gguf_tensors(model: GPT, kind: str) -> dict[str, Tensor]:
+    """Our tensors under llama.cpp's names. Raises UserError on what it cannot compute."""
+    gguf, config = optional("gguf"), model.config
+    if config.mlp == "relu" or 0 < config.attn_window < config.block_size:
+        odd = "--mlp relu" if config.mlp == "relu" else f"--attn_window {config.attn_window}"
+        raise UserError(f"llama.cpp cannot run {odd}; the Hugging Face export can hold it")
+    if config.mlp == "gelu":
+        note("llama.cpp has GELU in its tanh approximation: log-probabilities move by about 1e-3")
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), config.n_layer)
+    tensors = to_hf(model_weights(model), config, conv1d=False)
+    return {names.get_name(n, (".weight", ".bias")): t.float() for n, t in tensors.items()}
+
+
+def gguf_vocabulary(loaded: Loaded) -> dict:
+    """The tokenizer's settings, by the names of GGUFWriter's methods.
+
+    Raises UserError unless text is cut by GPT-2's pattern, the only one llama.cpp is told of here.
+    """
+    gguf, tokenizer, library = optional("gguf"), loaded.tokenizer, export_library(loaded)
+    saved = json.loads(library.to_str())
+    if not isinstance(tokenizer, ByteTokenizer) and not is_gpt2_bpe(saved):
+        raise UserError("--gguf: this tokenizer cuts or normalises text otherwise than GPT-2's, "
+                        "and llama.cpp would give other ids")  # fmt: skip
+    special = {token["id"] for token in saved["added_tokens"]}
+    tokens, types = [], []
+    for i in range(loaded.model.config.vocab_size):
+        token = library.id_to_token(i)
+        kind = "UNUSED" if token is None else "CONTROL" if i in special else "NORMAL"
+        tokens.append(f"[PAD{i}]" if token is None else token)
+        types.append(gguf.TokenType[kind])
+    merges = [m if isinstance(m, str) else " ".join(m) for m in saved["model"]["merges"]]
+    settings = dict(
+        tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_list=tokens, token_types=types,
+        token_merges=merges or ["þ ÿ"],  # there must be one: of bytes that UTF-8 never has
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+        eot_token_id=tokenizer.sep_id,  # where a tuned model stops
+        sep_token_id=tokenizer.sep_id, pad_token_id=tokenizer.pad_id,
+        add_bos_token=True, add_space_prefix=False,
+    )  # fmt: skip
+    if loaded.is_tuned:
+        settings["chat_template"] = chat_templates(library.id_to_token(tokenizer.sep_id))[0]
+    return settings
+
+
+GGUF_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+
+
+def export_gguf(loaded: Loaded, file: Path, dtype: str) -> None:
+    """Write a GGUF file and check it. Norms, biases and positions stay float32."""
+    gguf, config = optional("gguf"), loaded.model.config
+    loaded.model.float().eval()
+    remove_lora(loaded.model, merge=False)
+    kind = interchange_kind(config)
+    tensors, vocabulary = gguf_tensors(loaded.model, kind), gguf_vocabulary(loaded)
+    settings = dict(
+        name=file.stem, file_type=GGUF_FILE_TYPES[dtype], context_length=config.block_size,
+        embedding_length=config.n_embd, block_count=config.n_layer,
+        feed_forward_length=config.n_inner, head_count=config.n_head,
+        head_count_kv=config.n_kv_head,
+    )  # fmt: skip
+    if kind == "qwen3":
+        settings |= dict(layer_norm_rms_eps=config.norm_eps, rope_freq_base=config.rope_theta)
+        settings |= dict.fromkeys(
+            ("rope_dimension_count", "key_length", "value_length"), config.head_dim
+        )
+    else:
+        settings |= dict(layer_norm_eps=config.norm_eps)
+    writer = gguf.GGUFWriter(file, kind)
+    for name, value in (settings | vocabulary).items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_array("tokenizer.ggml.eos_token_ids",  # Ollama's engine reads these alone
+                     sorted({loaded.tokenizer.eos_id, loaded.tokenizer.sep_id}))  # fmt: skip
+    for name, tensor in tensors.items():
+        matrix = tensor.ndim == 2 and not name.startswith("position")
+        number = gguf.GGMLQuantizationType[dtype.upper() if matrix else "F32"]
+        if matrix and dtype == "q8_0" and tensor.shape[1] % 32:
+            raise UserError(f"--gguf_type q8_0 needs rows of a multiple of 32 values; {name} has "
+                            f"{tensor.shape[1]}: choose f16")  # fmt: skip
+        data = gguf.quants.quantize(tensor.contiguous().numpy(), number)
+        writer.add_tensor(name, data, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.with_name("Modelfile").write_text(modelfile(loaded, file.name), encoding="utf-8")
+    check_gguf(tensors, file, dtype)
+    check_llama_cpp(loaded, file, dtype)
+
+
+def modelfile(loaded: Loaded, name: str) -> str:
+    """What `ollama create NAME -f Modelfile` reads."""
+    sep = export_library(loaded).id_to_token(loaded.tokenizer.sep_id)
+    template, stop = ((chat_templates(sep)[1], f'PARAMETER stop "{sep}"\n') if loaded.is_tuned
+                      else ("{{ .Prompt }}", ""))  # fmt: skip
+    return (f'{MODELFILE_MARK}\nFROM ./{name}\nTEMPLATE """{template}"""\n{stop}PARAMETER num_ctx '
+            f"{loaded.model.config.block_size}\nPARAMETER temperature 0.9\nPARAMETER top_k 30\n"
+            )  # fmt: skip
+
+
+# The largest error of a stored value, as a share of the largest among its 32 neighbours.
+GGUF_ROUNDING = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 254 + 2**-11}
+
+
+def check_gguf(tensors: dict[str, Tensor], file: Path, dtype: str) -> None:
+    """Read the file back: every tensor must be there, as exact as its type allows."""
+    gguf = optional("gguf")
+    written = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1])
+               for t in gguf.GGUFReader(file).tensors}  # fmt: skip
+    if written.keys() != tensors.keys():
+        raise UserError("export failed its check: the file lacks tensors")
+    for name, tensor in tensors.items():
+        error = (torch.from_numpy(written[name].copy()) - tensor).abs().flatten()
+        scale = tensor.abs().flatten()
+        if len(scale) % 32 == 0:
+            scale = scale.view(-1, 32).amax(1).repeat_interleave(32)
+        if not (error <= GGUF_ROUNDING[dtype] * scale + 2**-24).all():
+            raise UserError(f"export failed its check: {name} differs by {error.max():.1e}; "
+                            "try --gguf_type f32")  # fmt: skip
+
+
+# The largest difference of log-probabilities that rounding may make, in nats.
+GGUF_TOLERANCE = {"f32": 0.02, "f16": 0.05, "bf16": 0.3, "q8_0": 0.5}
+
+
+def llama_server(file: Path, n_ctx: int):
+    """llama.cpp's server on the loopback address, exact: (path, request) -> its JSON answer."""
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    llama = optional("xllamacpp")
+    params = llama.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(file), n_ctx, 1
+    params.verbosity, params.warmup, params.fit_params = -1, False, False
+    params.n_gpu_layers = 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server, opener = llama.Server(params), build_opener(ProxyHandler({}))
+
+    def ask(path: str, **request) -> dict:
+        body = json.dumps(request).encode()
+        header = {"Content-Type": "application/json"}
+        return json.load(opener.open(Request(server.listening_address + path, body, header)))
+
+    return ask
+
+
+def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
+    """Compare ids, log-probabilities and 100 greedy tokens with llama.cpp, where it is installed."""
+    try:
+        ask = llama_server(file, loaded.model.config.block_size)
+    except UserError as missing:
+        return note(f"not compared with llama.cpp: {missing}")
+    except Exception as error:
+        raise UserError(f"export failed its check: llama.cpp refuses it: {one_line(error)}"
+                        ) from None  # fmt: skip
+    tokenizer, model, T = loaded.tokenizer, loaded.model.cpu(), loaded.model.config.block_size
+    for text in CHECK_TEXTS:
+        ids = ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
+        if ids != [tokenizer.bos_id, *tokenizer.encode(text).tolist()]:
+            raise UserError(f"export failed its check: llama.cpp has other ids for {text!r}")
+    prompt = [tokenizer.bos_id, *tokenizer.encode("".join(CHECK_TEXTS)).tolist()][: max(T // 2, 1)]
+    greedy = dict(temperature=0, return_tokens=True, prompt=prompt)
+    told = ask("/completion", n_predict=min(100, T - len(prompt)), **greedy)["tokens"]
+    with torch.no_grad():
+        table = model(torch.tensor([prompt + told]))[0][0].log_softmax(-1)  # (T, V)
+    gaps = (
+        table.amax(-1)[len(prompt) - 1 : -1]
+        - table[range(len(prompt) - 1, len(prompt) + len(told) - 1), told]
+    )
+    worst = 0.0
+    for n in range(1, min(len(prompt), 64) + 1):  # one step each
+        step = ask("/completion", n_predict=1, n_probs=100, **greedy | dict(prompt=prompt[:n]))
+        for said in step.get("completion_probabilities", []):  # none where it is half a character
+            for top in said["top_logprobs"]:
+                worst = max(worst, abs(top["logprob"] - table[n - 1, top["id"]].item()))
+    limit = GGUF_TOLERANCE[dtype]
+    if not (worst <= limit and (gaps <= 2 * limit).all()):
+        raise UserError(
+            f"export failed its check: llama.cpp's log-probabilities differ by {worst:.1e}"
+        )
+    note(f"llama.cpp: log-probabilities agree to {worst:.1e}, {int((gaps == 0).sum())} of "
+         f"{len(told)} greedy tokens are the same")  # fmt: skip
+
+
+def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
+    """A peft adapter for the exported base (export it with --no_merge), checked upon a local one.
 
     Where their model has several matrices for one of ours, each gets our A and its rows of B.
     """
@@ -4380,6 +4637,9 @@ def export_adapter(loaded: Loaded, folder: Path) -> None:
     if not lora:
         raise UserError("--adapter: this checkpoint was not tuned with --method lora")
     kind = interchange_kind(config)
+    source = loaded.state["config"].get("ckpt", "")
+    base = base or (source if Path(source).is_dir() else "")
+    base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     weights, tensors, targets = loaded.model.state_dict(), {}, set()
     for ours, theirs, _, rows in table_rows(kind, config):
         stem = ours.removesuffix(".weight")
@@ -4398,8 +4658,101 @@ def export_adapter(loaded: Loaded, folder: Path) -> None:
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"],
         "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
         "target_modules": sorted(targets), "fan_in_fan_out": kind == "gpt2", "bias": "none",
-        "inference_mode": True, "base_model_name_or_path": None,
+        "inference_mode": True, "base_model_name_or_path": base or None,
     })  # fmt: skip
+    (folder / "README.md").write_text(model_card(loaded, kind), encoding="utf-8")
+    if base and Path(base).is_dir():
+        auto = optional("peft").AutoPeftModelForCausalLM
+        check_logits(auto.from_pretrained(folder), loaded.model, loaded.tokenizer)
+    elif not base:
+        note("peft loads it upon the base: export that with --no_merge, then this with "
+             "--base_model FOLDER, so that AutoPeftModelForCausalLM finds it")  # fmt: skip
+
+
+# --- where exports are put ---
+
+MODELFILE_MARK = "# Ollama's recipe, written by llm_pipeline.py"
+EXPORT_FILES = {
+    "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja", "adapter_config.json",
+    "adapter_model.safetensors",
+}  # fmt: skip
+
+
+def starts_with(file: Path, mark: bytes) -> bool:
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        return opened.read(len(mark)) == mark
+    return False
+
+
+def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
+    """Raise UserError unless nothing stands in the way, or only an earlier export and overwrite."""
+    if is_file:
+        marks = {target: b"GGUF", target.with_name("Modelfile"): MODELFILE_MARK.encode()}
+        there = [file for file in marks if file.exists()]
+        strange = [file for file in there if not starts_with(file, marks[file])]
+    else:
+        there = (
+            [target] if target.exists() and (not target.is_dir() or any(target.iterdir())) else []
+        )
+        card, weights = target / "README.md", {*target.glob("*.safetensors"), *target.glob("*.pt*")}
+        ours = card.is_file() and "llm_pipeline.py" in card.read_text("utf-8", "replace")
+        others = {file for file in weights if file.name not in EXPORT_FILES}
+        strange = there if others or not ours else []
+    if there and not overwrite:
+        raise UserError(f"{there[0]} is there already: pass --overwrite or choose another place")
+    if strange:
+        raise UserError(f"{strange[0]} is not an export of this program and stays: choose another "
+                        "place")  # fmt: skip
+
+
+@contextlib.contextmanager
+def export_work(target: Path):
+    """An empty folder beside `target` to write an export into, locked, gone after the block.
+
+    What a killed export left there is swept first, after its old export is back in its place.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".export.{target.name}")
+    try:
+        for leftover in target.parent.glob(".export.*"):
+            with contextlib.suppress(UserError), run_lock(leftover):  # locked: another is at work
+                put_back(target.with_name(leftover.name.removeprefix(".export.")), leftover)
+                shutil.rmtree(leftover)
+        with run_lock(work):
+            try:
+                (work / "new").mkdir()
+                yield work / "new"
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+
+
+def install_export(new: Path, target: Path, is_file: bool) -> None:
+    """Move an export to its place: files one by one, a folder by two renames.
+
+    Between the two the old export stands in the work folder, where `put_back` finds it.
+    """
+    if is_file:
+        for file in new.iterdir():
+            os.replace(file, target.with_name(file.name))
+        return
+    if target.exists():
+        target.rename(new.with_name("old"))
+    new.rename(target)
+    put_back(target, new.parent)
+
+
+def put_back(target: Path, work: Path) -> None:
+    """Return what an interrupted or finished `install_export` took away: all, or foreign files."""
+    old = work / "old"
+    if old.exists() and not target.exists():
+        old.rename(target)
+    elif old.exists():
+        for entry in old.iterdir():
+            if entry.name not in EXPORT_FILES and not (target / entry.name).exists():
+                entry.rename(target / entry.name)
 
 
 # ====================================================================================
@@ -5365,22 +5718,20 @@ def check_model(name: str, store: TokenStore, block_size: int) -> str:
 
 
 def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
-    out_dir = Path(config.out_dir)
-    if out_dir.exists() and any(out_dir.iterdir()) and not config.overwrite:
-        raise UserError(f"{out_dir} is not empty: pass --overwrite or another --out_dir")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".export.") as work:
-        folder = Path(work) / "model"
-        folder.mkdir()
-        if config.adapter:
-            export_adapter(load_model(config.ckpt, merge=False), folder)
-            note("peft loads it upon the base: export that with --no_merge")
+    if not rt.is_main:
+        return
+    target = Path(config.gguf or config.out_dir)
+    check_replaceable(target, bool(config.gguf), config.overwrite)
+    with export_work(target.absolute()) as new:
+        loaded = load_model(config.ckpt, merge=config.merge and not config.adapter)
+        if config.gguf:
+            export_gguf(loaded, new / target.name, config.gguf_type)
+        elif config.adapter:
+            export_adapter(loaded, new, config.base_model)
         else:
-            export_model(load_model(config.ckpt, merge=config.merge), folder)
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        folder.rename(out_dir)
-    print(out_dir)
+            export_model(loaded, new)
+        install_export(new, target.absolute(), bool(config.gguf))
+    print(target)
 
 
 def synchronize(rt: Runtime) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, differences, finish, run, tensors
+from conftest import CPU, Child, differences, finish, run, tensors
 
 import llm_pipeline as lp
 
@@ -41,6 +42,7 @@ PEERS = {
     "qwen3, untied": ("qwen3", dict(tie_word_embeddings=False)),
     "qwen3, grouped": ("qwen3", dict(num_key_value_heads=2)),
     "qwen3, one key head, wide": ("qwen3", dict(num_key_value_heads=1, head_dim=20)),
+    "qwen3, width no multiple of its heads": ("qwen3", dict(hidden_size=36, num_attention_heads=8)),
     "qwen3, theta": ("qwen3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "qwen3, sliding": ("qwen3", SLIDING),
     "qwen3, more ids than its tokenizer": ("qwen3", dict(vocab_size=300)),
@@ -291,10 +293,42 @@ def test_pipeline_answers_chats(tuned, tmp_path):
 
 def test_model_card_names_settings_and_figures(bases):
     card = (bases["gpt2"].parent / "hf" / "README.md").read_text(encoding="utf-8")
+    shape = json.loads((bases["gpt2"].parent / "hf" / "config.json").read_text(encoding="utf-8"))
+    assert shape["n_ctx"] == shape["n_positions"] == 64
     assert card.startswith("---\n") and "library_name: transformers" in card
     state = lp.load_checkpoint(bases["gpt2"])
     assert f"{state['progress']['best']:.4f}" in card
     assert "batch_size | 4" in card
+
+
+def test_exported_tokenizer_puts_bos_before_a_text(bases, corpus, tmp_path):
+    bpe = ["--tokenizer", "bpe", "--vocab_size", 320, "--out_dir", tmp_path / "run"]
+    run("train", *corpus, *SMALL, *bpe).ok()
+    for folder in (bases["gpt2"].parent / "hf", export(tmp_path / "run/best.pth", tmp_path / "hf")):
+        theirs, ours = (
+            transformers.AutoTokenizer.from_pretrained(folder),
+            lp.load_model(str(folder)),
+        )
+        for text in ("sun moon", ""):
+            wanted = ours.tokenizer.encode(text).tolist()
+            assert theirs(text)["input_ids"] == [theirs.bos_token_id, *wanted]
+            assert theirs(text, add_special_tokens=False)["input_ids"] == wanted
+
+
+def test_a_tuned_folder_counts_as_tuned(bases, tuned, tmp_path):
+    folder = export(tuned, tmp_path / "hf")
+    flags = ["--prompt", "Repeat 3.", "--temperature", 0, "--max_new_tokens", 12, *CPU]
+    wanted = run("sample", "--ckpt", tuned, *flags).ok().out
+    assert run("sample", "--ckpt", folder, *flags).ok().out == wanted
+    assert run("sample", "--ckpt", folder, *flags, "--template", "raw").ok().out != wanted
+    assert lp.load_model(str(folder)).is_tuned
+    assert not lp.load_model(str(bases["gpt2"].parent / "hf")).is_tuned
+
+
+def test_a_run_folder_is_told_from_a_model(bases):
+    result = run("sample", "--ckpt", bases["gpt2"].parent, "--prompt", "x")
+    assert len(result.fails(1, "best.pth").errors) == 1
+    assert "model_type" not in result.err
 
 
 # --- refusals ---
@@ -369,6 +403,14 @@ BROKEN = {
         edit_tensors(lambda t: t["transformer.wte.weight"].fill_(math.nan)),
         "transformer.wte.weight",
     ),
+    "quantised": (
+        edit_tensors(lambda t: t.update({n: t[n].to(torch.float8_e4m3fn) for n in [*t][:4]})),
+        "float8",
+    ),
+    "whole numbers": (
+        edit_tensors(lambda t: t.update({n: t[n].to(torch.int8) for n in [*t][:1]})),
+        "int8",
+    ),
     "pickle": (only_pickle, "pytorch_model.bin"),
     "truncated": (truncate, ""),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
@@ -438,14 +480,55 @@ def test_parts_of_a_fused_matrix_are_checked_one_by_one(bases, tmp_path):
     assert len(result.fails(1, "q_proj").errors) == 1
 
 
-def test_export_overwrites_only_when_told(bases, tmp_path):
-    (tmp_path / "hf").mkdir()
+def test_export_replaces_only_exports_and_only_when_told(bases, tmp_path):
+    """Not a folder of other files, not a run's; files of others in an export's folder stay."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.txt").write_text("keep me")
+    command = ["export", "--ckpt", bases["gpt2"], "--out_dir"]
+    run(*command, tmp_path / "mine").fails(1, "--overwrite")
+    for folder in (tmp_path / "mine", bases["modern"].parent):
+        before = entry_names(folder)
+        run(*command, folder, "--overwrite").fails(1, "not an export", str(folder))
+        assert entry_names(folder) == before
+    export(bases["modern"], tmp_path / "hf")
+    (tmp_path / "hf" / "notes").mkdir()
+    (tmp_path / "hf" / "notes" / "mine.txt").write_text("keep me")
+    run(*command, tmp_path / "hf").fails(1, "--overwrite")
+    run(*command, tmp_path / "hf", "--overwrite").ok()
+    assert entry_names(tmp_path) == ["hf", "mine"]
+    assert (tmp_path / "hf" / "notes" / "mine.txt").read_text() == "keep me"
+    assert load_peer(tmp_path / "hf").config.model_type == "gpt2"
+
+
+def test_a_folder_with_other_weights_is_not_replaced(bases, tmp_path):
+    """An export that transformers saved again, in parts: its parts would be loaded beside ours."""
+    folder = export(bases["gpt2"], tmp_path / "hf")
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    again = ["export", "--ckpt", bases["gpt2"], "--out_dir", folder, "--overwrite"]
+    run(*again).fails(1, "not an export")
+
+
+def killed_between_the_renames():
+    rename = Path.rename
+
+    def stop_after_first(self, target):
+        rename(self, target)
+        os._exit(9)
+
+    Path.rename = stop_after_first
+
+
+def test_killed_while_it_replaces(bases, tmp_path):
+    """The next export finds the old one where the kill left it, and the files of others."""
+    export(bases["modern"], tmp_path / "hf")
     (tmp_path / "hf" / "mine.txt").write_text("keep me")
-    command = ["export", "--ckpt", bases["gpt2"], "--out_dir", tmp_path / "hf"]
-    run(*command).fails(1, "--overwrite")
-    assert entry_names(tmp_path / "hf") == ["mine.txt"]
-    run(*command, "--overwrite").ok()
-    assert entry_names(tmp_path) == ["hf"] and (tmp_path / "hf" / "model.safetensors").exists()
+    argv = ["export", "--ckpt", bases["gpt2"], "--out_dir", tmp_path / "hf", "--overwrite"]
+    assert Child(*argv, hook=killed_between_the_renames).finish().code == 9
+    assert entry_names(tmp_path) == [".export.hf"]
+    export(bases["gpt2"], tmp_path / "other")  # sweeps
+    assert entry_names(tmp_path) == ["hf", "other"]
+    assert load_peer(tmp_path / "hf").config.model_type == "qwen3"
+    assert (tmp_path / "hf" / "mine.txt").read_text() == "keep me"
 
 
 # --- LoRA ---
@@ -523,6 +606,29 @@ def test_peft_loads_the_adapter_on_the_exported_base(lora, tmp_path):
     model = peft.PeftModel.from_pretrained(load_peer(root), adapter)
     assert_same_logits(lp.load_model(str(tuned)).model, model)
     assert_same_logits(lp.load_model(str(tuned)).model, model.merge_and_unload())
+
+
+def test_auto_peft_finds_the_base(lora, tmp_path):
+    """Named by --base_model, or because the adapter was tuned upon that folder."""
+    peft = pytest.importorskip("peft")
+    base, tuned, _ = lora
+    root = base.parent / "hf"
+    adapter = export(tuned, tmp_path / "adapter", "--adapter", "--base_model", root)
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(adapter)
+    assert_same_logits(lp.load_model(str(tuned)).model, model)
+    other = ["--adapter", "--base_model", export(tuned, tmp_path / "merged"), "--overwrite"]
+    result = run("export", "--ckpt", tuned, "--out_dir", adapter, *other)
+    result.fails(1, "failed its check")
+
+
+def test_an_adapter_tuned_upon_a_folder_names_it(bases, corpus, tmp_path):
+    peft = pytest.importorskip("peft")
+    flags = [*TUNE, *LORA, "--ckpt", bases["modern"].parent / "hf", "--out_dir", tmp_path / "run"]
+    run("finetune", *corpus, *flags).ok()
+    tuned = tmp_path / "run" / "best_finetune.pth"
+    adapter = export(tuned, tmp_path / "adapter", "--adapter")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(adapter)
+    assert_same_logits(lp.load_model(str(tuned)).model, model)
 
 
 def test_adapter_of_few_targets(bases, corpus, tmp_path):
