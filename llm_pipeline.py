@@ -265,7 +265,7 @@ class OptimConfig(Settings):
 class FitConfig(OptimConfig, DataConfig, RuntimeConfig):
     """Run: how long it goes on, what it looks at and what it keeps."""
 
-    out_dir: str = option("ckpts", "folder of the run", resume="free")
+    out_dir: str = option("ckpts", "folder of the run", resume="session")
     config: str = option("", "settings from a json, toml or yaml file", resume="session")
     resume: bool = option(False, "continue last.pth of out_dir, bit for bit", resume="session")
     overwrite: bool = option(False, "replace a run that stands in out_dir", resume="session")
@@ -1948,7 +1948,7 @@ def atomic_write(path: Path, sync: bool = True):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     written = 0
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             yield file
             written = file.tell()
             file.flush()
@@ -3641,68 +3641,44 @@ CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.1"
 SEAL = b"sha256:"  # the archive's zip comment: this, and the digest of all before its length
 
 
-class SealedWriter:
-    """Passes writes on to a file and hashes them; `seal` turns the digest into the zip comment.
+def digest_of(file, length: int) -> bytes:
+    """SHA-256 of the first `length` bytes of an open file."""
+    hasher = hashlib.sha256()
+    file.seek(0)
+    while length and (data := file.read(min(length, 1 << 22))):
+        hasher.update(data)
+        length -= len(data)
+    return hasher.digest()
 
-    PyTorch checks no checksums when it reads, so that a flipped bit would become a wrong weight.
+
+def seal(file) -> None:
+    """Make the digest of a zip archive, which is open for reading and writing, its comment.
+
+    PyTorch checks no checksum when it reads, so a flipped bit would become a wrong weight. The
+    archive's own CRC32 cover its members alone, not the directory that says where they are, and
+    the zip reader that would check them is not the one that PyTorch loads with.
     """
-
-    def __init__(self, file):
-        self.file, self.hasher, self.held = file, hashlib.sha256(), b""
-
-    def write(self, data) -> int:
-        data = memoryview(data).cast("B")
-        self.hasher.update(self.held)
-        self.hasher.update(data[:-2])
-        self.held = bytes(data[-2:])  # an archive's last two bytes are its comment's length
-        self.file.write(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def seal(self) -> None:
-        comment = SEAL + self.hasher.digest()
-        self.file.seek(-2, os.SEEK_END)
-        self.file.write(len(comment).to_bytes(2, "little") + comment)
+    end = file.seek(-2, os.SEEK_END)  # an archive's last two bytes are its comment's length
+    comment = SEAL + digest_of(file, end)
+    file.write(len(comment).to_bytes(2, "little") + comment)
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` atomically, sealed with a checksum. Raises UserError; the old file survives."""
-    with atomic_write(path) as file:
-        writer = SealedWriter(file)
-        try:
-            torch.save(state, writer)
-        except RuntimeError as error:  # torch hides a failed write behind its own error
-            size = sum(t.nbytes for t in tensors_in(state))
-            raise OSError(
-                0, f"the checkpoint needs {size:,} bytes ({one_line(error, 80)})"
-            ) from None
-        writer.seal()
-
-
-def tensors_in(value) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends as a checkpoint of this program does, damaged or not."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - len(SEAL) - 32))
+        return file.read(len(SEAL)) == SEAL
 
 
 def check_seal(path: Path) -> None:
     """Raise ValueError unless the file is, to the last bit, what `save_checkpoint` wrote."""
-    end = len(SEAL) + 32
-    hasher = hashlib.sha256()
     size = path.stat().st_size
+    end = size - 2 - len(SEAL) - 32
+    if end <= 0:
+        raise ValueError("it is too short")
     with open(path, "rb") as file:
-        left = size - end - 2
-        if left <= 0:
-            raise ValueError("it is too short")
-        while left:
-            data = file.read(min(left, 1 << 22))
-            hasher.update(data)
-            left -= len(data)
-        if file.read() != end.to_bytes(2, "little") + SEAL + hasher.digest():
+        digest = digest_of(file, end)
+        if file.read() != (len(SEAL) + 32).to_bytes(2, "little") + SEAL + digest:
             raise ValueError("its checksum does not match: damaged, or not of this program")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -3712,35 +3688,71 @@ def check_seal(path: Path) -> None:
             raise ValueError("it claims to unpack to more than its size")
 
 
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` atomically, sealed with a checksum. Raises UserError; the old file survives."""
+    with atomic_write(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch hides a failed write behind its own error
+            size = sum(t.nbytes for _, t in leaves(state) if isinstance(t, Tensor))
+            raise OSError(
+                0, f"the checkpoint needs {size:,} bytes ({one_line(error, 80)})"
+            ) from None
+        seal(file)
+
+
+def leaves(value, name: str = "state") -> Iterator[tuple[str, object]]:
+    """(where, value) of all that nested dictionaries and lists hold. Raises ValueError."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{name} has the key {key!r}, which is not text")
+            yield from leaves(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{name}.{index}")
+    else:
+        yield name, value
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_leaf(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is plain data, or a tensor that can be computed with."""
+    if not isinstance(value, Tensor):
+        if type(value) not in (str, int, float, bool, type(None)):
+            raise ValueError(f"{name} is a {type(value).__name__}, not plain data")
+        return
+    if value.layout != torch.strided or value.device.type != "cpu" or not value.is_contiguous():
+        raise ValueError(f"{name} is not a plain tensor")
+    if value.untyped_storage().nbytes() < value.nbytes:
+        raise ValueError(f"{name} claims more elements than it has")
+    if value.dtype not in FLOATS:
+        raise ValueError(f"{name} holds {value.dtype}, not floating point")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{name} holds values that are not finite")
+
+
+# What a checkpoint holds. The sections of the second table were added later.
 SECTIONS = {"format": str, "model_config": dict, "weights": dict, "tokenizer": dict,
             "config": dict, "progress": dict, "optimizer": dict, "data": dict, "versions": dict,
             "command": str, "template": str, "scaler": dict, "stream": dict}  # fmt: skip
+LATER_SECTIONS = {"lora": dict | None, "base": str, "base_loss": float | None}
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Checksum, then the safe load, then every field: raises UserError at the first that fails."""
+    """Checksum, then the safe load, then every field: raises UserError at the first that fails.
+
+    What is returned can be saved again as it is.
+    """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is not a file")
         check_seal(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-            raise ValueError(f"it is not a {CHECKPOINT_FORMAT}")
-        for name, kind in SECTIONS.items():
-            if not isinstance(state.get(name), kind):
-                raise ValueError(f"its {name!r} is missing or not a {kind.__name__}")
-        state["model_config"] = checked_model_config(state["model_config"])
-        state["progress"] = asdict(checked(Progress, state["progress"]))
-        kind = {"train": TrainConfig, "finetune": FinetuneConfig}[state["command"]]
-        for f in fields(kind):  # settings may come and go between versions of this program
-            for section in (state["config"], state["data"]):
-                if f.name in section:
-                    convert(f, section[f.name])
-        for owner, tensors in (("weights", state["weights"]), *state["optimizer"].items()):
-            for name, tensor in tensors.items():
-                if not isinstance(tensor, Tensor) or not tensor.is_contiguous():
-                    raise ValueError(f"{owner}: {name} is not a plain tensor")
-                if tensor.untyped_storage().nbytes() < tensor.nbytes:
-                    raise ValueError(f"{owner}: {name} claims more elements than it has")
+        check_state(state)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train one, or name it with --ckpt") from None
     except OSError as error:
@@ -3756,12 +3768,69 @@ def load_checkpoint(path: str | Path) -> dict:
     return state
 
 
+def check_state(state) -> None:
+    """Raise ValueError unless every section has its type and agrees with the others."""
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"it is not a {CHECKPOINT_FORMAT}")
+    for name, kind in SECTIONS.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"its {name!r} is missing or not a {kind.__name__}")
+    for name, kind in LATER_SECTIONS.items():
+        if name in state and not isinstance(state[name], kind):
+            raise ValueError(f"its {name!r} is not a {kind}")
+    for name, value in leaves(state):
+        check_leaf(name, value)
+    checked_model_config(state["model_config"])
+    cls = {"train": TrainConfig, "finetune": FinetuneConfig}[state["command"]]
+    known = {}
+    for section in (state["data"], state["config"]):
+        for f in fields(cls):  # settings may come and go between versions of this program
+            if f.name in section:
+                known[f.name] = convert(f, section[f.name])
+    if state.get("lora") != lora_settings(cls(**known)):
+        raise ValueError("its adapters are not those that its settings say")
+    weights = state["weights"]
+    if not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError("its weights are not all tensors")
+    for owner, moments in state["optimizer"].items():
+        if owner not in weights:
+            raise ValueError(f"the optimizer knows {owner}, which is no weight")
+        for name, value in moments.items():
+            if value.shape != (() if name == "step" else weights[owner].shape):
+                raise ValueError(f"the optimizer's {name} of {owner} has another shape")
+    check_progress(state)
+
+
 def checked_model_config(values: dict) -> GPTConfig:
     """A GPTConfig from a file's claims. Raises ValueError."""
     config = checked(GPTConfig, values)
     if config.problems():
         raise ValueError("; ".join(config.problems()))
     return config
+
+
+def check_progress(state: dict) -> None:
+    """Raise ValueError unless this is a point that a run with these settings can have reached."""
+    p, batch_size = checked(Progress, state["progress"]), state["config"].get("batch_size", 1)
+    if min(p.best_step, p.evaluated, p.misses) < 0:
+        raise ValueError("its progress counts below zero")
+    if not max(p.best_step, p.evaluated) <= p.step <= p.total:
+        raise ValueError(f"its progress is step {p.step} of {p.total}")
+    if p.grad_accum < 1 or batch_size % p.grad_accum:
+        raise ValueError(f"grad_accum {p.grad_accum} does not divide its batch_size {batch_size}")
+
+
+def restored(state: dict) -> Loaded:
+    """The model of a checkpoint, adapters beside its weights, and its tokenizer.
+
+    The weights are taken out of `state`. Raises UserError.
+    """
+    shape, lora = GPTConfig(**state["model_config"]), state.get("lora")
+    model = build_model(shape, state.pop("weights"), lora)
+    tokenizer = tokenizer_from_spec(state["tokenizer"])
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError("its tokenizer has more ids than its model")
+    return Loaded(model, tokenizer, state)
 
 
 def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None = None) -> GPT:
@@ -3781,8 +3850,6 @@ def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None
             raise UserError(
                 f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
             )
-        if not tensor.is_floating_point():
-            raise UserError(f"{name} holds {tensor.dtype}, not floating point")
     model.load_state_dict(weights, strict=False, assign=True)
     if config.tie_weights:
         model.head.weight = model.tok_emb.weight
@@ -3810,23 +3877,25 @@ def optimizer_state(model: GPT, optimizers: list) -> dict[str, dict[str, Tensor]
     }
 
 
+# What each optimizer keeps for a parameter: of the parameter's shape, but for the count of steps.
+MOMENTS = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
+
+
 def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
     """Undo `optimizer_state`. Raises UserError when it does not belong to these parameters."""
     names = {p: n for n, p in model.named_parameters()}
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                moments = saved.get(names[p])
-                if moments is None:
-                    raise UserError(f"the checkpoint holds no optimizer state for {names[p]}")
-                for key, value in moments.items():
-                    if value.ndim and value.shape != p.shape:
-                        raise UserError(f"the optimizer state of {names[p]} has another shape")
-                    sharded = value.ndim and hasattr(p, "placements")
-                    value = value if key == "step" else value.to(p.device, p.dtype)
-                    if key == "step" and p.device.type == "cuda":
-                        value = value.to(p.device)
-                    optimizer.state[p][key] = distribute_like(value, p) if sharded else value
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            moments = saved.get(names[p], {})
+            if moments.keys() != MOMENTS[type(optimizer)]:
+                raise UserError(f"the checkpoint holds another optimizer's state, or none, for "
+                                f"{names[p]}")  # fmt: skip
+            for key, value in moments.items():
+                if key == "step":  # AdamW keeps it beside the parameter on CUDA only
+                    value = value.to(p.device) if p.device.type == "cuda" else value
+                else:
+                    value = distribute_like(value.to(p.device, p.dtype), p)
+                optimizer.state[p][key] = value
 
 
 def save_run(run: Run, name: str) -> None:
@@ -3847,19 +3916,15 @@ def save_run(run: Run, name: str) -> None:
     run.rt.barrier()
 
 
-def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store, lora) -> dict:
+def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
     """What a checkpoint says of its origin: settings, tokenizer, data, versions."""
     return {
         "command": "finetune" if isinstance(config, FinetuneConfig) else "train",
-        "config": {
-            f.name: getattr(config, f.name)
-            for f in fields(config)
-            if f.metadata.get("resume") != "session"
-        },
+        "config": {name: getattr(config, name) for name in resume_policy(type(config))},
         "model_config": asdict(loaded.model.config),
         "tokenizer": loaded.tokenizer.spec(),
         "template": instruction_prompt("{instruction}", "{input}"),
-        "lora": lora,
+        "lora": loaded.state.get("lora"),
         "data": {
             "fingerprint": store.fingerprint if store else "stream",
             **{name: getattr(config, name) for name in SPLIT_SETTINGS},
@@ -3876,6 +3941,16 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store, lora) ->
     }
 
 
+def resume_policy(cls: type) -> dict[str, str]:
+    """ "fixed" or "free" for each setting that belongs to the run, not to one call of the program.
+
+    The only reader of `resume` in section 1's fields: these are stored, a resumed run takes over
+    those that were not asked for, and a fixed one cannot change.
+    """
+    policy = {f.name: f.metadata.get("resume", "fixed") for f in fields(cls)}
+    return {name: kind for name, kind in policy.items() if kind != "session"}
+
+
 def check_drift(resumed: dict, about: dict) -> None:
     """Refuse to resume on other data or settings; warn of what may change rounding."""
     then, now = resumed["config"], about["config"]
@@ -3883,8 +3958,7 @@ def check_drift(resumed: dict, about: dict) -> None:
         if resumed["data"].get(name) != about["data"][name]:
             raise UserError(f"the data is not what this run was trained on ({name} differs): "
                             "restore it, or start a new run in another --out_dir")  # fmt: skip
-    kind = TrainConfig if about["command"] == "train" else FinetuneConfig
-    policy = {f.name: f.metadata.get("resume", "fixed") for f in fields(kind)}
+    policy = resume_policy(TrainConfig if about["command"] == "train" else FinetuneConfig)
     changed = [n for n in now if policy[n] == "fixed" and then.get(n) != now[n]]
     if now["lr_schedule"] == "constant":
         changed = [n for n in changed if n not in ("epochs", "max_steps")]
@@ -3897,24 +3971,110 @@ def check_drift(resumed: dict, about: dict) -> None:
                  "will agree to rounding, not bit for bit")  # fmt: skip
 
 
-def existing_run(config: FitConfig, suffix: str) -> dict | None:
-    """The state to resume, None for a new run; a UserError rather than a run overwritten."""
-    if config.overfit_batch:  # saves nothing
-        return None
-    last = Path(config.out_dir) / f"last{suffix}.pth"
-    best = last.with_name(f"best{suffix}.pth")
-    if config.resume:
-        if last.exists():
-            return load_checkpoint(last)
-        note(f"nothing to resume at {last}: starting from the beginning")
-    elif not config.overwrite and (last.exists() or best.exists()):
-        progress = load_checkpoint(last if last.exists() else best)["progress"]
+# What a run writes into its folder, and how a file of that name shows that a run wrote it.
+RUN_FILES = {
+    "best.pth": is_sealed,
+    "last.pth": is_sealed,
+    "config.json": lambda path: b'"save_interval"' in path.read_bytes(),
+    "metrics.csv": lambda path: path.read_bytes().startswith(b"step,epoch,split,loss"),
+}
+
+
+@dataclass
+class RunFolder:
+    """The folder of a run, locked for this process, and the state that a resumed run goes on from.
+
+    A finetune's files have a suffix, so that it can share the folder of its base.
+    """
+
+    path: Path
+    suffix: str = ""
+    state: dict | None = None
+
+    def file(self, name: str) -> Path:
+        stem, dot, ending = name.partition(".")
+        return self.path / f"{stem}{self.suffix}{dot}{ending}"
+
+    def files(self) -> dict[str, Path]:
+        """The files of a run that are there."""
+        paths = {name: self.file(name) for name in RUN_FILES}
+        return {name: path for name, path in paths.items() if path.exists()}
+
+    def sweep(self) -> None:
+        """Remove what `atomic_write` leaves of a run that was killed."""
+        names = "|".join(re.escape(self.file(name).name) for name in (*RUN_FILES, "report.json"))
+        for path in self.path.iterdir():
+            if re.fullmatch(rf"\.({names})\.\d+\.tmp", path.name):
+                path.unlink(missing_ok=True)
+
+    def resumed_settings(self, config: FitConfig) -> FitConfig:
+        """`config`, where the run that goes on says what was not asked for."""
+        if not config.resume:
+            return config
+        policy, stored = resume_policy(type(config)), self.state["config"] if self.state else {}
+        given = {name: getattr(config, name) for name in config.given - {"config"}}
+        stored = {name: value for name, value in stored.items() if name in policy}
+        return resolve(type(config), given, stored=stored)
+
+
+@contextlib.contextmanager
+def open_run(config: FitConfig) -> Iterator[RunFolder]:
+    """Lock a run's folder, then look at what stands in it.
+
+    Raises UserError rather than let a run that is there be lost. The processes of one run share
+    the lock of the first.
+    """
+    suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
+    with contextlib.ExitStack() as held:
+        if config.overfit_batch:  # a sanity check, which keeps nothing
+            yield RunFolder(Path(held.enter_context(tempfile.TemporaryDirectory())), suffix)
+            return
+        folder = RunFolder(Path(config.out_dir), suffix)
+        if is_main():
+            held.enter_context(run_lock(folder.path))
+            folder.sweep()
+        if config.resume:
+            folder.state = state_to_resume(folder)
+        else:
+            check_new_run(folder, config.overwrite)
+        yield folder
+
+
+def state_to_resume(folder: RunFolder) -> dict | None:
+    """last.pth's state, or None where no run stands in the folder. Raises UserError."""
+    last, best = folder.file("last.pth"), folder.file("best.pth")
+    if last.exists():
+        state = load_checkpoint(last)
+        if (state["command"] == "finetune") != bool(folder.suffix):
+            raise UserError(f"{last} belongs to another command, {state['command']}: restore the "
+                            "right file, or choose another --out_dir")  # fmt: skip
+        return state
+    if best.exists():
+        start = "--ckpt" if folder.suffix else "--init_from"
         raise UserError(
-            f"{config.out_dir} holds a run at step {progress.get('step')} (best validation loss "
-            f"{progress.get('best', math.nan):.4f}): --resume it, --overwrite it, or choose "
-            "another --out_dir"
+            f"{best} stands without {last.name}, so there is nothing to resume: start from its "
+            f"weights with {start} {best} and another --out_dir, or replace it with --overwrite"
         )
+    note(f"--resume: {folder.path} holds no run, so a new one starts here, from step 0 (is that "
+         "the right --out_dir?)")  # fmt: skip
     return None
+
+
+def check_new_run(folder: RunFolder, overwrite: bool) -> None:
+    """Raise UserError when a new run would replace another one unasked, or foreign files."""
+    there = folder.files()
+    for name, path in there.items():
+        if not RUN_FILES[name](path):
+            raise UserError(f"{path} was not written by this program, and would be replaced: "
+                            "choose another --out_dir")  # fmt: skip
+    saved = there.get("last.pth") or there.get("best.pth")
+    if saved and not overwrite:
+        progress = load_checkpoint(saved)["progress"]
+        ways = "--resume it, --overwrite it" if "last.pth" in there else "--overwrite it"
+        raise UserError(
+            f"{folder.path} holds a run at step {progress['step']} (best validation loss "
+            f"{progress['best']:.4f}): {ways}, or choose another --out_dir"
+        )
 
 
 # ====================================================================================
@@ -4211,6 +4371,17 @@ def byte_library():
 LORA_LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "up": "mlp.up", "down": "mlp.down"}
 
 
+def lora_settings(config: FitConfig) -> dict | None:
+    """The adapters that --method lora asks for. Raises UserError."""
+    if getattr(config, "method", "full") != "lora":
+        return None
+    targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
+    if None in targets:
+        raise UserError(f"--lora_targets must be among {', '.join(LORA_LAYERS)}")
+    return {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
+            "targets": targets}  # fmt: skip
+
+
 def add_lora(model: GPT, lora: dict) -> None:
     """Put peft's adapters around the target layers. Raises UserError on settings that cannot be."""
     peft = optional("peft")
@@ -4266,23 +4437,21 @@ class Loaded:
 
 def load_model(name: str, merge: bool = True, block_size: int | None = None) -> Loaded:
     """A checkpoint of this program, or a Hugging Face folder or name. LoRA comes folded in."""
-    path, has_template = Path(name), False
-    if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or path.is_file():
+    path = Path(name)
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or (path.exists() and not path.is_dir()):
         state = load_checkpoint(path)
         try:
-            model = build_model(state["model_config"], state.pop("weights"), state.get("lora"))
-            tokenizer = tokenizer_from_spec(state["tokenizer"])
+            loaded = restored(state)
         except UserError as error:
             raise UserError(f"{path} is not a usable checkpoint: {error}") from None
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(f"{path}: its tokenizer has more ids than its model")
         if state.get("lora") and merge:
-            model.float()  # frozen weights may be bf16, too coarse to add small changes to
-            remove_lora(model, merge=True)
+            loaded.model.float()  # frozen weights may be bf16, too coarse to add small changes to
+            remove_lora(loaded.model, merge=True)
     else:
-        (model, tokenizer, has_template), state = load_hf(name), {}
-    resize_block(model, block_size)
-    return Loaded(model, tokenizer, state, has_template)
+        model, tokenizer, has_template = load_hf(name)
+        loaded = Loaded(model, tokenizer, {}, has_template)
+    resize_block(loaded.model, block_size)
+    return loaded
 
 
 def resize_block(model: GPT, block_size: int | None) -> None:
@@ -5019,12 +5188,14 @@ def adopt_split(config: DataConfig, base: Loaded) -> None:
                  "been trained on what is validated here")  # fmt: skip
 
 
-def make_run(config: FitConfig, rt: Runtime, loaded: Loaded, store: TokenStore | None,
-             resumed: dict | None, about: dict, stop: StopSignal) -> Run:  # fmt: skip
-    """Put a run together; `resumed` is the last checkpoint's state, without weights."""
+def make_run(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder,
+             loaded: Loaded, store: TokenStore | None) -> Run:  # fmt: skip
+    """Put a run together: a new one from `loaded`, or the one that the folder's state goes on."""
+    about, resumed = describe_run(config, rt, loaded, store), folder.state
+    if resumed:
+        check_drift(resumed, about)
     model = loaded.model.to(rt.device).train()
-    block_size = model.config.block_size
-    train, val = create_dataloaders(config, store, loaded.tokenizer, block_size, rt)
+    train, val = create_dataloaders(config, store, loaded.tokenizer, model.config.block_size, rt)
     total = config.max_steps or config.epochs * train.steps_per_epoch
     if total >= sys.maxsize:
         raise UserError("a stream has no epochs: give --max_steps")
@@ -5032,15 +5203,10 @@ def make_run(config: FitConfig, rt: Runtime, loaded: Loaded, store: TokenStore |
         total=total, grad_accum=config.grad_accum, grad_checkpointing=config.grad_checkpointing
     )
     if resumed:
-        progress = Progress(**resumed["progress"] | {"total": total})
-        # What running out of memory has changed stays, but for other processes or on demand.
-        same_processes = rt.world_size == resumed["versions"].get("world_size")
-        for name in ("grad_accum", "grad_checkpointing"):
-            if not same_processes or name in config.given:
-                setattr(progress, name, getattr(config, name))
+        progress = resumed_progress(config, rt, resumed, total)
     if config.overfit_batch:
-        only = train.step(0)
-        train.step, val = lambda step: only, None
+        first = train.step
+        train.step, val = lambda step: first(0), None
     model.grad_checkpointing = progress.grad_checkpointing
     net = distribute(model, config, rt, total)
     optimizers = make_optimizers(model, config)
@@ -5052,51 +5218,50 @@ def make_run(config: FitConfig, rt: Runtime, loaded: Loaded, store: TokenStore |
     if resumed and resumed["scaler"]:
         scaler.load_state_dict(resumed["scaler"])
     objective = OBJECTIVES[getattr(config, "objective", "ntp")](config)
-    suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
     run = Run(config, rt, model, net, objective, optimizers, train, val, progress, about,
-              Path(config.out_dir), suffix, scaler, stop)  # fmt: skip
+              folder.path, folder.suffix, scaler, stop)  # fmt: skip
     run.evaluate_as_finely()
     return run
 
 
-def run_fit(config: FitConfig, rt: Runtime, stop: StopSignal, loaded: Loaded,
-            store: TokenStore | None, resumed: dict | None, lora: dict | None = None,
-            reference: dict | None = None) -> str:  # fmt: skip
-    """Prepare the folder, call `fit`, say how it ended. Returns best.pth's path; "" if stopped."""
-    out_dir = Path(config.out_dir)
-    about = describe_run(config, rt, loaded, store, lora)
-    if resumed:
-        check_drift(resumed, about)
-    with contextlib.ExitStack() as stack:
-        if config.overfit_batch:
-            out_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        elif rt.is_main:
-            stack.enter_context(run_lock(out_dir))
-            for stale in out_dir.glob(".*.tmp"):  # of a save that was killed
-                stale.unlink(missing_ok=True)
-        run = make_run(config, rt, loaded, store, resumed, about, stop)
-        run.out_dir = out_dir
-        for loader in (run.train, run.val) if reference else ():
-            loader.dataset.reference = reference[loader.dataset.split]
-        if rt.is_main:
-            if not resumed:
-                for name in ("best", "last"):
-                    run.path(name).unlink(missing_ok=True)
-            write_json(out_dir / f"config{run.suffix}.json", about["config"])
-        config_line = run.model.config
-        note(f"{run.model.n_params():,} parameters, {config_line.n_layer} layers x "
-             f"{config_line.n_embd}, {rt.device} {str(rt.dtype).removeprefix('torch.')}, "
-             f"{run.progress.total:,} steps of {config.batch_size} x {config_line.block_size} "
-             "tokens")  # fmt: skip
-        ended = fit(run)
+def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) -> Progress:
+    """Where the run goes on. What running out of memory has changed stays, unless the number of
+    processes is another or the flag was given."""
+    progress = Progress(**resumed["progress"] | {"total": total})
+    if progress.step > total:
+        raise UserError(f"the run is at step {progress.step} already: --max_steps or --epochs must "
+                        "be at least that")  # fmt: skip
+    if rt.sum(progress.step)[0] != progress.step * rt.world_size:
+        raise UserError("the processes read different checkpoints: they need one --out_dir that "
+                        "all of them see")  # fmt: skip
+    same_processes = rt.world_size == resumed["versions"].get("world_size")
+    for name in ("grad_accum", "grad_checkpointing"):
+        if not same_processes or name in config.given:
+            setattr(progress, name, getattr(config, name))
+    return progress
+
+
+def run_fit(run: Run, folder: RunFolder) -> str:
+    """Call `fit` and say how it ended. Returns best.pth's path; "" if it was stopped."""
+    config, p, shape = run.config, run.progress, run.model.config
+    if run.rt.is_main:
+        if not folder.state:
+            for path in folder.files().values():  # of the run that this one overwrites
+                path.unlink()
+        write_json(folder.file("config.json"), run.about["config"])
+    note(f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}, "
+         f"{run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {p.total:,} steps of "
+         f"{config.batch_size} x {shape.block_size} tokens")  # fmt: skip
+    ended = fit(run)
     if ended == "signal":  # it may have come to another process
-        stop.number = stop.number or signal.SIGTERM
-    p = run.progress
+        run.stop.number = run.stop.number or signal.SIGTERM
     if config.overfit_batch:
         if not p.best < 0.05:
-            raise UserError(f"one batch is not learned by heart after {p.step} steps: loss "
-                            f"{p.best:.4f}; suspect the learning rate, or the model")  # fmt: skip
-        return f"one batch is learned by heart: loss {p.best:.4f} after {p.step} steps"
+            raise UserError(f"could not overfit one batch: loss {p.best:.4f} after {p.step} steps; "
+                            "check the learning rate, or the model")  # fmt: skip
+        if run.rt.is_main:
+            print(f"overfitted one batch: loss {p.best:.4f} after {p.step} steps; nothing is kept")
+        return ""
     best, kind = run.path("best"), "validation" if run.val else "training"
     note({
         "done": f"done: best {kind} loss {p.best:.4f} at step {p.best_step}",
@@ -5106,34 +5271,38 @@ def run_fit(config: FitConfig, rt: Runtime, stop: StopSignal, loaded: Loaded,
     return str(best) if ended in ("done", "early") else ""
 
 
-def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal) -> str:
+def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
     """Train from scratch, from --init_from, or on from last.pth. Returns the path of best.pth."""
-    resumed = existing_run(config, "")
+    loaded = None
     if config.init_from:
-        loaded = load_model(config.init_from)
-        own = asdict(loaded.model.config)
-        clash = [n for n in config.given & own.keys() - {"block_size", "dropout", "attn"}
-                 if n != "vocab_size" and getattr(config, n) != own[n]]  # fmt: skip
-        if clash:
-            raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
-        if "block_size" in config.given or config.block_size < own["block_size"]:
-            resize_block(loaded.model, config.block_size)
-        loaded.model = with_settings(loaded.model, dropout=config.dropout, attn=config.attn)
-        store = open_store(config, rt, loaded.tokenizer)
-    else:
-        store = open_store(config, rt)
+        loaded = pretrained(config)
+    store = open_store(config, rt, loaded and loaded.tokenizer)
+    if loaded is None:
         tokenizer = store.tokenizer if store else load_tokenizer(config.tokenizer)
         loaded = Loaded(GPT(model_config(config, tokenizer.vocab_size)), tokenizer, {})
     for f in fields(ModelSettings):
         setattr(config, f.name, getattr(loaded.model.config, f.name))
-    if resumed:
-        loaded.model = build_model(resumed["model_config"], resumed.pop("weights"))
-    return run_fit(config, rt, stop, loaded, store, resumed)
+    if folder.state:
+        loaded.model = restored(folder.state).model
+    return run_fit(make_run(config, rt, stop, folder, loaded, store), folder)
 
 
-def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal) -> str:
+def pretrained(config: TrainConfig) -> Loaded:
+    """--init_from's model, with the settings that may be asked of it. Raises UserError."""
+    loaded = load_model(config.init_from)
+    own = asdict(loaded.model.config)
+    clash = [n for n in config.given & own.keys() - {"block_size", "dropout", "attn"}
+             if n != "vocab_size" and getattr(config, n) != own[n]]  # fmt: skip
+    if clash:
+        raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
+    if "block_size" in config.given or config.block_size < own["block_size"]:
+        resize_block(loaded.model, config.block_size)
+    loaded.model = with_settings(loaded.model, dropout=config.dropout, attn=config.attn)
+    return loaded
+
+
+def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
     """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
-    resumed = existing_run(config, "_finetune")
     base = load_model(config.ckpt, block_size=config.block_size)
     adopt_split(config, base)
     pairs = config.objective == "dpo"
@@ -5143,46 +5312,41 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal) -> str:
         config.dropout = 0.0  # as the reference log-probabilities are computed
     changes = {n: getattr(config, n) for n in ("dropout", "attn") if getattr(config, n) is not None}
     model = base.model = with_settings(base.model, **changes)  # one copy is enough
-    reference = reference_log_probs(config, rt, model, store) if pairs else None
-    lora = None
-    if config.method == "lora":
-        targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
-        if None in targets:
-            raise UserError(f"--lora_targets must be among {', '.join(LORA_LAYERS)}")
-        lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
-                "targets": targets}  # fmt: skip
+    reference = reference_log_probs(config, rt, model, store) if pairs else {}
+    lora = lora_settings(config)
+    if lora:
         add_lora(model, lora)
-    if resumed:
-        model = build_model(resumed["model_config"], resumed.pop("weights"), lora)
+    if folder.state:
+        model = restored(folder.state).model
     for name, p in model.named_parameters():
         p.requires_grad = not lora or "lora_" in name
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     note(f"training {trained:,} of {model.n_params():,} parameters")
-    loaded = Loaded(model, base.tokenizer, {})
-    best = run_fit(config, rt, stop, loaded, store, resumed, lora, reference)
+    run = make_run(config, rt, stop, folder, Loaded(model, base.tokenizer, {"lora": lora}), store)
+    for loader in filter(None, (run.train, run.val)):
+        loader.dataset.reference = reference.get(loader.dataset.split)
+    best = run_fit(run, folder)
     if best and not stop:
         after = finetune_report(config, rt, load_model(best), base)
         if rt.is_main:
-            write_json(Path(config.out_dir) / "report_finetune.json",
-                       {"before": before, "after": after})  # fmt: skip
+            write_json(folder.file("report.json"), {"before": before, "after": after})
         for name in before:
             note(f"{name:<32}{before[name]:>12.4f} -> {after[name]:<12.4f}")
     return best
 
 
 def fit_command(loop: Callable) -> Callable:
-    def command(config: FitConfig, rt: Runtime, stop: StopSignal) -> None:
-        result = loop(config, rt, stop)
-        if not result:
-            if stop:
-                raise Interrupted
+    def command(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> None:
+        result = loop(config, rt, stop, folder)
+        if stop:
+            raise Interrupted
+        if not result or not rt.is_main:
             return
-        if rt.is_main:
-            if isinstance(config, TrainConfig) and not config.overfit_batch:
-                note(f"next: python llm_pipeline.py eval --ckpt {result}\n"
-                     f"      python llm_pipeline.py sample --ckpt {result} --prompt \"...\"\n"
-                     f"      python llm_pipeline.py finetune --ckpt {result}")  # fmt: skip
-            print(result)
+        if isinstance(config, TrainConfig):
+            note(f"next: python llm_pipeline.py eval --ckpt {result}\n"
+                 f"      python llm_pipeline.py sample --ckpt {result} --prompt \"...\"\n"
+                 f"      python llm_pipeline.py finetune --ckpt {result}")  # fmt: skip
+        print(result)
 
     command.__doc__ = loop.__doc__
     return command
@@ -6241,11 +6405,12 @@ def table_layers(cls: type, given: dict) -> list[dict]:
     return [arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
 
 
-def resolve(cls: type, flags: dict, mark: str = "--"):
+def resolve(cls: type, flags: dict, mark: str = "--", stored: dict | None = None):
     """Build a `cls` from flags: defaults < arch < preset < recipe < --config file < flags.
 
-    With --resume, the settings of the run that goes on stand in for the tables, so that they need
-    not be typed again. Raises UsageError with one line for each problem.
+    `stored`, the settings of the run that --resume goes on with ({}: there is none), stands in for
+    the tables; until it is known, settings are not checked against each other. Raises UsageError
+    with one line for each problem.
     """
     specs = {f.name: f for f in fields(cls)}
     from_file, problems = read_config(cls, flags["config"]) if flags.get("config") else ({}, [])
@@ -6257,33 +6422,18 @@ def resolve(cls: type, flags: dict, mark: str = "--"):
                 given[name] = convert(specs[name], source[name])
             except ValueError as error:  # a cross check below sees the default instead
                 problems.append(f"{origin}{error}")
-    try:
-        stored = stored_settings(cls, given)
-    except UserError as error:
-        stored = {}
-        problems.append(str(error))
     values = {}
     for layer in ([stored] if stored else table_layers(cls, given)) + [given]:
         values |= {name: value for name, value in layer.items() if name in specs}
     config = cls(**values)
     config.given = frozenset(given)
-    problems += cross_checks(config)
+    if given.get("resume") and given.get("overwrite"):
+        problems.append("--resume and --overwrite exclude each other")
+    if stored is not None or not given.get("resume"):
+        problems += cross_checks(config)
     if problems:
         raise UsageError("\n".join(problems))
     return config
-
-
-def stored_settings(cls: type, given: dict) -> dict:
-    """The settings of the run that --resume continues; empty without one."""
-    if not (issubclass(cls, FitConfig) and given.get("resume")):
-        return {}
-    suffix = "_finetune" if cls is FinetuneConfig else ""
-    last = Path(given.get("out_dir", cls.out_dir)) / f"last{suffix}.pth"
-    if not last.exists():
-        return {}
-    names = {f.name for f in fields(cls) if f.metadata.get("resume") != "session"}
-    stored = load_checkpoint(last)["config"]  # its types and limits are checked there
-    return {name: value for name, value in stored.items() if name in names}
 
 
 def unknown_setting(cls: type, name: str, mark: str) -> str:
@@ -6312,11 +6462,8 @@ def cross_checks(config) -> list[str]:
             )
         if config.fsdp and config.compile == "on":
             found.append("--fsdp and --compile on exclude each other")
-    if isinstance(config, FitConfig):
-        if isinstance(config, FinetuneConfig) and config.streaming:
-            found.append("finetune needs whole records: leave --streaming out")
-        if config.resume and config.overwrite:
-            found.append("--resume and --overwrite exclude each other")
+    if isinstance(config, FinetuneConfig) and config.streaming:
+        found.append("finetune needs whole records: leave --streaming out")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):
         found.append(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
     if getattr(config, "json", "") and (why_not := unfit_for_result(config.json)):
@@ -6485,16 +6632,24 @@ def close_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def carry_out(function: Callable, config: Settings, stop: StopSignal, alone: bool = False):
+    """Call a command's function with what it works on: the machine and, for a run, its folder."""
+    with contextlib.ExitStack() as held:
+        folder = []
+        if isinstance(config, FitConfig):
+            folder = [held.enter_context(open_run(config))]
+            config = folder[0].resumed_settings(config)
+        rt = held.enter_context(runtime(config, alone=alone))
+        return function(config, rt, stop, *folder)
+
+
 def run_command(name: str, config: Settings, stop: StopSignal) -> None:
     command = COMMANDS[name]
     if not command.parallel and not is_main():
         return  # torchrun waits for the first process, which does the work
     interruptible = issubclass(command.settings, FitConfig | EvalConfig)
-    with (
-        stop if interruptible else contextlib.nullcontext(),
-        runtime(config, alone=not command.parallel) as rt,
-    ):
-        command.run(config, rt, stop)
+    with stop if interruptible else contextlib.nullcontext():
+        carry_out(command.run, config, stop, alone=not command.parallel)
     if sys.stdout:
         sys.stdout.flush()  # a full disk shows here, while it can still be said
 
@@ -6536,8 +6691,8 @@ def main(argv: list[str] | None = None) -> int:
 def call(name: str, function: Callable, settings: dict):
     """Run a command's function with settings by name. Raises UserError where the command fails."""
     config, stop = resolve(COMMANDS[name].settings, settings, mark=""), StopSignal()
-    with stop, runtime(config) as rt:
-        result = function(config, rt, stop)
+    with stop:
+        result = carry_out(function, config, stop)
     if stop:
         raise KeyboardInterrupt
     return result

@@ -8,6 +8,7 @@ import functools
 import importlib
 import io
 import marshal
+import math
 import operator
 import os
 import pickle
@@ -16,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -41,9 +41,9 @@ def refused(path: Path) -> bool:
 
 def seal(archive: bytes) -> bytes:
     """Any archive without a comment, with the checksum that would make it acceptable."""
-    body = archive[:-2]
-    comment = lp.SEAL + sha256(body).digest()
-    return body + len(comment).to_bytes(2, "little") + comment
+    file = io.BytesIO(archive)
+    lp.seal(file)
+    return file.getvalue()
 
 
 def unsealed(state) -> bytes:
@@ -62,7 +62,7 @@ def stored(path: Path) -> dict:
 
 def test_round_trip(tiny_checkpoint, tmp_path):
     state = stored(tiny_checkpoint)
-    lp.save_checkpoint(tmp_path / "again.pth", state)
+    lp.save_checkpoint(tmp_path / "again.pth", lp.load_checkpoint(tiny_checkpoint))
     assert differences(tiny_checkpoint, tmp_path / "again.pth") == []
     again = stored(tmp_path / "again.pth")
     assert {k: v for k, v in again.items() if k not in ("weights", "optimizer")} == {
@@ -420,6 +420,74 @@ def test_every_field_may_lie(lora, tiny_checkpoint, lora_checkpoint, corpus, tmp
     assert not wrong, "\n".join(wrong)
 
 
+def changed_weight(change):
+    """A function that puts another tensor in place of the first weight."""
+
+    def apply(state):
+        name = next(iter(state["weights"]))
+        state["weights"][name] = change(state["weights"][name])
+
+    return apply
+
+
+def changed_moment(key, change):
+    """A function that puts another tensor in place of the first parameter's moment `key`."""
+
+    def apply(state):
+        moments = next(iter(state["optimizer"].values()))
+        moments[key] = change(moments[key])
+
+    return apply
+
+
+LIES = {  # name: (change, in words what is said about it)
+    "moments without a shape": (changed_moment("exp_avg", lambda t: t.sum()), "another shape"),
+    "steps with a shape": (changed_moment("step", lambda t: t[None]), "another shape"),
+    "moments that are not finite": (changed_moment("exp_avg_sq", lambda t: t / 0), "finite"),
+    "weights that are not numbers": (changed_weight(lambda t: t * math.nan), "finite"),
+    "weights of eight bits": (changed_weight(lambda t: t.to(torch.float8_e4m3fn)), "floating"),
+    "whole numbers": (changed_weight(lambda t: t.long()), "floating"),
+    "weights without values": (changed_weight(lambda t: t.to("meta")), "plain tensor"),
+    "sparse weights": (changed_weight(lambda t: t.to_sparse()), "plain tensor"),
+    "a step beyond the last": (lambda s: s["progress"].update(step=99), "step 99 of 12"),
+    "micro-batches of nothing": (lambda s: s["progress"].update(grad_accum=0), "grad_accum"),
+    "micro-batches that do not divide": (lambda s: s["progress"].update(grad_accum=3), "divide"),
+    "settings that are not plain": (lambda s: s["data"].update(x={1: 2}), "not text"),
+    "moments of an unknown weight": (lambda s: s["optimizer"].update(x={"step": torch.zeros(())}),
+                                     ""),
+    "a type of its own": (lambda s: s["versions"].update(x=torch.float32), "plain data"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_refused_at_the_door(lie, tiny_checkpoint, tmp_path):
+    """By one rule for all tensors, before anything computes with them, for every command."""
+    change, word = LIES[lie]
+    state, path = stored(tiny_checkpoint), tmp_path / "last.pth"
+    change(state)
+    lp.save_checkpoint(path, state)
+    for argv in (["train", *SHORT, "--resume", "--out_dir", tmp_path],
+                 [*words("sample --prompt x --device cpu --ckpt"), path]):  # fmt: skip
+        result = run(*argv).fails(1, "last.pth is not a usable checkpoint", word)
+        assert len(result.errors) == 1
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
+def test_a_missing_moment_is_not_invented(key, tiny_checkpoint, corpus, tmp_path):
+    state = stored(tiny_checkpoint)
+    del next(iter(state["optimizer"].values()))[key]
+    lp.save_checkpoint(tmp_path / "last.pth", state)
+    run("train", *corpus, "--resume", "--out_dir", tmp_path).fails(1, "optimizer")
+
+
+def test_adapters_without_targets_are_refused(lora_checkpoint, tmp_path):
+    state = stored(lora_checkpoint)
+    state["lora"]["targets"] = []
+    lp.save_checkpoint(tmp_path / "a.pth", state)
+    result = run(*words("sample --prompt x --device cpu --ckpt"), tmp_path / "a.pth")
+    assert len(result.fails(1, "adapters").errors) == 1
+
+
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "integers", "half", "moments"])
 def test_weights_that_do_not_fit(change, tiny_checkpoint, corpus, tmp_path):
     state, path = stored(tiny_checkpoint), tmp_path / "last.pth"
@@ -438,9 +506,103 @@ def test_weights_that_do_not_fit(change, tiny_checkpoint, corpus, tmp_path):
         weights[name] = weights[name].half()
     lp.save_checkpoint(path, state)
     assert try_all(path, corpus) == []
-    if change in ("missing", "extra", "shape", "integers"):
+    if change in ("missing", "extra", "shape"):
         flags = words("--prompt x --max_new_tokens 2 --device cpu --ckpt")
         run("sample", *flags, path).fails(1, "blocks.9.extra" if change == "extra" else name)
+
+
+# --- a folder that holds something ---
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, corpus, tiny_checkpoint) -> Path:
+    """The folder of a short finetune, beside its base; not to be written to."""
+    folder = tmp_path_factory.mktemp("tuned") / "run"
+    shutil.copytree(tiny_checkpoint.parent, folder)
+    flags = words("--max_steps 4 --batch_size 4 --report_samples 0")
+    run("finetune", *corpus, *CPU, *flags, "--ckpt", folder / "best.pth", "--out_dir", folder).ok()
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["", "_finetune"])
+def test_a_best_without_its_last_is_never_replaced(suffix, corpus, tuned, tmp_path):
+    shutil.copytree(tuned, tmp_path / "run")
+    (tmp_path / f"run/last{suffix}.pth").unlink()
+    best = tmp_path / f"run/best{suffix}.pth"
+    before = best.read_bytes()
+    command = ["finetune", "--ckpt", tuned / "best.pth"] if suffix else ["train", *SHORT]
+    command += [*corpus, *CPU, "--out_dir", tmp_path / "run"]
+    start = "--ckpt" if suffix else "--init_from"
+    run(*command, "--resume").fails(1, f"{start} {best}", "--overwrite")
+    refused = run(*command).fails(1, "--overwrite")
+    assert "--resume" not in refused.err
+    assert best.read_bytes() == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_resume_where_nothing_is_says_that_it_starts(there, corpus, tmp_path):
+    folder = tmp_path / "mistyped"
+    if there:
+        folder.mkdir()
+    result = run("train", *corpus, *SHORT, "--resume", "--out_dir", folder).ok()
+    assert f"{folder} holds no run" in result.err
+    assert "from step 0" in result.err
+    assert curve(folder, "val")
+
+
+def test_a_folder_is_locked_before_it_is_looked_at(corpus, tmp_path, monkeypatch):
+    """A run that begins while another prepares its data into the same folder is refused."""
+    command, inner = ["train", *corpus, *SHORT, "--out_dir", tmp_path / "run"], []
+    build = lp.build_corpus_from_sources
+
+    def meanwhile(*args, **more):
+        if not inner:
+            inner.append(None)
+            inner[0] = run(*command)
+        return build(*args, **more)
+
+    monkeypatch.setattr(lp, "build_corpus_from_sources", meanwhile)
+    run(*command).ok()
+    inner[0].fails(1, "another run")
+
+
+@pytest.mark.parametrize("move", [shutil.copytree, shutil.move])
+def test_a_folder_resumes_where_it_is_now(move, corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "old", "--stop_after", 4).ok()
+    before = (tmp_path / "old/last.pth").read_bytes()
+    move(tmp_path / "old", tmp_path / "new")
+    run("train", "--resume", "--out_dir", tmp_path / "new").ok()
+    assert lp.load_checkpoint(tmp_path / "new/last.pth")["progress"]["step"] == 10
+    if (tmp_path / "old").exists():
+        assert (tmp_path / "old/last.pth").read_bytes() == before
+
+
+def test_a_checkpoint_is_read_once(corpus, tmp_path, monkeypatch):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path, "--stop_after", 4).ok()
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **m: (loads.append(a), load(*a, **m))[1])
+    run("train", "--resume", "--out_dir", tmp_path).ok()
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_other_command_does_not_resume(resume, corpus, tuned, tmp_path):
+    shutil.copy(tuned / "last_finetune.pth", tmp_path / "last.pth")
+    run("train", *corpus, "--resume", "--out_dir", tmp_path).fails(1, "finetune")
+
+
+@pytest.mark.parametrize("name", ["best.pth", "last.pth", "config.json", "metrics.csv"])
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_files_of_others_are_never_replaced(name, flags, corpus, tmp_path):
+    file, beside = tmp_path / "run" / name, tmp_path / "run/.notes.tmp"
+    file.parent.mkdir()
+    file.write_bytes(b'{"model_type": "gpt2"}' if name.endswith("json") else b"a,b\n1,2\n" * 99)
+    beside.write_bytes(b"mine")
+    before = file.read_bytes()
+    result = run("train", *corpus, *SHORT, *flags, "--out_dir", tmp_path / "run")
+    result.fails(1, str(file), "--out_dir")
+    assert file.read_bytes() == before
+    assert beside.exists()
 
 
 # --- saving under adverse conditions ---

@@ -233,7 +233,6 @@ def test_resume_warns_of_another_version(name, corpus, tmp_path):
     command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
     run(*command, "--stop_after", 4).ok()
     state = lp.load_checkpoint(tmp_path / "last.pth")
-    state["model_config"] = lp.asdict(state["model_config"])
     state["versions"][name] = "2.10.0" if name == "torch" else 64
     lp.save_checkpoint(tmp_path / "last.pth", state)
     result = run(*command, "--resume").ok()
@@ -292,7 +291,7 @@ def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
     first = float(curve(tmp_path / "a")[0][1])
     state = lp.load_checkpoint(tmp_path / "a/last.pth")
     torch.manual_seed(state["config"]["seed"])
-    start = lp.GPT(state["model_config"])
+    start = lp.GPT(lp.GPTConfig(**state["model_config"]))
     config = lp.DataConfig(data_dir=corpus[1], processed_dir=corpus[3], val_fraction=0.2)
     store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
     data = lp.LMDataset(store, "train", 32, seed=state["config"]["seed"])
@@ -538,18 +537,6 @@ def test_a_step_that_is_not_finite_stops_before_the_update(where, corpus, tmp_pa
     run(*command, "--resume", "--out_dir", tmp_path / "b").ok()
     assert differences(tmp_path / "clean/last.pth", tmp_path / "b/last.pth") == []
     assert curve(tmp_path / "clean") == curve(tmp_path / "b")
-
-
-def test_a_poisoned_weight_stops_the_first_step(corpus, tiny_checkpoint, tmp_path):
-    state = lp.load_checkpoint(tiny_checkpoint)
-    state["model_config"] = lp.asdict(state["model_config"])
-    next(iter(state["weights"].values()))[0, 0] = math.nan
-    lp.save_checkpoint(tmp_path / "poisoned.pth", state)
-    flags = [*corpus, *CPU, *words("--max_steps 4 --batch_size 4 --block_size 32")]
-    flags += ["--init_from", tmp_path / "poisoned.pth", "--out_dir", tmp_path / "run"]
-    result = run("train", *flags)
-    result.fails(1, "finite")
-    assert not list(tmp_path.glob("run/*.pth"))
 
 
 def run_with_and_without(fail, corpus, tmp_path, monkeypatch):
