@@ -585,8 +585,7 @@ def test_a_checkpoint_is_read_once(corpus, tmp_path, monkeypatch):
     assert len(loads) == 1
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_the_other_command_does_not_resume(resume, corpus, tuned, tmp_path):
+def test_the_other_command_does_not_resume(corpus, tuned, tmp_path):
     shutil.copy(tuned / "last_finetune.pth", tmp_path / "last.pth")
     run("train", *corpus, "--resume", "--out_dir", tmp_path).fails(1, "finetune")
 
