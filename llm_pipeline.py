@@ -67,7 +67,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial, wraps
 from glob import glob
 from itertools import islice
 from pathlib import Path
@@ -576,7 +576,8 @@ def instruction_response(output: str) -> str:
 # see the same global batch.
 # ====================================================================================
 
-IGNORE = -100  # a target that does not count
+
+IGNORE = -100  # a target that does not count; F.cross_entropy knows the same number
 
 
 def set_seed(seed: int) -> None:
@@ -593,8 +594,9 @@ def derive_seed(*parts: int) -> int:
 def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """Where a pseudo-random permutation of range(n) sends each index, in O(1) memory.
 
-    A Feistel network over the next power of four; results beyond n walk on along their cycle
-    (format-preserving encryption, Black and Rogaway, 2002).
+    A shuffled list would have to be stored, and resuming would have to shuffle it again. A Feistel
+    network over the next power of four is a permutation that can be asked for single values;
+    results beyond n walk on along their cycle (Black and Rogaway, 2002).
     """
     half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -614,9 +616,9 @@ def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
     return value.astype(np.int64)
 
 
-def evenly_spaced(n: int, most: int) -> np.ndarray:
-    """Up to `most` (0: all) of range(n), evenly spaced."""
-    chosen = n if not most else min(most, n)
+def evenly_spaced(n: int, limit: int) -> np.ndarray:
+    """Up to `limit` (0: all) of range(n), evenly spaced."""
+    chosen = n if not limit else min(limit, n)
     return np.linspace(0, n - 1, chosen).round().astype(np.int64)
 
 
@@ -634,6 +636,7 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self):
+        """Matrix products in `dtype`; what needs the precision stays in fp32."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
@@ -654,50 +657,34 @@ class Runtime:
 class Batch:
     """Inputs and targets, (B, T) int64 each; targets that do not count are IGNORE.
 
-    Preference pairs take two rows each, chosen and rejected. `stats` collects sums to be logged.
+    A preference pair takes two sequences, chosen then rejected.
     """
 
     x: Tensor
     y: Tensor
-    stats: dict[str, Tensor] = field(default_factory=dict)
-    reference: Tensor | None = None  # (B,) log-probabilities of each row under the base model
+    reference: Tensor | None = None  # (B,) log-probabilities of the targets under the base model
 
     def to(self, device: torch.device) -> Batch:
-        def move(t):
+        def move(t: Tensor | None) -> Tensor | None:
             if t is None or device.type == "cpu":
                 return t
             return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
 
-        return Batch(move(self.x), move(self.y), {}, move(self.reference))
+        return Batch(move(self.x), move(self.y), move(self.reference))
 
     def split(self, parts: int) -> list[Batch]:
-        refs = [None] * parts if self.reference is None else self.reference.chunk(parts)
-        rows = zip(self.x.chunk(parts), self.y.chunk(parts), refs, strict=True)
-        return [Batch(x, y, {}, ref) for x, y, ref in rows]
+        """Micro-batches of equal size."""
+        references = [None] * parts if self.reference is None else self.reference.chunk(parts)
+        columns = self.x.chunk(parts), self.y.chunk(parts), references
+        return [Batch(*row) for row in zip(*columns, strict=True)]
 
 
-class Windows:
-    """Windows of block_size tokens; targets are the inputs, one token ahead."""
+class LMDataset:
+    """Windows of `block_size` tokens of the token stream; targets are the inputs, one token ahead.
 
-    block_size: int
-
-    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-        """(rows, block_size + 1) int64: the given rows of a global batch of sample ids."""
-        raise NotImplementedError
-
-    def n_targets(self, ids: np.ndarray) -> int:
-        return len(ids) * self.block_size
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        tokens = torch.from_numpy(self.tokens(ids, rows))
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-
-
-class LMDataset(Windows):
-    """Windows of the token stream.
-
-    Each epoch shifts the grid by an offset and permutes the windows, both drawn from
+    Each epoch shifts the grid of windows by an offset and permutes them, both drawn from
     (seed, epoch). A sample id is the position of the window's first token.
+    Raises UserError where the split holds fewer than two tokens.
     """
 
     def __init__(self, store: TokenStore, split: str, block_size: int, stride: int = 0,
@@ -707,8 +694,6 @@ class LMDataset(Windows):
         if n < 2:
             raise UserError(f"the {split} split holds {n} tokens: add data")
         self.block_size = min(block_size, n - 1)
-        if self.block_size < block_size:
-            note(f"{split}: {n} tokens are less than one block, windows have {self.block_size}")
         self.stride = min(stride or block_size, n)
         self.n_windows = max(1, (n - self.block_size) // self.stride)
         self.slack = n - 1 - self.block_size - (self.n_windows - 1) * self.stride
@@ -726,19 +711,20 @@ class LMDataset(Windows):
         """Up to `limit` (0: all) evenly spaced ids for validation, the same every time."""
         return evenly_spaced(self.n_windows, limit) * self.stride
 
-    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-        return self.store.ids(self.split, ids[rows], self.block_size + 1)
+    def n_targets(self, ids: np.ndarray) -> int:
+        return len(ids) * self.block_size
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+        """The given rows of the global batch that consists of the samples `ids`."""
+        tokens = torch.from_numpy(self.store.ids(self.split, ids[rows], self.block_size + 1))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())  # (rows, T) each
 
 
-def padded_width(longest: int, most: int) -> int:
-    """Columns of a padded batch: few different widths, since kernels are made for each shape."""
-    return min(-(-longest // 16) * 16, max(longest, most))
+def kept_parts(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, int]:
+    """Fit a record into `limit` tokens: lengths of prompt head, prompt tail and response to keep.
 
-
-def cut_prompt(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, int]:
-    """Fit a record into `limit` tokens: (prompt head, prompt tail, response) lengths to keep.
-
-    The response is kept as far as it fits, beside one token of prompt; the prompt loses its middle.
+    The response is kept as far as it fits beside one token of prompt; the prompt loses its middle,
+    since its beginning says what to do and its end asks for the answer.
     """
     response = min(n_response, limit - 1)
     prompt = min(n_prompt, limit - response)
@@ -747,81 +733,87 @@ def cut_prompt(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, in
 
 
 def fit_record(prompt: np.ndarray, response: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
-    """A record's ids cut to `limit`, as `cut_prompt` says, and how many of them are prompt."""
-    head, tail, kept = cut_prompt(len(prompt), len(response), limit)
+    """A record's ids cut to `limit`, as `kept_parts` says, and how many of them are prompt."""
+    head, tail, kept = kept_parts(len(prompt), len(response), limit)
     parts = prompt[:head], prompt[len(prompt) - tail :], response[:kept]
     return np.concatenate(parts), head + tail
 
 
-def stack_rows(rows: list[tuple[np.ndarray, int]], width: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Sequences (ids, first counted target) as inputs and targets, (B, width) int64, padded.
+def padded(sequences: list[tuple[np.ndarray, int]], pad_id: int, width: int) -> Batch:
+    """Sequences (ids, first target) of unequal length, side by side in a (B, width) batch.
 
-    Targets before the first counted one are IGNORE, and so is padding.
+    Targets before the first that counts are IGNORE, and so is padding.
     """
-    x, y = np.full((len(rows), width), pad, np.int64), np.full((len(rows), width), IGNORE, np.int64)
-    for i, (ids, first) in enumerate(rows):
-        x[i, : len(ids) - 1] = ids[:-1]
-        y[i, first - 1 : len(ids) - 1] = ids[first:]  # targets are the inputs, one token ahead
-    return torch.from_numpy(x), torch.from_numpy(y)
+    x = np.full((len(sequences), width), pad_id, np.int64)
+    y = np.full((len(sequences), width), IGNORE, np.int64)
+    for row, (ids, first) in enumerate(sequences):
+        x[row, : len(ids) - 1] = ids[:-1]
+        y[row, first - 1 : len(ids) - 1] = ids[first:]  # targets are the inputs, one token ahead
+    return Batch(torch.from_numpy(x), torch.from_numpy(y))
+
+
+def padded_width(longest: int, limit: int) -> int:
+    """Columns of a padded batch: few different widths, since kernels are made for each shape."""
+    return min(-(-longest // 16) * 16, max(longest, limit))
 
 
 class InstructionDataset:
     """Whole records, bucketed by length and padded. A sample id is the record's number.
 
-    loss_on: "all" tokens count, as in pretraining, or the "response" alone.
-    pairs: records come two by two, chosen then rejected; a sample id is the pair's number.
+    loss_on: "all" tokens count, as in pretraining, or those of the "response" alone.
+    batch_size: how many records of like length an epoch's order puts side by side.
+    Raises UserError where the split holds no record.
     """
 
+    group = 1  # index rows that make one sample
+
     def __init__(self, store: TokenStore, split: str, block_size: int, seed: int = 0,
-                 loss_on: str = "all", pairs: bool = False):  # fmt: skip
+                 loss_on: str = "all", batch_size: int = 1):  # fmt: skip
         self.store, self.split, self.seed, self.block_size = store, split, seed, block_size
-        self.loss_on, self.group = ("response", 2) if pairs else (loss_on, 1)
+        self.loss_on, self.batch_size = loss_on, batch_size
         index = store.index[split]
         if len(index) < self.group:
-            raise UserError(f"the {split} split holds no {'pairs' if pairs else 'records'}")
-        self.reference: np.ndarray | None = None  # (records,) set by `run_fit`
-        limit = block_size + 1
+            raise UserError(
+                f"the {split} split holds no {'pairs' if self.group > 1 else 'records'}"
+            )
         prompt = index["prompt"].astype(np.int64)
-        response = np.minimum(index["length"] - prompt, limit - 1)
-        kept = np.minimum(prompt, limit - response)
-        self.lengths = kept + response
-        self.targets = response if self.loss_on == "response" else self.lengths - 1
+        response = np.minimum(index["length"] - prompt, block_size)
+        self.lengths = np.minimum(prompt, block_size + 1 - response) + response  # once cut
+        self.targets = response if loss_on == "response" else self.lengths - 1
         self.n_cut = int((self.lengths < index["length"]).sum())
-        self.order: tuple[tuple, np.ndarray] | None = None
+        self.order: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the epoch asked for last
 
     def __len__(self) -> int:
         return len(self.lengths) // self.group
 
-    def bucketed(self, epoch: int, batch_size: int) -> np.ndarray:
+    def bucketed(self, epoch: int) -> np.ndarray:
         """An epoch's order: shuffled, sorted by length in pools of 64 batches, batches shuffled.
 
         Records of like length meet in a batch, which keeps padding low.
         """
-        n, key = len(self), derive_seed(self.seed, epoch)
-        whole = n // batch_size
-        shuffled = permuted(np.arange(n), n, key)[: whole * batch_size or n]
-        longest = self.lengths.reshape(-1, self.group).max(1) if self.group > 1 else self.lengths
-        pool = 64 * batch_size
-        parts = [shuffled[i : i + pool] for i in range(0, len(shuffled), pool)]
-        ordered = np.concatenate([p[np.argsort(longest[p], kind="stable")] for p in parts])
-        if whole == 0:
+        n, size, key = len(self), self.batch_size, derive_seed(self.seed, epoch)
+        n_batches = n // size
+        shuffled = permuted(np.arange(n), n, key)[: n_batches * size or n]
+        longest = self.lengths[: n * self.group].reshape(n, self.group).max(1)
+        pools = [shuffled[i : i + 64 * size] for i in range(0, len(shuffled), 64 * size)]
+        ordered = np.concatenate([p[np.argsort(longest[p], kind="stable")] for p in pools])
+        if n_batches == 0:
             return ordered
-        batches = ordered.reshape(whole, batch_size)
-        return batches[permuted(np.arange(whole), whole, key + 1)].ravel()
+        batches = ordered.reshape(n_batches, size)
+        return batches[permuted(np.arange(n_batches), n_batches, key + 1)].ravel()
 
     def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        wanted = epoch, len(places)
-        if self.order is None or self.order[0] != wanted:
-            self.order = wanted, self.bucketed(*wanted)
+        if self.order[0] != epoch:
+            self.order = epoch, self.bucketed(epoch)
         return self.order[1][places]
 
     def fixed_ids(self, limit: int) -> np.ndarray:
-        """Up to `limit` evenly spaced records for validation, by length."""
+        """Up to `limit` (0: all) evenly spaced records for validation, by length."""
         chosen = evenly_spaced(len(self), limit)
         return chosen[np.argsort(self.lengths[chosen * self.group], kind="stable")]
 
     def n_targets(self, ids: np.ndarray) -> int:
-        return len(ids) if self.group > 1 else int(self.targets[ids].sum())
+        return int(self.targets[ids].sum())
 
     def record(self, number: int) -> tuple[np.ndarray, int]:
         """Ids of a record, cut to the block, and how many of them are prompt."""
@@ -829,16 +821,41 @@ class InstructionDataset:
         ids = self.store.ids(self.split, start, length)
         return fit_record(ids[:prompt], ids[prompt:], self.block_size + 1)
 
+    def numbers(self, ids: np.ndarray) -> np.ndarray:
+        """The index rows of the given samples."""
+        return (ids[:, None] * self.group + np.arange(self.group)).ravel()
+
     def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        """Rows of a global batch, padded to the longest of the whole of it."""
-        numbers = (ids[:, None] * self.group + np.arange(self.group)).ravel()
-        width = padded_width(int(self.lengths[numbers].max()) - 1, self.block_size)
-        numbers = (ids[rows][:, None] * self.group + np.arange(self.group)).ravel()
-        rows = [(ids, prompt if self.loss_on == "response" else 1)
-                for ids, prompt in map(self.record, numbers)]  # fmt: skip
-        x, y = stack_rows(rows, width, self.store.tokenizer.pad_id)
-        reference = None if self.reference is None else torch.from_numpy(self.reference[numbers])
-        return Batch(x, y, {}, reference)
+        """The given rows of a global batch, padded to the longest sequence of the whole of it."""
+        longest = int(self.lengths[self.numbers(ids)].max())
+        records = [self.record(number) for number in self.numbers(ids[rows])]
+        if self.loss_on == "all":
+            records = [(tokens, 1) for tokens, _ in records]
+        width = padded_width(longest - 1, self.block_size)
+        return padded(records, self.store.tokenizer.pad_id, width)
+
+
+class PreferenceDataset(InstructionDataset):
+    """Pairs of responses to one prompt, for DPO: records two by two, chosen then rejected.
+
+    reference: (records,) log-probabilities of the responses under the base model.
+    """
+
+    group = 2
+
+    def __init__(self, store: TokenStore, split: str, block_size: int, seed: int = 0,
+                 batch_size: int = 1, reference: np.ndarray | None = None):  # fmt: skip
+        super().__init__(store, split, block_size, seed, "response", batch_size)
+        self.reference = reference
+
+    def n_targets(self, ids: np.ndarray) -> int:
+        return len(ids)  # the loss is one of pairs
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+        batch = super().batch(ids, rows)
+        if self.reference is not None:
+            batch.reference = torch.from_numpy(self.reference[self.numbers(ids[rows])])
+        return batch
 
 
 class Loader:
@@ -851,8 +868,7 @@ class Loader:
     def __init__(self, dataset, batch_size: int, grad_accum: int, rt: Runtime):
         self.dataset, self.batch_size = dataset, batch_size
         self.grad_accum, self.rt = grad_accum, rt
-        endless = isinstance(dataset, StreamDataset)
-        self.steps_per_epoch = sys.maxsize if endless else max(1, len(dataset) // batch_size)
+        self.steps_per_epoch = max(1, len(dataset) // batch_size)
         micro = batch_size // (grad_accum * rt.world_size)
         rows = np.arange(batch_size).reshape(grad_accum, rt.world_size, micro)
         self.rows = rows[:, rt.rank].ravel()
@@ -861,9 +877,7 @@ class Loader:
         """Sample ids of the global batch; a data set smaller than one batch repeats itself."""
         epoch, index = divmod(step, self.steps_per_epoch)
         places = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        if not isinstance(self.dataset, StreamDataset):
-            places = places % len(self.dataset)
-        return self.dataset.epoch_ids(epoch, places)
+        return self.dataset.epoch_ids(epoch, places % len(self.dataset))
 
     def step(self, step: int) -> tuple[Batch, int]:
         """This process's rows of a step's batch, and the number of targets in the whole of it."""
@@ -871,31 +885,8 @@ class Loader:
         return self.dataset.batch(ids, self.rows).to(self.rt.device), self.dataset.n_targets(ids)
 
     def steps(self, first: int, end: int) -> Iterator[tuple[Batch, int]]:
-        """Batches of steps first..end-1; on CUDA a thread prepares them ahead."""
-        if self.rt.device.type != "cuda":
-            yield from map(self.step, range(first, end))
-            return
-        ready: queue.Queue = queue.Queue(maxsize=2)
-        closed = threading.Event()
-
-        def work():
-            try:
-                for step in range(first, end):
-                    ready.put(self.step(step))
-                    if closed.is_set():
-                        return
-            except BaseException as error:  # raised again where the batch is wanted
-                ready.put(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        try:
-            for _ in range(first, end):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            closed.set()
+        """Batches of steps first..end-1. Section 9 prepares them ahead on a GPU."""
+        yield from map(self.step, range(first, end))
 
     def fixed(self, limit: int) -> Iterator[Batch]:
         """This process's share of `limit` fixed batches (0: all)."""
@@ -904,8 +895,8 @@ class Loader:
         micro = max(1, 4 * self.batch_size // (self.grad_accum * self.rt.world_size))
         parts = [ids[i : i + micro] for i in range(0, len(ids), micro)]
         for first in range(0, len(parts), self.rt.world_size):
-            # Processes run in step (sharded weights are gathered together): one without a
-            # part of its own repeats the first, and counts nothing.
+            # Sharded weights are gathered by all processes together: one that is left without a
+            # part repeats the first, with every target ignored.
             mine = first + self.rt.rank
             batch = self.dataset.batch(parts[mine if mine < len(parts) else 0])
             if mine >= len(parts):
@@ -918,6 +909,23 @@ class Loader:
 #
 # Shapes: B sequences, T tokens, C = n_embd, H query heads, K key/value heads, D = head_dim.
 # ====================================================================================
+
+
+KERNELS: dict[tuple[str, str], Callable] = {}  # (operation, device type) -> its faster twin
+
+
+def operation(plain: Callable) -> Callable:
+    """An operation written for the reader. Section 9 may register a faster twin for a device.
+
+    Tests hold each twin equal to its `plain` form.
+    """
+
+    @wraps(plain)
+    def dispatch(x: Tensor, *args):
+        return KERNELS.get((plain.__name__, x.device.type), plain)(x, *args)
+
+    dispatch.plain = plain
+    return dispatch
 
 
 class Positions(nn.Module):
@@ -952,13 +960,16 @@ class LearnedPositions(Positions):
 
 
 class RotaryPositions(Positions):
-    """Rotates pairs (i, i + D/2) of each head by pos * theta^(-2i/D) (Su et al., 2021)."""
+    """Rotates pairs (i, i + D/2) of each head by pos * theta^(-2i/D) (Su et al., 2021).
+
+    A query and a key are then compared by their distance, wherever the two stand.
+    """
 
     def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
         half = self.config.head_dim // 2
         exponent = torch.arange(half, device=pos.device, dtype=torch.float32) / half
         angle = pos[:, None].float() * self.config.rope_theta**-exponent  # fp32: large angles
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T, 1, D/2)
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
@@ -982,10 +993,12 @@ class ALiBiPositions(Positions):
         return slopes[:, None, None] * (k_pos - q_pos[:, None])
 
 
+@operation
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension; a weight of more dimensions gives each head its own."""
-    if x.device.type == "cpu":
-        return FusedRMSNorm.apply(x, weight, eps)
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
+
+    weight: (D,), or (heads, D) to give each head its own.
+    """
     return F.rms_norm(x, x.shape[-1:], None, eps) * weight
 
 
@@ -994,21 +1007,17 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions, "alibi": ALiBiPositions}
-
-
-NORMS = {
-    "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
-    "rmsnorm": lambda config: RMSNorm(config.n_embd, config.norm_eps),
-}
-
-
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * value, the two halves of x (Shazeer, 2020)."""
     gate, value = x.chunk(2, -1)
     return F.silu(gate) * value
 
 
+POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions, "alibi": ALiBiPositions}
+NORMS = {
+    "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
+    "rmsnorm": lambda config: RMSNorm(config.n_embd, config.norm_eps),
+}
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -1017,45 +1026,40 @@ ACTIVATIONS = {
 }
 
 
+@operation
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zeroes each element with probability p and scales the others by 1 / (1 - p)."""
+    return F.dropout(x, p)
+
+
 class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.training)
+        return dropout(x, self.p) if self.training and self.p else x
 
 
 def attention_manual(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
-    """softmax(Q K^T / sqrt(D) + mask) V, step by step.
+    """softmax(Q K^T / sqrt(D) + mask) V (Vaswani et al., 2017), step by step.
 
-    q: (B, H, Tq, D); k, v: (B, K, Tk, D) where K divides H; mask broadcasts to (B, H, Tq, Tk),
-    and None means causal, the last query standing at the last key.
+    q: (B, H, Tq, D); k, v: (B, K, Tk, D), each key head serving H / K query heads;
+    mask broadcasts to (B, H, Tq, Tk). None means causal, the last query standing at the last key.
     """
-    (B, H, Tq, D), (K, Tk) = q.shape, k.shape[1:3]
-    G = H // K  # query heads that share a key head stand below one another: (B K, G Tq, D)
+    (H, Tq, D), (K, Tk) = q.shape[1:], k.shape[1:3]
+    k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # (B, H, Tk, D)
     if mask is None:  # -inf above the diagonal: no token sees those after it
         mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu(Tk - Tq + 1)
-    if mask.ndim > 2:
-        mask = mask.expand(B, H, Tq, Tk).reshape(B * K, G * Tq, Tk)
-    else:
-        mask = mask.repeat(G, 1)
-    q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
-    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))  # (B K, G Tq, Tk)
-    weights = dropout(scores.softmax(-1), p_drop, True)  # each row sums to 1
-    return (weights @ v).view(B, H, Tq, D)
+    scores = q @ k.mT / math.sqrt(D) + mask  # (B, H, Tq, Tk)
+    weights = scores.softmax(-1)  # each row sums to 1
+    weights = dropout(weights, p_drop) if p_drop else weights
+    return weights @ v  # (B, H, Tq, D)
 
 
+@operation
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
-    """The same through PyTorch's fused kernels.
-
-    On CPUs those have no dropout and are slow in bf16, so that the explicit code is the faster.
-    """
-    if q.device.type == "cpu" and q.shape[-2] > 1 and (p_drop or q.dtype != torch.float32):
-        return attention_manual(q, k, v, mask, p_drop)
-    grouped, causal = q.shape[1] != k.shape[1], False
+    """The same through PyTorch's fused kernels, which never hold the (Tq, Tk) scores."""
+    causal = False
     if mask is None and q.shape[-2] > 1:  # as a branch: compiled, lengths may be symbols
         causal = True
-    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
-        # Only the flash kernel groups; what it cannot do would go through the slow one.
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        grouped = False
+    grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, mask, p_drop, is_causal=causal, enable_gqa=grouped
     )
@@ -1071,14 +1075,15 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.qkv = Linear(config.n_embd, q + 2 * kv, bias=config.bias)
-        self.proj = Linear(q, config.n_embd, bias=config.bias)
+        self.qkv = nn.Linear(config.n_embd, q + 2 * kv, bias=config.bias)  # one product for three
+        self.proj = nn.Linear(q, config.n_embd, bias=config.bias)
         self.drop = Dropout(config.dropout)
-        if config.qk_norm:
+        if config.qk_norm:  # keeps scores from growing with the weights
             self.q_norm = nn.Parameter(torch.ones(config.head_dim))
             self.k_norm = nn.Parameter(torch.ones(config.head_dim))
 
-    def forward(self, x: Tensor, rotation, mask, cache=None) -> Tensor:
+    def forward(self, x: Tensor, rotation, mask: Tensor | None, cache=None) -> Tensor:
+        """x: (B, T, C). cache (section 7): what came before x; extended by x's keys and values."""
         c = self.config
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, c.head_dim)  # (B, T, H + 2K, D)
@@ -1090,7 +1095,7 @@ class CausalSelfAttention(nn.Module):
             qk = rms_norm(qk, scale, c.norm_eps)
         qk = rotate(qk, rotation).to(v.dtype).transpose(1, 2)  # (B, H + K, T, D)
         q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
-        v = v.transpose(1, 2)
+        v = v.transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = ATTENTION[c.attn](q, k, v, mask, c.dropout if self.training else 0.0)
@@ -1098,14 +1103,14 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up, activation, down. SwiGLU's gate and value are the two halves of `up`."""
+    """Up, activation, down: where a token is worked on by itself."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp]
-        wide = config.n_inner * (2 if config.mlp == "swiglu" else 1)
-        self.up = Linear(config.n_embd, wide, bias=config.bias)
-        self.down = Linear(config.n_inner, config.n_embd, bias=config.bias)
+        halves = 2 if config.mlp == "swiglu" else 1  # gate and value stand in one matrix
+        self.up = nn.Linear(config.n_embd, halves * config.n_inner, bias=config.bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1113,7 +1118,11 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x)).
+
+    The norms stand beside the residual stream, not on it, so that gradients reach the first block
+    undiminished (Xiong et al., 2020).
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -1122,9 +1131,19 @@ class TransformerBlock(nn.Module):
         self.norm2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation, mask, cache=None) -> Tensor:
+    def forward(self, x: Tensor, rotation, mask: Tensor | None, cache=None) -> Tensor:
         x = x + self.attn(self.norm1(x), rotation, mask, cache)
         return x + self.mlp(self.norm2(x))
+
+
+@operation
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross entropy of softmax(h W^T) with the targets: (N,) losses, or their "sum".
+
+    h: (N, C); weight: (V, C); targets: (N,), those equal to IGNORE left out (loss 0).
+    """
+    logits = F.linear(h, weight).float()  # (N, V)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
 class GPT(nn.Module):
@@ -1140,7 +1159,7 @@ class GPT(nn.Module):
         self.drop = Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
         self.norm_f = NORMS[config.norm](config)
-        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
         self.grad_checkpointing = False
@@ -1148,7 +1167,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, init_std); output matrices shrink with depth, or are zero."""
+        """Normal(0, init_std). Matrices that write to the residual stream, of which there are two
+        a block, shrink with its depth (Radford et al., 2019), or start at zero."""
         std = self.config.init_std
         small = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
@@ -1156,14 +1176,6 @@ class GPT(nn.Module):
                 p.normal_(0.0, small if name.endswith(("proj.weight", "down.weight")) else std)
             elif name.endswith("bias"):
                 p.zero_()
-
-    def for_decoding(self, device: torch.device, dtype: torch.dtype) -> GPT:
-        """This model, moved there for good: ready to generate as fast as it can, not to train."""
-        self.to(device, dtype).eval()
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
-        return self
 
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -1179,65 +1191,43 @@ class GPT(nn.Module):
         if window:
             hidden = hidden | (distance >= window)
         zero = torch.zeros((), device=q_pos.device) if bias is None else bias
-        return torch.where(hidden, -math.inf, zero)
+        mask = torch.where(hidden, -math.inf, zero)
+        if torch.is_autocast_enabled(mask.device.type):  # fused kernels want the queries' dtype
+            return mask.to(torch.get_autocast_dtype(mask.device.type))
+        return mask.to(self.tok_emb.weight.dtype)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, C) after the final norm. A cache holds what came before idx."""
+        """(B, T) ids -> (B, T, C) after the final norm. A cache holds what came before idx.
+
+        Raises ValueError when T exceeds a block that positions are learned for.
+        """
         T = idx.shape[1]
         start = 0 if cache is None else cache.length
+        if start + T > self.config.block_size and self.config.pos == "learned":
+            raise ValueError(f"{start + T} tokens exceed block_size {self.config.block_size}")
         pos = torch.arange(start, start + T, device=idx.device)
         rotation = self.positions.rotation(pos)
         mask = self.mask(pos, pos if cache is None else cache.advance(T))
-        x = self.tok_emb(idx) + self.positions.embed(pos)
-        if mask is not None:
-            mask = mask.to(x.dtype)
-            if torch.is_autocast_enabled(idx.device.type):
-                mask = mask.to(torch.get_autocast_dtype(idx.device.type))
-        x = self.drop(x)
+        x = self.drop(self.tok_emb(idx) + self.positions.embed(pos))
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing and self.training:  # activations are computed again
                 x = checkpoint(block, x, rotation, mask, use_reentrant=False)
             else:
                 x = block(x, rotation, mask, cache)
         return self.norm_f(x)
 
-    def chunked_loss(self, h: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """The loss of a large vocabulary, (B T, C) hidden states a chunk of rows at a time."""
-        if torch.is_grad_enabled() and reduction == "sum":
-            kind = h.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-            return ChunkedCrossEntropy.apply(h, self.head.weight, targets.ravel(), dtype)
-        chunks = zip(h.split(1024), targets.ravel().split(1024), strict=True)
-        losses = torch.cat([
-            F.cross_entropy(self.head(part).float(), y, ignore_index=IGNORE, reduction="none")
-            for part, y in chunks
-        ])  # fmt: skip
-        return losses.sum() if reduction == "sum" else losses.view_as(targets)
+    def forward(self, idx: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T, V) logits, in fp32: of the token after each of them."""
+        return self.head(self.hidden(idx)).float()
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(logits, loss) of a batch.
+    def losses(self, idx: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
+        """Cross entropy of each target, (B, T) and 0 where it is IGNORE, or the "sum" of them.
 
-        idx, targets: (B, T) ids; targets equal to IGNORE do not count.
-        reduction: "mean" gives logits (B, T, V) and the mean loss; "sum" the loss alone, without
-        ever forming all logits of a large vocabulary; "none" the losses alone, (B, T).
-        Raises ValueError when T exceeds a block that positions are learned for.
+        idx, targets: (B, T). A large vocabulary's (B, T, V) logits need never exist (section 9).
         """
-        if idx.shape[1] > self.config.block_size and self.config.pos == "learned":
-            raise ValueError(f"{idx.shape[1]} tokens exceed block_size {self.config.block_size}")
-        h = self.hidden(idx)
-        if targets is not None and reduction != "mean" and self.config.vocab_size > 4096:
-            return None, self.chunked_loss(h.flatten(0, 1), targets, reduction)
-        logits = self.head(h).float()
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(
-            logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORE,
-            reduction=reduction,
-        )  # fmt: skip
-        loss = loss.view_as(targets) if reduction == "none" else loss
-        return (logits if reduction == "mean" else None), loss
+        h = self.hidden(idx).flatten(0, 1)  # (B T, C)
+        losses = head_loss(h, self.head.weight, targets.flatten(), reduction)
+        return losses if reduction == "sum" else losses.view_as(targets)
 
 
 def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
@@ -1254,43 +1244,37 @@ def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
 # ====================================================================================
 
 
-def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int | Tensor]:
-    """Summed cross entropy of the next token, and the number of targets."""
-    return model(batch.x, batch.y, "sum")[1], (batch.y != IGNORE).sum()
+Objective = Callable[[Callable, Batch], tuple[Tensor, int | Tensor, dict[str, Tensor]]]
 
 
-def sequence_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-probability of each row's targets, (B,)."""
-    return -model(batch.x, batch.y, "none")[1].sum(-1)
+def next_token_loss(losses: Callable, batch: Batch, config=None) -> tuple[Tensor, Tensor, dict]:
+    """Summed cross entropy of the next token, the number of targets, and nothing else to report."""
+    return losses(batch.x, batch.y, "sum"), (batch.y != IGNORE).sum(), {}
 
 
-def preference_loss(model: nn.Module, batch: Batch, beta: float) -> tuple[Tensor, int]:
-    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), summed over pairs."""
-    log_probs = sequence_log_probs(model, batch)
-    reward = beta * (log_probs - batch.reference)
+def sequence_log_probs(losses: Callable, batch: Batch) -> Tensor:
+    """Log-probability of each sequence's targets, (B,)."""
+    return -losses(batch.x, batch.y).sum(-1)
+
+
+def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, int, dict]:
+    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), summed over pairs.
+
+    The model is its own reward: how much likelier than under the base it makes a response.
+    """
+    log_probs = sequence_log_probs(losses, batch)  # (B,): chosen, rejected, chosen, ...
+    reward = config.dpo_beta * (log_probs - batch.reference)
     margin = reward[0::2] - reward[1::2]  # chosen over rejected
-    chosen = -log_probs[0::2].detach() / (batch.y[0::2] != IGNORE).sum(-1)
-    batch.stats = {"reward_margin": margin.detach().sum(),
-                   "reward_accuracy": (margin > 0).float().sum(),
-                   "chosen_loss": chosen.sum()}  # fmt: skip
-    return -F.logsigmoid(margin).sum(), len(margin)
+    stats = {
+        "reward_margin": margin.sum(),
+        "reward_accuracy": (margin > 0).float().sum(),
+        "chosen_loss": (-log_probs[0::2] / (batch.y[0::2] != IGNORE).sum(-1)).sum(),
+    }
+    return -F.logsigmoid(margin).sum(), len(margin), stats
 
 
-# (model, batch) -> (loss_sum, n_targets)
-OBJECTIVES: dict[str, Callable] = {
-    "ntp": lambda config: next_token_loss,
-    "dpo": lambda config: lambda model, batch: preference_loss(model, batch, config.dpo_beta),
-}
-
-
-def undecorated(method: Callable) -> Callable:
-    """An optimizer's method without a wrapper that imports torch._dynamo: a second of every start."""
-    return getattr(method, "__wrapped__", method)
-
-
-class AdamW(torch.optim.AdamW):
-    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
-    step = torch.no_grad()(undecorated(torch.optim.AdamW.step))
+# An objective: (model.losses or its like, batch, settings) -> (loss_sum, n_targets, stats_sums).
+OBJECTIVES = {"ntp": next_token_loss, "dpo": preference_loss}
 
 
 class Muon(torch.optim.Muon):
@@ -1300,11 +1284,17 @@ class Muon(torch.optim.Muon):
     would otherwise go into launching hundreds of tiny products.
     """
 
-    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
-
     def __init__(self, params, rows: dict[nn.Parameter, list[int]], **settings):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
         self.rows = rows
+
+    def gathered(self, update: Tensor) -> Tensor:
+        """An update as one matrix, where processes hold parts of it (section 8)."""
+        return update
+
+    def distributed(self, update: Tensor, like: nn.Parameter) -> Tensor:
+        """The reverse of `gathered`."""
+        return update
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1322,47 +1312,57 @@ class Muon(torch.optim.Muon):
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def orthogonalised(self, params: list, updates: list[Tensor], group: dict) -> list[Tensor]:
-        """Each update with its matrices' singular values near 0.2 sqrt(max(rows, columns))."""
+        """Each update with its matrices' singular values near 0.2 sqrt(max(rows, columns)).
+
+        That makes an update's root mean square the same as AdamW's (Liu et al., 2025).
+        """
         results = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in updates]
-        shapes: dict[tuple, list] = {}
+        shapes: dict[tuple, list] = {}  # (rows, columns) -> (matrix, where its result goes)
         for p, update, result in zip(params, updates, results, strict=True):
-            update = update.full_tensor() if hasattr(update, "full_tensor") else update
             rows = self.rows.get(p) or [len(p)]
-            for m, out in zip(update.split(rows), result.split(rows), strict=True):
+            parts = self.gathered(update).split(rows), result.split(rows)
+            for m, out in zip(*parts, strict=True):
                 wide = len(m) <= m.shape[1]
-                shape = tuple(sorted(m.shape))
-                shapes.setdefault(shape, []).append((m if wide else m.T, out if wide else out.T))
+                pair = (m, out) if wide else (m.T, out.T)
+                shapes.setdefault(tuple(sorted(m.shape)), []).append(pair)
         for (_, longest), pairs in shapes.items():
             X = newton_schulz(torch.stack([m for m, _ in pairs]), group)
             scale = 0.2 * math.sqrt(longest)
             torch._foreach_copy_([out for _, out in pairs], list((X * scale).unbind()))
-        return [distribute_like(result, p) for p, result in zip(params, results, strict=True)]
+        return [self.distributed(r, p) for p, r in zip(params, results, strict=True)]
 
 
 def newton_schulz(X: Tensor, group: dict) -> Tensor:
-    """(N, rows, columns), rows <= columns, with singular values pulled towards 1."""
+    """(N, rows, columns), rows <= columns, with singular values pulled towards 1.
+
+    Each round applies the polynomial a x + b x^3 + c x^5 to them.
+    """
     a, b, c = group["ns_coefficients"]
     X = X.bfloat16()
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])  # all of them under 1
     for _ in range(group["ns_steps"]):
         gram = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
     return X
 
 
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}
 EMBEDDINGS = ("tok_emb", "positions")
 
 
-def make_optimizers(model: GPT, config: FitConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: GPT, config: OptimConfig, kinds=OPTIMIZERS
+) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters that train, or Muon for the hidden matrices and AdamW for the rest.
 
     Weight decay is on matrices alone. Each group keeps its `initial_lr`, which schedules scale.
+    kinds: the classes to use. Raises UserError where Muon does not suit the parameters.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     hidden = [p for n, p in trained.items() if n.startswith("blocks.") and p.ndim == 2]
     head = [p for n, p in trained.items() if n == "head.weight"]  # where it is not the embedding
     outer = [p for n, p in trained.items() if p.ndim == 2 and n.split(".")[0] in EMBEDDINGS]
-    small = [p for p in trained.values() if p.ndim < 2]
+    small = [p for p in trained.values() if p.ndim < 2]  # gains and biases
     assert len(hidden) + len(head) + len(outer) + len(small) == len(trained)  # each exactly once
     decay = config.weight_decay
     groups = [
@@ -1377,38 +1377,30 @@ def make_optimizers(model: GPT, config: FitConfig) -> list[torch.optim.Optimizer
         rows = {model.get_parameter(f"blocks.{i}.{name}.weight"): sizes
                 for name, sizes in fused_rows(model.config).items()
                 for i in range(model.config.n_layer)}  # fmt: skip
-        optimizers.append(
-            Muon(hidden, rows, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=decay)
-        )
+        rates = dict(lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=decay)
+        optimizers.append(kinds["muon"](hidden, rows, **rates))
     else:
         groups.append(dict(params=hidden, lr=config.lr, weight_decay=decay))
     groups = [g for g in groups if g["params"]]
-    fused = next(iter(trained.values())).device.type in ("cpu", "cuda")
-    optimizers.append(AdamW(groups, betas=(0.9, config.beta2), fused=fused))
+    fused = next(iter(trained.values())).device.type in ("cpu", "cuda")  # one kernel for them all
+    optimizers.append(kinds["adamw"](groups, betas=(0.9, config.beta2), fused=fused))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
 
 
-def cosine(progress: float, config: FitConfig) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def warmup_stable_decay(progress: float, config: FitConfig) -> float:
-    return min(1.0, (1 - progress) / max(config.decay_fraction, 1e-9))
-
-
-# Share of the way from min_lr_ratio to 1, at `progress` from 0 to 1.
-SCHEDULES: dict[str, Callable[[float, FitConfig], float]] = {
+# Share of the way from min_lr_ratio to 1, at `progress` from 0 to 1 after the warm-up.
+SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {
     "constant": lambda progress, config: 1.0,
     "linear": lambda progress, config: 1 - progress,
-    "cosine": cosine,
-    "wsd": warmup_stable_decay,
+    "cosine": lambda progress, config: 0.5 * (1 + math.cos(math.pi * progress)),
+    # Warm-up, stable, decay (Hu et al., 2024).
+    "wsd": lambda progress, config: min(1.0, (1 - progress) / max(config.decay_fraction, 1e-9)),
 }
 
 
-def lr_multiplier(step: int, total: int, config: FitConfig) -> float:
+def lr_multiplier(step: int, total: int, config: OptimConfig) -> float:
     """What every group's initial_lr is multiplied by at a step: a pure function of the step."""
     warmup = min(config.warmup_steps, total // 10)
     if step < warmup:
@@ -1426,7 +1418,7 @@ def lr_multiplier(step: int, total: int, config: FitConfig) -> float:
 
 @dataclass
 class Progress:
-    """What a run knows besides weights and moments; stored in its checkpoints."""
+    """Training state besides weights and moments; stored in checkpoints."""
 
     step: int = 0  # optimizer steps done
     total: int = 0  # optimizer steps to do
@@ -1440,38 +1432,38 @@ class Progress:
 
 @dataclass
 class Run:
-    """All that one training run consists of."""
+    """What one training run consists of. The last six entries are lent by the workshop."""
 
     config: FitConfig
     rt: Runtime
-    model: GPT  # the bare model: saved, evaluated
-    net: nn.Module  # the same, perhaps compiled and distributed: trained
-    objective: Callable
+    model: GPT  # saved and evaluated
+    losses: Callable  # model.losses, perhaps compiled or distributed: trained
+    objective: Objective
     optimizers: list[torch.optim.Optimizer]
     train: Loader
     val: Loader | None
     progress: Progress
-    about: dict  # what checkpoints say besides weights, moments and progress
-    out_dir: Path
-    suffix: str  # "" or "_finetune"
-    scaler: torch.amp.GradScaler
-    stop: StopSignal | bool = False
-
-    def path(self, name: str) -> Path:
-        return self.out_dir / f"{name}{self.suffix}.pth"
-
-    def evaluate_as_finely(self) -> None:
-        """Validation batches take the room that training has found to be there."""
-        if self.val:
-            self.val.grad_accum = self.progress.grad_accum
+    scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; disabled otherwise
+    stop: StopSignal | bool = False  # becomes true when a signal asks to stop
+    save: Callable[[str], None] = lambda name: None  # writes "best" or "last"
+    record: Recorder | None = None  # metrics.csv, the progress bar
+    gradients: Callable | None = None  # `gradients`, perhaps one that survives a full memory
+    exchange: Callable[[bool], contextlib.AbstractContextManager] = lambda last: (
+        contextlib.nullcontext()
+    )
+    scalar: Callable[[Tensor], float] = float  # of a norm that processes hold parts of
 
 
 class Interrupted(Exception):
     """A stop signal came in the middle of a step or an evaluation."""
 
 
+class Diverged(UserError):
+    """A loss or gradient is not finite. Nothing has been updated."""
+
+
 def trained_parameters(run: Run) -> list[nn.Parameter]:
-    """As the optimizers hold them: after an evaluation, FSDP's model shows whole ones instead."""
+    """As the optimizers hold them: after an evaluation, FSDP's model shows gathered ones instead."""
     groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     return [p for group in groups for p in group["params"]]
 
@@ -1482,39 +1474,42 @@ def drop_gradients(run: Run) -> None:
 
 
 def gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
-    """Leave the gradient of the loss per target in the parameters. Returns (summed loss, stats)."""
-    config, rt, step = run.config, run.rt, run.progress.step
-    accum, loss_sum, stats = run.progress.grad_accum, 0.0, Counter()
+    """Leave the gradient of the loss per target in the parameters. Returns (summed loss, stats).
+
+    n_targets counts those of the global batch: the sum of all micro-batches' and processes'
+    gradients is then that of the whole, whatever is masked where.
+    """
+    rt, step, accum = run.rt, run.progress.step, run.progress.grad_accum
+    loss_sum, stats = 0.0, Counter()
     for index, micro in enumerate(batch.split(accum)):
         if run.stop and rt.world_size == 1:
             raise Interrupted  # this step's gradients are dropped; resume repeats it
-        set_seed(derive_seed(config.seed, step, index * rt.world_size + rt.rank))  # for dropout
-        with synchronised(run.net, index == accum - 1), rt.autocast():
-            loss, _ = run.objective(run.net, micro)
-            # DDP and FSDP average over processes: undo that, the targets of all are counted.
+        set_seed(derive_seed(run.config.seed, step, index * rt.world_size + rt.rank))  # dropout
+        with run.exchange(index == accum - 1), rt.autocast():
+            loss, _, found = run.objective(run.losses, micro)
+            # Processes average their gradients: undo that, the targets of all are counted.
             run.scaler.scale(loss * (rt.world_size / n_targets)).backward()
         loss_sum = loss_sum + loss.detach()
-        stats.update({name: value.detach() for name, value in micro.stats.items()})
+        stats.update({name: value.detach() for name, value in found.items()})
     return loss_sum, stats
 
 
 def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, dict]:
     """One optimizer step on this process's rows. Returns (loss per target, gradient norm, stats).
 
-    Raises UserError, before anything is updated, when loss or gradient is not finite.
+    Raises Diverged, before anything is updated, when loss or gradient is not finite.
     """
-    loss_sum, stats = surviving_gradients(run, batch, n_targets)
+    loss_sum, stats = (run.gradients or gradients)(run, batch, n_targets)
     config, rt, step = run.config, run.rt, run.progress.step
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trained_parameters(run), config.grad_clip or math.inf)
-    norm = float(whole(norm))  # the step's one wait for the device
+    norm = run.scalar(norm)  # the step's one wait for the device
     loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
     loss = loss_sum / n_targets
     if not (math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())):
-        kept = f"{run.path('last')} stands" if run.path("last").exists() else "nothing was saved"
-        raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the "
-                        f"weights are not updated; {kept}; try a lower --lr")  # fmt: skip
+        raise Diverged(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the "
+                       "weights are not updated")  # fmt: skip
     scale = lr_multiplier(step, run.progress.total, config)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -1527,63 +1522,58 @@ def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, di
 
 
 @torch.no_grad()
-def estimate_loss(model: GPT, loader: Loader, objective: Callable, limit: int,
+def estimate_loss(model: GPT, loader: Loader, objective: Objective, limit: int,
                   stop: StopSignal | bool = False) -> tuple[float, dict]:  # fmt: skip
     """Mean loss and statistics over `limit` fixed batches (0: all). Draws no random number.
 
     Raises Interrupted when a stop signal comes.
     """
-    rt, training, stats = loader.rt, model.training, Counter()
+    rt, training, sums = loader.rt, model.training, Counter()
     model.eval()
     try:
         for batch in loader.fixed(limit):
             if any(rt.sum(bool(stop))):
                 raise Interrupted
             with rt.autocast():
-                loss, n = objective(model, batch)
+                loss, n_targets, stats = objective(model.losses, batch)
             real = bool((batch.y != IGNORE).any())  # not the stand-in of a process without a batch
-            found = {"loss": loss, "targets": n} | batch.stats
-            stats.update({name: float(value) if real else 0.0 for name, value in found.items()})
+            values = {"loss": loss, "targets": n_targets} | stats
+            sums.update({name: float(value) if real else 0.0 for name, value in values.items()})
     finally:
         model.train(training)
-    sums = dict(zip(stats, rt.sum(*stats.values()), strict=True))
-    targets = max(sums.pop("targets"), 1.0)
-    means = {name: value / targets for name, value in sums.items()}
+    means = dict(zip(sums, rt.sum(*sums.values()), strict=True))
+    n_targets = max(means.pop("targets"), 1.0)
+    means = {name: value / n_targets for name, value in means.items()}
     return means.pop("loss"), means
 
 
-def assess(run: Run, recorder: Recorder, loss: float) -> None:
+def assess(run: Run, loss: float) -> None:
     """Evaluate, record, and keep the best. Without validation data the training loss stands in."""
-    p = run.progress
-    value, stats = loss, {}
+    p, stats = run.progress, {}
     if run.val:
-        value, stats = estimate_loss(
+        loss, stats = estimate_loss(
             run.model, run.val, run.objective, run.config.eval_batches, run.stop
         )
+        run.record.validation(loss, stats)
     p.evaluated, p.misses = p.step, p.misses + 1
-    if run.val:
-        recorder.write("val", value, **stats)
-        recorder.shown["val"] = f"{value:.4f}"
-    if value < p.best:
-        p.best, p.best_step, p.misses = value, p.step, 0
-        save_run(run, "best")
+    if loss < p.best:
+        p.best, p.best_step, p.misses = loss, p.step, 0
+        run.save("best")
 
 
 def fit(run: Run) -> str:
     """The loop of train and finetune. Returns why it ended: done, early, time, stopped, signal."""
     config, p, first, saved, loss = run.config, run.progress, run.progress.step, -1, math.nan
     started = time.perf_counter()
-    recorder = Recorder(run)
     batches = run.train.steps(p.step, p.total)
     try:
         while True:
-            # --- up to the step, everything looks at the model and leaves it alone ---
-            paused, last = time.perf_counter(), p.step == p.total
-            new_epoch = p.step % run.train.steps_per_epoch == 0
+            # --- before the step: the model is looked at, never changed ---
+            last, new_epoch = p.step == p.total, p.step % run.train.steps_per_epoch == 0
             if (p.step % config.eval_interval == 0 or new_epoch or last) and p.step > p.evaluated:
-                assess(run, recorder, loss)
+                assess(run, loss)
             late = 0 < config.max_minutes * 60 < time.perf_counter() - started
-            signalled, late = map(bool, run.rt.sum(bool(run.stop), late))
+            signalled, late = map(bool, run.rt.sum(bool(run.stop), late))  # all stop together
             reasons = {
                 "done": last,
                 "early": 0 < config.patience <= p.misses,
@@ -1594,22 +1584,21 @@ def fit(run: Run) -> str:
             ended = next((reason for reason, holds in reasons.items() if holds), "")
             due = p.step > first and p.step % config.save_interval == 0
             if (ended or due) and p.step != saved:
-                save_run(run, "last")
+                run.save("last")
                 saved = p.step
             if ended:
                 return ended
-            recorder.clock += time.perf_counter() - paused
             # --- the step ---
+            clock = time.perf_counter()
             batch, n_targets = next(batches)
             loss, norm, stats = train_step(run, batch, n_targets)
             p.step += 1
-            recorder.step(batch, loss, norm, stats)
+            run.record.step(batch, loss, norm, stats, time.perf_counter() - clock)
     except Interrupted:
-        save_run(run, "last")
+        run.save("last")
         return "signal"
     finally:
         batches.close()
-        recorder.close()
 
 
 # ====================================================================================
@@ -1626,13 +1615,13 @@ class KVCache:
     they hold block_size tokens, after which `generate` starts again from the last half.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, most: int = 0):
-        """most: how many tokens will be stored at most, where that is known."""
+    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, limit: int = 0):
+        """limit: how many tokens will be stored in all, where that is known."""
         c = config
         self.config = config
         # A learned position has no row beyond the block, so a window cannot slide past it.
         self.ring = 0 < c.attn_window < c.block_size
-        self.size = c.attn_window if self.ring else min(c.block_size, most or c.block_size)
+        self.size = c.attn_window if self.ring else min(c.block_size, limit or c.block_size)
         shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
         self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
         self.length = 0  # tokens seen, wherever they are stored
@@ -2065,10 +2054,9 @@ class Recorder:
     Processes other than the first have one too, which writes nothing.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, path: Path):
         p, config, main = run.progress, run.config, run.rt.is_main
-        path = run.out_dir / f"metrics{run.suffix}.csv"
-        self.run, self.shown, self.tokens = run, {}, 0
+        self.run, self.shown, self.tokens, self.seconds = run, {}, 0, 0.0
         self.log = CSVLogger(path, COLUMNS, p.step) if main else None
         self.tracker = None
         if config.wandb and main:
@@ -2076,21 +2064,24 @@ class Recorder:
         self.bar = tqdm(
             total=p.total, initial=p.step, unit="step", disable=not main, smoothing=0.05
         )
-        self.clock = time.perf_counter()
 
-    def step(self, batch: Batch, loss: float, norm: float, stats: dict) -> None:
-        """Count a step; a row every log_interval. Time spent outside steps does not count."""
-        p, config, now = self.run.progress, self.run.config, time.perf_counter
+    def step(self, batch: Batch, loss: float, norm: float, stats: dict, seconds: float) -> None:
+        """Count a step that took `seconds`; a row every log_interval."""
+        p, config = self.run.progress, self.run.config
         self.tokens += batch.x.numel() * self.run.rt.world_size
+        self.seconds += seconds
         if p.step % config.log_interval == 0 or p.step == p.total:
-            speed, self.tokens = self.tokens / (now() - self.clock), 0
+            speed, self.tokens, self.seconds = self.tokens / self.seconds, 0, 0.0
             lr = self.run.optimizers[-1].param_groups[0]["lr"]
             more = dict(lr=lr, grad_norm=norm, tokens_per_s=round(speed))
             self.write("train", loss, **more, **stats)
             self.shown |= {"loss": f"{loss:.4f}", "tok/s": f"{speed:,.0f}"}
-            self.clock = now()
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
+
+    def validation(self, loss: float, stats: dict) -> None:
+        self.write("val", loss, **stats)
+        self.shown["val"] = f"{loss:.4f}"
 
     def write(self, split: str, value: float, **more) -> None:
         step = self.run.progress.step
@@ -2110,11 +2101,12 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def synchronised(net: nn.Module, last: bool):
+def synchronised(model: GPT, losses: Callable, last: bool):
     """Exchange gradients between processes after the last micro-batch only."""
-    if hasattr(net, "set_requires_gradient_sync"):  # FSDP
-        net.set_requires_gradient_sync(last)
-    with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
+        model.set_requires_gradient_sync(last)
+    waits = last or not hasattr(losses, "no_sync")  # DDP has it
+    with contextlib.nullcontext() if waits else losses.no_sync():
         yield
 
 
@@ -2142,30 +2134,45 @@ def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor,
                     "out of GPU memory with micro-batches of one and checkpointing: choose a "
                     "smaller --block_size or model"
                 ) from None
-            run.evaluate_as_finely()
+            if run.val:  # evaluate with the micro-batch size that fits
+                run.val.grad_accum = p.grad_accum
             note(f"out of memory at step {p.step + 1}: going on with grad_accum {p.grad_accum}, "
                  f"grad_checkpointing {p.grad_checkpointing}")  # fmt: skip
         if run.rt.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def distribute(model: GPT, config: FitConfig, rt: Runtime, total: int) -> nn.Module:
-    """The model as it is trained: compiled where that pays, copied or sharded over processes."""
+class Losses(nn.Module):
+    """`model.losses` as a module's forward, which is what PyTorch compiles and distributes."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch) -> Tensor:
+        return self.model.losses(*batch)
+
+
+def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Callable:
+    """`model.losses` as it is trained: compiled where that pays, copied or sharded over processes."""
     if config.fsdp:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         if rt.world_size == 1:
             raise UserError("--fsdp shards over processes: start with torchrun")
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
-        return model
-    net: nn.Module = model
+        register_fsdp_forward_method(model, "losses")
+        return model.losses
+    net: nn.Module = Losses(model)
     # A short run ends before compilation has paid for itself.
     if config.compile == "on" or (
         config.compile == "auto" and rt.device.type == "cuda" and total >= 1000 and can_compile()
     ):
-        net = torch.compile(model)
+        # Its loop over chunks would be compiled anew for each padded width.
+        KERNELS["head_loss", rt.device.type] = torch.compiler.disable(chunked_head_loss)
+        net = torch.compile(net)
     if rt.world_size > 1:
         ids = [rt.device.index] if rt.device.type == "cuda" else None
         net = DistributedDataParallel(net, device_ids=ids)
@@ -2230,10 +2237,9 @@ def short_hash(value, size: int = 4) -> str:
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
+    """RMSNorm whose gradient is written out: half the passes over memory that autograd would take.
 
-    CPUs have no kernel for it. With the gradient written out it takes half the passes over memory
-    that autograd would: with xhat = x / rms, dx = (g w - xhat mean(g w xhat)) / rms.
+    With xhat = x / rms: dx = (g w - xhat mean(g w xhat)) / rms.
     """
 
     @staticmethod
@@ -2248,23 +2254,18 @@ class FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         normal, inverse, weight = ctx.saved_tensors
-        product = grad * normal
-        grad_weight = product.flatten(0, -1 - weight.ndim).sum(0)
-        grad = grad * weight
-        mean = torch.linalg.vecdot(grad, normal).div_(normal.shape[-1]).unsqueeze(-1)
-        return torch.addcmul(grad, normal, mean, value=-1).mul_(inverse), grad_weight, None
+        with torch.autocast(grad.device.type, enabled=False):  # vecdot would go to bf16
+            product = grad * normal
+            grad_weight = product.flatten(0, -1 - weight.ndim).sum(0)
+            grad = grad * weight
+            mean = torch.linalg.vecdot(grad, normal).div_(normal.shape[-1]).unsqueeze(-1)
+            return torch.addcmul(grad, normal, mean, value=-1).mul_(inverse), grad_weight, None
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zeroes each element with probability p and scales the others up.
-
-    PyTorch's CPU kernel draws elements one at a time, which costs as much as the matrix products
+def dropout_by_bytes(x: Tensor, p: float) -> Tensor:
+    """PyTorch's CPU kernel draws elements one at a time, which costs as much as the matrix products
     around it. Here a byte decides: eight elements a draw, p rounded to a multiple of 1/256.
     """
-    if not training or p == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
     kept = 256 - round(256 * p)
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
@@ -2272,68 +2273,225 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * keep.mul_(256 / kept)
 
 
-class Linear(nn.Linear):
-    """nn.Linear, with two short cuts for the few rows of decoding on a CPU."""
+def attention_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
+    """`attention_manual` with few, large products: on CPUs the fused kernels have no dropout and are
+    slow in bf16. Query heads that share a key head stand below one another: (B K, G Tq, D).
+    """
+    if q.shape[-2] == 1 or (p_drop == 0.0 and q.dtype == torch.float32):
+        return attention_sdpa.plain(q, k, v, mask, p_drop)
+    (B, H, Tq, D), (K, Tk) = q.shape, k.shape[1:3]
+    G = H // K
+    if mask is None:
+        mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu(Tk - Tq + 1)
+    if mask.ndim > 2:
+        mask = mask.expand(B, H, Tq, Tk).reshape(B * K, G * Tq, Tk)
+    else:
+        mask = mask.repeat(G, 1)
+    q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))  # (B K, G Tq, Tk)
+    weights = scores.softmax(-1)
+    weights = dropout(weights, p_drop) if p_drop else weights
+    return (weights @ v).view(B, H, Tq, D)
 
-    packed: Tensor | None = None
 
-    def pack(self) -> None:
-        """Lay bf16 weights out as oneDNN wants them, once and for all: they may not change after."""
-        kernels, weight = torch.ops.mkldnn, self.weight
+def attention_on_cuda(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float
+) -> Tensor:
+    """Only the flash kernel shares key heads; what it cannot do would take the slow kernel, which
+    holds all scores in fp32. So keys and values are repeated wherever flash does not apply."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and not (
+        mask is None and has_flash_attention(q.device) and q.dtype.itemsize == 2
+    ):
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+    return attention_sdpa.plain(q, k, v, mask, p_drop)
+
+
+@lru_cache
+def has_flash_attention(device: torch.device) -> bool:
+    """Flash attention needs Ampere or newer, and a build that has it: wheels for Windows do not."""
+    built = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`head_loss` for a large vocabulary, 1,024 rows at a time: the (N, V) logits never exist.
+
+    A sum's gradient is formed in the forward pass, while a chunk's logits are at hand, so that
+    nothing is computed twice. Losses one by one get theirs in the backward pass, from the logits
+    computed again, since what weighs each row is known only there.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, reduction: str, dtype) -> Tensor:
+        ctx.early = reduction == "sum"
+        ctx.dtype = dtype
+        scale = None  # (N,) upstream gradients
+        if ctx.early and any(ctx.needs_input_grad):
+            scale = torch.ones((), device=h.device).expand(len(h))
+        wanted = ctx.needs_input_grad[1]  # not where a head is frozen, under LoRA
+        losses, grad_h, grad_w = swept(h, weight, targets, dtype, scale, wanted)
+        ctx.save_for_backward(*((grad_h, grad_w) if ctx.early else (h, weight, targets)))
+        return losses.sum() if ctx.early else losses
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if ctx.early:
+            grad_h, grad_w = ctx.saved_tensors
+            grad_h, grad_w = grad_h * grad, None if grad_w is None else grad_w * grad
+        else:
+            h, weight, targets = ctx.saved_tensors
+            wanted = ctx.needs_input_grad[1]
+            _, grad_h, grad_w = swept(h, weight, targets, ctx.dtype, grad, wanted)
+        return grad_h, grad_w, None, None, None
+
+
+def swept(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, scale: Tensor | None,
+          weight_grad: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Losses (N,), and their gradients by h and weight where `scale` (N,) says what to weigh them by.
+
+    h: (N, C); weight: (V, C); targets: (N,). Matrix products are in `dtype`, all else in fp32.
+    """
+    low, w = h.to(dtype), weight.to(dtype)
+    grad_h = None if scale is None else torch.empty_like(h)
+    grad_w = torch.zeros_like(weight) if scale is not None and weight_grad else None
+    losses = torch.empty(len(h), dtype=torch.float32, device=h.device)
+    rows = min(1024, len(h))
+    logits = w.new_empty(rows, len(w))  # one pair of buffers for all chunks
+    probabilities = torch.empty_like(logits, dtype=torch.float32)
+    for i in range(0, len(h), rows):
+        part, y = low[i : i + rows], targets[i : i + rows, None]  # (rows, C), (rows, 1)
+        out, p, counted = logits[: len(part)], probabilities[: len(part)], y != IGNORE
+        y = y.clamp(min=0)
+        torch.mm(part, w.T, out=out)
+        torch.softmax(out, -1, torch.float32, out=p)
+        # -log p of the target, by way of the likeliest token's, which cannot underflow.
+        top, place = out.max(-1, keepdim=True)
+        nll = (top - out.gather(1, y)).float() - p.gather(1, place).log()
+        losses[i : i + rows] = (nll * counted)[:, 0]
+        if scale is not None:
+            p.scatter_add_(1, y, torch.full_like(nll, -1.0))  # d loss / d logits
+            out.copy_(p.mul_(counted * scale[i : i + rows, None]))
+            grad_h[i : i + rows] = out @ w
+            if grad_w is not None:
+                grad_w += out.T @ part
+    return losses, grad_h, grad_w
+
+
+def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """`head_loss`, in chunks where all logits at once would take too much memory."""
+    if len(weight) <= 4096:
+        return head_loss.plain(h, weight, targets, reduction)
+    kind = h.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+    return ChunkedCrossEntropy.apply(h, weight, targets, reduction, dtype)
+
+
+KERNELS |= {
+    ("rms_norm", "cpu"): FusedRMSNorm.apply,
+    ("dropout", "cpu"): dropout_by_bytes,
+    ("attention_sdpa", "cpu"): attention_folded,
+    ("attention_sdpa", "cuda"): attention_on_cuda,
+    ("head_loss", "cpu"): chunked_head_loss,
+    ("head_loss", "cuda"): chunked_head_loss,
+    ("head_loss", "mps"): chunked_head_loss,
+}
+
+
+class DecodingLinear(nn.Module):
+    """A linear layer for the few rows of decoding on a CPU. Its weight must not change afterwards.
+
+    bf16 weights are laid out once as oneDNN wants them; a single row is a matrix-vector product.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias, self.packed = linear.weight, linear.bias, None
+        kernels = torch.ops.mkldnn
         if (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.bfloat16
+            self.weight.dtype == torch.bfloat16
             and hasattr(kernels, "_linear_pointwise")
             and kernels._is_mkldnn_bf16_supported()
         ):
-            self.packed = kernels._reorder_linear_weight(weight.detach())
+            self.packed = kernels._reorder_linear_weight(self.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        decoding = x.numel() == self.in_features and not torch.is_grad_enabled()
-        if decoding and x.device.type == "cpu" and x.dtype == self.weight.dtype:
+        if x.numel() == self.weight.shape[1] and x.dtype == self.weight.dtype:
             y = torch.mv(self.weight, x.view(-1))
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        return super().forward(x)
+        return F.linear(x, self.weight, self.bias)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of softmax(h W^T), a chunk of rows at a time.
+def for_decoding(model: GPT, device: torch.device, dtype: torch.dtype) -> GPT:
+    """This model, moved there for good: ready to generate as fast as it can, not to train."""
+    model.to(device, dtype).eval()
+    if device.type == "cpu":
+        for module in model.modules():
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(module, name, DecodingLinear(child))
+    return model
 
-    The gradient is formed in the forward pass, while a chunk's logits are at hand, so that the
-    (N, V) logits never exist and nothing is computed twice.
-    """
 
-    @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        """h: (N, C); weight: (V, C); targets: (N,), IGNORE left out; products in `dtype`."""
-        low, w = h.to(dtype), weight.to(dtype)
-        grad_h = torch.empty_like(h)
-        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # frozen under LoRA
-        total = torch.zeros((), dtype=torch.float32, device=h.device)
-        rows = min(1024, len(h))
-        logits = w.new_empty(rows, len(w))  # one pair of buffers for all chunks
-        probabilities = torch.empty_like(logits, dtype=torch.float32)
-        for i in range(0, len(h), rows):
-            part, y = low[i : i + rows], targets[i : i + rows, None]
-            out, p, counts = logits[: len(part)], probabilities[: len(part)], y != IGNORE
-            torch.mm(part, w.T, out=out)
-            torch.softmax(out, -1, torch.float32, out=p)
-            picked = p.gather(1, y.clamp(min=0))
-            total -= (picked.clamp(min=1e-37).log() * counts).sum()
-            p.scatter_add_(1, y.clamp(min=0), -torch.ones_like(picked))  # d loss / d logits
-            out.copy_(p.mul_(counts))
-            grad_h[i : i + rows] = out @ w
-            if grad_w is not None:
-                grad_w += out.T @ part
-        ctx.save_for_backward(grad_h, grad_w)
-        return total
+def undecorated(method: Callable) -> Callable:
+    """An optimizer's method without a wrapper that imports torch._dynamo: a second of every start."""
+    return getattr(method, "__wrapped__", method)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, None if grad_w is None else grad_w * grad, None, None
+
+class QuickAdamW(torch.optim.AdamW):
+    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
+    step = torch.no_grad()(undecorated(torch.optim.AdamW.step))
+
+
+class QuickMuon(Muon):
+    """Muon on plain and on sharded parameters: every process orthogonalises the whole matrix."""
+
+    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
+
+    def gathered(self, update: Tensor) -> Tensor:
+        return update.full_tensor() if hasattr(update, "full_tensor") else update
+
+    def distributed(self, update: Tensor, like: nn.Parameter) -> Tensor:
+        return distribute_like(update, like)
+
+
+OPTIMIZERS |= {"adamw": QuickAdamW, "muon": QuickMuon}
+
+
+class PrefetchingLoader(Loader):
+    """A loader whose thread prepares two batches ahead, while the GPU is at work."""
+
+    def steps(self, first: int, end: int) -> Iterator[tuple[Batch, int]]:
+        ready: queue.Queue = queue.Queue(maxsize=2)
+        closed = threading.Event()
+
+        def offer(item) -> None:
+            while not closed.is_set():
+                with contextlib.suppress(queue.Full):
+                    return ready.put(item, timeout=0.1)
+
+        def work() -> None:
+            try:
+                for step in range(first, end):
+                    offer(self.step(step))
+                    if closed.is_set():
+                        return
+            except BaseException as error:  # raised again where the batch is wanted
+                offer(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            for _ in range(first, end):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:  # the thread ends with the run and holds no batch
+            closed.set()
+            thread.join()
 
 
 # ====================================================================================
@@ -3509,7 +3667,7 @@ def training_texts(config: DataConfig, pairs: bool) -> Iterator[str]:
                 yield text
 
 
-class StreamDataset(Windows, torch.utils.data.IterableDataset):
+class StreamDataset(LMDataset, torch.utils.data.IterableDataset):
     """Windows of a Hugging Face stream, in the stream's order; documents of validation left out.
 
     Training takes them through a bounded buffer: block b of `buffer` windows is permuted by
@@ -3593,9 +3751,13 @@ class StreamDataset(Windows, torch.utils.data.IterableDataset):
     def fixed_ids(self, limit: int) -> np.ndarray:
         return np.arange(min(limit or self.buffer, self.buffer))
 
-    def tokens(self, ids: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
         windows = [self.load_block(int(i) // self.buffer)[int(i) % self.buffer] for i in ids]
-        return np.stack(windows)[rows]
+        tokens = torch.from_numpy(np.stack(windows)[rows])
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
 def create_dataloaders(
@@ -3606,19 +3768,24 @@ def create_dataloaders(
     def make(split: str):
         if config.hf_dataset and config.streaming:
             return StreamDataset(config, tokenizer, block_size, split)
+        shape = store, split, block_size
         if isinstance(config, FinetuneConfig):
-            pairs = config.objective == "dpo"
-            data = InstructionDataset(store, split, block_size, config.seed, config.loss_on, pairs)
+            if config.objective == "dpo":
+                data = PreferenceDataset(*shape, config.seed, config.batch_size)
+            else:
+                data = InstructionDataset(*shape, config.seed, config.loss_on, config.batch_size)
             if data.n_cut:
-                what = "answers" if pairs else "records"
-                note(f"{split}: {data.n_cut:,} {what} are longer than {block_size} tokens and "
+                note(f"{split}: {data.n_cut:,} records are longer than {block_size} tokens and "
                      "lose the middle of their prompt or the end of their response")  # fmt: skip
             return data
-        stride = config.stride if split == "train" else 0
-        return LMDataset(store, split, block_size, stride, config.seed)
+        data = LMDataset(*shape, config.stride if split == "train" else 0, config.seed)
+        if data.block_size < block_size:
+            note(f"{split}: less than one block of tokens, windows have {data.block_size}")
+        return data
 
     def loader(split: str) -> Loader:
-        return Loader(make(split), config.batch_size, config.grad_accum, rt)
+        kind = PrefetchingLoader if rt.device.type == "cuda" else Loader
+        return kind(make(split), config.batch_size, config.grad_accum, rt)
 
     try:
         return loader("train"), loader("val")
@@ -3878,7 +4045,8 @@ def optimizer_state(model: GPT, optimizers: list) -> dict[str, dict[str, Tensor]
 
 
 # What each optimizer keeps for a parameter: of the parameter's shape, but for the count of steps.
-MOMENTS = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
+MOMENTS = {OPTIMIZERS["adamw"]: {"step", "exp_avg", "exp_avg_sq"},
+           OPTIMIZERS["muon"]: {"momentum_buffer"}}  # fmt: skip
 
 
 def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
@@ -3898,12 +4066,12 @@ def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
                 optimizer.state[p][key] = value
 
 
-def save_run(run: Run, name: str) -> None:
-    """Write best.pth or last.pth. All processes gather, the first writes."""
+def save_run(run: Run, about: dict, path: Path) -> None:
+    """Write a checkpoint of the run. All processes gather, the first writes."""
     position = {}
     if isinstance(run.train.dataset, StreamDataset):
         position = run.train.dataset.position(run.progress.step * run.config.batch_size)
-    state = run.about | {
+    state = about | {
         "format": CHECKPOINT_FORMAT,
         "weights": model_weights(run.model),
         "optimizer": optimizer_state(run.model, run.optimizers),
@@ -3912,7 +4080,7 @@ def save_run(run: Run, name: str) -> None:
         "stream": position,
     }
     if run.rt.is_main:
-        save_checkpoint(run.path(name), state)
+        save_checkpoint(path, state)
     run.rt.barrier()
 
 
@@ -3990,6 +4158,7 @@ class RunFolder:
     path: Path
     suffix: str = ""
     state: dict | None = None
+    about: dict | None = None  # what checkpoints say besides weights, moments and progress
 
     def file(self, name: str) -> Path:
         stem, dot, ending = name.partition(".")
@@ -4584,7 +4753,7 @@ def check_logits(peer, model: GPT, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("".join(CHECK_TEXTS)).astype(np.int64)[: model.config.block_size]
     x = torch.from_numpy(ids)[None]
     with torch.no_grad():
-        logits = model.cpu().float().eval()(x)[0]
+        logits = model.cpu().float().eval()(x)
         difference = (peer.float().eval()(x).logits - logits).abs().max().item()
     if not difference <= 1e-4:
         raise UserError(f"export failed its check: logits differ by {difference:.2e}")
@@ -4931,13 +5100,15 @@ def put_back(target: Path, work: Path) -> None:
 # ====================================================================================
 
 
-def token_losses(model: GPT, rows: list, pad: int, rt: Runtime) -> tuple[Tensor, Tensor]:
+def token_losses(
+    model: GPT, sequences: list[tuple[np.ndarray, int]], pad: int, rt: Runtime
+) -> tuple[Tensor, Tensor]:
     """(losses, targets) of sequences (ids, first target), (B, T) on the CPU; 0 where none counts."""
-    width = padded_width(max(len(ids) for ids, _ in rows) - 1, model.config.block_size)
-    x, y = stack_rows(rows, width, pad)
+    width = padded_width(max(len(ids) for ids, _ in sequences) - 1, model.config.block_size)
+    batch = padded(sequences, pad, width)
     with torch.no_grad(), rt.autocast():
-        _, losses = model(x.to(rt.device), y.to(rt.device), "none")
-    return losses.cpu().double(), y
+        losses = model.losses(batch.x.to(rt.device), batch.y.to(rt.device))
+    return losses.cpu().double(), batch.y
 
 
 def evaluate_perplexity(
@@ -5100,7 +5271,7 @@ def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
     found = {}
     model.to(rt.device).eval()
     for split in ("train", "val"):
-        data = InstructionDataset(store, split, model.config.block_size, pairs=True)
+        data = PreferenceDataset(store, split, model.config.block_size)
         values = np.zeros(len(data) * 2, np.float32)
         numbers = np.argsort(data.lengths[::2], kind="stable")
         for ids in tqdm(batched(numbers, config.batch_size), desc=f"reference, {split}",
@@ -5108,8 +5279,9 @@ def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
                         disable=not rt.is_main):  # fmt: skip
             ids = np.array(ids)
             with torch.no_grad(), rt.autocast():
-                row = sequence_log_probs(model, data.batch(ids).to(rt.device)).cpu().numpy()
-            values[(ids[:, None] * 2 + np.arange(2)).ravel()] = row
+                batch = data.batch(ids).to(rt.device)
+                row = sequence_log_probs(model.losses, batch).cpu().numpy()
+            values[data.numbers(ids)] = row
         found[split] = values
     return found
 
@@ -5191,13 +5363,13 @@ def adopt_split(config: DataConfig, base: Loaded) -> None:
 def make_run(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder,
              loaded: Loaded, store: TokenStore | None) -> Run:  # fmt: skip
     """Put a run together: a new one from `loaded`, or the one that the folder's state goes on."""
-    about, resumed = describe_run(config, rt, loaded, store), folder.state
+    folder.about, resumed = describe_run(config, rt, loaded, store), folder.state
     if resumed:
-        check_drift(resumed, about)
+        check_drift(resumed, folder.about)
     model = loaded.model.to(rt.device).train()
     train, val = create_dataloaders(config, store, loaded.tokenizer, model.config.block_size, rt)
     total = config.max_steps or config.epochs * train.steps_per_epoch
-    if total >= sys.maxsize:
+    if isinstance(train.dataset, StreamDataset) and not config.max_steps:
         raise UserError("a stream has no epochs: give --max_steps")
     progress = Progress(
         total=total, grad_accum=config.grad_accum, grad_checkpointing=config.grad_checkpointing
@@ -5208,7 +5380,7 @@ def make_run(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
         first = train.step
         train.step, val = lambda step: first(0), None
     model.grad_checkpointing = progress.grad_checkpointing
-    net = distribute(model, config, rt, total)
+    losses = distribute(model, config, rt, total)
     optimizers = make_optimizers(model, config)
     if resumed and progress.step:
         load_optimizer_state(model, optimizers, resumed["optimizer"])
@@ -5217,10 +5389,15 @@ def make_run(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if resumed and resumed["scaler"]:
         scaler.load_state_dict(resumed["scaler"])
-    objective = OBJECTIVES[getattr(config, "objective", "ntp")](config)
-    run = Run(config, rt, model, net, objective, optimizers, train, val, progress, about,
-              folder.path, folder.suffix, scaler, stop)  # fmt: skip
-    run.evaluate_as_finely()
+    objective = partial(OBJECTIVES[getattr(config, "objective", "ntp")], config=config)
+    if val:  # evaluate with the micro-batch size that fits
+        val.grad_accum = progress.grad_accum
+    run = Run(
+        config, rt, model, losses, objective, optimizers, train, val, progress, scaler, stop,
+        gradients=surviving_gradients, exchange=partial(synchronised, model, losses),
+        scalar=lambda norm: float(whole(norm)),
+    )  # fmt: skip
+    run.save = lambda name: save_run(run, folder.about, folder.file(f"{name}.pth"))
     return run
 
 
@@ -5248,11 +5425,17 @@ def run_fit(run: Run, folder: RunFolder) -> str:
         if not folder.state:
             for path in folder.files().values():  # of the run that this one overwrites
                 path.unlink()
-        write_json(folder.file("config.json"), run.about["config"])
+        write_json(folder.file("config.json"), folder.about["config"])
     note(f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}, "
          f"{run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {p.total:,} steps of "
          f"{config.batch_size} x {shape.block_size} tokens")  # fmt: skip
-    ended = fit(run)
+    with contextlib.closing(Recorder(run, folder.file("metrics.csv"))) as run.record:
+        try:
+            ended = fit(run)
+        except Diverged as error:
+            last, start = folder.file("last.pth"), "--ckpt" if folder.suffix else "--init_from"
+            way = f"{last} stands: {start} {last} with" if last.exists() else "start again with"
+            raise UserError(f"{error}; {way} a lower --lr and another --out_dir") from None
     if ended == "signal":  # it may have come to another process
         run.stop.number = run.stop.number or signal.SIGTERM
     if config.overfit_batch:
@@ -5262,12 +5445,12 @@ def run_fit(run: Run, folder: RunFolder) -> str:
         if run.rt.is_main:
             print(f"overfitted one batch: loss {p.best:.4f} after {p.step} steps; nothing is kept")
         return ""
-    best, kind = run.path("best"), "validation" if run.val else "training"
+    best, kind = folder.file("best.pth"), "validation" if run.val else "training"
     note({
         "done": f"done: best {kind} loss {p.best:.4f} at step {p.best_step}",
         "early": f"stopped early at step {p.step}: nothing better than {p.best:.4f} "
                  f"since step {p.best_step}",
-    }.get(ended, f"stopped at step {p.step}, saved in {run.path('last')}; go on with --resume"))  # fmt: skip
+    }.get(ended, f"stopped at step {p.step}, saved in {path('last')}; go on with --resume"))  # fmt: skip
     return str(best) if ended in ("done", "early") else ""
 
 
@@ -5323,7 +5506,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     note(f"training {trained:,} of {model.n_params():,} parameters")
     run = make_run(config, rt, stop, folder, Loaded(model, base.tokenizer, {"lora": lora}), store)
-    for loader in filter(None, (run.train, run.val)):
+    for loader in filter(None, (run.train, run.val)) if pairs else ():
         loader.dataset.reference = reference.get(loader.dataset.split)
     best = run_fit(run, folder)
     if best and not stop:
@@ -5644,7 +5827,7 @@ def read_prompt() -> str:
 
 def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
     loaded = load_model(config.ckpt)
-    loaded.model.for_decoding(rt.device, rt.dtype)
+    for_decoding(loaded.model, rt.device, rt.dtype)
     if config.prompt is None and sys.stdin.isatty():
         chat_session(loaded, config, rt)
         return
@@ -5812,7 +5995,7 @@ def preview(store: TokenStore, n: int, block_size: int) -> str:
     data = InstructionDataset(store, "train", block_size, loss_on="response")
     for number in data.fixed_ids(n):
         start, length, prompt, source = index[number].tolist()
-        head, tail, response = cut_prompt(prompt, length - prompt, block_size + 1)
+        head, tail, response = kept_parts(prompt, length - prompt, block_size + 1)
         lines.append(
             f"record {number} of {store.sources[source]}: {length} tokens "
             "(state under --loss_on response; with all, prompts are trained too)"
@@ -5954,9 +6137,9 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     total = 10**9  # a long run: compiling pays, the learning rate stays in its warm-up
     model.grad_checkpointing = config.grad_checkpointing
     run = Run(
-        config=config, rt=rt, model=model, net=distribute(model, config, rt, total),
+        config=config, rt=rt, model=model, losses=distribute(model, config, rt, total),
         objective=next_token_loss, optimizers=make_optimizers(model, config),
-        train=None, val=None, about={}, out_dir=Path(), suffix="",
+        train=None, val=None, gradients=surviving_gradients,
         progress=Progress(total=total, grad_accum=config.grad_accum,
                           grad_checkpointing=config.grad_checkpointing),
         scaler=torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16),
@@ -6024,7 +6207,7 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     """Greedy decoding of half a block after a short prompt, against the bandwidth's limit."""
     n, batch = config.block_size // 2, config.decode_batch
     prompt = torch.arange(8, device=rt.device)
-    ours = GPT(model.config).for_decoding(rt.device, rt.dtype)
+    ours = for_decoding(GPT(model.config), rt.device, rt.dtype)
     sides = {"": lambda: [None for _ in generate(ours, prompt, n, (), batch, temperature=0.0)]}
     if config.vs == "hf":
         peer = hf_peer(model.config).to(rt.device).eval()
@@ -6720,7 +6903,7 @@ class Writer:
         self.settings = {"ckpt": ckpt} | settings
         with runtime(self.config()) as self.rt:
             self.loaded = load_model(str(ckpt))
-            self.loaded.model.for_decoding(self.rt.device, self.rt.dtype)
+            for_decoding(self.loaded.model, self.rt.device, self.rt.dtype)
 
     def config(self, **settings) -> SampleConfig:
         return resolve(SampleConfig, self.settings | settings, mark="")

@@ -293,7 +293,8 @@ def test_a_cut_record_keeps_the_response_and_both_ends_of_the_prompt():
     prompt, response = np.arange(10), np.arange(100, 104)
     ids, n = lp.fit_record(prompt, response, 9)
     assert ids.tolist() == [0, 1, 2, 8, 9, 100, 101, 102, 103] and n == 5
-    x, y = lp.stack_rows([(ids, n), (ids[:4], 1)], 10, 7)
+    batch = lp.padded([(ids, n), (ids[:4], 1)], 7, 10)
+    x, y = batch.x, batch.y
     assert x[0].tolist() == [0, 1, 2, 8, 9, 100, 101, 102, 7, 7]
     assert y[0].tolist() == [-100] * 4 + [100, 101, 102, 103] + [-100] * 2
     assert y[1].tolist() == [1, 2, 8] + [-100] * 7

@@ -48,7 +48,7 @@ def naive(model, prompt, count, **sampling):
         if len(context) > block and not slides(model.config):
             context = context[-max(1, block // 2) :]  # full: on from the last half
         with torch.no_grad():
-            logits = model(context[None])[0][0, -1]
+            logits = model(context[None])[0, -1]
         made.append(int(logits.argmax()) if not sampling else choose(logits, seen, **sampling))
         context = torch.cat([context, torch.tensor(made[-1:])])
         seen.append(made[-1])
@@ -144,12 +144,12 @@ def test_greedy_equals_transformers_over_200_tokens(arch):
 def test_weights_packed_for_decoding_give_the_same_logits(shape, rows):
     model = make(**shape)
     expected = copy.deepcopy(model).bfloat16()
-    packed = model.for_decoding(torch.device("cpu"), torch.bfloat16)
+    packed = lp.for_decoding(model, torch.device("cpu"), torch.bfloat16)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         assert packed.blocks[0].mlp.up.packed is not None
     idx = prompt_of(12).expand(rows, -1)
     with torch.inference_mode():
-        a, b = packed(idx)[0], expected(idx)[0]
+        a, b = packed(idx), expected(idx)
     assert torch.allclose(a, b, atol=0.05 * b.abs().max().item())
     assert not torch.equal(a, torch.zeros_like(a))
 

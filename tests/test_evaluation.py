@@ -83,7 +83,7 @@ def naive_losses(model, ids, block):
         end = min(((target - 1) // block + 1) * block, n)
         context = ids[max(0, end - block) : target]
         with torch.no_grad():
-            logits = model(torch.tensor([context]))[0][0, -1]
+            logits = model(torch.tensor([context]))[0, -1]
         losses.append(-logits.double().log_softmax(0)[ids[target]].item())
     return losses
 
@@ -209,7 +209,7 @@ def naive_guesses(model, records, block):
             if (kept := block + 1 - len(answer)) < len(head):
                 head = head[: kept - kept // 2] + head[len(head) - kept // 2 :]
             with torch.no_grad():
-                table = model(torch.tensor([head + answer[:-1]]))[0][0].double().log_softmax(-1)
+                table = model(torch.tensor([head + answer[:-1]]))[0].double().log_softmax(-1)
             first = len(head) - 1
             scores.append(sum(table[first + i, t].item() for i, t in enumerate(answer)))
         guesses.append(LABELS[int(np.argmax(scores))])

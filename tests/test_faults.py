@@ -44,18 +44,13 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 def around_losses(before) -> None:
     """Call `before(training)` ahead of every loss that the program computes."""
-    make = lp.OBJECTIVES["ntp"]
+    objective = lp.OBJECTIVES["ntp"]
 
-    def factory(config):
-        objective = make(config)
+    def wrapped(losses, batch, config=None):
+        before(torch.is_grad_enabled())
+        return objective(losses, batch, config)
 
-        def wrapped(model, batch):
-            before(torch.is_grad_enabled())
-            return objective(model, batch)
-
-        return wrapped
-
-    lp.OBJECTIVES["ntp"] = factory
+    lp.OBJECTIVES["ntp"] = wrapped
 
 
 def slow(seconds: float) -> None:

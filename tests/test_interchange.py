@@ -676,11 +676,11 @@ class Fixed(torch.nn.Module):
         super().__init__()
         self.logits = torch.nn.Parameter(logits)
 
-    def forward(self, idx, targets, reduction):
+    def losses(self, idx, targets, reduction="none"):
         losses = F.cross_entropy(
             self.logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100
         )
-        return None, losses.view_as(targets)
+        return losses.view_as(targets)
 
 
 def test_dpo_loss_is_the_closed_form():
@@ -691,9 +691,9 @@ def test_dpo_loss_is_the_closed_form():
     for row in range(2 * pairs):
         y[row, : row % 4] = lp.IGNORE
     reference = torch.randn(2 * pairs) * 5
-    batch = lp.Batch(torch.zeros_like(y), y, {}, reference)
-    objective = lp.OBJECTIVES["dpo"](lp.FinetuneConfig(dpo_beta=beta))
-    found, count = objective(model, batch)
+    batch = lp.Batch(torch.zeros_like(y), y, reference)
+    config = lp.FinetuneConfig(dpo_beta=beta)
+    found, count, stats = lp.OBJECTIVES["dpo"](model.losses, batch, config)
 
     table = model.logits.detach().log_softmax(-1)
     said = [sum(table[row, t, y[row, t]].item() for t in range(width) if y[row, t] >= 0)
@@ -702,8 +702,8 @@ def test_dpo_loss_is_the_closed_form():
                for i in range(0, 2 * pairs, 2)]  # fmt: skip
     assert count == pairs
     assert found.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins), rel=1e-5)
-    assert float(batch.stats["reward_margin"]) == pytest.approx(sum(margins), rel=1e-5)
-    assert float(batch.stats["reward_accuracy"]) == sum(m > 0 for m in margins)
+    assert float(stats["reward_margin"]) == pytest.approx(sum(margins), rel=1e-5)
+    assert float(stats["reward_accuracy"]) == sum(m > 0 for m in margins)
     found.backward()
     slope = beta / (1 + math.exp(margins[0]))  # of the loss, by the first chosen answer's logits
     wanted = slope * (table[0].exp() - F.one_hot(y[0].clamp(min=0), 11)) * (y[0] >= 0)[:, None]

@@ -36,22 +36,17 @@ def progress(path: Path) -> dict:
 
 def spoil(monkeypatch, change) -> None:
     """Inject a fault: `change(loss, batch, step)` sees every training loss before backward."""
-    make = lp.OBJECTIVES["ntp"]
+    objective = lp.OBJECTIVES["ntp"]
     calls = []
 
-    def factory(config):
-        objective = make(config)
+    def spoiled(losses, batch, config):
+        loss, n, stats = objective(losses, batch, config)
+        if torch.is_grad_enabled():
+            calls.append(1)
+            loss = change(loss, batch, len(calls))
+        return loss, n, stats
 
-        def spoiled(model, batch):
-            loss, n = objective(model, batch)
-            if torch.is_grad_enabled():
-                calls.append(1)
-                loss = change(loss, batch, len(calls))
-            return loss, n
-
-        return spoiled
-
-    monkeypatch.setitem(lp.OBJECTIVES, "ntp", factory)
+    monkeypatch.setitem(lp.OBJECTIVES, "ntp", spoiled)
 
 
 @pytest.fixture(scope="module")
@@ -276,11 +271,11 @@ def test_padding_does_not_count(corpus):
         ids = torch.arange(len(records)).numpy()
         batch = records.batch(ids)
         assert (batch.y != lp.IGNORE).sum() == records.n_targets(ids) < batch.y.numel()
-        whole = model(batch.x, batch.y, "sum")[1]
+        whole = model.losses(batch.x, batch.y, "sum")
         alone = [records.batch(ids[i : i + 1]) for i in range(len(ids))]
         assert len({one.x.shape[1] for one in alone}) > 1
         assert float(whole) == pytest.approx(
-            sum(float(model(one.x, one.y, "sum")[1]) for one in alone), rel=1e-5
+            sum(float(model.losses(one.x, one.y, "sum")) for one in alone), rel=1e-5
         )
 
 
@@ -296,7 +291,7 @@ def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
     store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
     data = lp.LMDataset(store, "train", 32, seed=state["config"]["seed"])
     batch = data.batch(data.epoch_ids(0, torch.arange(4).numpy()))
-    loss = start(batch.x, batch.y)[1]
+    loss = start.losses(batch.x, batch.y).mean()
     assert float(loss) == pytest.approx(first, rel=1e-5)
     loss.backward()
     for name, parameter in start.named_parameters():

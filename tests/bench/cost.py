@@ -62,7 +62,7 @@ def decoding(rounds: int, block_size: int = 1024) -> None:
     torch.set_num_threads(2)
     config = lp.GPTConfig(block_size=block_size, n_layer=6, n_head=8, n_embd=512)
     dtype = lp.pick_dtype("auto", torch.device("cpu"))
-    model = lp.GPT(config).for_decoding(torch.device("cpu"), dtype)
+    model = lp.for_decoding(lp.GPT(config), torch.device("cpu"), dtype)
     part, first, last = block_size // 8, [], []
     for _ in range(rounds):
         times = [time.perf_counter()]
