@@ -394,8 +394,8 @@ def stepped(kind, *more, **settings):
         p.grad = gradient * (i - 1)
         optimizer.step()
     return p.detach()
-ours = stepped(lp.AdamW, fused=True)
-stepped(lp.Muon, {})
+ours = stepped(lp.OPTIMIZERS["adamw"], fused=True)
+stepped(lp.OPTIMIZERS["muon"], {})
 assert "torch._dynamo" not in sys.modules
 assert torch.equal(ours, stepped(torch.optim.AdamW, fused=True))
 """
