@@ -5450,7 +5450,7 @@ def run_fit(run: Run, folder: RunFolder) -> str:
         "done": f"done: best {kind} loss {p.best:.4f} at step {p.best_step}",
         "early": f"stopped early at step {p.step}: nothing better than {p.best:.4f} "
                  f"since step {p.best_step}",
-    }.get(ended, f"stopped at step {p.step}, saved in {path('last')}; go on with --resume"))  # fmt: skip
+    }.get(ended, f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"))  # fmt: skip
     return str(best) if ended in ("done", "early") else ""
 
 
