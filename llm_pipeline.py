@@ -5286,48 +5286,128 @@ def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
     return found
 
 
-@torch.no_grad()
-def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: Loaded) -> dict:
-    """What a finetune gains and forgets: losses, and how generation does on held-out records.
+def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: Loaded,
+                    stop: StopSignal | bool = False) -> dict:  # fmt: skip
+    """What a finetune gains and forgets: losses, and answers to held-out prompts.
 
-    loss_base: on the validation stream of the data the base was trained on, where it is at hand.
+    loss_all, loss_response: on the records it is tuned on, in nats a token. loss_base: on the
+    validation text of the data its base was trained on, where that is still at hand.
+    Raises Interrupted when a stop signal comes.
     """
-    model, tokenizer = loaded.model.to(rt.device).eval(), loaded.tokenizer
-    block = model.config.block_size
-    store = open_store(config, rt, tokenizer)
+    model = loaded.model.to(rt.device).eval()
+    block_size, store = model.config.block_size, open_store(config, rt, loaded.tokenizer)
     datasets = {}
-    with contextlib.suppress(UserError):
-        for what in ("all", "response"):
-            datasets[f"loss_{what}"] = InstructionDataset(store, "val", block, 0, what)
-    if settings := base.state.get("config"):
-        names = [f.name for f in fields(DataConfig)]
-        with contextlib.suppress(UserError, KeyError):
-            old = DataConfig(**{name: settings[name] for name in names})
-            if not old.streaming:
-                datasets["loss_base"] = LMDataset(open_store(old, rt, tokenizer), "val", block)
+    with contextlib.suppress(UserError):  # nothing is held out
+        for loss_on in ("all", "response"):
+            datasets[f"loss_{loss_on}"] = InstructionDataset(store, "val", block_size, 0, loss_on)
+    if old := base_store(rt, base):
+        datasets["loss_base"] = LMDataset(old, "val", block_size)
     report = {}
     for name, data in datasets.items():
         loader = Loader(data, config.batch_size, config.grad_accum, rt)
-        report[name], _ = estimate_loss(model, loader, next_token_loss, 20)
+        report[name], _ = estimate_loss(model, loader, next_token_loss, 20, stop)
     if config.report_samples and "loss_response" in datasets:
-        data = datasets["loss_response"]
-        prompts = np.flatnonzero(store.index["val"]["prompt"] > 1)
-        stopped = matched = 0
-        picked = prompts[:: max(1, len(prompts) // config.report_samples)][: config.report_samples]
-        for number in picked:
-            ids, n_prompt = data.record(int(number))
-            answer, ends = [], (tokenizer.sep_id, tokenizer.eos_id)
-            steps = generate(model, torch.from_numpy(ids[:n_prompt]).to(rt.device),
-                             len(ids) - n_prompt + 32, ends, temperature=0.0)  # fmt: skip
-            for (token,) in steps:
-                stopped += token < 0
-                answer += [token] if token >= 0 else []
-            wanted = tokenizer.decode(ids[n_prompt:])
-            matched += tokenizer.decode(answer).strip() == wanted.strip()
-        if len(picked):
-            report |= {"stops_by_itself": stopped / len(picked),
-                       "exact_match": matched / len(picked)}  # fmt: skip
+        report |= report_answers(config, rt, loaded, datasets["loss_response"], stop)
     return report
+
+
+def base_store(rt: Runtime, base: Loaded) -> TokenStore | None:
+    """The data that a base was trained on, where it is at hand and still the same."""
+    settings = base.state.get("config")
+    if not settings or settings.get("streaming"):
+        return None
+    usual = {f.name: settings.get(f.name, f.default) for f in fields(DataConfig)}
+    split = {name: base.data[name] for name in SPLIT_SETTINGS}
+    try:
+        store = open_store(DataConfig(**usual | split), rt, base.tokenizer)
+    except UserError:
+        return None
+    same = store.fingerprint == base.data.get("fingerprint")
+    return store if same and len(store.tokens["val"]) > 1 else None
+
+
+def report_answers(config: FinetuneConfig, rt: Runtime, loaded: Loaded, data: InstructionDataset,
+                   stop: StopSignal | bool) -> dict:  # fmt: skip
+    """Greedy answers to held-out prompts: how many are exact, how many end by themselves."""
+    tokenizer, answers, exact, stopped = loaded.tokenizer, [], 0, 0
+    ends = (tokenizer.sep_id, tokenizer.eos_id)
+    numbers = np.flatnonzero(data.store.index["val"]["prompt"] > 1)  # plain text has no answer
+    numbers = numbers[evenly_spaced(len(numbers), config.report_samples)]
+    for number in numbers.tolist():
+        if stop:
+            raise Interrupted
+        ids, n_prompt = data.record(number)
+        prompt = torch.from_numpy(ids[:n_prompt]).to(rt.device)
+        limit = len(ids) - n_prompt + 32
+        steps = generate(loaded.model, prompt, limit, ends, temperature=0.0)
+        made = [token for (token,) in steps]
+        stopped += made[-1] < 0
+        texts = [tokenizer.decode(part).strip() for part in (
+            ids[:n_prompt].tolist(), ids[n_prompt:].tolist(), [t for t in made if t >= 0])]  # fmt: skip
+        answers.append(dict(zip(("prompt", "wanted", "answer"), texts, strict=True)))
+        exact += texts[1] == texts[2]
+    if not answers:
+        return {}
+    shown = [answers[i] for i in evenly_spaced(len(answers), 3)]
+    return {"stops_by_itself": stopped / len(answers), "exact_match": exact / len(answers),
+            "answers": shown}  # fmt: skip
+
+
+REPORT_ROWS = {  # figure of a finetune report: (what it is, whether more is better)
+    "loss_all": ("loss on held-out records", False),
+    "loss_response": ("loss on held-out responses", False),
+    "exact_match": ("answers that are exactly right", True),
+    "stops_by_itself": ("answers that end by themselves", True),
+    "loss_base": ("loss on what its base was trained on", False),
+}
+
+
+def first_report(config: FinetuneConfig, rt: Runtime, base: Loaded, folder: RunFolder,
+                 stop: StopSignal) -> dict:  # fmt: skip
+    """The report of the base. A run that goes on has the one that it began with."""
+    if config.overfit_batch:
+        return {}
+    path = folder.file("report.json")
+    if folder.state:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return dict(json.loads(path.read_text(encoding="utf-8"))["before"])
+    report = finetune_report(config, rt, base, base, stop)
+    if rt.is_main:
+        write_json(path, {"before": report})
+    return report
+
+
+def finetune_verdict(config: FinetuneConfig, before: dict, after: dict) -> list[str]:
+    """What a finetune changed, in lines: figures, three answers, and whether it helped."""
+    lines, gains = ["on records that it was not tuned on:"], {}
+    for name, (what, more_is_better) in REPORT_ROWS.items():
+        if name in before and name in after:
+            gain = gains[name] = (after[name] - before[name]) * (1 if more_is_better else -1)
+            word = "better" if gain > 0 else "worse" if gain < 0 else "the same"
+            lines.append(f"  {what:<40}{before[name]:>9.4f} -> {after[name]:<9.4f}{word}")
+    for old, new in zip(before.get("answers", []), after.get("answers", []), strict=False):
+        texts = (new["prompt"], new["wanted"], old["answer"], new["answer"])
+        labels = ("prompt", "wanted", "before", "after")
+        lines += [f"  {a:<8}{shortened(b)}" for a, b in zip(labels, texts, strict=True)] + [""]
+    aim = f"loss_{config.loss_on}"
+    if aim in gains and config.objective == "ntp":  # preferences may well cost likelihood
+        what = REPORT_ROWS[aim][0].removeprefix("loss on ")
+        lines.append(
+            f"verdict: better on {what}, by {gains[aim]:.4f} nats a token" if gains[aim] > 0 else
+            f"verdict: not better on {what} than {config.ckpt}: try a lower --lr, fewer --epochs "
+            "or more data"
+        )  # fmt: skip
+    if gains.get("loss_base", 0.0) < 0:
+        lines.append(f"it forgot a part of what its base was trained on: {-gains['loss_base']:.4f} "
+                     "nats a token more")  # fmt: skip
+    return lines
+
+
+def shortened(text: str, limit: int = 160) -> str:
+    """One line, without its middle where it is long."""
+    text = " ".join(text.split())
+    half = (limit - 5) // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 
 
 # ====================================================================================
@@ -5490,7 +5570,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     adopt_split(config, base)
     pairs = config.objective == "dpo"
     store = open_store(config, rt, base.tokenizer, pairs)
-    before = finetune_report(config, rt, base, base)
+    before = first_report(config, rt, base, folder, stop)
     if pairs and config.dropout is None:
         config.dropout = 0.0  # as the reference log-probabilities are computed
     changes = {n: getattr(config, n) for n in ("dropout", "attn") if getattr(config, n) is not None}
@@ -5510,11 +5590,10 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
         loader.dataset.reference = reference.get(loader.dataset.split)
     best = run_fit(run, folder)
     if best and not stop:
-        after = finetune_report(config, rt, load_model(best), base)
+        after = finetune_report(config, rt, load_model(best), base, stop)
         if rt.is_main:
             write_json(folder.file("report.json"), {"before": before, "after": after})
-        for name in before:
-            note(f"{name:<32}{before[name]:>12.4f} -> {after[name]:<12.4f}")
+        note("\n".join(finetune_verdict(config, before, after)))
     return best
 
 
@@ -5525,10 +5604,10 @@ def fit_command(loop: Callable) -> Callable:
             raise Interrupted
         if not result or not rt.is_main:
             return
-        if isinstance(config, TrainConfig):
-            note(f"next: python llm_pipeline.py eval --ckpt {result}\n"
-                 f"      python llm_pipeline.py sample --ckpt {result} --prompt \"...\"\n"
-                 f"      python llm_pipeline.py finetune --ckpt {result}")  # fmt: skip
+        then = "finetune" if isinstance(config, TrainConfig) else "export"
+        note(f"next: python llm_pipeline.py eval --ckpt {result}\n"
+             f"      python llm_pipeline.py sample --ckpt {result} --prompt \"...\"\n"
+             f"      python llm_pipeline.py {then} --ckpt {result}")  # fmt: skip
         print(result)
 
     command.__doc__ = loop.__doc__

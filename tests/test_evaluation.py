@@ -293,6 +293,83 @@ def test_two_processes_give_the_same_figures(checkpoint, texts, tmp_path):
         assert found["sources"][name]["loss"] == pytest.approx(source["loss"], rel=1e-9)
 
 
+# --- the finetune report ---
+
+
+@pytest.fixture
+def tuning(tmp_path, corpus, tiny_checkpoint):
+    """Flags of a short finetune, and the figures it leaves."""
+    flags = ["finetune", *corpus, "--ckpt", tiny_checkpoint, "--out_dir", tmp_path / "run", *CPU,
+             "--max_steps", 4, "--batch_size", 4, "--report_samples", 5]  # fmt: skip
+
+    def report():
+        return json.loads((tmp_path / "run" / "report_finetune.json").read_text("utf-8"))
+
+    return flags, report
+
+
+def test_a_resumed_finetune_keeps_its_first_report(tuning, monkeypatch):
+    flags, report = tuning
+    made, original = [], lp.finetune_report
+
+    def counted(*args):
+        made.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(lp, "finetune_report", counted)
+    run(*flags, "--stop_after", 2).ok()
+    before = report()["before"]
+    assert len(made) == 1 and "after" not in report()
+    result = run(*flags, "--resume").ok()
+    assert len(made) == 2
+    assert report()["before"] == before != report()["after"]
+    assert "verdict" in result.err
+
+
+def test_the_report_has_losses_and_answers(tuning, tiny_checkpoint):
+    flags, report = tuning
+    result = run(*flags, "--lr", 1e-9).ok()
+    before, after = report()["before"], report()["after"]
+    names = {"loss_all", "loss_response", "loss_base", "exact_match", "stops_by_itself", "answers"}
+    assert before.keys() == after.keys() == names
+    assert before["loss_all"] == pytest.approx(after["loss_all"], rel=1e-4), "a tiny step"
+    assert len(after["answers"]) == 3
+    for answer in after["answers"]:
+        assert answer["prompt"].startswith("### Instru")
+        assert answer["wanted"] in result.err
+    assert before["answers"] == after["answers"]
+
+
+def test_what_a_base_forgot_is_told_on_its_own_data_alone(tuning, tmp_path, tiny_checkpoint):
+    flags, report = tuning
+    (tmp_path / "raw").mkdir()
+    rows = [{"instruction": f"Say {i}.", "output": "yes"} for i in range(40)]
+    (tmp_path / "raw" / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    base = tmp_path / "base"
+    own = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "processed"]
+    run("train", *own, *MODEL, "--out_dir", base).ok()
+    flags = [*flags, "--ckpt", base / "best.pth"]
+    run(*flags).ok()
+    assert "loss_base" in report()["before"]
+    (tmp_path / "raw" / "a.json").write_text(json.dumps(rows[5:]), encoding="utf-8")
+    run(*flags, "--overwrite").ok()
+    assert "loss_base" not in report()["before"]
+
+
+def test_the_verdict():
+    config = lp.FinetuneConfig(ckpt="base.pth", loss_on="response")
+    before = {"loss_response": 2.0, "exact_match": 0.5, "loss_base": 1.0}
+    better = lp.finetune_verdict(config, before, {"loss_response": 1.5, "exact_match": 0.75})
+    assert "better on held-out responses, by 0.5000" in better[-1]
+    assert all(line.endswith("better") for line in better[1:3])
+    after = {"loss_response": 2.25, "exact_match": 0.5, "loss_base": 1.25}
+    worse = lp.finetune_verdict(config, before, after)
+    assert "not better on held-out responses than base.pth" in worse[-2]
+    assert "forgot" in worse[-1] and "0.2500" in worse[-1]
+    config.objective = "dpo"
+    assert "verdict" not in "".join(lp.finetune_verdict(config, before, after))
+
+
 # --- the benchmark ---
 
 
