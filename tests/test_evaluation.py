@@ -335,7 +335,7 @@ def test_the_report_has_losses_and_answers(tuning, tiny_checkpoint):
     assert before["loss_all"] == pytest.approx(after["loss_all"], rel=1e-4), "a tiny step"
     assert len(after["answers"]) == 3
     for answer in after["answers"]:
-        assert answer["prompt"].startswith("### Instru")
+        assert answer["prompt"].startswith("###")
         assert answer["wanted"] in result.err
     assert before["answers"] == after["answers"]
 
