@@ -17,22 +17,28 @@
     python llm_pipeline.py export --ckpt ckpts/best.pth --out_dir hf   # -> Hugging Face
     python llm_pipeline.py bench --preset tiny-8g            # what to expect of this machine
 
-`COMMAND --help` lists every flag with its default. The file reads from top to bottom; each
-section uses only those above it:
+`COMMAND --help` shows the flags to begin with, `--help_all` every one. The file is a book in two
+parts. Part I is the course: read it from the top, in one sitting, and you could build it again.
 
-     1 Configuration   dataclasses that are the flags, presets, recipes
-     2 Runtime         device, dtype, processes, stop signals, run lock, CSV log
-     3 Tokenizers      bytes, byte-level BPE
-     4 Corpus          sources -> records -> dedup -> split -> token store
-     5 Batches         windows, whole records, preference pairs, streams
-     6 Model           positions, attention, MLP, block, GPT
-     7 Decoding        key/value cache, sampling, generation
-     8 Checkpoints     atomic save, verified load
-     9 Interchange     Hugging Face in and out, LoRA
-    10 Optimisation    objectives, optimizers, schedules
-    11 Training        one loop, `fit`, for train and finetune
-    12 Evaluation      perplexity, classification report, samples, benchmark
-    13 Command line    flags from the dataclasses, `main`
+     1 Settings        what can be asked for: dataclasses, presets, recipes
+     2 Tokens          text as bytes, special tokens, the prompt template
+     3 Batches         windows and whole records; the batch of a step, and nothing random about it
+     4 Model           positions, attention, MLP, block, GPT
+     5 Optimisation    objectives, AdamW and Muon, schedules
+     6 Training        gradients, the step, validation, the loop
+     7 Sampling        the key/value cache, the next token, generation
+
+Part II is the workshop, which makes the course exact, fast and usable on real machines and data:
+
+     8 Runtime         devices, processes, signals, locks, atomic files, the recorder
+     9 The same, faster    kernels that stand in for the plain operations of Part I
+    10 BPE             vocabularies trained here and elsewhere
+    11 Corpus          sources -> records -> duplicates dropped -> split -> token store
+    12 Checkpoints     atomic save, verified load, what a resumed run may change
+    13 Interchange     Hugging Face, peft, GGUF
+    14 Evaluation      perplexity, classification, what a finetune gained and forgot
+    15 Commands        train, finetune, eval, sample, prepare, export, bench
+    16 Command line    settings from flags and files, help, `main`; the same from Python
 
 Exit codes: 0 done; 1 failed, with one line that says what to do; 2 bad usage, one line per
 problem; 130 or 143 stopped by SIGINT or SIGTERM with `last.pth` saved.
@@ -93,8 +99,9 @@ from tqdm import tqdm
 # ====================================================================================
 # 1. Settings
 #
-# Each setting is stated once, in a typed field that carries its default, its help text and its limits.
-# Flags, --config files and config.json are generated from these fields (section 16).
+# Each setting is stated once, in a typed field that carries its default, help and limits. Flags,
+# --config files and config.json are generated from these fields (section 16). Skim the fields;
+# look at PRESETS and RECIPES below them.
 # ====================================================================================
 
 
@@ -102,14 +109,28 @@ class UserError(Exception):
     """An error the user can fix. Its message is one line that says what to do next."""
 
 
-def option(default, help: str, **more):
-    """A dataclass field that is also a flag.
+def option(default, help: str, **limits):
+    """A dataclass field that is also a flag. Limits: low, high, above (exclusive), choices.
 
-    Limits: low, high, above (exclusive), choices. resume: what `--resume` makes of another value:
-    "fixed" (the default) refuses it, since the weights depend on it; "free" takes the new one;
-    "session" belongs to one call of the program and is never stored.
+    A resumed run refuses another value: the weights depend on it.
     """
-    return field(default=default, metadata={"help": help, **more})
+    return field(default=default, metadata={"help": help, **limits})
+
+
+def free(default, help: str, **limits):
+    """An option that a resumed run may change."""
+    return option(default, help, resume="free", **limits)
+
+
+def once(default, help: str, **limits):
+    """An option of one call of the program, never stored."""
+    return option(default, help, resume="session", **limits)
+
+
+def inherited(owner: type, name: str):
+    """An option of another dataclass whose default is what the checkpoint says."""
+    about = owner.__dataclass_fields__[name].metadata
+    return field(default=None, metadata=about | {"help": f"{about['help']} (of the checkpoint)"})
 
 
 class Settings:
@@ -191,10 +212,8 @@ class TokenizerConfig(Settings):
 class DataConfig(Settings):
     """Data: where text comes from and which of it is kept."""
 
-    data_dir: str = option(
-        "data/raw", "a folder, a file, or a store made by prepare", resume="free"
-    )
-    processed_dir: str = option("data/processed", "where token stores are kept", resume="free")
+    data_dir: str = free("data/raw", "a folder, a file, or a store made by prepare")
+    processed_dir: str = free("data/processed", "where token stores are kept")
     val_fraction: float = option(0.1, "share of records kept for validation", above=0.0, high=0.9)
     split_seed: int = option(1337, "salt of the split's hash", low=0)
     split_by: str = option(
@@ -224,14 +243,12 @@ class RuntimeConfig(Settings):
     """Machine: where a command runs."""
 
     seed: int = option(1337, "of initialisation, order, dropout and sampling", low=0, high=2**32)
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", resume="free")
+    device: str = free("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of matrix products", choices=DTYPES)
-    threads: int = option(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024, resume="free")
-    vram_limit_gb: float = option(
-        0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4, resume="free"
-    )
+    threads: int = free(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
+    vram_limit_gb: float = free(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
     deterministic: bool = option(False, "deterministic CUDA algorithms, at some speed")
-    debug: bool = option(False, "show tracebacks", resume="session")
+    debug: bool = once(False, "show tracebacks")
 
 
 @dataclass
@@ -239,9 +256,7 @@ class OptimConfig(Settings):
     """Optimisation: batches, optimizer, learning rate."""
 
     batch_size: int = option(32, "sequences a step, over all processes", low=1, high=2**20)
-    grad_accum: int = option(
-        1, "micro-batches a step on each process", low=1, high=2**16, resume="free"
-    )
+    grad_accum: int = free(1, "micro-batches a step on each process", low=1, high=2**16)
     lr: float = option(3e-4, "learning rate of AdamW", above=0.0, high=10.0)
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "muon"))
     muon_lr: float = option(0.02, "learning rate of Muon", above=0.0, high=10.0)
@@ -254,52 +269,40 @@ class OptimConfig(Settings):
     warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
     decay_fraction: float = option(0.5, "share of steps in wsd's decay", low=0.0, high=1.0)
     min_lr_ratio: float = option(0.1, "final learning rate, over lr", low=0.0, high=1.0)
-    compile: str = option("auto", "torch.compile", choices=("auto", "on", "off"), resume="free")
-    grad_checkpointing: bool = option(False, "recompute activations to save memory", resume="free")
-    fsdp: bool = option(
-        False, "shard parameters over processes instead of copying them", resume="free"
-    )
+    compile: str = free("auto", "torch.compile", choices=("auto", "on", "off"))
+    grad_checkpointing: bool = free(False, "recompute activations to save memory")
+    fsdp: bool = free(False, "shard parameters over processes instead of copying them")
 
 
 @dataclass
 class FitConfig(OptimConfig, DataConfig, RuntimeConfig):
     """Run: how long it goes on, what it looks at and what it keeps."""
 
-    out_dir: str = option("ckpts", "folder of the run", resume="session")
-    config: str = option("", "settings from a json, toml or yaml file", resume="session")
-    resume: bool = option(False, "continue last.pth of out_dir, bit for bit", resume="session")
-    overwrite: bool = option(False, "replace a run that stands in out_dir", resume="session")
+    out_dir: str = once("ckpts", "folder of the run")
+    config: str = once("", "settings from a json, toml or yaml file")
+    resume: bool = once(False, "continue last.pth of out_dir, bit for bit")
+    overwrite: bool = once(False, "replace a run that stands in out_dir")
     epochs: int = option(5, "passes over the training data", low=1, high=10**6)
     max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
-    max_minutes: float = option(
-        0.0, "stop after this many minutes (0: never)", low=0.0, resume="free"
-    )
-    stop_after: int = option(
-        0, "save and stop after N steps of this session", low=0, resume="session"
-    )
+    max_minutes: float = free(0.0, "stop after this many minutes (0: never)", low=0.0)
+    stop_after: int = once(0, "save and stop after N steps of this session", low=0)
     stride: int = option(0, "distance between windows (0: block_size)", low=0)
     shuffle_buffer: int = option(4096, "windows held for shuffling a stream", low=1)
-    eval_interval: int = option(200, "steps between evaluations", low=1, resume="free")
-    eval_batches: int = option(
-        50, "validation batches of an evaluation (0: all)", low=0, resume="free"
-    )
-    log_interval: int = option(10, "steps between rows of metrics.csv", low=1, resume="free")
-    save_interval: int = option(200, "steps between saves of last.pth", low=1, resume="free")
-    patience: int = option(
-        0, "stop after N evaluations without improvement (0: never)", low=0, resume="free"
-    )
+    eval_interval: int = free(200, "steps between evaluations", low=1)
+    eval_batches: int = free(50, "validation batches of an evaluation (0: all)", low=0)
+    log_interval: int = free(10, "steps between rows of metrics.csv", low=1)
+    save_interval: int = free(200, "steps between saves of last.pth", low=1)
+    patience: int = free(0, "stop after N evaluations without improvement (0: never)", low=0)
     overfit_batch: bool = option(False, "sanity check: learn one batch by heart, save nothing")
-    wandb: str = option("", "log to this Weights & Biases project too", resume="free")
+    wandb: str = free("", "log to this Weights & Biases project too")
 
 
 @dataclass
 class PresetConfig(Settings):
     """Names that set many others at once: PRESETS, RECIPES and ARCHS below."""
 
-    preset: str = option("tiny-8g", "sizes that fit a machine", resume="free")
-    recipe: str = option(
-        "classic", "classic: what the preset says; fast: measured quickest", resume="free"
-    )
+    preset: str = free("tiny-8g", "sizes that fit a machine")
+    recipe: str = free("classic", "classic: what the preset says; fast: measured quickest")
     arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)")
 
 
@@ -307,44 +310,31 @@ class PresetConfig(Settings):
 class TrainConfig(PresetConfig, TokenizerConfig, ModelSettings, FitConfig):
     """Train a GPT from scratch, or go on from a pretrained one (--init_from)."""
 
-    init_from: str = option(
-        "", "start from a checkpoint or a Hugging Face folder or name", resume="free"
-    )
+    init_from: str = free("", "start from a checkpoint or a Hugging Face folder or name")
 
 
 @dataclass
-class FinetuneConfig(FitConfig):
+class CheckpointConfig(DataConfig):
+    """Checkpoint: where a command starts. What it says of itself holds unless told otherwise."""
+
+    ckpt: str = free("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
+    block_size: int | None = inherited(ModelSettings, "block_size")
+    val_fraction: float | None = inherited(DataConfig, "val_fraction")
+    split_seed: int | None = inherited(DataConfig, "split_seed")
+    split_by: str | None = inherited(DataConfig, "split_by")
+
+
+@dataclass
+class FinetuneConfig(CheckpointConfig, FitConfig):
     """Tune a checkpoint, or a Hugging Face model, on instruction records or preferences."""
 
-    ckpt: str = option(
-        "ckpts/best.pth", "checkpoint, or Hugging Face folder or name", resume="free"
-    )
-    preset: str = option("", "batch_size and grad_accum of a training preset", resume="free")
-    recipe: str = option("classic", "classic: AdamW; fast: Muon at tuned rates", resume="free")
+    preset: str = free("", "batch_size and grad_accum of a training preset")
+    recipe: str = free("classic", "classic: AdamW; fast: Muon at tuned rates")
     epochs: int = option(3, "passes over the training data", low=1, high=10**6)
     lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
     seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
-    dropout: float | None = option(
-        None, "on embedding, attention and residual (default: the checkpoint's)", low=0.0, high=0.95
-    )
-    block_size: int | None = option(
-        None, "longest context, in tokens (default: the checkpoint's)", low=2, high=2**20
-    )
-    split_seed: int | None = option(
-        None, "salt of the split's hash (default: the checkpoint's)", low=0
-    )
-    split_by: str | None = option(
-        None,
-        "what decides a record's side (default: the checkpoint's)",
-        choices=("prompt", "content"),
-    )
-    val_fraction: float | None = option(
-        None,
-        "share of records kept for validation (default: the checkpoint's)",
-        above=0.0,
-        high=0.9,
-    )
-    attn: str | None = option(None, "attention code", choices=("manual", "sdpa"))
+    dropout: float | None = inherited(ModelSettings, "dropout")
+    attn: str | None = inherited(ModelSettings, "attn")
     method: str = option("full", "all weights, or peft's adapters", choices=("full", "lora"))
     lora_r: int = option(8, "rank of the adapters", low=1, high=4096)
     lora_alpha: float = option(16.0, "scale of the adapters, times rank", above=0.0, high=1e6)
@@ -353,100 +343,7 @@ class FinetuneConfig(FitConfig):
     loss_on: str = option("all", "tokens that count", choices=("all", "response"))
     objective: str = option("ntp", "next token, or preferences", choices=("ntp", "dpo"))
     dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
-    report_samples: int = option(
-        50, "records generated for the before/after report", low=0, resume="free"
-    )
-
-
-@dataclass
-class EvalConfig(DataConfig, RuntimeConfig):
-    """Loss, perplexity, bits per byte and classification report of a checkpoint."""
-
-    dtype: str = option("float32", "of matrix products", choices=DTYPES)
-    ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
-    split: str = option("val", "records to evaluate", choices=("val", "train", "all"))
-    block_size: int | None = option(
-        None, "longest context, in tokens (default: the checkpoint's)", low=2, high=2**20
-    )
-    split_seed: int | None = option(
-        None, "salt of the split's hash (default: the checkpoint's)", low=0
-    )
-    split_by: str | None = option(
-        None,
-        "what decides a record's side (default: the checkpoint's)",
-        choices=("prompt", "content"),
-    )
-    val_fraction: float | None = option(
-        None,
-        "share of records kept for validation (default: the checkpoint's)",
-        above=0.0,
-        high=0.9,
-    )
-    batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
-    max_batches: int = option(0, "evenly spaced batches of each source (0: all)", low=0)
-    json: str = option("", "write the figures to this file")
-
-
-@dataclass
-class SampleConfig(RuntimeConfig):
-    """Generate text. Without --prompt on a terminal: an interactive session."""
-
-    dtype: str = option("float32", "of weights and matrix products", choices=DTYPES)
-    ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
-    prompt: str | None = option(None, "text to continue, or the instruction")
-    input: str = option("", "the instruction's input")
-    system: str = option("", "system text before the instruction")
-    template: str = option(
-        "auto", "wrap the prompt: if tuned, never, always", choices=("auto", "raw", "instruct")
-    )
-    max_new_tokens: int = option(80, "most tokens to generate", low=1, high=10**9)
-    temperature: float = option(0.9, "0: always the likeliest token", low=0.0, high=100.0)
-    top_k: int = option(30, "keep the k likeliest tokens (0: all)", low=0)
-    top_p: float = option(1.0, "keep the likeliest tokens that sum to p", above=0.0, high=1.0)
-    min_p: float = option(0.0, "drop tokens under p times the likeliest", low=0.0, high=1.0)
-    repetition_penalty: float = option(1.0, "on tokens already there", above=0.0, high=100.0)
-    stop: str = option("", r"stop at this text (\n is understood)")
-    num_samples: int = option(1, "how many, from one prefill", low=1, high=4096)
-
-
-@dataclass
-class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
-    """Turn raw text or a Hugging Face dataset into a token store, and report on it."""
-
-    out_dir: str = option("", "the store's folder (default: under processed_dir)")
-    block_size: int = option(256, "marked in the histogram, used for the batch", low=2, high=2**20)
-    download: str = option("", "fetch a public data set into data_dir, and no more")
-    preview: int = option(0, "show N records token by token", low=0)
-    mirror: str = option("", "fetch downloads from this address instead")
-    check_model: str = option("", "run a batch through this AutoModelForCausalLM")
-
-
-@dataclass
-class ExportConfig(RuntimeConfig):
-    """Write a Hugging Face folder whose logits equal the checkpoint's."""
-
-    ckpt: str = option("ckpts/best.pth", "checkpoint to export")
-    out_dir: str = option("export", "folder to write")
-    gguf: str = option("", "write this GGUF file, for llama.cpp and Ollama, instead of a folder")
-    gguf_type: str = option("f16", "its matrices", choices=("f32", "f16", "bf16", "q8_0"))
-    adapter: bool = option(False, "write the LoRA adapter alone, for peft")
-    base_model: str = option("", "the adapter's base: its exported folder or its name on the Hub")
-    merge: bool = option(True, "fold LoRA adapters into the weights")
-    overwrite: bool = option(False, "replace an earlier export")
-
-
-@dataclass
-class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, RuntimeConfig):
-    """Measure speed and memory of a preset on this machine."""
-
-    data_dir: str = option("data/raw", "the corpus whose whole run is estimated")
-    epochs: int = option(5, "passes over it", low=1, high=10**6)
-    max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
-
-    vs: str = option("", "measure a peer in turns: hf (transformers)", choices=("", "hf"))
-    rounds: int = option(5, "measured rounds; medians are reported", low=1, high=1000)
-    decode_batch: int = option(1, "sequences decoded at once", low=1, high=4096)
-    json: str = option("", "write the figures to this file")
+    report_samples: int = free(50, "records generated for the before/after report", low=0)
 
 
 PRESETS = {
@@ -516,7 +413,9 @@ OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=
 # ====================================================================================
 # 2. Tokens
 #
-# Text becomes numbers. The byte tokenizer needs no training: 256 bytes and four special tokens.
+# Text becomes numbers. Bytes need no training: 256 ids, and four special tokens that text cannot
+# spell. BPE (section 10) has the same interface: vocab_size, the special ids, encode, encode_batch,
+# decode, token_bytes, spec.
 # ====================================================================================
 
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|sep|>")
@@ -572,8 +471,9 @@ def instruction_response(output: str) -> str:
 # ====================================================================================
 # 3. Batches
 #
-# The batch of step s is a function of (seed, s): resuming costs nothing, and one process or four
-# see the same global batch.
+# The batch of step s is a function of (seed, s) alone: resuming costs nothing, and one process or
+# four see the same global batch. A store (section 11) is the corpus as token ids: `tokens[split]`,
+# and `index[split]` with a row (start, length, prompt, source) for each answer to learn.
 # ====================================================================================
 
 
@@ -907,7 +807,9 @@ class Loader:
 # ====================================================================================
 # 4. Model
 #
-# Shapes: B sequences, T tokens, C = n_embd, H query heads, K key/value heads, D = head_dim.
+# A decoder-only Transformer, as GPT-2 or as Qwen3, by its settings. Shapes: B sequences, T tokens,
+# C = n_embd, H query heads, K key/value heads, D = head_dim, V = vocab_size. Operations are plain
+# PyTorch; section 9 lends some of them faster twins.
 # ====================================================================================
 
 
@@ -1240,7 +1142,8 @@ def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
 # ====================================================================================
 # 5. Optimisation
 #
-# What is minimised, and how.
+# What is minimised (objectives), by what rule (AdamW, Muon), and at which rate (schedules). Each is
+# a row of a table, so that the loop never asks which one it runs.
 # ====================================================================================
 
 
@@ -1412,7 +1315,8 @@ def lr_multiplier(step: int, total: int, config: OptimConfig) -> float:
 # ====================================================================================
 # 6. Training
 #
-# One loop for train and finetune.
+# One loop for train and finetune: gradients of a batch, one step, an estimate of the validation
+# loss, and `fit` around them. It saves and records through what its `Run` was given.
 # ====================================================================================
 
 
@@ -1604,7 +1508,8 @@ def fit(run: Run) -> str:
 # ====================================================================================
 # 7. Sampling
 #
-# One token after the other.
+# One token after the other. The cache keeps keys and values, so that a new token costs one
+# position's work; `sample_next` chooses it; `generate` joins the two.
 # ====================================================================================
 
 
@@ -5627,12 +5532,45 @@ def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> di
                                config.max_batches, stop)  # fmt: skip
 
 
+@dataclass
+class EvalConfig(CheckpointConfig, RuntimeConfig):
+    """Loss, perplexity, bits per byte and classification report of a checkpoint."""
+
+    dtype: str = option("float32", "of matrix products", choices=DTYPES)
+    split: str = option("val", "records to evaluate", choices=("val", "train", "all"))
+    batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
+    max_batches: int = option(0, "evenly spaced batches of each source (0: all)", low=0)
+    json: str = option("", "write the figures to this file")
+
+
 def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     result = evaluate_checkpoint(config, rt, stop)
     if rt.is_main:
         print(evaluation_card(result))
         if config.json:
             write_result(config.json, result)
+
+
+@dataclass
+class SampleConfig(RuntimeConfig):
+    """Generate text. Without --prompt on a terminal: an interactive session."""
+
+    dtype: str = option("float32", "of weights and matrix products", choices=DTYPES)
+    ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
+    prompt: str | None = option(None, "text to continue, or the instruction")
+    input: str = option("", "the instruction's input")
+    system: str = option("", "system text before the instruction")
+    template: str = option(
+        "auto", "wrap the prompt: if tuned, never, always", choices=("auto", "raw", "instruct")
+    )
+    max_new_tokens: int = option(80, "most tokens to generate", low=1, high=10**9)
+    temperature: float = option(0.9, "0: always the likeliest token", low=0.0, high=100.0)
+    top_k: int = option(30, "keep the k likeliest tokens (0: all)", low=0)
+    top_p: float = option(1.0, "keep the likeliest tokens that sum to p", above=0.0, high=1.0)
+    min_p: float = option(0.0, "drop tokens under p times the likeliest", low=0.0, high=1.0)
+    repetition_penalty: float = option(1.0, "on tokens already there", above=0.0, high=100.0)
+    stop: str = option("", r"stop at this text (\n is understood)")
+    num_samples: int = option(1, "how many, from one prefill", low=1, high=4096)
 
 
 def sample_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) -> Iterator[str]:
@@ -5916,6 +5854,18 @@ def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
     print(flush=True)
 
 
+@dataclass
+class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
+    """Turn raw text or a Hugging Face dataset into a token store, and report on it."""
+
+    out_dir: str = option("", "the store's folder (default: under processed_dir)")
+    block_size: int = option(256, "marked in the histogram, used for the batch", low=2, high=2**20)
+    download: str = option("", "fetch a public data set into data_dir, and no more")
+    preview: int = option(0, "show N records token by token", low=0)
+    mirror: str = option("", "fetch downloads from this address instead")
+    check_model: str = option("", "run a batch through this AutoModelForCausalLM")
+
+
 DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's members by base name
     "tinyshakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -6143,6 +6093,20 @@ def check_model(name: str, store: TokenStore, block_size: int) -> str:
     return f"{name}: {shapes}, loss {out.loss:.4f}, by our own shift {ours:.4f}"
 
 
+@dataclass
+class ExportConfig(RuntimeConfig):
+    """Write a Hugging Face folder whose logits equal the checkpoint's."""
+
+    ckpt: str = option("ckpts/best.pth", "checkpoint to export")
+    out_dir: str = option("export", "folder to write")
+    gguf: str = option("", "write this GGUF file, for llama.cpp and Ollama, instead of a folder")
+    gguf_type: str = option("f16", "its matrices", choices=("f32", "f16", "bf16", "q8_0"))
+    adapter: bool = option(False, "write the LoRA adapter alone, for peft")
+    base_model: str = option("", "the adapter's base: its exported folder or its name on the Hub")
+    merge: bool = option(True, "fold LoRA adapters into the weights")
+    overwrite: bool = option(False, "replace an earlier export")
+
+
 def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
     if not rt.is_main:
         return
@@ -6163,6 +6127,20 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
 def synchronize(rt: Runtime) -> None:
     if rt.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+@dataclass
+class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, RuntimeConfig):
+    """Measure speed and memory of a preset on this machine."""
+
+    data_dir: str = option("data/raw", "the corpus whose whole run is estimated")
+    epochs: int = option(5, "passes over it", low=1, high=10**6)
+    max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
+
+    vs: str = option("", "measure a peer in turns: hf (transformers)", choices=("", "hf"))
+    rounds: int = option(5, "measured rounds; medians are reported", low=1, high=1000)
+    decode_batch: int = option(1, "sequences decoded at once", low=1, high=4096)
+    json: str = option("", "write the figures to this file")
 
 
 def in_turns(sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = "") -> dict:
