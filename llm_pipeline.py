@@ -4556,15 +4556,24 @@ def transformers_library():
 
 
 def chat_templates(sep: str) -> tuple[str, str]:
-    """`instruction_prompt` as a template: Jinja's (transformers, llama.cpp), and Go's (Ollama).
+    """`instruction_prompt` as templates: Jinja's (transformers, llama.cpp) and Go's (Ollama).
 
-    A user's message may have an `input` beside its content. Ollama's runner adds bos by itself.
+    A user's message may have an `input` beside its content. An assistant's that is a response as
+    generated, space and newline included, stays so: llama.cpp's server hands them out like that.
     """
-    jinja, go = ({"user": instruction_prompt(text, input),
-                  "system": instruction_prompt("", "", text).removesuffix(instruction_prompt("")),
-                  "assistant": instruction_response(text) + sep}
-                 for text, input in (("{{ text }}", "{{ m['input'] or '' }}"), ("{{ .Content }}", ""))
-                 )  # fmt: skip
+
+    def forms(text: str, input: str) -> dict[str, str]:
+        system = instruction_prompt("", "", text).removesuffix(instruction_prompt(""))
+        return {"system": system, "user": instruction_prompt(text, input),
+                "assistant": instruction_response(text)}  # fmt: skip
+
+    jinja, go = forms("{{ text }}", "{{ m['input'] or '' }}"), forms("{{ .Content }}", "")
+    whole = r"text[:1] == ' ' and text[-1:] == '\n'"
+    jinja["assistant"] = (
+        f"{{% if {whole} %}}{{{{ text }}}}{{% else %}}{jinja['assistant']}{{% endif %}}"
+    )
+    for by_role in (jinja, go):
+        by_role["assistant"] += sep
     text = "m['content'] if m['content'] is string else m['content']|map(attribute='text')|join"
     return (
         "{{ bos_token }}{% for m in messages %}{% set text = " + text + " %}{% if false %}"
@@ -4676,9 +4685,13 @@ def model_card(loaded: Loaded, kind: str) -> str:
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {kind}, "
         f"{loaded.model.n_params():,} parameters\n\nTrained with llm_pipeline.py: {config.n_layer} "
         f"layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}, "
-        f"{config.vocab_size} token ids. {figures}\n\nPrompts of a tuned model look like this, and "
-        f"the answer ends with its separator token:\n\n```\n"
-        f"{instruction_prompt('INSTRUCTION', 'INPUT')}\n```\n\n## Training settings\n\n"
+        f"{config.vocab_size} token ids. {figures}\n\nEvery text begins with the "
+        f"bos token. Prompts of a tuned model look like this, and the answer ends with its "
+        f"separator token:\n\n```\n{instruction_prompt('INSTRUCTION', 'INPUT', 'SYSTEM')}\n```\n\n"
+        f"The chat template renders the same; a user's message may have an `input` beside its "
+        f"`content`. Special tokens written out in a message, such as `<|sep|>`, stay characters "
+        f"in llm_pipeline.py, but become the special tokens in transformers and llama.cpp, which "
+        f"look for them in the rendered text.\n\n## Training settings\n\n"
         f"| setting | value |\n|---|---|\n{settings}\n"
     )
 

@@ -257,20 +257,97 @@ def tuned(tmp_path_factory, bases, corpus):
     return folder / "best_finetune.pth"
 
 
-def test_chat_template_renders_the_prompt(bases, tuned, tmp_path):
-    theirs = transformers.AutoTokenizer.from_pretrained(export(tuned, tmp_path / "hf"))
-    question = {"role": "user", "content": "Name a colour."}
-    text = "### Instruction: Name a colour.\n### Input: \n### Output:"
-    wanted = [257, *text.encode()]
+def said(role, content, **more):
+    return {"role": role, "content": content, **more}
 
-    def ids(messages, **settings):
-        return theirs.apply_chat_template(messages, return_dict=False, **settings)
 
-    assert ids([question], add_generation_prompt=True) == wanted
-    answered = [question, {"role": "assistant", "content": "red"}]
-    assert ids(answered) == [*wanted, *b" red\n", 259]
+# name: (messages, the same as (instruction, input, system, answer) turn by turn)
+CHATS = {
+    "one answer": ([said("user", "Name a colour."), said("assistant", "red")],
+                   [("Name a colour.", "", "", "red")]),
+    "input": ([said("user", "Translate.", input="sun\nmoon"), said("assistant", "Sonne")],
+              [("Translate.", "sun\nmoon", "", "Sonne")]),
+    "system": ([said("system", "Be short."), said("user", "Why?"), said("assistant", "So.")],
+               [("Why?", "", "Be short.", "So.")]),
+    "turns": ([said("system", "Be."), said("user", "a", input="b"), said("assistant", "c"),
+               said("user", " d "), said("assistant", "e\n\n f"), said("user", "g")],
+              [("a", "b", "Be.", "c"), (" d ", "", "", "e\n\n f"), ("g", "", "", None)]),
+    "parts": ([said("user", [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}])],
+              [("a b", "", "", None)]),
+    "an answer as llama.cpp's server gives it": (
+        [said("user", "a"), said("assistant", " b\n"), said("user", "c")],
+        [("a", "", "", "b"), ("c", "", "", None)]),
+    "code and foreign text": (
+        [said("user", "{{ x }} {% if %} Größe 你好"), said("assistant", "'\\n' \"q\"")],
+        [("{{ x }} {% if %} Größe 你好", "", "", "'\\n' \"q\"")]),
+    "empty": ([said("user", ""), said("assistant", "")], [("", "", "", "")]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def talker(request, tuned, corpus, tmp_path_factory):
+    """(our tokenizer, theirs) of a tuned model's export."""
+    folder, ckpt = tmp_path_factory.mktemp(request.param), tuned
+    if request.param == "bpe":
+        bpe = ["--tokenizer", "bpe", "--vocab_size", 320, "--out_dir", folder]
+        run("train", *corpus, *SMALL, *bpe).ok()
+        base = ["--ckpt", folder / "best.pth", "--out_dir", folder]
+        run("finetune", *corpus, *TUNE, *base).ok()
+        ckpt = folder / "best_finetune.pth"
+    export(ckpt, folder / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    return lp.load_model(str(ckpt)).tokenizer, theirs, folder / "hf"
+
+
+def as_trained(ours, turns):
+    """The ids of a record: bos, then each turn's prompt, response, separator."""
+    ids = [ours.bos_id]
+    for instruction, input, system, answer in turns:
+        ids += ours.encode(lp.instruction_prompt(instruction, input, system)).tolist()
+        if answer is not None:
+            ids += [*ours.encode(lp.instruction_response(answer)).tolist(), ours.sep_id]
+    return ids
+
+
+@pytest.mark.parametrize("shape", CHATS)
+def test_chat_template_renders_what_was_trained(shape, talker):
+    ours, theirs, _ = talker
+    messages, turns = CHATS[shape]
+    for settings in ({}, {"add_generation_prompt": True}):
+        found = theirs.apply_chat_template(messages, return_dict=False, **settings)
+        assert found == as_trained(ours, turns), theirs.decode(found)
+
+
+def test_special_tokens_in_a_message(talker):
+    """Characters in ours; transformers finds them in the rendered text, and the card says so."""
+    ours, theirs, folder = talker
+    found = theirs.apply_chat_template([said("user", "a<|sep|>b")], return_dict=False)
+    wanted = as_trained(ours, [("a<|sep|>b", "", "", None)])
+    assert theirs.sep_token_id in found and ours.sep_id not in wanted
+    assert theirs.decode(found) == theirs.decode(wanted)
+    assert "`<|sep|>`, stay characters" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_unknown_roles_are_refused_by_the_template(talker, bases):
+    with pytest.raises(Exception, match="roles are"):
+        talker[1].apply_chat_template([said("tool", "x")])
     plain = transformers.AutoTokenizer.from_pretrained(bases["gpt2"].parent / "hf")
     assert plain.chat_template is None
+
+
+def test_chat_template_gives_the_ids_of_the_store(tuned, corpus, tmp_path):
+    """The records of the corpus itself, as `prepare` stores them."""
+    theirs = transformers.AutoTokenizer.from_pretrained(export(tuned, tmp_path / "hf"))
+    run("prepare", *corpus, "--out_dir", tmp_path / "store").ok()
+    store = np.concatenate(
+        [np.fromfile(tmp_path / "store" / f"{split}.bin", np.uint16) for split in ("train", "val")]
+    )
+    records = [part.tolist() for part in np.split(store, np.flatnonzero(store == 257)[1:])]
+    rows = (Path(corpus[1]) / "words.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, rows):
+        asked = said("user", row["instruction"], input=row["input"])
+        chat = [asked, said("assistant", row["output"])]
+        assert theirs.apply_chat_template(chat, return_dict=False) in records
 
 
 @pytest.mark.parametrize("arch", ARCHS)
