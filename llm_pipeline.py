@@ -4863,7 +4863,7 @@ def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
     greedy = dict(temperature=0, return_tokens=True, prompt=prompt)
     told = ask("/completion", n_predict=min(100, T - len(prompt)), **greedy)["tokens"]
     with torch.no_grad():
-        table = model(torch.tensor([prompt + told]))[0][0].log_softmax(-1)  # (T, V)
+        table = model(torch.tensor([prompt + told]))[0].log_softmax(-1)  # (T, V)
     gaps = (
         table.amax(-1)[len(prompt) - 1 : -1]
         - table[range(len(prompt) - 1, len(prompt) + len(told) - 1), told]

@@ -51,8 +51,7 @@ def to_gguf(ckpt, file, *flags, kind="f32"):
 def logits(model, ids):
     """(T, V) of one sequence."""
     with torch.no_grad():
-        out = model(torch.tensor([ids]))
-    return (out[0] if isinstance(out, tuple) else out)[0]
+        return model(torch.tensor([ids]))[0]
 
 
 def value(reader, key):
