@@ -18,7 +18,7 @@
     python llm_pipeline.py bench --preset tiny-8g            # what to expect of this machine
 
 `COMMAND --help` shows the flags to begin with, `--help_all` every one. The file is a book in two
-parts. Part I is the course: read it from the top, in one sitting, and you could build it again.
+parts. Part I is the course, to be read from the top in one sitting:
 
      1 Settings        what can be asked for: dataclasses, presets, recipes
      2 Tokens          text as bytes, special tokens, the prompt template
@@ -127,12 +127,6 @@ def once(default, help: str, **limits):
     return option(default, help, resume="session", **limits)
 
 
-def inherited(owner: type, name: str):
-    """An option of another dataclass whose default is what the checkpoint says."""
-    about = owner.__dataclass_fields__[name].metadata
-    return field(default=None, metadata=about | {"help": f"{about['help']} (of the checkpoint)"})
-
-
 class Settings:
     """What a command is told. `given` names what was asked for, rather than left at a default."""
 
@@ -216,9 +210,7 @@ class DataConfig(Settings):
     processed_dir: str = free("data/processed", "where token stores are kept")
     val_fraction: float = option(0.1, "share of records kept for validation", above=0.0, high=0.9)
     split_seed: int = option(1337, "salt of the split's hash", low=0)
-    split_by: str = option(
-        "content", "what decides a record's side of the split", choices=("prompt", "content")
-    )
+    split_by: str = option("content", "what decides a record's side", choices=("prompt", "content"))
     doc_delimiter: str = option("", r"cuts plain text into records (\n for lines)")
     encoding_errors: str = option("strict", "invalid UTF-8", choices=("strict", "replace"))
     bad_records: str = option("error", "malformed lines and entries", choices=("error", "skip"))
@@ -313,39 +305,6 @@ class TrainConfig(PresetConfig, TokenizerConfig, ModelSettings, FitConfig):
     init_from: str = free("", "start from a checkpoint or a Hugging Face folder or name")
 
 
-@dataclass
-class CheckpointConfig(DataConfig):
-    """Checkpoint: where a command starts. What it says of itself holds unless told otherwise."""
-
-    ckpt: str = free("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
-    block_size: int | None = inherited(ModelSettings, "block_size")
-    val_fraction: float | None = inherited(DataConfig, "val_fraction")
-    split_seed: int | None = inherited(DataConfig, "split_seed")
-    split_by: str | None = inherited(DataConfig, "split_by")
-
-
-@dataclass
-class FinetuneConfig(CheckpointConfig, FitConfig):
-    """Tune a checkpoint, or a Hugging Face model, on instruction records or preferences."""
-
-    preset: str = free("", "batch_size and grad_accum of a training preset")
-    recipe: str = free("classic", "classic: AdamW; fast: Muon at tuned rates")
-    epochs: int = option(3, "passes over the training data", low=1, high=10**6)
-    lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
-    seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
-    dropout: float | None = inherited(ModelSettings, "dropout")
-    attn: str | None = inherited(ModelSettings, "attn")
-    method: str = option("full", "all weights, or peft's adapters", choices=("full", "lora"))
-    lora_r: int = option(8, "rank of the adapters", low=1, high=4096)
-    lora_alpha: float = option(16.0, "scale of the adapters, times rank", above=0.0, high=1e6)
-    lora_dropout: float = option(0.0, "dropout before the adapters", low=0.0, high=0.95)
-    lora_targets: str = option("qkv,proj,up,down", "layers that get adapters, by comma")
-    loss_on: str = option("all", "tokens that count", choices=("all", "response"))
-    objective: str = option("ntp", "next token, or preferences", choices=("ntp", "dpo"))
-    dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
-    report_samples: int = free(50, "records generated for the before/after report", low=0)
-
-
 PRESETS = {
     name: dict(zip(("block_size", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum", "lr",
                     "epochs"), row, strict=True))
@@ -358,27 +317,18 @@ PRESETS = {
     }.items()
 }  # fmt: skip
 
-
 ARCHS = {
-    "gpt2": dict(
-        pos="learned", norm="layernorm", norm_eps=1e-5, mlp="gelu", qk_norm=False, bias=True
-    ),
-    "modern": dict(
-        pos="rope", norm="rmsnorm", norm_eps=1e-6, mlp="swiglu", qk_norm=True, bias=False
-    ),
-}
-
+    "gpt2": dict(pos="learned", norm="layernorm", norm_eps=1e-5, mlp="gelu", qk_norm=False,
+                 bias=True),
+    "modern": dict(pos="rope", norm="rmsnorm", norm_eps=1e-6, mlp="swiglu", qk_norm=True,
+                   bias=False),
+}  # fmt: skip
 
 # The measured quickest rates. Only AdamW's differs between pretraining and finetuning.
 FAST_RATES = dict(
     optimizer="muon", muon_lr=0.012, muon_momentum=0.85, head_lr_scale=0.4, beta2=0.95,
     grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
 )  # fmt: skip
-
-
-def classic_recipe(sizes: dict) -> dict:
-    """What the preset says: AdamW."""
-    return {}
 
 
 def fast_recipe(sizes: dict) -> dict:
@@ -395,19 +345,8 @@ def fast_recipe(sizes: dict) -> dict:
     )  # fmt: skip
 
 
-def fast_finetune_recipe(sizes: dict) -> dict:
-    """The same rates for a model that the checkpoint brings, with smaller steps."""
-    return FAST_RATES | dict(lr=0.008)
-
-
-# A recipe is a function of the settings so far. It outranks arch and preset.
-RECIPES = {"classic": classic_recipe, "fast": fast_recipe}
-FINETUNE_RECIPES = {"classic": classic_recipe, "fast": fast_finetune_recipe}
-
-
-# What --overfit_batch sets, unless told otherwise.
-OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=1,
-               eval_interval=10**9, save_interval=10**9)  # fmt: skip
+# A recipe is a function of the settings so far. It outranks arch and preset; "classic" leaves both.
+RECIPES = {"classic": lambda sizes: {}, "fast": fast_recipe}
 
 
 # ====================================================================================
@@ -472,7 +411,7 @@ def instruction_response(output: str) -> str:
 # 3. Batches
 #
 # The batch of step s is a function of (seed, s) alone: resuming costs nothing, and one process or
-# four see the same global batch. A store (section 11) is the corpus as token ids: `tokens[split]`,
+# four see the same global batch. `rt` (section 8) says which process this is. A store (section 11) is the corpus as token ids: `tokens[split]`,
 # and `index[split]` with a row (start, length, prompt, source) for each answer to learn.
 # ====================================================================================
 
@@ -523,37 +462,6 @@ def evenly_spaced(n: int, limit: int) -> np.ndarray:
 
 
 @dataclass
-class Runtime:
-    """Where this process computes: device, dtype of matrix products, rank among processes."""
-
-    device: torch.device
-    dtype: torch.dtype
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def autocast(self):
-        """Matrix products in `dtype`; what needs the precision stays in fp32."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
-
-    def sum(self, *values: float) -> list[float]:
-        """Element-wise sums over all processes."""
-        if self.world_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
-
-@dataclass
 class Batch:
     """Inputs and targets, (B, T) int64 each; targets that do not count are IGNORE.
 
@@ -565,12 +473,8 @@ class Batch:
     reference: Tensor | None = None  # (B,) log-probabilities of the targets under the base model
 
     def to(self, device: torch.device) -> Batch:
-        def move(t: Tensor | None) -> Tensor | None:
-            if t is None or device.type == "cpu":
-                return t
-            return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
-
-        return Batch(move(self.x), move(self.y), move(self.reference))
+        tensors = self.x, self.y, self.reference
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
 
     def split(self, parts: int) -> list[Batch]:
         """Micro-batches of equal size."""
@@ -733,29 +637,6 @@ class InstructionDataset:
             records = [(tokens, 1) for tokens, _ in records]
         width = padded_width(longest - 1, self.block_size)
         return padded(records, self.store.tokenizer.pad_id, width)
-
-
-class PreferenceDataset(InstructionDataset):
-    """Pairs of responses to one prompt, for DPO: records two by two, chosen then rejected.
-
-    reference: (records,) log-probabilities of the responses under the base model.
-    """
-
-    group = 2
-
-    def __init__(self, store: TokenStore, split: str, block_size: int, seed: int = 0,
-                 batch_size: int = 1, reference: np.ndarray | None = None):  # fmt: skip
-        super().__init__(store, split, block_size, seed, "response", batch_size)
-        self.reference = reference
-
-    def n_targets(self, ids: np.ndarray) -> int:
-        return len(ids)  # the loss is one of pairs
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        batch = super().batch(ids, rows)
-        if self.reference is not None:
-            batch.reference = torch.from_numpy(self.reference[self.numbers(ids[rows])])
-        return batch
 
 
 class Loader:
@@ -1155,29 +1036,8 @@ def next_token_loss(losses: Callable, batch: Batch, config=None) -> tuple[Tensor
     return losses(batch.x, batch.y, "sum"), (batch.y != IGNORE).sum(), {}
 
 
-def sequence_log_probs(losses: Callable, batch: Batch) -> Tensor:
-    """Log-probability of each sequence's targets, (B,)."""
-    return -losses(batch.x, batch.y).sum(-1)
-
-
-def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, int, dict]:
-    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), summed over pairs.
-
-    The model is its own reward: how much likelier than under the base it makes a response.
-    """
-    log_probs = sequence_log_probs(losses, batch)  # (B,): chosen, rejected, chosen, ...
-    reward = config.dpo_beta * (log_probs - batch.reference)
-    margin = reward[0::2] - reward[1::2]  # chosen over rejected
-    stats = {
-        "reward_margin": margin.sum(),
-        "reward_accuracy": (margin > 0).float().sum(),
-        "chosen_loss": (-log_probs[0::2] / (batch.y[0::2] != IGNORE).sum(-1)).sum(),
-    }
-    return -F.logsigmoid(margin).sum(), len(margin), stats
-
-
 # An objective: (model.losses or its like, batch, settings) -> (loss_sum, n_targets, stats_sums).
-OBJECTIVES = {"ntp": next_token_loss, "dpo": preference_loss}
+OBJECTIVES = {"ntp": next_token_loss}  # section 15 adds preferences: DPO
 
 
 class Muon(torch.optim.Muon):
@@ -1190,14 +1050,6 @@ class Muon(torch.optim.Muon):
     def __init__(self, params, rows: dict[nn.Parameter, list[int]], **settings):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
         self.rows = rows
-
-    def gathered(self, update: Tensor) -> Tensor:
-        """An update as one matrix, where processes hold parts of it (section 8)."""
-        return update
-
-    def distributed(self, update: Tensor, like: nn.Parameter) -> Tensor:
-        """The reverse of `gathered`."""
-        return update
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1223,8 +1075,7 @@ class Muon(torch.optim.Muon):
         shapes: dict[tuple, list] = {}  # (rows, columns) -> (matrix, where its result goes)
         for p, update, result in zip(params, updates, results, strict=True):
             rows = self.rows.get(p) or [len(p)]
-            parts = self.gathered(update).split(rows), result.split(rows)
-            for m, out in zip(*parts, strict=True):
+            for m, out in zip(update.split(rows), result.split(rows), strict=True):
                 wide = len(m) <= m.shape[1]
                 pair = (m, out) if wide else (m.T, out.T)
                 shapes.setdefault(tuple(sorted(m.shape)), []).append(pair)
@@ -1232,7 +1083,7 @@ class Muon(torch.optim.Muon):
             X = newton_schulz(torch.stack([m for m, _ in pairs]), group)
             scale = 0.2 * math.sqrt(longest)
             torch._foreach_copy_([out for _, out in pairs], list((X * scale).unbind()))
-        return [self.distributed(r, p) for p, r in zip(params, results, strict=True)]
+        return results
 
 
 def newton_schulz(X: Tensor, group: dict) -> Tensor:
@@ -1705,6 +1556,37 @@ def note(text: str) -> None:
     """A line on stderr, once however many processes there are, above any progress bar."""
     if is_main():
         tqdm.write(text, file=sys.stderr)
+
+
+@dataclass
+class Runtime:
+    """Where this process computes: device, dtype of matrix products, rank among processes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        """Matrix products in `dtype`; what needs the precision stays in fp32."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    def sum(self, *values: float) -> list[float]:
+        """Element-wise sums over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
 
 
 def cpu_has_bf16() -> bool:
@@ -2355,11 +2237,10 @@ class QuickMuon(Muon):
 
     add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
 
-    def gathered(self, update: Tensor) -> Tensor:
-        return update.full_tensor() if hasattr(update, "full_tensor") else update
-
-    def distributed(self, update: Tensor, like: nn.Parameter) -> Tensor:
-        return distribute_like(update, like)
+    def orthogonalised(self, params: list, updates: list[Tensor], group: dict) -> list[Tensor]:
+        updates = [u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates]
+        results = super().orthogonalised(params, updates, group)
+        return [distribute_like(r, p) for p, r in zip(params, results, strict=True)]
 
 
 OPTIMIZERS |= {"adamw": QuickAdamW, "muon": QuickMuon}
@@ -5183,27 +5064,6 @@ def evaluation_card(result: dict) -> str:
     return "\n".join(lines)
 
 
-def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
-                        store: TokenStore) -> dict[str, np.ndarray]:  # fmt: skip
-    """Log-probability of every preference record's response under the base model, by split."""
-    found = {}
-    model.to(rt.device).eval()
-    for split in ("train", "val"):
-        data = PreferenceDataset(store, split, model.config.block_size)
-        values = np.zeros(len(data) * 2, np.float32)
-        numbers = np.argsort(data.lengths[::2], kind="stable")
-        for ids in tqdm(batched(numbers, config.batch_size), desc=f"reference, {split}",
-                        total=-(-len(data) // config.batch_size), delay=1,
-                        disable=not rt.is_main):  # fmt: skip
-            ids = np.array(ids)
-            with torch.no_grad(), rt.autocast():
-                batch = data.batch(ids).to(rt.device)
-                row = sequence_log_probs(model.losses, batch).cpu().numpy()
-            values[data.numbers(ids)] = row
-        found[split] = values
-    return found
-
-
 def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: Loaded,
                     stop: StopSignal | bool = False) -> dict:  # fmt: skip
     """What a finetune gains and forgets: losses, and answers to held-out prompts.
@@ -5333,6 +5193,57 @@ def shortened(text: str, limit: int = 160) -> str:
 #
 # One function for each command.
 # ====================================================================================
+
+
+def inherited(owner: type, name: str):
+    """An option of another dataclass whose default is what the checkpoint says."""
+    about = owner.__dataclass_fields__[name].metadata
+    return field(default=None, metadata=about | {"help": f"{about['help']} (of the checkpoint)"})
+
+
+@dataclass
+class CheckpointConfig(DataConfig):
+    """Checkpoint: where a command starts. What it says of itself holds unless told otherwise."""
+
+    ckpt: str = free("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
+    block_size: int | None = inherited(ModelSettings, "block_size")
+    val_fraction: float | None = inherited(DataConfig, "val_fraction")
+    split_seed: int | None = inherited(DataConfig, "split_seed")
+    split_by: str | None = inherited(DataConfig, "split_by")
+
+
+@dataclass
+class FinetuneConfig(CheckpointConfig, FitConfig):
+    """Tune a checkpoint, or a Hugging Face model, on instruction records or preferences."""
+
+    preset: str = free("", "batch_size and grad_accum of a training preset")
+    recipe: str = free("classic", "classic: AdamW; fast: Muon at tuned rates")
+    epochs: int = option(3, "passes over the training data", low=1, high=10**6)
+    lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
+    seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
+    dropout: float | None = inherited(ModelSettings, "dropout")
+    attn: str | None = inherited(ModelSettings, "attn")
+    method: str = option("full", "all weights, or peft's adapters", choices=("full", "lora"))
+    lora_r: int = option(8, "rank of the adapters", low=1, high=4096)
+    lora_alpha: float = option(16.0, "scale of the adapters, times rank", above=0.0, high=1e6)
+    lora_dropout: float = option(0.0, "dropout before the adapters", low=0.0, high=0.95)
+    lora_targets: str = option("qkv,proj,up,down", "layers that get adapters, by comma")
+    loss_on: str = option("all", "tokens that count", choices=("all", "response"))
+    objective: str = option("ntp", "next token, or preferences", choices=("ntp", "dpo"))
+    dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
+    report_samples: int = free(50, "records generated for the before/after report", low=0)
+
+
+def fast_finetune_recipe(sizes: dict) -> dict:
+    """The same rates for a model that the checkpoint brings, with smaller steps."""
+    return FAST_RATES | dict(lr=0.008)
+
+
+FINETUNE_RECIPES = {"classic": RECIPES["classic"], "fast": fast_finetune_recipe}
+
+# What --overfit_batch sets, unless told otherwise.
+OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=1,
+               eval_interval=10**9, save_interval=10**9)  # fmt: skip
 
 
 def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
@@ -5480,6 +5391,74 @@ def pretrained(config: TrainConfig) -> Loaded:
         resize_block(loaded.model, config.block_size)
     loaded.model = with_settings(loaded.model, dropout=config.dropout, attn=config.attn)
     return loaded
+
+
+class PreferenceDataset(InstructionDataset):
+    """Pairs of responses to one prompt, for DPO: records two by two, chosen then rejected.
+
+    reference: (records,) log-probabilities of the responses under the base model.
+    """
+
+    group = 2
+
+    def __init__(self, store: TokenStore, split: str, block_size: int, seed: int = 0,
+                 batch_size: int = 1, reference: np.ndarray | None = None):  # fmt: skip
+        super().__init__(store, split, block_size, seed, "response", batch_size)
+        self.reference = reference
+
+    def n_targets(self, ids: np.ndarray) -> int:
+        return len(ids)  # the loss is one of pairs
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+        batch = super().batch(ids, rows)
+        if self.reference is not None:
+            batch.reference = torch.from_numpy(self.reference[self.numbers(ids[rows])])
+        return batch
+
+
+def sequence_log_probs(losses: Callable, batch: Batch) -> Tensor:
+    """Log-probability of each sequence's targets, (B,)."""
+    return -losses(batch.x, batch.y).sum(-1)
+
+
+def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, int, dict]:
+    """Direct preference optimisation (Rafailov et al., 2023, eq. 7), summed over pairs.
+
+    The model is its own reward: how much likelier than under the base it makes a response.
+    """
+    log_probs = sequence_log_probs(losses, batch)  # (B,): chosen, rejected, chosen, ...
+    reward = config.dpo_beta * (log_probs - batch.reference)
+    margin = reward[0::2] - reward[1::2]  # chosen over rejected
+    stats = {
+        "reward_margin": margin.sum(),
+        "reward_accuracy": (margin > 0).float().sum(),
+        "chosen_loss": (-log_probs[0::2] / (batch.y[0::2] != IGNORE).sum(-1)).sum(),
+    }
+    return -F.logsigmoid(margin).sum(), len(margin), stats
+
+
+OBJECTIVES["dpo"] = preference_loss
+
+
+def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
+                        store: TokenStore) -> dict[str, np.ndarray]:  # fmt: skip
+    """Log-probability of every preference record's response under the base model, by split."""
+    found = {}
+    model.to(rt.device).eval()
+    for split in ("train", "val"):
+        data = PreferenceDataset(store, split, model.config.block_size)
+        values = np.zeros(len(data) * 2, np.float32)
+        numbers = np.argsort(data.lengths[::2], kind="stable")
+        for ids in tqdm(batched(numbers, config.batch_size), desc=f"reference, {split}",
+                        total=-(-len(data) // config.batch_size), delay=1,
+                        disable=not rt.is_main):  # fmt: skip
+            ids = np.array(ids)
+            with torch.no_grad(), rt.autocast():
+                batch = data.batch(ids).to(rt.device)
+                row = sequence_log_probs(model.losses, batch).cpu().numpy()
+            values[data.numbers(ids)] = row
+        found[split] = values
+    return found
 
 
 def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
@@ -6653,7 +6632,7 @@ def table_layers(cls: type, given: dict) -> list[dict]:
     if tuning:  # the model is the checkpoint's, the rates are finetuning's own
         preset = {n: v for n, v in preset.items() if n in ("batch_size", "grad_accum")}
     recipes = FINETUNE_RECIPES if tuning else RECIPES
-    recipe = recipes.get(chosen.get("recipe"), classic_recipe)(chosen | preset | given)
+    recipe = recipes.get(chosen.get("recipe"), RECIPES["classic"])(chosen | preset | given)
     arch = ARCHS.get((chosen | recipe | given).get("arch"), {})
     return [arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
 
