@@ -3707,7 +3707,9 @@ def load_checkpoint(path: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         check_state(state)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: train one, or name it with --ckpt") from None
+        raise UserError(
+            f"no checkpoint at {path}: train one first (llm_pipeline.py train), or name it with --ckpt"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
@@ -4403,6 +4405,8 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
             loaded.model.float()  # frozen weights may be bf16, too coarse to add small changes to
             remove_lora(loaded.model, merge=True)
     else:
+        if (path / "best.pth").exists():
+            raise UserError(f"{path} is a folder: name a checkpoint in it: {path / 'best.pth'}")
         model, tokenizer, has_template = load_hf(name)
         loaded = Loaded(model, tokenizer, {}, has_template)
     resize_block(loaded.model, block_size)
@@ -4825,6 +4829,8 @@ def starts_with(file: Path, mark: bytes) -> bool:
 def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
     """Raise UserError unless nothing stands in the way, or only an earlier export and overwrite."""
     if is_file:
+        if target.is_dir():
+            raise UserError(f"{target} is a folder: name a file, such as {target / 'model.gguf'}")
         marks = {target: b"GGUF", target.with_name("Modelfile"): MODELFILE_MARK.encode()}
         there = [file for file in marks if file.exists()]
         strange = [file for file in there if not starts_with(file, marks[file])]
@@ -6428,8 +6434,9 @@ COMMANDS = {
         parallel=False,
     ),
     "export": Command(
-        ExportConfig, export_command, "ckpt out_dir adapter merge overwrite",
-        """export --ckpt ckpts/best.pth --out_dir hf""",
+        ExportConfig, export_command, "ckpt out_dir gguf gguf_type adapter merge overwrite",
+        """export --ckpt ckpts/best.pth --out_dir hf
+        export --ckpt ckpts/best.pth --gguf model.gguf --gguf_type q8_0""",
         parallel=False,
     ),
     "bench": Command(
@@ -6501,9 +6508,8 @@ def convert(spec, value):
     if value is None and nullable:
         return None
     try:
-        value = {"bool": as_bool, "str": as_text, "int": as_int, "float": as_float}[kind](value)
-        if kind in ("int", "float"):
-            check_limits(value, spec.metadata)
+        value = CONVERTERS[kind](value)
+        check_limits(value, spec.metadata)
     except ValueError as error:
         raise ValueError(f"{spec.name} {error}") from None
     choices = choices_of(spec)
@@ -6511,6 +6517,11 @@ def convert(spec, value):
         raise ValueError(f"{spec.name} must be one of {', '.join(filter(None, choices))}, "
                          f"not {value!r}{did_you_mean(value, choices)}")  # fmt: skip
     return value
+
+
+def specs_of(cls: type) -> dict:
+    """{name: field} of a settings class."""
+    return {f.name: f for f in fields(cls)}
 
 
 def choices_of(spec) -> Iterable[str]:
@@ -6535,31 +6546,32 @@ def as_text(value) -> str:
         raise ValueError(f"must be valid UTF-8, not {value!r}") from None
 
 
-def as_int(value) -> int:
-    try:  # through int() first: large integers do not survive a float
-        exact = int(value) if isinstance(value, str | int) else float(value)
-        if isinstance(value, bool) or exact != int(exact):
+def as_number(value, kind: type) -> int | float:
+    try:  # an int not by way of float, which does not hold large ones
+        exact = kind(value) if isinstance(value, str | kind) else float(value)
+        if isinstance(value, bool) or (kind is int and int(exact) != exact):
             raise ValueError
-        return int(exact)
+        return kind(exact)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"must be a whole number, not {str(value)[:80]!r}") from None
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"must be {what}, not {str(value)[:80]!r}") from None
 
 
-def as_float(value) -> float:
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        value = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"must be a number, not {str(value)[:80]!r}") from None
+CONVERTERS = {
+    "bool": as_bool,
+    "str": as_text,
+    "int": partial(as_number, kind=int),
+    "float": partial(as_number, kind=float),
+}
+
+
+def check_limits(value, limits: dict) -> None:
+    if isinstance(value, str | bool | None):
+        return
+    if isinstance(value, float) and not math.isfinite(value) and value != limits.get("high"):
+        raise ValueError(f"must be finite, not {value}")
     if 0 < abs(value) < 1e-30:  # near the smallest float32, where 1 / value is infinite
         raise ValueError(f"must be 0 or at least 1e-30, not {value}")
-    return value
-
-
-def check_limits(value: float, limits: dict) -> None:
-    if not math.isfinite(value) and value != limits.get("high"):
-        raise ValueError(f"must be finite, not {value}")
     if value < limits.get("low", -math.inf):
         raise ValueError(f"must be at least {limits['low']}, not {value}")
     if value <= limits.get("above", -math.inf):
@@ -6570,7 +6582,7 @@ def check_limits(value: float, limits: dict) -> None:
 
 def checked(cls: type, values: dict):
     """An instance of a dataclass from what a file claims. Raises ValueError naming the field."""
-    specs = {f.name: f for f in fields(cls)}
+    specs = specs_of(cls)
     if set(values) != set(specs):
         raise ValueError(f"its settings differ: {sorted(map(str, set(values) ^ set(specs)))[:9]}")
     return cls(**{name: convert(specs[name], value) for name, value in values.items()})
@@ -6605,8 +6617,8 @@ def read_table(file: Path, what: str) -> dict:
 
 def read_config(cls: type, path: str) -> tuple[dict, list[str]]:
     """({setting: value} of a --config file, problems). Settings of other commands are left out."""
-    own = {f.name for f in fields(cls)}
-    everything = {f.name for command in COMMANDS.values() for f in fields(command.settings)}
+    own = specs_of(cls).keys()
+    everything = {name for command in COMMANDS.values() for name in specs_of(command.settings)}
     try:
         table = read_table(Path(path), f"--config {path}")
     except UserError as error:
@@ -6644,7 +6656,7 @@ def resolve(cls: type, flags: dict, mark: str = "--", stored: dict | None = None
     the tables; until it is known, settings are not checked against each other. Raises UsageError
     with one line for each problem.
     """
-    specs = {f.name: f for f in fields(cls)}
+    specs = specs_of(cls)
     from_file, problems = read_config(cls, flags["config"]) if flags.get("config") else ({}, [])
     problems += [unknown_setting(cls, name, mark) for name in flags if name not in specs]
     given = {}
@@ -6669,10 +6681,9 @@ def resolve(cls: type, flags: dict, mark: str = "--", stored: dict | None = None
 
 
 def unknown_setting(cls: type, name: str, mark: str) -> str:
-    owners = ", ".join(n for n, c in COMMANDS.items() if hasattr(c.settings, name))
+    owners = ", ".join(n for n, c in COMMANDS.items() if name in specs_of(c.settings))
     what = f"{mark}{name} belongs to {owners}" if owners else f"unknown setting {mark}{name}"
-    own = [f.name for f in fields(cls)]
-    hint = did_you_mean(name, own, mark, cutoff=1.0 if owners else 0.6)
+    hint = did_you_mean(name, specs_of(cls), mark, cutoff=1.0 if owners else 0.6)
     return what + (hint or ("" if owners else "; --help_all lists all"))
 
 
@@ -6710,7 +6721,7 @@ def read_flags(cls: type, words: list[str]) -> tuple[dict, list[str]]:
     that is itself a flag of the command.
     """
     switches = {no + f.name: not no for f in fields(cls) if f.type == "bool" for no in ("", "no_")}
-    known = {f.name for f in fields(cls)} | switches.keys()
+    known = specs_of(cls).keys() | switches.keys()
 
     def flag_name(word: str) -> str:
         is_flag = word.startswith("--") and len(word) > 2
@@ -6768,13 +6779,10 @@ def help_text(argv: list[str]) -> str:
     lines = [f"usage: llm_pipeline.py {name} [--NAME VALUE ...]", "", first_line(command.settings)]
     if "__help_all" in asked:
         for title, specs in topics(command.settings).items():
-            lines += [
-                "",
-                "This command alone:" if title == lines[2] else title,
-                *(line for f in specs for line in flag_help(f, limits=True)),
-            ]
+            lines += ["", "This command alone:" if title == lines[2] else title]
+            lines += [line for f in specs for line in flag_help(f, limits=True)]
     else:
-        specs = {f.name: f for f in fields(command.settings)}
+        specs = specs_of(command.settings)
         lines += ["", *(line for n in command.first.split() for line in flag_help(specs[n]))]
         lines += ["", f"All {len(specs)} settings, by topic: llm_pipeline.py {name} --help_all"]
     return "\n".join([*lines, "", "Examples:", *command_lines(command.examples)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shlex
 import subprocess
 import sys
@@ -687,10 +688,10 @@ def playground(tmp_path_factory, corpus, tiny_checkpoint):
     return folder
 
 
-def check_mutant(argv: list[str], folder) -> str:
+def check_mutant(argv: list[str], folder, **env: str) -> str:
     """What is wrong with the way the program took this command line; "" if nothing."""
     try:
-        result = run(*argv, cwd=folder)
+        result = run(*argv, cwd=folder, **env)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if result.code not in (0, 1, 2):
@@ -699,6 +700,8 @@ def check_mutant(argv: list[str], folder) -> str:
         return result.err
     if result.code and not result.errors:
         return f"exit {result.code} without a line that says why: {result.err}"
+    if "--debug shows where" in result.err:
+        return f"an error that nobody foresaw: {result.err}"
     return ""
 
 
@@ -712,6 +715,118 @@ def check_mutant(argv: list[str], folder) -> str:
 @given(argv=mutated())
 def test_mutated_command_lines(playground, argv):
     assert check_mutant(argv, playground) == "", argv
+
+
+# --- composed command lines: good ones with settings of every kind, valid, odd or absurd ---
+
+NUMBERS = [*words("0 1 2 3 7 33 64 0.5 0.999 1e-5 1e-29 1e-320 1e308 nan -inf -1 1e9 65536 1048576"),
+           "9" * 400, "0x10", "1_000", "\uff11", "", "x", "true", " 1", "1e3"]  # fmt: skip
+TEXTS = [
+    "",
+    "x",
+    "\n",
+    "你好",
+    "\udcff",
+    "\\",
+    "\\n",
+    "a" * 5000,
+    "--",
+    "-",
+    "--lr",
+    "%",
+    "{}",
+    "*",
+    "**",
+    "[",
+    "(",
+    "json",
+    "parquet",
+    "text",
+    "byte",
+    "gpt2",
+    "auto",
+    "cuda:99",
+    "qkv",
+    "qkv,",
+]
+# Only names inside the folder: the program does what it is told, even to those outside.
+PLACES = [*words("raw text.txt empty pipe bad.bin c.json list.json loop none none/x text.txt/x base "
+                 "base/best.pth base/last.pth base/best_finetune.pth base/config.json store "
+                 "base/metrics.csv store/meta.json store/train.bin pairs.jsonl spam.tsv . stores %s "
+                 "/dev/null /dev/full base.pth"), "x" * 300, "\udcff", "a\nb"]  # fmt: skip
+PATHS = words("data_dir processed_dir out_dir config ckpt init_from json tokenizer hf_files "
+              "check_model gguf")  # fmt: skip
+UNBOUNDED = {"download", "mirror", "compile", "threads", "debug", "max_new_tokens", "num_samples",
+             "vocab_size", "max_steps", "epochs", "rounds", "wandb"}  # fmt: skip
+FULL_BASES = BASES | {
+    "export": words("--ckpt base.pth --out_dir hf --overwrite --device cpu"),
+    "bench": words("--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --rounds 1"
+                   " --data_dir raw --device cpu"),
+}  # fmt: skip
+PLACES_AMONG_PROCESSES = [{}] * 12 + [
+    {"RANK": "1"}, {"WORLD_SIZE": "x"}, {"RANK": "0", "WORLD_SIZE": "0"}, {"LOCAL_RANK": "z"}
+]  # fmt: skip
+
+
+def furnish(folder: Path) -> None:
+    """Put things of every kind into a playground, for `composed` to name."""
+    (folder / "text.txt").write_text("Once upon a time. " * 300)
+    (folder / "bad.bin").write_bytes(random.Random(0).randbytes(3000))
+    (folder / "c.json").write_text('{"lr": 0.1, "lora_r": 3}')
+    (folder / "list.json").write_text("[1]")
+    rows = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(30)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "spam.tsv").write_text("".join(f"ham\tmessage {i}\n" for i in range(40)))
+    (folder / "empty").mkdir(exist_ok=True)
+    for name in ("loop", "pipe"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
+    if not (folder / "base").exists():
+        flags = words(
+            "--ckpt base.pth --max_steps 1 --batch_size 4 --report_samples 0 --method lora"
+        )
+        run("train", *BASES["train"], "--out_dir", "base", cwd=folder).ok()
+        run("finetune", *flags, *SMALL, "--out_dir", "base", cwd=folder).ok()
+        run("prepare", *BASES["prepare"], "--out_dir", "store", cwd=folder).ok()
+
+
+def composed_value(spec, rng: random.Random) -> str:
+    choices, limits = list(lp.choices_of(spec)), spec.metadata
+    if choices and rng.random() < 0.7:
+        return rng.choice(choices)
+    if spec.type.startswith(("int", "float")):
+        low = limits.get("low", limits.get("above", 0))
+        near = [low, low + 1, min(limits.get("high", 50), 50), limits.get("high", 7)]
+        return str(rng.choice(near)) if rng.random() < 0.5 else rng.choice(NUMBERS)
+    if spec.name in PATHS:
+        return rng.choice(PLACES) if rng.random() < 0.8 else rng.choice(TEXTS)
+    return rng.choice(TEXTS + PLACES)
+
+
+def composed(rng: random.Random) -> tuple[list[str], dict[str, str]]:
+    """(command line, environment): a good one with a few settings more."""
+    command = rng.choices(list(FULL_BASES), [5, 4, 3, 3, 4, 2, 1])[0]
+    specs = [f for f in fields(lp.COMMANDS[command].settings) if f.name not in UNBOUNDED]
+    argv = [*FULL_BASES[command]]
+    for spec in rng.choices(specs, k=rng.choice([1, 1, 1, 2, 2, 3, 5])):
+        if spec.type == "bool":
+            argv.append(rng.choice(["--", "--no_"]) + spec.name)
+        else:
+            value = composed_value(spec, rng)
+            joined = rng.random() < 0.5
+            argv += [f"--{spec.name}={value}"] if joined else [f"--{spec.name}", value]
+    if rng.random() < 0.1:
+        argv.insert(rng.randrange(len(argv)), rng.choice(TEXTS))
+    return [command, *argv], rng.choice(PLACES_AMONG_PROCESSES)
+
+
+def test_composed_command_lines(playground):
+    furnish(playground)
+    rng = random.Random(1)
+    for _ in range(120):
+        argv, env = composed(rng)
+        assert check_mutant(argv, playground, **env) == "", argv
 
 
 def test_the_program_can_be_called_from_anywhere(tmp_path):
