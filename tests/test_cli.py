@@ -719,41 +719,18 @@ def test_mutated_command_lines(playground, argv):
 
 # --- composed command lines: good ones with settings of every kind, valid, odd or absurd ---
 
-NUMBERS = [*words("0 1 2 3 7 33 64 0.5 0.999 1e-5 1e-29 1e-320 1e308 nan -inf -1 1e9 65536 1048576"),
-           "9" * 400, "0x10", "1_000", "\uff11", "", "x", "true", " 1", "1e3"]  # fmt: skip
-TEXTS = [
-    "",
-    "x",
-    "\n",
-    "你好",
-    "\udcff",
-    "\\",
-    "\\n",
-    "a" * 5000,
-    "--",
-    "-",
-    "--lr",
-    "%",
-    "{}",
-    "*",
-    "**",
-    "[",
-    "(",
-    "json",
-    "parquet",
-    "text",
-    "byte",
-    "gpt2",
-    "auto",
-    "cuda:99",
-    "qkv",
-    "qkv,",
-]
+NUMBERS = words("0 1 2 3 7 33 64 0.5 0.999 1e-5 1e-29 1e-320 1e308 nan -inf -1 1e9 65536 1048576")
+NUMBERS += ["9" * 400, "0x10", "1_000", "\uff11", "", "x", "true", " 1", "1e3"]
+TEXTS = words(
+    "x \\ \\n -- - --lr % {} * ** [ ( json parquet text byte gpt2 auto cuda:99 qkv qkv, 你好"
+)
+TEXTS += ["", "\n", "\udcff", "a" * 5000]
 # Only names inside the folder: the program does what it is told, even to those outside.
-PLACES = [*words("raw text.txt empty pipe bad.bin c.json list.json loop none none/x text.txt/x base "
-                 "base/best.pth base/last.pth base/best_finetune.pth base/config.json store "
-                 "base/metrics.csv store/meta.json store/train.bin pairs.jsonl spam.tsv . stores %s "
-                 "/dev/null /dev/full base.pth"), "x" * 300, "\udcff", "a\nb"]  # fmt: skip
+PLACES = words("raw text.txt empty pipe bad.bin c.json list.json loop none none/x text.txt/x base "
+               "base/best.pth base/last.pth base/best_finetune.pth base/config.json store . %s "
+               "base/metrics.csv store/meta.json store/train.bin pairs.jsonl spam.tsv stores "
+               "/dev/null /dev/full base.pth")  # fmt: skip
+PLACES += ["x" * 300, "\udcff", "a\nb"]
 PATHS = words("data_dir processed_dir out_dir config ckpt init_from json tokenizer hf_files "
               "check_model gguf")  # fmt: skip
 UNBOUNDED = {"download", "mirror", "compile", "threads", "debug", "max_new_tokens", "num_samples",
