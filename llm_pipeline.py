@@ -75,7 +75,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial, wraps
 from glob import glob
-from itertools import islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -564,7 +565,8 @@ def padded_width(longest: int, limit: int) -> int:
 class InstructionDataset:
     """Whole records, bucketed by length and padded. A sample id is the record's number.
 
-    loss_on: "all" tokens count, as in pretraining, or those of the "response" alone.
+    loss_on: "all" tokens count, as in pretraining; or those of the "response" alone, and then each
+    trained answer of a conversation is a sample, behind all that stands before it.
     batch_size: how many records of like length an epoch's order puts side by side.
     Raises UserError where the split holds no record.
     """
@@ -575,7 +577,9 @@ class InstructionDataset:
                  loss_on: str = "all", batch_size: int = 1):  # fmt: skip
         self.store, self.split, self.seed, self.block_size = store, split, seed, block_size
         self.loss_on, self.batch_size = loss_on, batch_size
-        index = store.index[split]
+        answers = np.arange(len(store.index[split]))
+        self.rows = store.whole_records(split) if loss_on == "all" else answers  # of the index
+        index = store.index[split][self.rows]
         if len(index) < self.group:
             raise UserError(
                 f"the {split} split holds no {'pairs' if self.group > 1 else 'records'}"
@@ -621,12 +625,13 @@ class InstructionDataset:
 
     def record(self, number: int) -> tuple[np.ndarray, int]:
         """Ids of a record, cut to the block, and how many of them are prompt."""
-        start, length, prompt, _ = self.store.index[self.split][number].tolist()
+        row = self.store.index[self.split][self.rows[number]]
+        start, length, prompt, _ = row.tolist()
         ids = self.store.ids(self.split, start, length)
         return fit_record(ids[:prompt], ids[prompt:], self.block_size + 1)
 
     def numbers(self, ids: np.ndarray) -> np.ndarray:
-        """The index rows of the given samples."""
+        """The records of the given samples."""
         return (ids[:, None] * self.group + np.arange(self.group)).ravel()
 
     def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
@@ -1990,14 +1995,16 @@ def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of up to `size` items."""
-    batch = []
+def batched(items: Iterable, size: int, weight: Callable | None = None, limit: int = 0
+            ) -> Iterator[list]:  # fmt: skip
+    """Lists of up to `size` items; ended sooner once the sum of their weights reaches `limit`."""
+    batch, total = [], 0
     for item in items:
         batch.append(item)
-        if len(batch) == size:
+        total += weight(item) if weight else 0
+        if len(batch) == size or (weight and total >= limit):
             yield batch
-            batch = []
+            batch, total = [], 0
     if batch:
         yield batch
 
@@ -3008,10 +3015,16 @@ def named_split(path: Path, files: list[Path]) -> str:
 
 
 class SeenHashes:
-    """The set of 64-bit hashes met so far, 8 bytes each: sorted runs, merged as they double."""
+    """The set of 64-bit hashes met so far, at 8 bytes each.
 
-    def __init__(self):
-        self.runs: list[np.ndarray] = []
+    Kept as sorted arrays, each at least twice as long as the next: looking up is a binary search
+    in a few of them, and every hash is merged O(log n) times.
+    """
+
+    def __init__(self, known: np.ndarray = (), log: Callable[[np.ndarray], None] | None = None):
+        """log: called with each array of hashes that are new."""
+        self.runs = [np.sort(known)] if len(known) else []
+        self.log = log
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
         """Add (n,) uint64; return (n,) bool, true where a hash is met for the first time."""
@@ -3025,6 +3038,8 @@ class SeenHashes:
             fresh = np.sort(np.concatenate([self.runs.pop(), fresh]))
         if len(fresh):
             self.runs.append(fresh)
+            if self.log:
+                self.log(hashes[new])
         return new
 
 
@@ -3075,16 +3090,15 @@ def text_blocks(text: str | TextFile) -> Iterator[str]:
 
 
 def split_records(
-    config: DataConfig, report: Report, pairs: bool = False
-) -> Iterator[tuple[Record, str, int]]:
+    records: Iterable[Record], config: DataConfig, report: Report, seen: SeenHashes,
+    pairs: bool = False,
+) -> Iterator[tuple[Record, str, int]]:  # fmt: skip
     """Records without duplicates, each with its split and its size in bytes.
 
     The split is "train", "val", or "both" for a long text, whose last part validates.
     """
-    seen = SeenHashes()
     threshold = int(config.val_fraction * 2**64)
-    documents = 0
-    for batch in batched(read_records(config, report), 1024):
+    for batch in batched(records, 1024):
         hashes = [record_hash(record, config) for record in batch]
         new = seen.add(np.array([identity for identity, _, _ in hashes], np.uint64))
         for record, fresh, (_, place, size) in zip(batch, new, hashes, strict=True):
@@ -3099,9 +3113,6 @@ def split_records(
                 long = record.is_plain and size > LONG_TEXT
                 hashed = "both" if long else "val" if place < threshold else "train"
                 yield record, record.split or hashed, size
-                documents += 1
-                if documents == config.max_docs:
-                    return
 
 
 def split_text(
@@ -3139,136 +3150,187 @@ def cuts(pattern: re.Pattern, text: str) -> list[int]:
 
 
 INDEX = np.dtype([("start", "<u8"), ("length", "<u8"), ("prompt", "<u4"), ("source", "<u4")])
+STORE_FORMAT = "llm_pipeline.store.2"
+TOKEN_FILES = ("train.bin", "train.idx", "val.bin", "val.idx")
+# All that a store's folder may hold. Nothing else is ever removed.
+STORE_FILES = (*TOKEN_FILES, "seen.bin", "meta.json", "stream.json", "tokenizer.json",
+               "report.json", "sample_batch.json", "token_lengths.png")  # fmt: skip
+CHEAP = 64 * 2**20  # bytes whose checksum is verified whenever a store is opened
 
 
-STORE_FORMAT = "llm_pipeline.store.1"
+@dataclass
+class Piece:
+    """Text that is encoded by itself. The pieces of a record follow one another in the store."""
+
+    text: str
+    split: str
+    source: str
+    is_prompt: bool = False
+    first: bool = False  # begins a record: bos goes before it
+    last: bool = False  # ends the record
+    end: str = ""  # the special token after it, "sep" or "eos", where it ends an answer
+    trained: bool = True  # whether that answer gets a row in the index
+    size: int = 0  # bytes of the record, in its first piece
+
+
+def record_pieces(record: Record, split: str, size: int, config: DataConfig) -> Iterator[Piece]:
+    """A record's texts in order. A long plain text comes in blocks, its validation part last."""
+    source = record.source
+    if record.is_plain:
+        parts = split_text(record, split, size, config.val_fraction)
+        for part, blocks in groupby(parts, key=itemgetter(0)):
+            for (_, text), first, last in with_ends(blocks):
+                yield Piece(text, part, source, first=first, last=last, end="eos" * last, size=size)
+                size = 0
+        return
+    # Nobody learns from what follows the last answer that is trained.
+    n_turns = max((n for n, turn in enumerate(record.turns, 1) if turn.trained), default=0)
+    for turn, first, last in with_ends(record.turns[:n_turns]):
+        yield Piece(turn.prompt, split, source, is_prompt=True, first=first, size=size * first)
+        yield Piece(turn.response, split, source, last=last, end="sep", trained=turn.trained)
+
+
+def with_ends(items: Iterable) -> Iterator[tuple]:
+    """(item, is it the first, is it the last) of each item."""
+    items, first = iter(items), True
+    item = next(items, None)
+    for following in items:
+        yield item, first, False
+        item, first = following, False
+    if item is not None:
+        yield item, first, True
+
+
+def as_pair(record: Record) -> list[Record]:
+    """A preference record as two, chosen and rejected, of which the last answer alone counts."""
+    *context, last = record.turns
+    context = [replace(turn, trained=False) for turn in context]
+    answers = (record.response, record.rejected)
+    return [replace(record, turns=[*context, replace(last, response=a)]) for a in answers]
 
 
 class StoreWriter:
-    """Appends documents to train.bin and val.bin, and a row for each to train.idx and val.idx."""
+    """Appends records to train.bin and val.bin, and rows of the index to train.idx and val.idx.
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, report: Report):
-        self.tokenizer, self.report = tokenizer, report
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
-        names = [f"{split}.{end}" for split in ("train", "val") for end in ("bin", "idx")]
-        self.files = {name: open(folder / name, "wb") for name in names}
-        self.hashers = {name: hashlib.blake2b(digest_size=16) for name in names}
-        self.size = {"train": 0, "val": 0}  # tokens
-        self.documents = {"train": 0, "val": 0}
-        self.sources: dict[str, int] = {}
-        self.lengths = Counter()  # tokens in a document -> documents
+    A record is bos, then prompt, response and sep of each turn; or bos, plain text and eos. Each
+    trained answer has a row: (start of the record, length up to the end of the answer, prompt:
+    tokens before the answer, source). So the last row of a record covers it whole.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig,
+                 past: dict | None = None):  # fmt: skip
+        """past: the `figures` of a store to go on with; what its files hold beyond is cut off."""
+        past = past or {"files": {name: {"bytes": 0} for name in TOKEN_FILES}}
+        self.tokenizer, self.config = tokenizer, config
+        self.dtype = id_dtype(tokenizer)
+        self.size = {"train": 0, "val": 0} | past.get("tokens", {})
+        self.documents = {"train": 0, "val": 0} | past.get("documents", {})
+        self.sources = {name: n for n, name in enumerate(past.get("sources", []))}
+        self.lengths = Counter({int(k): n for k, n in past.get("lengths", {}).items()})
+        self.report = Report(config.bad_records)
+        self.report.rows = {name: Counter(row) for name, row in past.get("counts", {}).items()}
+        self.report.examples = {(s, why): where for s, why, where in past.get("skipped", [])}
+        self.start = self.prompt = 0  # of the record that is being written
+        self.files, self.hashers = {}, {}
+        for name, was in past["files"].items():
+            file = self.files[name] = open(folder / name, "a+b")
+            file.truncate(was["bytes"])
+            file.seek(0)
+            hasher = self.hashers[name] = hashlib.blake2b(digest_size=16)
+            while data := file.read(2**22):
+                hasher.update(data)
 
     def append(self, name: str, data: np.ndarray) -> None:
         view = np.ascontiguousarray(data).view(np.uint8).data
         self.hashers[name].update(view)
         self.files[name].write(view)
 
-    def begin(self, split: str, source: str, size: int, prompt: np.ndarray) -> None:
-        self.report.count(source, "bytes", size)
-        self.open = split, source, self.size[split], 1 + len(prompt)
-        self.extend(np.array([self.tokenizer.bos_id]))
-        self.extend(prompt)
+    def write(self, piece: Piece, ids: np.ndarray) -> None:
+        split, source, tokenizer = piece.split, piece.source, self.tokenizer
+        if piece.first:
+            self.start, self.prompt = self.size[split], 1
+            self.report.count(source, split)
+            self.report.count(source, "bytes", piece.size)
+        before = [tokenizer.bos_id] if piece.first else []
+        after = [getattr(tokenizer, f"{piece.end}_id")] if piece.end else []
+        for part in (before, ids, after):
+            self.append(f"{split}.bin", np.asarray(part, self.dtype))
+        n_tokens = len(before) + len(ids) + len(after)
+        self.report.count(source, f"{split}_tokens", n_tokens)
+        self.size[split] += n_tokens
+        length = self.size[split] - self.start
+        if piece.is_prompt:
+            self.prompt = length
+        elif piece.end and piece.trained:
+            number = self.sources.setdefault(source, len(self.sources))
+            row = (self.start, length, self.prompt, number)
+            self.append(f"{split}.idx", np.array([row], INDEX))
+        if piece.last:
+            self.documents[split] += 1
+            self.lengths[length] += 1
 
-    def extend(self, ids: np.ndarray) -> None:
-        split = self.open[0]
-        self.append(f"{split}.bin", ids.astype(self.dtype))
-        self.size[split] += len(ids)
+    def write_all(self, pieces: Iterable[Piece], pairs: bool = False, bar=None) -> bool:
+        """Tokenize in parallel batches and write, up to --max_tokens. Returns whether it is met."""
+        limit = self.config.max_tokens
+        # With a limit, little is read past it.
+        for batch in batched(pieces, 2**16, lambda p: len(p.text), BLOCK if limit else 128 * BLOCK):
+            encoded = self.tokenizer.encode_batch([piece.text for piece in batch])
+            for number, (piece, ids) in enumerate(zip(batch, encoded, strict=True), 1):
+                self.write(piece, ids)
+                done = piece.last and 0 < limit <= sum(self.size.values())
+                if done and not (pairs and sum(self.documents.values()) % 2):
+                    for left in batch[number:] if not pairs else ():
+                        if left.size:
+                            self.report.skip(left.source, "past --max_tokens", "read ahead")
+                    return True
+            if bar is not None:
+                bar.update(sum(len(piece.text) for piece in batch))
+                bar.set_postfix(tokens=f"{sum(self.size.values()):,}", refresh=False)
+        return False
 
-    def end(self) -> None:
-        split, source, start, prompt = self.open
-        plain = prompt == 1
-        self.extend(np.array([self.tokenizer.eos_id if plain else self.tokenizer.sep_id]))
-        length = self.size[split] - start
-        number = self.sources.setdefault(source, len(self.sources))
-        self.append(f"{split}.idx", np.array([(start, length, prompt, number)], INDEX))
-        self.documents[split] += 1
-        self.lengths[length] += 1
-        self.report.count(source, split)
-        self.report.count(source, f"{split}_tokens", length)
-
-    def close(self) -> None:
+    def flush(self) -> None:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self.files.values():
             file.close()
 
-
-def documents(config: DataConfig, report: Report, pairs: bool) -> Iterator[tuple]:
-    """What a store is written from: ("begin", split, source, bytes read, prompt), ("text", text),
-    ("end",). A record that is split in two counts its bytes once.
-    """
-    for record, split, size in split_records(config, report, pairs):
-        current = None
-        for part, text in split_text(record, split, size, config.val_fraction):
-            if part != current:
-                if current:
-                    yield ("end",)
-                yield "begin", part, record.source, 0 if current else size, record.prompt
-                current = part
-            yield "text", text
-        yield ("end",)
-        if pairs:
-            yield "begin", split, record.source, len(record.rejected.encode()), record.prompt
-            yield "text", record.rejected
-            yield ("end",)
+    def figures(self) -> dict:
+        """What meta.json says of the content, plain data."""
+        return {
+            "files": {name: {"bytes": file.tell(), "blake2b": self.hashers[name].hexdigest()}
+                      for name, file in self.files.items()},
+            "sources": list(self.sources),
+            "counts": {name: dict(row) for name, row in self.report.rows.items()},
+            "skipped": [[*key, where] for key, where in self.report.examples.items()],
+            "tokens": self.size,
+            "documents": self.documents,
+            "lengths": {str(k): n for k, n in sorted(self.lengths.items())},
+        }  # fmt: skip
 
 
-def write_documents(config: DataConfig, writer: StoreWriter, pairs: bool) -> None:
-    """Tokenize in parallel batches of about 8 MB and write; stops at --max_tokens."""
-    waiting, size = [], 0
-    most = BLOCK if config.max_tokens else 128 * BLOCK  # characters; little is read past the limit
-
-    def flush() -> bool:
-        """Write what waits; whether --max_tokens is reached."""
-        encoded = iter(writer.tokenizer.encode_batch([w[-1] for w in waiting if len(w) > 1]))
-        for place, (kind, *rest) in enumerate(waiting, 1):
-            if kind == "begin":
-                writer.begin(*rest[:3], next(encoded))
-            elif kind == "text":
-                writer.extend(next(encoded))
-            else:
-                writer.end()
-                enough = 0 < config.max_tokens <= sum(writer.size.values())
-                if enough and not (pairs and sum(writer.documents.values()) % 2):
-                    for _, _, source, read, _ in (w for w in waiting[place:] if w[0] == "begin"):
-                        if read and not pairs:
-                            writer.report.skip(source, "past --max_tokens", "read ahead")
-                    return True
-        waiting.clear()
-        return False
-
-    total = sum(p.stat().st_size for p in find_files(config)) if not config.hf_dataset else 0
-    with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True,
-              disable=not is_main()) as bar:  # fmt: skip
-        for document in documents(config, writer.report, pairs):
-            waiting.append(document)
-            size += len(document[-1]) if len(document) > 1 else 0
-            if size > most or len(waiting) > 2**16:
-                if flush():
-                    return
-                bar.update(size)
-                bar.set_postfix(tokens=f"{sum(writer.size.values()):,}", refresh=False)
-                size = 0
-        flush()
-        bar.update(size)
+def id_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
 
 
 class TokenStore:
-    """A prepared corpus on disk: memory-mapped tokens and the index of its records."""
+    """A prepared corpus on disk: memory-mapped tokens and the index of its trained answers."""
 
-    def __init__(self, folder: Path):
-        """Raises UserError where the folder does not hold a whole, consistent store."""
+    def __init__(self, folder: Path, verify: bool = False):
+        """Raises UserError where the folder does not hold a whole, consistent store.
+
+        verify: check the content of large files too.
+        """
         self.folder = folder
         try:
-            self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.read_meta()
             if self.meta.get("format") != STORE_FORMAT:
-                raise ValueError(f"format {self.meta.get('format')!r} is not {STORE_FORMAT}")
+                raise ValueError(f"its format {self.meta.get('format')!r} is not {STORE_FORMAT}")
             self.tokenizer = tokenizer_from_spec(self.meta["tokenizer"])
-            self.sources = [str(s) for s in self.meta["sources"]]
-            dtype = np.dtype("<u2" if self.tokenizer.vocab_size <= 65536 else "<u4")
-            self.tokens = {s: self.map(f"{s}.bin", dtype) for s in ("train", "val")}
-            self.index = {s: self.map(f"{s}.idx", INDEX) for s in ("train", "val")}
-            self.check()
+            self.map_files()
+            self.check(verify)
             for name in ("fingerprint", "seconds", "counts", "lengths", "documents", "tokens"):
                 self.meta[name]
             self.meta["settings"].keys()
@@ -3280,17 +3342,29 @@ class TokenStore:
                 "prepare again"
             ) from None
 
-    def map(self, name: str, dtype: np.dtype) -> np.ndarray:
-        path = self.folder / name
-        size = path.stat().st_size
-        if size != self.meta["files"][name]["bytes"] or size % dtype.itemsize:
-            raise ValueError(
-                f"{name} has {size:,} bytes, not {self.meta['files'][name]['bytes']:,}"
-            )
-        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
+    def read_meta(self) -> None:
+        self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(FileNotFoundError):
+            self.meta |= json.loads((self.folder / "stream.json").read_text(encoding="utf-8"))
 
-    def check(self) -> None:
-        """Every record lies inside the tokens; the index is cheap to check, the tokens are not."""
+    def map_files(self) -> None:
+        dtype = id_dtype(self.tokenizer)
+        self.sources = [str(source) for source in self.meta["sources"]]
+        self.tokens = {split: self.map(f"{split}.bin", dtype) for split in ("train", "val")}
+        self.index = {split: self.map(f"{split}.idx", INDEX) for split in ("train", "val")}
+
+    def map(self, name: str, dtype: np.dtype) -> np.ndarray:
+        path, size = self.folder / name, self.meta["files"][name]["bytes"]
+        found = path.stat().st_size
+        # A stream's file may be longer: what follows is not committed yet.
+        if found < size or size % dtype.itemsize or (found > size and "stream" not in self.meta):
+            raise ValueError(f"{name} has {found:,} bytes, not {size:,}")
+        if not size:  # which cannot be mapped
+            return np.empty(0, dtype)
+        return np.memmap(path, dtype, "r", shape=size // dtype.itemsize)
+
+    def check(self, verify: bool) -> None:
+        """Every row lies inside the tokens, and the content is what was written."""
         for split, index in self.index.items():
             end = index["start"] + index["length"]
             inside = (end <= len(self.tokens[split])) & (end >= index["start"])
@@ -3298,6 +3372,17 @@ class TokenStore:
             sane &= index["source"] < len(self.sources)
             if not (inside & sane).all():
                 raise ValueError(f"{split}.idx points outside {split}.bin")
+            for name, data in ((f"{split}.bin", self.tokens[split]), (f"{split}.idx", index)):
+                digest = hashlib.blake2b(digest_size=16)
+                if verify or data.nbytes <= CHEAP:
+                    digest.update(data.view(np.uint8).data)
+                    if digest.hexdigest() != self.meta["files"][name]["blake2b"]:
+                        raise ValueError(f"{name} is not what was written there")
+
+    def whole_records(self, split: str) -> np.ndarray:
+        """Numbers of the rows that cover a whole record: the last of each start."""
+        start = self.index[split]["start"]
+        return np.flatnonzero(np.append(start[1:] != start[:-1], True)[: len(start)])
 
     def ids(self, split: str, start: np.ndarray | int, length: int) -> np.ndarray:
         """(..., length) int64 ids from each start. Raises UserError on an id out of range."""
@@ -3317,17 +3402,128 @@ class TokenStore:
         return str(self.meta["fingerprint"])
 
 
-def settings_fingerprint(config: DataConfig, tokenizer: Tokenizer | None, pairs: bool) -> str:
-    """Of everything a store depends on, cheaply: files by name, size and time of change."""
-    names = [f.name for f in fields(DataConfig) if f.name not in ("data_dir", "processed_dir")]
-    parts = {name: getattr(config, name) for name in names} | {"pairs": pairs}
-    if tokenizer is None:
-        parts |= {f.name: getattr(config, f.name) for f in fields(TokenizerConfig)}
-    else:
-        parts["tokenizer"] = tokenizer.spec()
-    files = sorted(glob(config.hf_files)) if config.hf_dataset else find_files(config)
-    parts["files"] = [(str(f), (s := os.stat(f)).st_size, s.st_mtime_ns) for f in files]
-    return short_hash(parts, 16)
+class StreamStore(TokenStore):
+    """A token store that is written as it is needed, from a stream.
+
+    A batch of rows at a time: stream.json then takes its place, with the sizes of the files and
+    the state of the stream. What the files hold beyond those sizes comes from a process that was
+    killed, and is cut off. The first process writes, others wait until what they need is there.
+    """
+
+    ROWS = 1024  # of a batch
+
+    def __init__(self, folder: Path, config: DataConfig):
+        super().__init__(folder)
+        self.config = config
+        self.writer: StoreWriter | None = None
+        self.n_written = 0  # batches, when this process last wrote
+        self.mutex = threading.Lock()  # training batches may be prepared in a thread
+
+    def grow(self, split: str, n_tokens: int) -> None:
+        """Make a split hold `n_tokens`, or all that the stream has."""
+        held = len(self.tokens[split])
+        if held >= n_tokens or self.meta["ended"]:
+            return
+        with self.mutex, tqdm(desc=f"reading the stream, {split}", total=n_tokens, initial=held,
+                              unit="token", unit_scale=True, delay=2, leave=False,
+                              disable=not is_main()) as bar:  # fmt: skip
+            while len(self.tokens[split]) < n_tokens and not self.meta["ended"]:
+                if is_main():
+                    self.write_batch()
+                else:
+                    time.sleep(0.05)
+                    self.read_meta()
+                self.map_files()
+                bar.update(len(self.tokens[split]) - bar.n)
+
+    def write_batch(self) -> None:
+        """Write the next rows of the stream, up to ROWS or about 4 MB."""
+        with run_lock(self.folder.parent, f".{self.folder.name}.lock", wait=True):
+            self.read_meta()
+            if self.writer is None or self.n_written != self.meta["batches"]:
+                self.open_writer()  # anew, if another run has written meanwhile
+            writer, config = self.writer, self.config
+            batches = batched(self.records, self.ROWS, lambda r: len(r.response), 64 * BLOCK)
+            batch = next(batches, [])
+            found = split_records(batch, config, writer.report, self.seen)
+            room = config.max_docs - self.meta["n_records"] if config.max_docs else None
+            found = list(islice(found, room))
+            n_records = self.meta["n_records"] + len(found)
+            pieces = chain.from_iterable(record_pieces(*record, config) for record in found)
+            full = writer.write_all(pieces) or n_records == (config.max_docs or -1)
+            writer.flush()
+            self.n_written += 1
+            state = {"stream": self.rows.state_dict(), "batches": self.n_written,
+                     "n_records": n_records, "ended": full or not batch}  # fmt: skip
+            write_json(self.folder / "stream.json", writer.figures() | state)
+            self.read_meta()
+
+    def open_writer(self) -> None:
+        """Go on after what was written before."""
+        config, self.n_written = self.config, self.meta["batches"]
+        self.writer = StoreWriter(self.folder, self.tokenizer, config, self.meta)
+        if self.writer.figures()["files"] != self.meta["files"]:
+            raise UserError(f"{self.folder} is not what was written there: delete it")
+        known = np.fromfile(self.folder / "seen.bin", np.uint64)
+        self.seen = SeenHashes(known, partial(self.writer.append, "seen.bin"))
+        self.rows = hub_rows(config)
+        if self.meta["stream"]:
+            self.rows.load_state_dict(self.meta["stream"])
+        self.records = load_hub(config, self.writer.report, self.rows)
+
+
+def source_name(config: DataConfig) -> dict:
+    """Which data a store is made from, wherever the program is started."""
+    if not config.hf_dataset:
+        return {"data_dir": os.path.abspath(config.data_dir)}
+    names = {name: getattr(config, name) for name in ("hf_dataset", "hf_config", "hf_split")}
+    local = os.path.abspath(config.hf_dataset) if os.path.isdir(config.hf_dataset) else ""
+    files = os.path.abspath(config.hf_files) if config.hf_files else ""
+    return names | {"hf_dataset": local or config.hf_dataset, "hf_files": files}
+
+
+def source_files(config: DataConfig) -> list[Path]:
+    """Every local file that the configured sources may read."""
+    if not config.hf_dataset:
+        return find_files(config)
+    folder = Path(config.hf_dataset)
+    patterns = [config.hf_files, str(folder / config.hf_files)] if config.hf_files else []
+    found = {Path(f) for pattern in patterns for f in glob(pattern, recursive=True)}
+    found |= set(folder.rglob("*")) if folder.is_dir() else set()
+    return sorted(path for path in found if path.is_file())
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's first and last 64 KiB, and so of the whole of a small one."""
+    with open(path, "rb") as file:
+        digest = hashlib.blake2b(file.read(BLOCK), digest_size=8)
+        file.seek(max(BLOCK, os.fstat(file.fileno()).st_size - BLOCK))
+        digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+# Settings that say where data and stores are, but not what is in them.
+PLACES = ("data_dir", "processed_dir", "streaming", "hf_dataset", "hf_config", "hf_split",
+          "hf_files")  # fmt: skip
+
+
+def store_settings(config: DataConfig, pairs: bool) -> dict:
+    """What decides, beside sources and tokenizer, what a store holds."""
+    names = [f.name for f in fields(DataConfig) if f.name not in PLACES]
+    return {name: getattr(config, name) for name in names} | {"pairs": pairs}
+
+
+def settings_fingerprint(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
+    """Of everything a store depends on, cheaply: files by name, size, times and both ends.
+
+    tokenizer: its spec, or what is asked of one that is to be trained.
+    """
+    files = []
+    for path in source_files(config):
+        stat = path.stat()
+        times = stat.st_mtime_ns, stat.st_ctime_ns
+        files.append([str(path), stat.st_size, *times, file_digest(path)])
+    return short_hash([source_name(config), store_settings(config, pairs), tokenizer, files], 16)
 
 
 def build_corpus_from_sources(
@@ -3339,222 +3535,315 @@ def build_corpus_from_sources(
     """The token store of the configured sources: opened if it is prepared and current, else built.
 
     tokenizer: the one to use; by default the one that config.tokenizer names, or trains.
-    folder: where the store goes; by default a folder of processed_dir named after its source.
+    folder: where the store goes; by default a folder of processed_dir named after its content.
     pairs: keep preference records alone, chosen and rejected side by side, for DPO.
+    Training with --streaming gets a StreamStore, which is written while it is read.
     """
     prepared = Path(config.data_dir)
-    if not config.hf_dataset and (prepared / "meta.json").is_file():
-        store = TokenStore(prepared)
-        if tokenizer is not None and tokenizer.spec() != store.tokenizer.spec():
-            raise UserError(f"{prepared} was prepared with another tokenizer than the checkpoint's")
-        return adopt_settings(config, store)
-    label = short_hash(tokenizer.spec()) if tokenizer else Path(config.tokenizer).stem
-    if tokenizer is None and config.tokenizer != "bpe":
-        tokenizer = load_tokenizer(config.tokenizer)
-    if folder is None:
-        source = Path(config.hf_dataset or config.data_dir).stem or "data"
-        folder = Path(config.processed_dir) / f"{source}-{label}{'-pairs' * pairs}"
-    wanted = settings_fingerprint(config, tokenizer, pairs)
+    verify = isinstance(config, EvalConfig)
+    if not config.hf_dataset and all((prepared / f).is_file() for f in ("meta.json", "train.bin")):
+        store = adopt_settings(config, TokenStore(prepared, verify), tokenizer)
+        if pairs and not store.meta.get("pairs"):
+            raise UserError(f"{prepared} was prepared without preference pairs: name the raw data")
+        return store
+    request = None
+    if tokenizer is None and config.tokenizer == "bpe":
+        asked = {f.name: getattr(config, f.name) for f in fields(TokenizerConfig)}
+        request = settings_fingerprint(config, asked, pairs)
+        tokenizer = find_trained(request, folder or Path(config.processed_dir))
+        if tokenizer is None:
+            with stoppable():
+                tokenizer = train_bpe(training_texts(config, pairs), config)
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+    named = folder is not None
+    folder = folder or default_folder(config, tokenizer, pairs)
+    current = {
+        "settings_fingerprint": settings_fingerprint(config, tokenizer.spec(), pairs),
+        "trained_for": request,
+    }
+    if config.hf_dataset and config.streaming and isinstance(config, FitConfig):
+        return open_stream(config, tokenizer, folder.with_name(f"{folder.name}-stream"), current)
     if is_main():
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
-            try:
-                current = TokenStore(folder).meta.get("settings_fingerprint") == wanted
-            except UserError:
-                current = False
-            if not current:
-                build_store(config, tokenizer, folder, pairs, wanted)
+            if not current_store(folder, current, verify):
+                check_store_folder(folder, config, named)
+                build_store(config, tokenizer, folder, pairs, current)
             elif isinstance(config, PrepareConfig):
                 note("the sources and settings are unchanged: this store was made before")
-    return TokenStore(folder)
+    return TokenStore(folder, verify)
 
 
-def adopt_settings(config: DataConfig, store: TokenStore) -> TokenStore:
-    """Let a command's settings say how its store was prepared. UserError if it asked for others."""
-    places = ("data_dir", "processed_dir", "streaming")  # and hf_*: of the source, not the store
-    made = {n: v for n, v in store.meta["settings"].items()
-            if hasattr(config, n) and n not in places and not n.startswith("hf_")}  # fmt: skip
+def default_folder(config: DataConfig, tokenizer: Tokenizer, pairs: bool) -> Path:
+    """One folder for each source, tokenizer and settings."""
+    source, spec = source_name(config), tokenizer.spec()
+    name = Path(source.get("data_dir") or source["hf_dataset"]).name[:40] or "data"
+    digest = short_hash([source, store_settings(config, pairs), spec])
+    return Path(config.processed_dir) / f"{name}-{spec['kind']}-{digest}"
+
+
+def current_store(folder: Path, current: dict, verify: bool = False) -> TokenStore | None:
+    """The store in a folder, unless it is missing, damaged, or made from something else."""
+    try:
+        store = TokenStore(folder, verify)
+    except UserError:
+        return None
+    wanted = current["settings_fingerprint"]
+    return store if store.meta.get("settings_fingerprint") == wanted else None
+
+
+def find_trained(request: str, place: Path) -> Tokenizer | None:
+    """The BPE that was trained for the same request before, out of a store in or under `place`."""
+    for meta in (place / "meta.json", *sorted(place.glob("*/meta.json"))):
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, UserError):
+            made = json.loads(meta.read_text(encoding="utf-8"))
+            if made.get("trained_for") == request:
+                return tokenizer_from_spec(made["tokenizer"])
+    return None
+
+
+def adopt_settings(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None):
+    """The prepared store, whose settings become the command's. UserError if it asked for others.
+
+    Only settings of data and tokenizer are adopted, within the limits that flags have.
+    """
+    if tokenizer is not None and tokenizer.spec() != store.tokenizer.spec():
+        raise UserError(f"{store.folder} was prepared with another tokenizer than the checkpoint's")
+    names = {f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)} - {*PLACES}
+    specs = {f.name: f for f in fields(config) if f.name in names}
+    settings = store.meta["settings"]
+    try:
+        made = {name: convert(specs[name], settings[name]) for name in specs if name in settings}
+    except ValueError as error:
+        raise UserError(f"{store.folder}/meta.json: {error}; prepare it again") from None
     clash = sorted(n for n in config.given & made.keys() if getattr(config, n) != made[n])
     if clash:
         raise UserError(f"{store.folder} was prepared with another {', '.join(clash)}: leave that "
                         "out, or prepare it again")  # fmt: skip
-    vars(config).update(made)
+    for name, value in made.items():
+        setattr(config, name, value)
     return store
 
 
+def check_store_folder(folder: Path, config: DataConfig, named: bool) -> None:
+    """Raise UserError unless `folder` is free, or holds nothing but a store of this program.
+
+    named: the user named it; then it must be a store of the same source, or --overwrite be given.
+    """
+    try:
+        inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot use {folder} for the store: {error.strerror}") from None
+    strange = [n for n in inside if n not in STORE_FILES and not n.endswith(".tmp")]
+    if strange:
+        raise UserError(f"{folder} holds other files ({strange[0]}): name an empty folder for the "
+                        "store")  # fmt: skip
+    if not named or not inside:
+        return
+    meta = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if not isinstance(meta, dict) or not str(meta.get("format")).startswith("llm_pipeline.store."):
+        raise UserError(f"{folder} holds other files (its meta.json is not a store's): name an "
+                        "empty folder for the store")  # fmt: skip
+    if meta.get("source") != source_name(config) and not getattr(config, "overwrite", False):
+        raise UserError(f"{folder} holds a store of other data: --overwrite it, or choose another "
+                        "--out_dir")  # fmt: skip
+
+
+def remove_store(folder: Path) -> None:
+    """Remove a store's files, and the folder unless something else is in it."""
+    for name in STORE_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):  # of a write that was killed
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def stoppable():
+    """Let SIGINT and SIGTERM end at once what is inside: there is nothing to save, only to clean up.
+
+    Raises KeyboardInterrupt with the signal's number.
+    """
+    previous = {}
+
+    def stop(number, frame):
+        if callable(previous[number]) and previous[number] is not signal.default_int_handler:
+            previous[number](number, frame)
+        raise KeyboardInterrupt(number)
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.getsignal(number)
+                signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def store_origin(config: DataConfig, tokenizer: Tokenizer, pairs: bool, current: dict) -> dict:
+    """What meta.json says of how a store was made."""
+    kinds = (DataConfig, TokenizerConfig)
+    names = [f.name for kind in kinds for f in fields(kind) if hasattr(config, f.name)]
+    return current | {
+        "format": STORE_FORMAT,
+        "source": source_name(config),
+        "settings": {name: getattr(config, name) for name in names},
+        "pairs": pairs,
+        "tokenizer": tokenizer.spec(),
+    }
+
+
 def build_store(
-    config: DataConfig, tokenizer: Tokenizer | None, folder: Path, pairs: bool, wanted: str
+    config: DataConfig, tokenizer: Tokenizer, folder: Path, pairs: bool, current: dict
 ) -> None:
     """Write a store in a temporary folder and rename it, so that a half-made one never shows."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").is_file():
-        raise UserError(f"{folder} holds other files: name an empty folder for the store")
+    folder = folder.resolve()
     temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
     for stale in (temporary, old):  # of a run that was killed
-        shutil.rmtree(stale, ignore_errors=True)
+        remove_store(stale)
     try:
-        temporary.mkdir()
-        started = time.perf_counter()
-        if tokenizer is None and config.tokenizer == "bpe":
-            tokenizer = train_bpe(training_texts(config, pairs), config)
-        tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-        encoding = time.perf_counter()
-        report = Report(config.bad_records)
-        writer = StoreWriter(temporary, tokenizer, report)
-        write_documents(config, writer, pairs)
-        writer.close()
-        for line in report.lines():
-            note(line)
-        if not writer.size["train"]:
-            raise UserError(f"no records to train on in {config.hf_dataset or config.data_dir}"
-                            f"{' (DPO needs chosen and rejected)' * pairs}")  # fmt: skip
-        seconds = time.perf_counter() - encoding
-        files = {name: {"bytes": (temporary / name).stat().st_size, "blake2b": h.hexdigest()}
-                 for name, h in writer.hashers.items()}  # fmt: skip
-        meta = {
-            "format": STORE_FORMAT,
-            "fingerprint": short_hash([files, tokenizer.spec()], 16),
-            "settings_fingerprint": wanted,
-            "settings": {
-                f.name: getattr(config, f.name)
-                for c in (DataConfig, TokenizerConfig)
-                for f in fields(c)
-                if hasattr(config, f.name)
-            },
-            "pairs": pairs,
-            "files": files,
-            "sources": list(writer.sources),
-            "counts": {name: dict(row) for name, row in report.rows.items()},
-            "skipped": {f"{s}: {why}": where for (s, why), where in report.examples.items()},
-            "tokens": writer.size,
-            "documents": writer.documents,
-            "lengths": {str(k): v for k, v in sorted(writer.lengths.items())},
-            "seconds": {"tokenizer": encoding - started, "encoding": seconds},
-            "tokenizer": tokenizer.spec(),
-        }
-        if isinstance(tokenizer, BPETokenizer):
-            (temporary / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-        write_json(temporary / "meta.json", meta)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with stoppable():
+            temporary.mkdir()
+            write_store(config, tokenizer, temporary, pairs, current)
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+            remove_store(old)
     except OSError as error:
         raise UserError(f"cannot write the token store {folder}: {one_line(error)}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_store(temporary)
+
+
+def write_store(
+    config: DataConfig, tokenizer: Tokenizer, folder: Path, pairs: bool, current: dict
+) -> None:
+    """Read every record and write all of a store. Raises UserError if none is left to train on."""
+    writer = StoreWriter(folder, tokenizer, config)
+    started = time.perf_counter()
+    found = read_split(config, writer.report, pairs)
+    kept = ((r, split, size) for record, split, size in found
+            for r in (as_pair(record) if pairs else [record]))  # fmt: skip
+    pieces = chain.from_iterable(record_pieces(*each, config) for each in kept)
+    total = sum(p.stat().st_size for p in find_files(config)) if not config.hf_dataset else 0
+    with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True,
+              disable=not is_main()) as bar:  # fmt: skip
+        writer.write_all(pieces, pairs, bar)
+    writer.flush()
+    figures = writer.figures()
+    writer.close()
+    for line in writer.report.lines():
+        note(line)
+    if not writer.size["train"]:
+        raise UserError(f"no records to train on in {config.hf_dataset or config.data_dir}"
+                        f"{' (DPO needs chosen and rejected)' * pairs}")  # fmt: skip
+    meta = store_origin(config, tokenizer, pairs, current) | figures | {
+        "fingerprint": short_hash([figures["files"], tokenizer.spec()], 16),
+        "seconds": {"encoding": time.perf_counter() - started},
+    }  # fmt: skip
+    if isinstance(tokenizer, BPETokenizer):
+        (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+    write_json(folder / "meta.json", meta)
+
+
+def open_stream(
+    config: DataConfig, tokenizer: Tokenizer, folder: Path, current: dict
+) -> StreamStore:
+    """The store of a stream as far as it was written, or a new one."""
+    if is_main():
+        with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
+            if not current_store(folder, current):
+                check_store_folder(folder, config, named=False)
+                remove_store(folder)
+                folder.mkdir(exist_ok=True)
+                nothing = {"files": {name: {"bytes": 0} for name in (*TOKEN_FILES, "seen.bin")}}
+                writer = StoreWriter(folder, tokenizer, config, nothing)
+                begin = {"stream": None, "batches": 0, "n_records": 0, "ended": False}
+                write_json(folder / "stream.json", writer.figures() | begin)
+                writer.close()
+                # Of what is known beforehand, but not of times: a restored file is the same.
+                parts = [
+                    store_settings(config, False),
+                    tokenizer.spec(),
+                    config.hf_dataset,
+                    config.hf_config,
+                    config.hf_split,
+                    [[f.name, f.stat().st_size, file_digest(f)] for f in source_files(config)],
+                ]
+                meta = store_origin(config, tokenizer, False, current)
+                meta |= {"fingerprint": short_hash(parts, 16), "seconds": {"encoding": 0.0}}
+                write_json(folder / "meta.json", meta)
+    return StreamStore(folder, config)
+
+
+def read_split(
+    config: DataConfig, report: Report, pairs: bool = False
+) -> Iterator[tuple[Record, str, int]]:
+    """Every record to be kept, with its split and size, up to --max_docs."""
+    records = read_records(config, report)
+    found = split_records(records, config, report, SeenHashes(), pairs)
+    return islice(found, config.max_docs or None)
 
 
 def training_texts(config: DataConfig, pairs: bool) -> Iterator[str]:
     """The text of the training split alone, for training a tokenizer."""
-    for record, split, size in split_records(config, Report(config.bad_records), pairs):
-        if split != "val" and record.prompt:
-            yield record.prompt
-        for part, text in split_text(record, split, size, config.val_fraction):
-            if part == "train":
-                yield text
+    for record, split, size in read_split(config, Report(config.bad_records), pairs):
+        for piece in record_pieces(record, split, size, config):
+            if piece.split == "train":
+                yield piece.text
 
 
-class StreamDataset(LMDataset, torch.utils.data.IterableDataset):
-    """Windows of a Hugging Face stream, in the stream's order; documents of validation left out.
+class StreamDataset(LMDataset):
+    """Windows of a stream's store, in its order: segment s of `segment` windows is permuted by
+    (seed, s). When the stream has ended, it goes round again.
 
-    Training takes them through a bounded buffer: block b of `buffer` windows is permuted by
-    (seed, b). What resume needs is the stream's own state at the start of the block.
+    The store grows as far as a batch needs, so that a batch is what it is for any other store: a
+    function of (seed, step). Validation takes the first windows.
     """
 
-    def __init__(self, config: FitConfig, tokenizer: Tokenizer, block_size: int, split="train"):
-        self.config, self.tokenizer, self.split = config, tokenizer, split
-        self.block_size, self.seed = block_size, config.seed
-        # A prefetching thread runs a few batches ahead of what a checkpoint speaks of.
-        self.buffer = max(config.shuffle_buffer, 4 * config.batch_size)
-        if split == "val" and config.eval_batches:
-            self.buffer = min(config.shuffle_buffer, config.eval_batches * config.batch_size)
-        self.rows = hub_rows(config)
-        if not hasattr(self.rows, "state_dict"):
-            raise UserError("training from a stream needs --streaming")
-        self.carry: list[int] = []  # tokens after the last whole window
-        self.epoch, self.resumed = 0, False
-        self.windows = iter(self)
-        self.blocks: dict[int, np.ndarray] = {}  # the last two, permuted
-        self.starts: dict[int, dict] = {}  # the stream's state at the start of each
-        self.next_block = 0
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Windows of block_size + 1 ids, the stream begun again whenever it ends."""
-        config, tokenizer = self.config, self.tokenizer
-        threshold = int(config.val_fraction * 2**64)
-        whole = not self.resumed  # whether a pass begins at the stream's beginning
-        while True:
-            found = False
-            self.rows.set_epoch(self.epoch)
-            for record in load_hub(config, Report(config.bad_records), self.rows):
-                _, place, size = record_hash(record, config)
-                if (place < threshold) != (self.split == "val"):
-                    continue
-                if size == 0 or too_short(record, config):
-                    continue
-                found = True
-                prompt, text = tokenizer.encode_batch([record.prompt, record.response])
-                end = tokenizer.eos_id if record.is_plain else tokenizer.sep_id
-                self.carry += [tokenizer.bos_id, *prompt.tolist(), *text.tolist(), end]
-                while len(self.carry) > self.block_size:
-                    window = np.array(self.carry[: self.block_size + 1], np.int64)
-                    del self.carry[: self.block_size]
-                    yield window
-            if whole and not found:
-                raise UserError(f"{config.hf_dataset}: the stream holds no {self.split} text")
-            self.epoch, whole = self.epoch + 1, True
-
-    def state_dict(self) -> dict:
-        return {"stream": self.rows.state_dict(), "carry": list(self.carry), "epoch": self.epoch}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from the start of a block: {"block": its number, "state": ...}."""
-        self.rows.load_state_dict(state["state"]["stream"])
-        self.carry, self.epoch = list(state["state"]["carry"]), state["state"]["epoch"]
-        self.resumed, self.windows = True, iter(self)
-        self.blocks, self.starts, self.next_block = {}, {}, state["block"]
-
-    def position(self, sample: int) -> dict:
-        """State from which training can go on at the given sample id."""
-        ahead = [b for b in list(self.starts) if b >= sample // self.buffer]
-        block = min(ahead, default=self.next_block)
-        return {"block": block, "state": self.starts.get(block) or self.state_dict()}
-
-    def load_block(self, block: int) -> np.ndarray:
-        while block not in self.blocks:
-            number = self.next_block
-            self.starts[number] = self.state_dict()
-            windows = np.stack([next(self.windows) for _ in range(self.buffer)])
-            order = permuted(np.arange(self.buffer), self.buffer, derive_seed(self.seed, number))
-            self.blocks[number] = windows[order]
-            self.next_block += 1
-            for old in [b for b in self.blocks if b < number - 1]:
-                del self.blocks[old], self.starts[old]
-        return self.blocks[block]
-
-    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        return places
-
-    def fixed_ids(self, limit: int) -> np.ndarray:
-        return np.arange(min(limit or self.buffer, self.buffer))
+    def __init__(self, store: StreamStore, split: str, block_size: int, stride: int, seed: int,
+                 segment: int):  # fmt: skip
+        store.grow(split, block_size + 1)
+        super().__init__(store, split, block_size, stride, seed)
+        # Whatever the store has grown to already.
+        self.stride, self.segment = stride or self.block_size, segment
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return sys.maxsize  # a stream has no epochs
 
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        windows = [self.load_block(int(i) // self.buffer)[int(i) % self.buffer] for i in ids]
-        tokens = torch.from_numpy(np.stack(windows)[rows])
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    def available(self, n_windows: int) -> int:
+        """How many of the first `n_windows` there are: fewer only where the stream has ended."""
+        self.store.grow(self.split, (n_windows - 1) * self.stride + self.block_size + 1)
+        n_tokens = len(self.store.tokens[self.split])
+        return min(n_windows, (n_tokens - 1 - self.block_size) // self.stride + 1)
+
+    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        segments, within = np.divmod(places, self.segment)
+        numbers = []
+        for s in np.unique(segments).tolist():
+            order = permuted(within[segments == s], self.segment, derive_seed(self.seed, s))
+            numbers.append(s * self.segment + order)
+        n_windows = self.available((int(segments.max()) + 1) * self.segment)
+        return np.concatenate(numbers) % n_windows * self.stride
+
+    def fixed_ids(self, limit: int) -> np.ndarray:
+        return np.arange(self.available(limit or self.segment)) * self.stride
 
 
 def create_dataloaders(
-    config: FitConfig, store: TokenStore | None, tokenizer: Tokenizer, block_size: int, rt: Runtime
+    config: FitConfig, store: TokenStore, block_size: int, rt: Runtime
 ) -> tuple[Loader, Loader | None]:
     """Loaders of training and validation batches; no validation loader where the split is empty."""
 
     def make(split: str):
-        if config.hf_dataset and config.streaming:
-            return StreamDataset(config, tokenizer, block_size, split)
+        stride = config.stride if split == "train" else 0
         shape = store, split, block_size
+        if isinstance(store, StreamStore):
+            return StreamDataset(*shape, stride, config.seed, config.shuffle_buffer)
         if isinstance(config, FinetuneConfig):
             if config.objective == "dpo":
                 data = PreferenceDataset(*shape, config.seed, config.batch_size)
@@ -3564,7 +3853,7 @@ def create_dataloaders(
                 note(f"{split}: {data.n_cut:,} records are longer than {block_size} tokens and "
                      "lose the middle of their prompt or the end of their response")  # fmt: skip
             return data
-        data = LMDataset(*shape, config.stride if split == "train" else 0, config.seed)
+        data = LMDataset(*shape, stride, config.seed)
         if data.block_size < block_size:
             note(f"{split}: less than one block of tokens, windows have {data.block_size}")
         return data
@@ -3573,13 +3862,14 @@ def create_dataloaders(
         kind = PrefetchingLoader if rt.device.type == "cuda" else Loader
         return kind(make(split), config.batch_size, config.grad_accum, rt)
 
+    train = loader("train")
     try:
-        return loader("train"), loader("val")
+        return train, loader("val")
     except UserError:
-        if store is None or len(store.tokens["val"]) > 1:
+        if len(store.tokens["val"]) > 1:
             raise
         note("the validation split is empty: best.pth will follow the training loss")
-        return loader("train"), None
+        return train, None
 
 
 # ====================================================================================
@@ -3856,16 +4146,13 @@ def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
 
 def save_run(run: Run, about: dict, path: Path) -> None:
     """Write a checkpoint of the run. All processes gather, the first writes."""
-    position = {}
-    if isinstance(run.train.dataset, StreamDataset):
-        position = run.train.dataset.position(run.progress.step * run.config.batch_size)
     state = about | {
         "format": CHECKPOINT_FORMAT,
         "weights": model_weights(run.model),
         "optimizer": optimizer_state(run.model, run.optimizers),
         "scaler": run.scaler.state_dict(),
         "progress": asdict(run.progress),
-        "stream": position,
+        "stream": {},  # for versions that kept a stream's position here
     }
     if run.rt.is_main:
         save_checkpoint(path, state)
@@ -3882,7 +4169,7 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
         "template": instruction_prompt("{instruction}", "{input}"),
         "lora": loaded.state.get("lora"),
         "data": {
-            "fingerprint": store.fingerprint if store else "stream",
+            "fingerprint": store.fingerprint,
             **{name: getattr(config, name) for name in SPLIT_SETTINGS},
         },
         "versions": {
@@ -4967,8 +5254,8 @@ def figures(sums: dict) -> dict:
 
 def by_length(store: TokenStore, split: str, source: int) -> np.ndarray:
     """Numbers of a source's records, shortest first, so that like lengths share a batch."""
-    index = store.index[split]
-    mine = np.flatnonzero(index["source"] == source)
+    index, numbers = store.index[split], store.whole_records(split)
+    mine = numbers[index["source"][numbers] == source]
     return mine[np.argsort(index["length"][mine], kind="stable")]
 
 
@@ -4999,8 +5286,8 @@ def closed_set(store: TokenStore, source: int, most: int = 10) -> list[np.ndarra
     found: dict[bytes, np.ndarray] = {}
     records = 0
     for split in ("train", "val"):
-        index = store.index[split]
-        for start, length, prompt, _ in index[index["source"] == source].tolist():
+        index = store.index[split][by_length(store, split, source)]
+        for start, length, prompt, _ in index.tolist():
             if prompt == 1 or length - prompt > 64:
                 return []
             response = store.ids(split, start + prompt, length - prompt)
@@ -5253,9 +5540,7 @@ OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=
 
 
 def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
-    """The corpus as a token store, built by the first process; None when training from a stream."""
-    if config.hf_dataset and config.streaming and isinstance(config, FitConfig):
-        return None
+    """The corpus as a token store, built by the first process."""
     if not rt.is_main:
         rt.barrier()
     try:
@@ -5275,6 +5560,20 @@ def adopt_split(config: DataConfig, base: Loaded) -> None:
                  "been trained on what is validated here")  # fmt: skip
 
 
+def check_split(config: DataConfig, base: Loaded) -> None:
+    """Refuse a prepared store that was split otherwise than the checkpoint's training data."""
+    if not base.state.get("data") or getattr(config, "split", "") == "all":
+        return
+    for name in SPLIT_SETTINGS:
+        value, trained = getattr(config, name), base.data[name]
+        if value != trained and name not in config.given:
+            raise UserError(
+                f"{config.data_dir} was prepared with --{name} {value}, but the checkpoint was "
+                f"trained with {trained}: it may have been trained on what would validate here; "
+                f"prepare again with --{name} {trained}"
+            )
+
+
 def make_run(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder,
              loaded: Loaded, store: TokenStore | None) -> Run:  # fmt: skip
     """Put a run together: a new one from `loaded`, or the one that the folder's state goes on."""
@@ -5282,10 +5581,8 @@ def make_run(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
     if resumed:
         check_drift(resumed, folder.about)
     model = loaded.model.to(rt.device).train()
-    train, val = create_dataloaders(config, store, loaded.tokenizer, model.config.block_size, rt)
+    train, val = create_dataloaders(config, store, model.config.block_size, rt)
     total = config.max_steps or config.epochs * train.steps_per_epoch
-    if isinstance(train.dataset, StreamDataset) and not config.max_steps:
-        raise UserError("a stream has no epochs: give --max_steps")
     progress = Progress(
         total=total, grad_accum=config.grad_accum, grad_checkpointing=config.grad_checkpointing
     )
@@ -5299,8 +5596,6 @@ def make_run(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
     optimizers = make_optimizers(model, config)
     if resumed and progress.step:
         load_optimizer_state(model, optimizers, resumed["optimizer"])
-    if resumed and resumed["stream"]:
-        train.dataset.load_state_dict(resumed["stream"])
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if resumed and resumed["scaler"]:
         scaler.load_state_dict(resumed["scaler"])
@@ -5376,7 +5671,7 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
         loaded = pretrained(config)
     store = open_store(config, rt, loaded and loaded.tokenizer)
     if loaded is None:
-        tokenizer = store.tokenizer if store else load_tokenizer(config.tokenizer)
+        tokenizer = store.tokenizer
         loaded = Loaded(GPT(model_config(config, tokenizer.vocab_size)), tokenizer, {})
     for f in fields(ModelSettings):
         setattr(config, f.name, getattr(loaded.model.config, f.name))
@@ -5473,6 +5768,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     adopt_split(config, base)
     pairs = config.objective == "dpo"
     store = open_store(config, rt, base.tokenizer, pairs)
+    check_split(config, base)
     before = first_report(config, rt, base, folder, stop)
     if pairs and config.dropout is None:
         config.dropout = 0.0  # as the reference log-probabilities are computed
@@ -5522,10 +5818,12 @@ def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> di
     loaded = load_model(config.ckpt, block_size=config.block_size)
     adopt_split(config, loaded)
     store = open_store(config, rt, loaded.tokenizer)
+    check_split(config, loaded)
     trained_on = loaded.state.get("data", {}).get("fingerprint")
     if trained_on not in (None, store.fingerprint):
-        note("not the very corpus that the checkpoint was trained on; records of both keep "
-             "their side")  # fmt: skip
+        same = all(getattr(config, name) == loaded.data[name] for name in SPLIT_SETTINGS)
+        note("this is not the data that the checkpoint was trained on"
+             + "; records in both keep their side of the split" * same)  # fmt: skip
     return evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
                                config.max_batches, stop)  # fmt: skip
 
@@ -5859,6 +6157,7 @@ class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
     out_dir: str = option("", "the store's folder (default: under processed_dir)")
     block_size: int = option(256, "marked in the histogram, used for the batch", low=2, high=2**20)
     download: str = option("", "fetch a public data set into data_dir, and no more")
+    overwrite: bool = option(False, "replace a store of other data in out_dir")
     preview: int = option(0, "show N records token by token", low=0)
     mirror: str = option("", "fetch downloads from this address instead")
     check_model: str = option("", "run a batch through this AutoModelForCausalLM")
@@ -6705,8 +7004,16 @@ def cross_checks(config) -> list[str]:
             )
         if config.fsdp and config.compile == "on":
             found.append("--fsdp and --compile on exclude each other")
+    if isinstance(config, DataConfig) and config.streaming and not config.hf_dataset:
+        found.append("--streaming reads a dataset: name it with --hf_dataset")
     if isinstance(config, FinetuneConfig) and config.streaming:
         found.append("finetune needs whole records: leave --streaming out")
+    if isinstance(config, TrainConfig) and config.streaming:
+        if not config.max_steps:
+            found.append("a stream has no epochs: give --max_steps")
+        if config.tokenizer == "bpe" and not config.init_from:
+            found.append("--tokenizer bpe is trained on all of the text, which a stream does not "
+                         "have: prepare the data first, or name a vocabulary")  # fmt: skip
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):
         found.append(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
     if getattr(config, "json", "") and (why_not := unfit_for_result(config.json)):
@@ -6911,8 +7218,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Interrupted:
         return 128 + (stop.number or signal.SIGTERM)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as signalled:
+        return 128 + (signalled.args[0] if signalled.args else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output went away
         return 1
     except Exception as error:

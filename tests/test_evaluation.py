@@ -192,7 +192,7 @@ def test_other_data_is_noted(checkpoint, tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "other.txt").write_text("something else\n" * 9, encoding="utf-8")
     flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "p", "--split", "all"]
-    assert "not the very corpus" in run("eval", "--ckpt", checkpoint, *flags, *CPU).ok().err
+    assert "not the data" in run("eval", "--ckpt", checkpoint, *flags, *CPU).ok().err
 
 
 # --- classes ---

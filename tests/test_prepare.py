@@ -1,6 +1,7 @@
 """`prepare`: sources, report, reuse, kills, downloads, model check; training from what it makes."""
 
 import contextlib
+import hashlib
 import http.server
 import io
 import json
@@ -404,6 +405,15 @@ def spoiled(store: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(store, tmp_path / "st", dirs_exist_ok=True))
 
 
+def seal(folder: Path) -> None:
+    """Make the checksums those of the files, as whoever wrote them would have."""
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    for name, entry in meta["files"].items():
+        data = (folder / name).read_bytes()
+        entry["blake2b"] = hashlib.blake2b(data, digest_size=16).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
+
+
 def train(data_dir: Path, out: Path, *flags):
     return run("train", "--data_dir", data_dir, *TINY, "--out_dir", out, *flags)
 
@@ -425,6 +435,8 @@ def test_ids_outside_the_vocabulary_are_refused(store, tmp_path):
         ids = np.fromfile(store / f"{split}.bin", "<u2")
         ids[10:] = 60_000
         ids.tofile(folder / f"{split}.bin")
+    train(folder, tmp_path / "run").fails(1, str(folder), "train.bin")
+    seal(folder)
     train(folder, tmp_path / "run").fails(1, str(folder), "vocabulary")
 
 
@@ -438,6 +450,7 @@ def test_an_index_that_points_elsewhere_is_refused(store, tmp_path, field, value
     index = np.fromfile(store / "train.idx", lp.INDEX)
     index[field][len(index) // 2] = value
     index.tofile(folder / "train.idx")
+    seal(folder)
     train(folder, tmp_path / "run").fails(1, str(folder))
 
 
@@ -514,45 +527,171 @@ def test_a_stopped_stream_goes_on_bit_for_bit(tmp_path, kind, stop):
     assert differences(tmp_path / "whole/last.pth", tmp_path / "parts/last.pth") == []
 
 
-def stream(path: Path, split: str, rank=0, world_size=1, tokenizer=None, batch_size=4):
-    flags = ["--hf_dataset", "json", "--hf_files", path, "--streaming", "--shuffle_buffer", 8]
-    flags += ["--batch_size", batch_size, "--val_fraction", 0.3]
-    config = lp.parse(["train", *map(str, flags)])[1]
-    data = lp.StreamDataset(config, tokenizer or lp.ByteTokenizer(), 16, split)
+def stream(path: Path, processed: Path, *flags, rank=0, world_size=1):
+    """Loaders of training and validation batches from a stream, windows of 16 tokens."""
+    flags = ["--hf_dataset", "json", "--hf_files", path, "--streaming", "--shuffle_buffer", 8,
+             "--batch_size", 4, "--val_fraction", 0.3, "--max_steps", 9, *flags]  # fmt: skip
+    config = lp.parse(["train", *map(str, flags), "--processed_dir", str(processed)])[1]
     rt = lp.Runtime(torch.device("cpu"), torch.float32, rank, world_size)
-    return lp.Loader(data, batch_size, 1, rt)
+    store = lp.build_corpus_from_sources(config)
+    return *lp.create_dataloaders(config, store, 16, rt), store
 
 
-def test_a_stream_is_sharded_over_processes(tmp_path):
+def test_a_stream_is_shared_by_processes(tmp_path, monkeypatch):
+    """The first process writes; the others read what it wrote, and tokenize nothing."""
     path = write_rows(tmp_path / "a.jsonl", rows(40))
-    whole = stream(path, "train")
+    whole = stream(path, tmp_path)[0]
+    wanted = [whole.step(step)[0].x for step in range(6)]
     for world_size in (2, 4):
-        parts = [stream(path, "train", rank, world_size) for rank in range(world_size)]
+        loaders = [stream(path, tmp_path / f"{world_size}", rank=rank, world_size=world_size)[0]
+                   for rank in range(world_size)]  # fmt: skip
         for step in range(6):
-            batch, n_targets = whole.step(step) if world_size == 2 else stream_step(path, step)
-            mine = [p.step(step) for p in parts]
-            assert torch.equal(torch.cat([b.x for b, _ in mine]), batch.x)
-            assert {n for _, n in mine} == {n_targets}
+            parts = [loaders[0].step(step)]
+            with monkeypatch.context() as patch:
+                patch.setattr(lp, "is_main", lambda: False)
+                parts += [loader.step(step) for loader in loaders[1:]]
+            assert torch.equal(torch.cat([batch.x for batch, _ in parts]), wanted[step])
+            assert {n for _, n in parts} == {4 * 16}
+        assert all(loader.dataset.store.writer is None for loader in loaders[2:])
 
 
-def stream_step(path: Path, step: int):
-    loader = stream(path, "train")
-    return [loader.step(s) for s in range(step + 1)][-1]
+def trained_windows(loader, steps: int) -> set[tuple]:
+    found = set()
+    for step in range(steps):
+        batch, _ = loader.step(step)
+        assert torch.equal(batch.x[:, 1:], batch.y[:, :-1])
+        found |= {tuple(row) for row in batch.x.tolist()}
+    return found
 
 
-def test_a_stream_keeps_validation_out_as_the_store_does(tmp_path, no_figures):
-    path = write_rows(tmp_path / "a.jsonl", rows(60, 8))
+def test_a_stream_is_the_store_of_the_same_data(tmp_path, no_figures):
+    """Split, duplicates and a long document alike: a record of 100 KB gives its last tenth."""
+    found = rows(60, 8)
+    long = {"text": " ".join(f"word{i}" for i in range(12_000)), "id": 99}
+    path = write_rows(tmp_path / "a.jsonl", [*found[:30], long, *found[30:], found[3]])
     prepare(tmp_path / "st", "--data_dir", path, "--val_fraction", 0.3).ok()
     store = lp.TokenStore(tmp_path / "st")
-    for split in ("train", "val"):
-        tokens, seen = store.tokens[split].tolist(), set()
-        batches = stream(path, split)
-        for step in range(-(-len(tokens) // 64) + 4):  # to the end of the shuffle buffer
-            batch = batches.step(step)[0]
-            assert torch.equal(batch.x[:, 1:], batch.y[:, :-1])
-            seen |= {tuple(row) for row in batch.x.tolist()}
-        windows = {tuple(tokens[i : i + 16]) for i in range(0, len(tokens) - 16, 16)}
-        assert windows <= seen
+    train, val, streamed = stream(path, tmp_path / "out")
+    windows = {}
+    for split, loader in (("train", train), ("val", val)):
+        tokens = store.tokens[split].tolist()
+        windows[split] = {tuple(tokens[i : i + 16]) for i in range(0, len(tokens) - 16, 16)}
+        if split == "train":
+            steps = -(-len(windows[split]) // 4) + 2  # to the end of the shuffle buffer
+            assert trained_windows(loader, steps) == windows[split]
+        else:
+            scored = torch.cat([batch.x for batch in loader.fixed(10**6)])
+            assert set(map(tuple, scored.tolist())) == windows[split]
+        assert streamed.tokens[split].tolist() == tokens
+    assert not windows["train"] & windows["val"]
+    counts = streamed.meta["counts"]["json"]
+    assert counts["skipped: duplicate"] == 1 and counts["records"] == 62
+
+
+def test_eval_after_streaming_scores_nothing_that_was_trained_on(tmp_path, no_figures):
+    """Long documents too: as whole records they would fall on one side."""
+    rng = random.Random(1)
+    books = [{"text": " ".join(str(rng.random()) for _ in range(5000))} for _ in range(4)]
+    path = write_rows(tmp_path / "a.jsonl", books)
+    hub = ["--hf_dataset", "json", "--hf_files", path]
+    train_loader, _, streamed = stream(path, tmp_path, "--val_fraction", 0.1)
+    trained_windows(train_loader, 20)
+    config = lp.parse(["eval", *map(str, hub), "--processed_dir", str(tmp_path)])[1]
+    for name in lp.SPLIT_SETTINGS:  # as `adopt_split` does
+        setattr(config, name, getattr(lp.DataConfig, name))
+    scored = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
+    held_out = scored.tokenizer.decode(scored.tokens["val"])
+    trained_on = streamed.tokenizer.decode(streamed.tokens["train"])
+    assert len(held_out) > 1000
+    for start in range(0, len(held_out) - 64, 64):
+        assert held_out[start : start + 64] not in trained_on
+
+
+@pytest.mark.parametrize("damage", ["none", "gone", "cut", "overwritten", "half a batch"])
+def test_resumed_twice_inside_one_shuffle_segment(tmp_path, damage):
+    """And with the folder of the stream deleted, damaged, or left by a killed process."""
+    path, out = write_rows(tmp_path / "a.jsonl", rows(80)), tmp_path / "out"
+    flags = ["--hf_dataset", "json", "--hf_files", path, "--streaming", "--shuffle_buffer", 64,
+             "--val_fraction", 0.3, "--eval_batches", 2, "--processed_dir", out]  # fmt: skip
+    command = ["train", *flags, *TINY, "--max_steps", 14]
+    run(*command, "--out_dir", tmp_path / "whole").ok()
+    for n, more in enumerate((["--stop_after", 5], ["--resume", "--stop_after", 3], ["--resume"])):
+        (folder,) = out.glob("*-stream")
+        if damage == "gone" and n:
+            shutil.rmtree(folder)
+        elif damage == "cut":
+            os.truncate(folder / "train.bin", 100)
+        elif damage == "overwritten":
+            ids = np.fromfile(folder / "train.bin", "<u2")
+            ids[50] ^= 1
+            ids.tofile(folder / "train.bin")
+        elif damage == "half a batch":
+            for name in ("train.bin", "val.idx", "seen.bin"):
+                with open(folder / name, "ab") as file:
+                    file.write(b"\1" * 7)
+        run(*command, "--out_dir", tmp_path / "parts", *more)
+    assert differences(tmp_path / "whole/last.pth", tmp_path / "parts/last.pth") == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_stream_killed_before_each_commit(tmp_path, monkeypatch):
+    """The store grows by small batches here; a kill in one costs that batch and nothing else."""
+    monkeypatch.setattr(lp.StreamStore, "ROWS", 5)
+    path = write_rows(tmp_path / "a.jsonl", [*rows(30), *rows(10)])
+
+    def tokens(folder: Path) -> list:
+        store = stream(path, folder)[2]
+        store.grow("train", 10**6)
+        assert store.meta["counts"]["json"]["skipped: duplicate"] == 10
+        return [store.tokens[split].tolist() for split in ("train", "val")]
+
+    wanted = tokens(tmp_path / "whole")
+    for moment in range(1, 30):
+        child = os.fork()
+        if child == 0:
+            try:
+                kill_at(moment)
+                tokens(tmp_path / "parts")
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            break
+    assert moment > 2 and tokens(tmp_path / "parts") == wanted
+
+
+def test_two_runs_write_one_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(lp.StreamStore, "ROWS", 5)
+    path = write_rows(tmp_path / "a.jsonl", rows(40))
+    wanted = stream(path, tmp_path / "alone")[2]
+    wanted.grow("train", 10**6)
+    one, other = (stream(path, tmp_path / "both")[2] for _ in range(2))
+    for size in range(1000, 10**4, 1000):
+        one.grow("train", size)
+        other.grow("train", size + 500)
+    assert one.meta["ended"] and other.meta["ended"]
+    assert one.tokens["train"].tolist() == wanted.tokens["train"].tolist()
+
+
+def test_limits_of_a_stream(tmp_path, no_figures):
+    path = write_rows(tmp_path / "a.jsonl", rows(60))
+    for flags in (["--max_docs", 7], ["--max_tokens", 2000]):
+        store = stream(path, tmp_path, *flags)[2]
+        store.grow("train", 10**6)
+        hub = ["--hf_dataset", "json", "--hf_files", path, "--val_fraction", 0.3, *flags]
+        prepare(tmp_path / "st", *hub, "--overwrite").ok()
+        assert (
+            store.tokens["train"].tolist()
+            == lp.TokenStore(tmp_path / "st").tokens["train"].tolist()
+        )
+
+
+def test_what_a_stream_cannot_do(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", rows(60))
+    hub = ["--hf_dataset", "json", "--hf_files", path, "--streaming"]
+    run("train", *hub).fails(2, "--max_steps")
+    run("train", *hub, "--max_steps", 3, "--tokenizer", "bpe").fails(2, "--tokenizer bpe")
+    run("train", "--streaming", "--max_steps", 3).fails(2, "--hf_dataset")
 
 
 # --- the model check ---
