@@ -68,6 +68,7 @@ import textwrap
 import threading
 import time
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1282,28 +1283,43 @@ def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, di
 
 
 @torch.no_grad()
+def sum_over(batches: Iterable[Batch], score: Callable[[Batch], dict], rt: Runtime,
+             stop: StopSignal | bool = False) -> dict[str, float]:  # fmt: skip
+    """Sums of what `score` says of each batch, over the batches of all processes.
+
+    Every process has as many batches; one whose targets are all IGNORE stands in, and counts
+    nothing. Raises Interrupted when a stop signal comes.
+    """
+    sums = Counter()
+    for batch in batches:
+        if any(rt.sum(bool(stop))):
+            raise Interrupted
+        with rt.autocast():
+            values = score(batch)
+        real = bool((batch.y != IGNORE).any())
+        sums.update({name: float(value) if real else 0.0 for name, value in values.items()})
+    return dict(zip(sums, rt.sum(*sums.values()), strict=True))
+
+
 def estimate_loss(model: GPT, loader: Loader, objective: Objective, limit: int,
                   stop: StopSignal | bool = False) -> tuple[float, dict]:  # fmt: skip
     """Mean loss and statistics over `limit` fixed batches (0: all). Draws no random number.
 
     Raises Interrupted when a stop signal comes.
     """
-    rt, training, sums = loader.rt, model.training, Counter()
+
+    def score(batch: Batch) -> dict:
+        loss, n_targets, stats = objective(model.losses, batch)
+        return {"loss": loss, "targets": n_targets} | stats
+
+    training = model.training
     model.eval()
     try:
-        for batch in loader.fixed(limit):
-            if any(rt.sum(bool(stop))):
-                raise Interrupted
-            with rt.autocast():
-                loss, n_targets, stats = objective(model.losses, batch)
-            real = bool((batch.y != IGNORE).any())  # not the stand-in of a process without a batch
-            values = {"loss": loss, "targets": n_targets} | stats
-            sums.update({name: float(value) if real else 0.0 for name, value in values.items()})
+        sums = sum_over(loader.fixed(limit), score, loader.rt, stop)
     finally:
         model.train(training)
-    means = dict(zip(sums, rt.sum(*sums.values()), strict=True))
-    n_targets = max(means.pop("targets"), 1.0)
-    means = {name: value / n_targets for name, value in means.items()}
+    n_targets = max(sums.pop("targets"), 1.0)
+    means = {name: value / n_targets for name, value in sums.items()}
     return means.pop("loss"), means
 
 
@@ -5192,169 +5208,261 @@ def put_back(target: Path, work: Path) -> None:
 # ====================================================================================
 
 
-def token_losses(
-    model: GPT, sequences: list[tuple[np.ndarray, int]], pad: int, rt: Runtime
-) -> tuple[Tensor, Tensor]:
-    """(losses, targets) of sequences (ids, first target), (B, T) on the CPU; 0 where none counts."""
-    width = padded_width(max(len(ids) for ids, _ in sequences) - 1, model.config.block_size)
-    batch = padded(sequences, pad, width)
-    with torch.no_grad(), rt.autocast():
-        losses = model.losses(batch.x.to(rt.device), batch.y.to(rt.device))
-    return losses.cpu().double(), batch.y
+def padded_batch(sequences: list[tuple[np.ndarray, int]], pad_id: int, limit: int) -> Batch:
+    """Sequences (ids, first target) as a batch as wide as the longest, of at most `limit`."""
+    longest = max(len(ids) for ids, _ in sequences) - 1
+    return padded(sequences, pad_id, padded_width(longest, limit))
 
 
 def evaluate_perplexity(
     model: GPT, store: TokenStore, split: str, rt: Runtime, batch_size: int = 32,
     max_batches: int = 0, stop: StopSignal | bool = False,
 ) -> dict:  # fmt: skip
-    """Loss, perplexity exp(min(20, loss)) and bits per byte of a split, per source and in total.
+    """Loss, perplexity exp(min(20, loss)), bits per byte and word perplexity, per source and in all.
 
-    Each record is scored by itself, after bos. Bits per byte count the tokens that stand for
-    text; a plain text's eos is how texts are joined and is not scored. Where a source's responses
-    form a small closed set, they are also ranked by likelihood, as a classifier would.
-    Raises Interrupted when a stop signal comes.
+    Each record is scored by itself, after bos. Bits per byte and word perplexity count the tokens
+    that stand for text; a plain text's eos is how texts are joined and is not scored. Where a
+    source's responses form a small closed set, they are also ranked by likelihood, as a
+    classifier would. Raises Interrupted when a stop signal comes.
     """
     model.to(rt.device).eval()
-    token_bytes = torch.from_numpy(store.tokenizer.token_bytes())
     splits = ("train", "val") if split == "all" else (split,)
-    sums = {name: Counter() for name in store.sources}
-    bar = tqdm(desc="evaluating", unit="batch", delay=1, disable=not rt.is_main)
-    for number, source in enumerate(store.sources):
-        most = -(-max_batches * batch_size // len(splits))
-        rows = scored_rows(store, number, splits, model.config.block_size, most)
-        for batch in islice(batched(rows, batch_size), rt.rank, None, rt.world_size):
-            if stop:
-                raise Interrupted
-            losses, y = token_losses(model, [row for *row, _ in batch], store.tokenizer.pad_id, rt)
-            size = token_bytes[y.clamp(min=0)] * (y != IGNORE)
-            sums[source].update(nll=losses.sum().item(), tokens=(y != IGNORE).sum().item(),
-                                text_nll=losses[size > 0].sum().item(), bytes=size.sum().item(),
-                                records=sum(begins for _, _, begins in batch))  # fmt: skip
-            bar.update()
-    bar.close()
-    keys = ("nll", "tokens", "text_nll", "bytes", "records")
+    block_size, pad_id = model.config.block_size, store.tokenizer.pad_id
+    limit = -(-max_batches * batch_size // len(splits))
+    score = partial(text_losses, model, torch.from_numpy(store.tokenizer.token_bytes()))
     sources, total = {}, Counter()
-    for name, found in sums.items():
-        summed = dict(zip(keys, rt.sum(*(found[k] for k in keys)), strict=True))
-        if summed["tokens"]:
-            total.update(summed)
-            sources[name] = figures(summed) | {"records": int(summed["records"])}
-            sources[name] |= classify(model, store, name, splits, rt, batch_size, max_batches)
+    with tqdm(desc="evaluating", unit="batch", delay=1, disable=not rt.is_main) as bar:
+        for name in store.sources:
+            rows = partial(scored_rows, store, name, splits, block_size, limit)
+            batches = scored_batches(rows(), pad_id, block_size, batch_size, rt)
+            sums = sum_over(ticking(batches, bar), score, rt, stop)
+            if sums.get("tokens"):
+                sums |= text_statistics(rows(), store.tokenizer)
+                total.update(sums)
+                sources[name] = measures(sums)
+                sources[name] |= classify(model, store, name, splits, rt, batch_size, max_batches)
     if not sources:
-        raise UserError(f"the {split} split holds no tokens to evaluate")
-    return figures(total) | {"sources": sources}
+        raise UserError(f"the {split} split of this data holds no tokens to evaluate; --split all "
+                        "scores all of it")  # fmt: skip
+    return measures(total) | {"sources": sources}
 
 
-def figures(sums: dict) -> dict:
+def ticking(items: Iterable, bar: tqdm) -> Iterator:
+    for item in items:
+        yield item
+        bar.update()
+
+
+def text_losses(model: GPT, token_bytes: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Sums of a batch: loss and tokens, in all and of the tokens that stand for text."""
+    losses = model.losses(batch.x, batch.y).cpu().double()
+    y = batch.y.cpu()
+    size = token_bytes[y.clamp(min=0)] * (y != IGNORE)
+    return {"nll": losses.sum(), "tokens": (y != IGNORE).sum(),
+            "text_nll": losses[size > 0].sum(), "bytes": size.sum()}  # fmt: skip
+
+
+def scored_batches(rows: Iterable[ScoredRow], pad_id: int, limit: int, batch_size: int,
+                   rt: Runtime) -> Iterator[Batch]:  # fmt: skip
+    """This process's share of the rows, in padded batches; every process yields as many."""
+    for group in batched(rows, batch_size * rt.world_size):
+        mine = group[rt.rank * batch_size : (rt.rank + 1) * batch_size]
+        # A process without a share computes as the others do, and counts nothing.
+        sequences = [(row.ids, row.first) for row in mine] or [(group[0].ids, len(group[0].ids))]
+        yield padded_batch(sequences, pad_id, limit).to(rt.device)
+
+
+def text_statistics(rows: Iterable[ScoredRow], tokenizer: Tokenizer) -> dict:
+    """Records and words of what is scored, and what simpler models make of the same text.
+
+    Words stand between white space. In bits: gzip, and the entropy of single bytes, which is what
+    the best unigram model would need.
+    """
+    records = words = packed = 0
+    counts, packer = np.zeros(256, np.int64), zlib.compressobj(9, wbits=31)
+    expected, before, held = -1, [], []  # held: ids of a character that a window's end has cut
+    for row in rows:
+        scored = row.ids[row.first :].tolist()
+        if row.place != expected:  # the window does not go on from the one before
+            before, held = row.ids[: row.first][-8:].tolist(), []
+        ids = held + scored
+        text, held = complete_text(tokenizer, ids, before)
+        words += len(text.split())
+        if tokenizer.decode(before)[-1:].strip() and text[:1].strip():
+            words -= 1  # it began in the window before
+        data = text.encode("utf-8", "replace")
+        counts += np.bincount(np.frombuffer(data, np.uint8), minlength=256)
+        packed += len(packer.compress(data))
+        records += row.begins
+        before = (before + ids[: len(ids) - len(held)])[-8:]
+        expected = row.place + len(scored)
+    packed += len(packer.flush())
+    share = counts[counts > 0] / max(counts.sum(), 1)
+    return {"records": records, "words": words, "gzip_bits": 8.0 * packed,
+            "unigram_bits": float(-(share * np.log2(share)).sum() * counts.sum())}  # fmt: skip
+
+
+def complete_text(tokenizer: Tokenizer, ids: list[int], before: list[int]) -> tuple[str, list]:
+    """Text of the ids up to the last whole character, and the ids of one that is cut."""
+    for end in range(len(ids), max(-1, len(ids) - 4), -1):
+        text = tokenizer.decode(ids[:end], before)
+        if not text.endswith("\ufffd"):
+            return text, ids[end:]
+    return tokenizer.decode(ids, before), []
+
+
+def measures(sums: dict) -> dict:
+    """What is reported of sums over some text."""
     loss = sums["nll"] / sums["tokens"]
-    bits = sums["text_nll"] / math.log(2) / sums["bytes"] if sums["bytes"] else math.nan
-    return {"loss": loss, "ppl": math.exp(min(20.0, loss)), "bits_per_byte": bits,
-            "tokens": int(sums["tokens"]), "bytes": int(sums["bytes"])}  # fmt: skip
+    result = {"loss": loss, "ppl": math.exp(min(20.0, loss)), "bits_per_byte": math.nan,
+              "word_ppl": math.nan}  # fmt: skip
+    if sums["words"]:
+        result["word_ppl"] = math.exp(min(500.0, sums["text_nll"] / sums["words"]))
+    if sums["bytes"]:
+        result["bits_per_byte"] = sums["text_nll"] / math.log(2) / sums["bytes"]
+        for name in ("gzip", "unigram"):
+            result[f"{name}_bits_per_byte"] = sums[f"{name}_bits"] / sums["bytes"]
+    counts = ("tokens", "bytes", "words", "records")
+    return result | {name: int(sums[name]) for name in counts}
 
 
-def by_length(store: TokenStore, split: str, source: int) -> np.ndarray:
-    """Numbers of a source's records, shortest first, so that like lengths share a batch."""
+def by_length(store: TokenStore, split: str, source: str) -> np.ndarray:
+    """Numbers of a source's whole records, shortest first: like lengths share a batch."""
     index, numbers = store.index[split], store.whole_records(split)
-    mine = numbers[index["source"][numbers] == source]
+    mine = numbers[index["source"][numbers] == store.sources.index(source)]
     return mine[np.argsort(index["length"][mine], kind="stable")]
 
 
-def scored_rows(
-    store: TokenStore, source: int, splits: tuple[str, ...], block_size: int, most: int = 0
-) -> Iterator[tuple[np.ndarray, int, bool]]:
-    """(ids, first target, begins a record): windows that score each id but a record's first once.
+class ScoredRow(NamedTuple):
+    """A window of a record. Its ids from `first` on are scored, given those before them."""
+
+    ids: np.ndarray
+    first: int
+    place: int  # of the first scored id, in its split
+    begins: bool  # a record
+
+
+def scored_rows(store: TokenStore, source: str, splits: tuple[str, ...], block_size: int,
+                limit: int = 0) -> Iterator[ScoredRow]:  # fmt: skip
+    """Windows that score each id of a source once, but for a record's first.
 
     Windows do not overlap, but for a record's last, which reaches back for as much context as
-    fits; as lm_eval's rolling windows do. most: evenly spaced windows of each split (0: all).
+    fits; as lm_eval's rolling windows do. limit: evenly spaced windows of each split (0: all).
     """
     for split in splits:
         index = store.index[split][by_length(store, split, source)]
         to_score = index["length"].astype(np.int64) - 1 - (index["prompt"] == 1)
         windows = -(-to_score // block_size)
         ends = np.cumsum(windows)
-        for number in evenly_spaced(windows.sum(), most):
+        for number in evenly_spaced(windows.sum(), limit):
             record = int(np.searchsorted(ends, number, "right"))
             first = int(number - ends[record] + windows[record]) * block_size
             end = min(first + block_size, int(to_score[record]))
             start = max(0, end - block_size)
-            ids = store.ids(split, int(index["start"][record]) + start, end - start + 1)
-            yield ids, first - start + 1, first == 0
+            place = int(index["start"][record])
+            ids = store.ids(split, place + start, end - start + 1)
+            yield ScoredRow(ids, first - start + 1, place + first + 1, first == 0)
 
 
-def closed_set(store: TokenStore, source: int, most: int = 10) -> list[np.ndarray]:
+def closed_set(store: TokenStore, source: str, limit: int = 10) -> list[np.ndarray]:
     """The distinct responses of a source where they are few and repeat, else an empty list."""
-    found: dict[bytes, np.ndarray] = {}
+    labels: dict[bytes, np.ndarray] = {}
     records = 0
     for split in ("train", "val"):
-        index = store.index[split][by_length(store, split, source)]
-        for start, length, prompt, _ in index.tolist():
+        index = store.index[split]
+        mine = index[index["source"] == store.sources.index(source)]
+        for start, length, prompt, _ in mine.tolist():
             if prompt == 1 or length - prompt > 64:
                 return []
             response = store.ids(split, start + prompt, length - prompt)
-            found[response.tobytes()] = response
+            labels[response.tobytes()] = response
             records += 1
-            if len(found) > most:
+            if len(labels) > limit:
                 return []
-    return [found[k] for k in sorted(found)] if 1 < len(found) <= records // 10 else []
+    return [labels[k] for k in sorted(labels)] if 1 < len(labels) <= records // 10 else []
 
 
 def classify(model: GPT, store: TokenStore, source: str, splits: tuple[str, ...], rt: Runtime,
              batch_size: int, max_batches: int) -> dict:  # fmt: skip
     """Accuracy, confusion table, and precision, recall and F1 of each class, by likelihood."""
-    number = store.sources.index(source)
-    labels = closed_set(store, number)
+    labels = closed_set(store, source)
     if not labels:
         return {}
-    names = [store.tokenizer.decode(label).strip() for label in labels]
     table = np.zeros((len(labels), len(labels)), int)  # [true, predicted]
-    limit = model.config.block_size + 1
     together = max(1, batch_size // len(labels))
-    most = -(-max_batches * together // len(splits))
-    records = ((*store.index[split][n].tolist(), split) for split in splits
-               for mine in [by_length(store, split, number)]
-               for n in mine[evenly_spaced(len(mine), most)])  # fmt: skip
-    for batch in islice(batched(records, together), rt.rank, None, rt.world_size):
-        rows, truth = [], []
-        for start, length, prompt, _, split in batch:
+    limit = -(-max_batches * together // len(splits))
+    answers = []  # (split, row of the index)
+    for split in splits:
+        index = store.index[split]
+        mine = np.flatnonzero(index["source"] == store.sources.index(source))
+        mine = mine[np.argsort(index["length"][mine], kind="stable")]
+        answers += [(split, index[n].tolist()) for n in mine[evenly_spaced(len(mine), limit)]]
+    for batch in islice(batched(answers, together), rt.rank, None, rt.world_size):
+        sequences, truth = [], []
+        for split, (start, length, prompt, _) in batch:
             ids = store.ids(split, start, length)
             truth += [i for i, label in enumerate(labels) if np.array_equal(label, ids[prompt:])]
-            rows += [fit_record(ids[:prompt], label, limit) for label in labels]
-        losses, _ = token_losses(model, rows, store.tokenizer.pad_id, rt)
-        guesses = losses.sum(-1).view(len(truth), len(labels)).argmin(-1).tolist()
-        np.add.at(table, (truth, guesses), 1)
+            sequences += [fit_record(ids[:prompt], label, model.config.block_size + 1)
+                          for label in labels]  # fmt: skip
+        batch = padded_batch(sequences, store.tokenizer.pad_id, model.config.block_size)
+        batch = batch.to(rt.device)
+        with torch.no_grad(), rt.autocast():
+            losses = model.losses(batch.x, batch.y).cpu().double().sum(-1)
+        guesses = losses.view(len(truth), len(labels)).argmin(-1)
+        np.add.at(table, (truth, guesses.tolist()), 1)
     table = np.array(rt.sum(*table.ravel().tolist())).astype(int).reshape(table.shape)
+    return class_measures(table, [store.tokenizer.decode(label).strip() for label in labels])
+
+
+def class_measures(table: np.ndarray, names: list[str]) -> dict:
+    """Accuracy and the figures of each class from a confusion table, [true, predicted]."""
     classes = {}
     for i, name in enumerate(names):
-        right, said, support = int(table[i, i]), int(table[:, i].sum()), int(table[i].sum())
-        precision, recall = right / max(said, 1), right / max(support, 1)
-        f1 = 2 * right / max(said + support, 1)
-        classes[name] = {"precision": precision, "recall": recall, "f1": f1, "support": support}
-    return {"accuracy": float(table.trace() / max(table.sum(), 1)), "classes": classes,
+        right, predicted, support = int(table[i, i]), int(table[:, i].sum()), int(table[i].sum())
+        classes[name] = {"precision": right / max(predicted, 1), "recall": right / max(support, 1),
+                         "f1": 2 * right / max(predicted + support, 1), "support": support}  # fmt: skip
+    total = max(int(table.sum()), 1)
+    return {"accuracy": float(table.trace() / total), "classes": classes,
+            "majority": float(table.sum(1).max() / total),
             "confusion": {"labels": names, "true_by_predicted": table.tolist()}}  # fmt: skip
 
 
+CARD = (  # columns: name, width, how a value is written
+    ("loss", 9, ".4f"), ("ppl", 11, ",.3f"), ("word_ppl", 11, ".5g"), ("bits_per_byte", 11, ".4f"),
+    ("gzip_bits_per_byte", 8, ".3f"), ("unigram_bits_per_byte", 9, ".3f"),
+    ("tokens", 12, ",d"), ("records", 9, ",d"),
+)  # fmt: skip
+
+
 def evaluation_card(result: dict) -> str:
-    """The figures of `evaluate_perplexity` as a table for people."""
-    head = f"{'source':<24}{'loss':>9}{'ppl':>10}{'bits/byte':>11}{'tokens':>12}{'records':>9}"
-    lines = [head]
+    """The result of `evaluate_perplexity` as a table for people."""
+    titles = {"word_ppl": "word ppl", "bits_per_byte": "bits/byte", "gzip_bits_per_byte": "gzip",
+              "unigram_bits_per_byte": "unigram"}  # fmt: skip
+    lines = [f"{'source':<18}" + "".join(f"{titles.get(c, c):>{width}}" for c, width, _ in CARD)]
     for name, row in [*result["sources"].items(), ("total", result)]:
-        lines.append(f"{name[:23]:<24}{row['loss']:>9.4f}{row['ppl']:>10.3f}"
-                     f"{row['bits_per_byte']:>11.4f}{row['tokens']:>12,}"
-                     f"{row.get('records', ''):>9}")  # fmt: skip
+        cells = (f"{row.get(c, math.nan):>{width}{written}}" for c, width, written in CARD)
+        lines.append(f"{name[:17]:<18}" + "".join(cells))
     for name, row in result["sources"].items():
         if "accuracy" in row:
-            lines += [
-                "",
-                f"{name}: accuracy {row['accuracy']:.4f}",
-                f"{'class':<16}{'precision':>10}{'recall':>10}{'f1':>10}{'support':>10}",
-            ]
-            lines += [f"{label:<16}{c['precision']:>10.4f}{c['recall']:>10.4f}{c['f1']:>10.4f}"
-                      f"{c['support']:>10}" for label, c in row["classes"].items()]  # fmt: skip
-            labels = row["confusion"]["labels"]
-            lines.append(f"{'true / predicted':<16}" + "".join(f"{x[:9]:>10}" for x in labels))
-            for label, counts in zip(labels, row["confusion"]["true_by_predicted"], strict=True):
-                lines.append(f"{label:<16}" + "".join(f"{n:>10}" for n in counts))
+            lines += ["", *class_card(name, row)]
     return "\n".join(lines)
+
+
+def class_card(name: str, row: dict) -> list[str]:
+    """Accuracy, the table of classes and the confusion table of one source."""
+    classes, labels = row["classes"], row["confusion"]["labels"]
+    largest = max(classes, key=lambda label: classes[label]["support"])
+    lines = [
+        f"{name}: accuracy {row['accuracy']:.4f}; always saying {largest!r} has "
+        f"{row['majority']:.4f}",
+        f"{'class':<16}{'precision':>10}{'recall':>10}{'f1':>10}{'support':>10}",
+    ]
+    lines += [f"{label:<16}{c['precision']:>10.4f}{c['recall']:>10.4f}{c['f1']:>10.4f}"
+              f"{c['support']:>10}" for label, c in classes.items()]  # fmt: skip
+    lines.append(f"{'true / predicted':<16}" + "".join(f"{label[:9]:>10}" for label in labels))
+    for label, counts in zip(labels, row["confusion"]["true_by_predicted"], strict=True):
+        lines.append(f"{label:<16}" + "".join(f"{n:>10}" for n in counts))
+    return lines
 
 
 def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: Loaded,
@@ -5819,13 +5927,40 @@ def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> di
     adopt_split(config, loaded)
     store = open_store(config, rt, loaded.tokenizer)
     check_split(config, loaded)
-    trained_on = loaded.state.get("data", {}).get("fingerprint")
-    if trained_on not in (None, store.fingerprint):
-        same = all(getattr(config, name) == loaded.data[name] for name in SPLIT_SETTINGS)
-        note("this is not the data that the checkpoint was trained on"
-             + "; records in both keep their side of the split" * same)  # fmt: skip
+    for line in what_is_scored(config, loaded, store):
+        note(line)
     return evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
                                config.max_batches, stop)  # fmt: skip
+
+
+def what_is_scored(config: EvalConfig, loaded: Loaded, store: TokenStore) -> list[str]:
+    """Which records `eval` scores, and whether the checkpoint was trained on any of them."""
+    splits = ("train", "val") if config.split == "all" else (config.split,)
+    counts = (f"{len(store.whole_records(s)):,} {s} records, {len(store.tokens[s]):,} tokens"
+              for s in splits)  # fmt: skip
+    lines = [f"scoring {config.hf_dataset or config.data_dir}: {'; '.join(counts)}"]
+    trained_on = loaded.state.get("data", {}).get("fingerprint")
+    alike = all(getattr(config, name) == loaded.data[name] for name in SPLIT_SETTINGS)
+    if trained_on is None:
+        lines.append("this checkpoint does not say what it was trained on")
+    elif trained_on == store.fingerprint:
+        held_out = "; the val records were held out of that training" * ("val" in splits)
+        lines.append(f"this is the data that the checkpoint was trained on{held_out}")
+    elif alike:
+        lines.append("this is not the data that the checkpoint was trained on. A record in both "
+                     "keeps its side of the split, but for texts over 64 KiB and files that are "
+                     "named train, valid or test")  # fmt: skip
+    else:
+        lines.append("warning: this is not the data that the checkpoint was trained on, and it is "
+                     "split otherwise: the checkpoint may have been trained on any of it")  # fmt: skip
+    return lines
+
+
+EVAL_LEGEND = (
+    "Each record is scored by itself, from its beginning. The losses shown in training are over a "
+    "few batches of\nwindows (train) or padded records (finetune), and so differ a little. gzip and "
+    "unigram: bits per byte of gzip -9\nand of the best model of single bytes, on the same text."
+)
 
 
 @dataclass
@@ -5843,6 +5978,7 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     result = evaluate_checkpoint(config, rt, stop)
     if rt.is_main:
         print(evaluation_card(result))
+        note(EVAL_LEGEND)
         if config.json:
             write_result(config.json, result)
 

@@ -1,5 +1,6 @@
 """Section 12, `eval`: every figure against one computed here, a token at a time."""
 
+import gzip
 import json
 import math
 import random
@@ -89,9 +90,9 @@ def naive_losses(model, ids, block):
 
 
 def naive_figures(loaded, records, block=BLOCK):
-    """Loss, bits per byte, tokens and bytes of (prompt, response) records."""
+    """What `eval` should find in (prompt, response) records."""
     tokenizer, model = loaded.tokenizer, loaded.model.eval()
-    nll = text_nll = tokens = size = 0
+    nll = text_nll = tokens = size = words = 0
     for prompt, response in records:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt), *tokenizer.encode(response)]
         ids = list(map(int, ids)) + [tokenizer.sep_id] * bool(prompt)
@@ -99,8 +100,10 @@ def naive_figures(loaded, records, block=BLOCK):
         nll, tokens = nll + sum(losses), tokens + len(losses)
         text_nll += sum(losses) - (losses[-1] if prompt else 0.0)
         size += len((prompt + response).encode())
+        words += len((prompt + response).split())
     loss = nll / tokens
-    return dict(loss=loss, ppl=math.exp(min(20, loss)), tokens=tokens, bytes=size,
+    return dict(loss=loss, ppl=math.exp(min(20, loss)), tokens=tokens, bytes=size, words=words,
+                word_ppl=math.exp(text_nll / words),
                 bits_per_byte=text_nll / math.log(2) / size)  # fmt: skip
 
 
@@ -125,6 +128,24 @@ def test_figures_equal_the_naive_loop(checkpoint, texts, tmp_path, block):
     assert_figures(result, naive_figures(loaded, everything, block))
 
 
+def test_simpler_models_of_the_same_text(checkpoint, texts, tmp_path):
+    """gzip, and bytes by how often they occur: what bits per byte are to be compared with."""
+    flags, records = texts
+    result = evaluate(checkpoint, flags, tmp_path, "--split", "all")
+    for name, mine in records.items():
+        text = "".join(sorted((prompt + response for prompt, response in mine), key=len)).encode()
+        share = np.bincount(np.frombuffer(text, np.uint8)) / len(text)
+        entropy = -sum(p * math.log2(p) for p in share if p)
+        source = result["sources"][name]
+        assert source["unigram_bits_per_byte"] == pytest.approx(entropy)
+        assert source["gzip_bits_per_byte"] == pytest.approx(
+            8 * len(gzip.compress(text)) / len(text), rel=0.05
+        )
+    sizes = [source["bytes"] for source in result["sources"].values()]
+    shares = [source["gzip_bits_per_byte"] for source in result["sources"].values()]
+    assert result["gzip_bits_per_byte"] == pytest.approx(np.average(shares, weights=sizes))
+
+
 def test_figures_of_a_bpe_model(texts, tmp_path):
     pytest.importorskip("tokenizers")
     flags, records = texts
@@ -146,7 +167,7 @@ def test_batches_do_not_change_the_figures(checkpoint, texts, tmp_path):
 def test_splits_add_up(checkpoint, texts, tmp_path):
     val, train, both = (evaluate(checkpoint, texts[0], tmp_path, "--split", s)
                         for s in ("val", "train", "all"))  # fmt: skip
-    for name in ("tokens", "bytes"):
+    for name in ("tokens", "bytes", "words", "records"):
         assert val[name] + train[name] == both[name] and val[name] > 0 < train[name]
         for result in (val, train, both):
             assert sum(s[name] for s in result["sources"].values()) == result[name]
@@ -188,11 +209,45 @@ def test_another_split_seed_is_warned_of(checkpoint, texts):
         assert "warning" in loud.err and flag[0] in loud.err
 
 
-def test_other_data_is_noted(checkpoint, tmp_path):
+def test_what_is_scored_is_said_and_is_true(checkpoint, texts, tmp_path):
+    own = run("eval", "--ckpt", checkpoint, *texts[0], *CPU).ok()
+    assert "the data that the checkpoint was trained on; the val records were held out" in own.err
+    records = sum(int(row.split()[-1]) for row in own.out.splitlines() if row.startswith("total"))
+    assert f"{records} val records" in own.err
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "other.txt").write_text("something else\n" * 9, encoding="utf-8")
+    lines = "".join(f"something else {i}\n" for i in range(40))
+    (tmp_path / "raw" / "other.txt").write_text(lines, encoding="utf-8")
     flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "p", "--split", "all"]
-    assert "not the data" in run("eval", "--ckpt", checkpoint, *flags, *CPU).ok().err
+    flags += ["--doc_delimiter", "\\n"]
+    other = run("eval", "--ckpt", checkpoint, *flags, *CPU).ok().err
+    assert "not the data that the checkpoint was trained on" in other
+    assert "keeps its side" in other and "64 KiB" in other
+    split = run("eval", "--ckpt", checkpoint, *flags, *CPU, "--split_seed", 5).ok().err
+    assert "may have been trained on any of it" in split and "keeps its side" not in split
+
+
+def test_an_empty_split_is_one_line(checkpoint, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.train.txt").write_text("all of it\n", encoding="utf-8")
+    (tmp_path / "raw" / "a.valid.txt").write_text("", encoding="utf-8")
+    flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "p", *CPU]
+    run("eval", "--ckpt", checkpoint, *flags).fails(1, "val split", "--split all")
+
+
+def test_a_conversation_is_scored_once(checkpoint, tmp_path):
+    """It has a row of the index for each answer, over the same tokens."""
+    rows = [{"role": role, "content": f"{role} {i} says this"}
+            for i in range(3) for role in ("user", "assistant")]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    some = [{"messages": [*rows, *({"role": r["role"], "content": f"{n}"} for r in rows[:2])]}
+            for n in range(9)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    flags = ["--data_dir", path, "--processed_dir", tmp_path / "p", "--split", "all"]
+    result = evaluate(checkpoint, flags, tmp_path)
+    config = lp.DataConfig(data_dir=str(path), processed_dir=str(tmp_path / "q"))
+    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
+    assert result["tokens"] == sum(map(len, store.tokens.values())) - 9
+    assert sum(source["records"] for source in result["sources"].values()) == 9
 
 
 # --- classes ---
@@ -230,6 +285,7 @@ def test_classes_equal_scikit_learn(texts, tmp_path, block):
     guesses = naive_guesses(model, records["sms"], block)
     assert len(set(guesses)) > 1
     assert source["accuracy"] == pytest.approx(metrics.accuracy_score(truth, guesses))
+    assert source["majority"] == pytest.approx(max(map(truth.count, LABELS)) / len(truth))
     assert source["confusion"]["labels"] == LABELS
     table = metrics.confusion_matrix(truth, guesses, labels=LABELS)
     assert source["confusion"]["true_by_predicted"] == table.tolist()
