@@ -368,6 +368,22 @@ def mutated_command_lines(bench: Bench):
     return counted(len(tried) - len(wrong), len(tried))
 
 
+@check
+def composed_command_lines(bench: Bench):
+    folder, held = bench.fresh(), 0
+    (folder / "raw").symlink_to(bench.folder / "raw")
+    shutil.copy(bench.checkpoint, folder / "base.pth")
+    for i in (tries := bench.times(4000)):
+        if i % 25 == 0:
+            cli.furnish(folder)  # again what an earlier line has replaced
+        argv, env = cli.composed(bench.rng)
+        wrong = cli.check_mutant(argv, folder, **env)
+        if wrong:
+            print("   ", argv, env, wrong[:300], file=sys.stderr)
+        held += not wrong
+    return counted(held, len(tries))
+
+
 # --- disks, memory and numbers that fail ---
 
 
