@@ -386,6 +386,8 @@ FOREIGN = {
     "train --learning_rate 1e-3": "did you mean --lr?",
     "train --bs 4": "did you mean --batch_size?",
     "train --max-epochs 4": "did you mean --epochs?",
+    "finetune --num_train_epochs 4": "did you mean --epochs?",
+    "eval --checkpoint x.pth": "did you mean --ckpt?",
     "train --max_length 4": "did you mean --block_size?",
     "sample --max_length 4": "did you mean --max_new_tokens?",
     "sample --max_tokens 4": "did you mean --max_new_tokens?",
