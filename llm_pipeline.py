@@ -41,7 +41,8 @@ Part II is the workshop, which makes the course exact, fast and usable on real m
     16 Command line    settings from flags and files, help, `main`; the same from Python
 
 Exit codes: 0 done; 1 failed, with one line that says what to do; 2 bad usage, one line per
-problem; 130 or 143 stopped by SIGINT or SIGTERM with `last.pth` saved.
+problem; 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM with `last.pth` saved. A lost stderr
+ends nothing: what cannot be written there is dropped.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ import queue
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import textwrap
@@ -1215,7 +1217,7 @@ class Run:
     scalar: Callable[[Tensor], float] = float  # of a norm that processes hold parts of
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A stop signal came in the middle of a step or an evaluation."""
 
 
@@ -1587,6 +1589,8 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    store: dist.Store | None = None  # small values that the processes share
+    turns: int = 0  # how often one process has gone before the others
 
     @property
     def is_main(self) -> bool:
@@ -1655,21 +1659,58 @@ def runtime(config: RuntimeConfig, alone: bool = False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     set_seed(config.seed)
-    if world_size > 1:
-        try:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                timeout=timedelta(days=1),  # the first process may take hours over a large corpus
-                device_id=device if device.type == "cuda" else None,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"cannot join {world_size - 1} other processes: {one_line(error)}; "
-                            "start with torchrun") from None  # fmt: skip
+    store = join_processes(device, rank, world_size) if world_size > 1 else None
     try:
-        yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size)
+        yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size, store)
+    except RuntimeError as error:
+        if not (store and re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)):
+            raise
+        raise UserError(f"another process of this run has ended or does not answer "
+                        f"({one_line(error, 90)}): what was saved stands, start all of them again "
+                        "with --resume") from None  # fmt: skip
     finally:
-        if world_size > 1:
+        if store:
             dist.destroy_process_group()
+
+
+# How long processes wait for each other: to start, and inside a collective operation. Saves,
+# evaluations and compilation come between these; the making of a token store does not, see below.
+START_TIMEOUT, PEER_TIMEOUT = timedelta(minutes=5), timedelta(minutes=30)
+
+
+def join_processes(device: torch.device, rank: int, world_size: int) -> dist.Store:
+    """Make one process group of all processes. Returns the store that they share."""
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, *_ = next(rendezvous("env://", rank, world_size, timeout=START_TIMEOUT))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store, rank=rank, world_size=world_size, timeout=PEER_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
+        return store
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"this process found no {world_size - 1} others ({one_line(error, 120)}): "
+                        "start all of them, with torchrun") from None  # fmt: skip
+
+
+def first_one_first(rt: Runtime, function: Callable):
+    """What `function` returns, called by the first process before the others, which may wait for
+    hours (in Python, where signals are heeded) and then find its work done."""
+    rt.turns += 1
+    key = f"turn {rt.turns}"
+    while not rt.is_main:
+        try:
+            rt.store.wait([key], timedelta(seconds=1))
+            break
+        except dist.DistStoreError:  # not yet; a lost connection is another error
+            continue
+    try:
+        return function()
+    finally:
+        if rt.is_main and rt.store:
+            rt.store.set(key, "done")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -1683,23 +1724,57 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
 
 
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+
+
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a flag that work checks; a second signal exits at once."""
+    """Turns the first SIGINT, SIGTERM or SIGHUP into `Interrupted`, wherever the program is.
+
+    Work that must not be cut short goes inside `held()`: there the signal only sets the flag,
+    which that work looks at. A second SIGINT or SIGTERM exits at once, even when the main thread is
+    inside a library: a thread is told of it through a socket. A second hang-up counts for nothing:
+    shells and terminals send several.
+    """
 
     number = 0  # of the first signal that came
+    holding = False
 
     def __enter__(self):
         self.previous = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)):
+                if number == SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup
                 self.previous[number] = signal.signal(number, self.handle)
+            self.reader, self.writer = socket.socketpair()
+            self.writer.setblocking(False)
+            self.wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self.watch, daemon=True).start()
         return self
+
+    def watch(self) -> None:
+        """Exit at the second signal. Python writes a signal's number into the socket at once."""
+        urgent = 0
+        while data := self.reader.recv(1):
+            urgent += data[0] in (signal.SIGINT, signal.SIGTERM)
+            if urgent == 2:
+                os._exit(128 + data[0])
 
     def handle(self, number, frame):
         if self.number:
-            os._exit(128 + number)
+            return
         self.number = number
         note(f"{signal.Signals(number).name}: saving and stopping; again to exit at once")
+        if not self.holding:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def held(self):
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
 
     def __bool__(self) -> bool:
         return bool(self.number)
@@ -1707,6 +1782,64 @@ class StopSignal:
     def __exit__(self, *exc):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.previous:
+            signal.set_wakeup_fd(self.wakeup)
+            self.writer.close()  # ends the thread
+
+
+class Output:
+    """stdout or stderr, which may be lost while the program runs: a full disk, a closed terminal.
+
+    What cannot be written to stderr is dropped, since no step of a training is worth a log line.
+    Results are worth an error.
+    """
+
+    def __init__(self, stream, droppable: bool):
+        self.stream, self.droppable = stream or open(os.devnull, "w"), droppable
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def attempt(self, function: Callable, *args):
+        try:
+            return function(*args)
+        except (OSError, ValueError, RuntimeError) as error:  # lost, closed, in a signal handler
+            if not self.droppable and not isinstance(error, OSError):
+                raise
+            self.discard()
+            if not self.droppable:
+                raise UserError(f"stdout cannot be written ({one_line(error, 80)}): not all "
+                                "results were shown; files that were written stand") from None  # fmt: skip
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def discard(self) -> None:
+        """Send what is still held back, and all that follows, to nowhere."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def guarded_output():
+    """stdout and stderr as `Output`, in UTF-8 whatever the locale; stdin in UTF-8 too."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Output(sys.stdout, False), Output(sys.stderr, True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(UserError):
+            sys.stdout.flush()
+        sys.stdout, sys.stderr = before
 
 
 @contextlib.contextmanager
@@ -3568,8 +3701,7 @@ def build_corpus_from_sources(
         request = settings_fingerprint(config, asked, pairs)
         tokenizer = find_trained(request, folder or Path(config.processed_dir))
         if tokenizer is None:
-            with stoppable():
-                tokenizer = train_bpe(training_texts(config, pairs), config)
+            tokenizer = train_bpe(training_texts(config, pairs), config)
     tokenizer = tokenizer or load_tokenizer(config.tokenizer)
     named = folder is not None
     folder = folder or default_folder(config, tokenizer, pairs)
@@ -3676,30 +3808,6 @@ def remove_store(folder: Path) -> None:
         folder.rmdir()
 
 
-@contextlib.contextmanager
-def stoppable():
-    """Let SIGINT and SIGTERM end at once what is inside: there is nothing to save, only to clean up.
-
-    Raises KeyboardInterrupt with the signal's number.
-    """
-    previous = {}
-
-    def stop(number, frame):
-        if callable(previous[number]) and previous[number] is not signal.default_int_handler:
-            previous[number](number, frame)
-        raise KeyboardInterrupt(number)
-
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.getsignal(number)
-                signal.signal(number, stop)
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def store_origin(config: DataConfig, tokenizer: Tokenizer, pairs: bool, current: dict) -> dict:
     """What meta.json says of how a store was made."""
     kinds = (DataConfig, TokenizerConfig)
@@ -3722,13 +3830,12 @@ def build_store(
     for stale in (temporary, old):  # of a run that was killed
         remove_store(stale)
     try:
-        with stoppable():
-            temporary.mkdir()
-            write_store(config, tokenizer, temporary, pairs, current)
-            if folder.exists():
-                folder.rename(old)
-            temporary.rename(folder)
-            remove_store(old)
+        temporary.mkdir()
+        write_store(config, tokenizer, temporary, pairs, current)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        remove_store(old)
     except OSError as error:
         raise UserError(f"cannot write the token store {folder}: {one_line(error)}") from None
     finally:
@@ -5649,13 +5756,7 @@ OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=
 
 def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
     """The corpus as a token store, built by the first process."""
-    if not rt.is_main:
-        rt.barrier()
-    try:
-        return build_corpus_from_sources(config, tokenizer, pairs=pairs)
-    finally:
-        if rt.is_main:
-            rt.barrier()
+    return first_one_first(rt, lambda: build_corpus_from_sources(config, tokenizer, pairs=pairs))
 
 
 def adopt_split(config: DataConfig, base: Loaded) -> None:
@@ -5747,7 +5848,8 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     note(f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}, "
          f"{run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {p.total:,} steps of "
          f"{config.batch_size} x {shape.block_size} tokens")  # fmt: skip
-    with contextlib.closing(Recorder(run, folder.file("metrics.csv"))) as run.record:
+    recorder = contextlib.closing(Recorder(run, folder.file("metrics.csv")))
+    with recorder as run.record, run.stop.held():
         try:
             ended = fit(run)
         except Diverged as error:
@@ -7291,23 +7393,6 @@ def explanation(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error, 300)} (--debug shows where)"
 
 
-def use_utf8() -> None:
-    """Text in and out is UTF-8 whatever the locale; what cannot be shown never ends a run."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
-            stream.reconfigure(encoding="utf-8", errors="replace")
-
-
-def close_output() -> None:
-    """Write out what print holds back; if nobody takes it, Python must not try again at exit."""
-    try:
-        if sys.stdout:
-            sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def carry_out(function: Callable, config: Settings, stop: StopSignal, alone: bool = False):
     """Call a command's function with what it works on: the machine and, for a run, its folder."""
     with contextlib.ExitStack() as held:
@@ -7323,19 +7408,22 @@ def run_command(name: str, config: Settings, stop: StopSignal) -> None:
     command = COMMANDS[name]
     if not command.parallel and not is_main():
         return  # torchrun waits for the first process, which does the work
-    interruptible = issubclass(command.settings, FitConfig | EvalConfig)
-    with stop if interruptible else contextlib.nullcontext():
+    # In a session of `sample`, ctrl-c ends an answer.
+    with contextlib.nullcontext() if command.settings is SampleConfig else stop:
         carry_out(command.run, config, stop, alone=not command.parallel)
-    if sys.stdout:
-        sys.stdout.flush()  # a full disk shows here, while it can still be said
+    sys.stdout.flush()  # a full disk shows here, while it can still be said
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code; never raises for what a user can fix."""
-    argv = sys.argv[1:] if argv is None else argv
+    with guarded_output():
+        return run_and_report(sys.argv[1:] if argv is None else argv)
+
+
+def run_and_report(argv: list[str]) -> int:
+    """Run one command, tell of its errors. Returns the exit code."""
     debug, stop = "--debug" in argv, StopSignal()
     try:
-        use_utf8()
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
             raise UserError(f"PyTorch {torch.__version__} is too old (its torch.load has known "
                             "holes): pip install torch==2.13.0")  # fmt: skip
@@ -7345,20 +7433,14 @@ def main(argv: list[str] | None = None) -> int:
         name, config = parse(argv)
         run_command(name, config, stop)
         return 0
-    except Interrupted:
-        return 128 + (stop.number or signal.SIGTERM)
-    except KeyboardInterrupt as signalled:
-        return 128 + (signalled.args[0] if signalled.args else signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output went away
-        return 1
+    except KeyboardInterrupt:  # Interrupted among them
+        return 128 + (stop.number or signal.SIGINT)
     except Exception as error:
         if debug:
             raise
         for line in explanation(error).split("\n"):
             print(f"error: {line}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    finally:
-        close_output()
 
 
 # --- the same from Python: import llm_pipeline as lp ---

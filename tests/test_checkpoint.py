@@ -801,5 +801,6 @@ def test_stdout_that_is_full(command, corpus, tiny_checkpoint, tmp_path):
             stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
         )  # fmt: skip
     assert done.returncode == 1, done.stderr
+    assert "error: stdout cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import (
     CPU,
+    PROGRAM,
     ROOT,
     SHAPE,
     Child,
@@ -36,21 +37,21 @@ import llm_pipeline as lp
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
 TEN = words("--max_steps 10 --batch_size 8 --lr 1e-3 --log_interval 1 --save_interval 1")
 SHORT = [*CPU, *SHAPE, *TEN, "--eval_interval", "3"]
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
 # --- faults that a child injects into itself ---
 
 
 def around_losses(before) -> None:
-    """Call `before(training)` ahead of every loss that the program computes."""
-    objective = lp.OBJECTIVES["ntp"]
+    """Call `before(training)` ahead of every pass through a model: all of them enter autocast."""
+    autocast = lp.Runtime.autocast
 
-    def wrapped(losses, batch, config=None):
+    def wrapped(rt):
         before(torch.is_grad_enabled())
-        return objective(losses, batch, config)
+        return autocast(rt)
 
-    lp.OBJECTIVES["ntp"] = wrapped
+    lp.Runtime.autocast = wrapped
 
 
 def slow(seconds: float) -> None:
@@ -225,28 +226,98 @@ def test_a_second_signal_exits_at_once(command, tmp_path):
     assert child.finish(10).code == 143
 
 
+STARTING = """
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Finder())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("delay", [0.3, 1.5])
-def test_a_signal_at_start_up(delay, number, command, whole, tmp_path):
-    """While Python imports torch, too: whatever happens, the run can be begun again."""
-    process = start(*command)
-    time.sleep(delay)
-    process.send_signal(number)
-    result = finish(process, 20)
-    assert result.code in (CODES[number], -number, 0)
-    assert "Traceback" not in result.err, result.err
+@pytest.mark.parametrize("module", ["numpy", "tqdm"])
+def test_a_signal_at_start_up(module, number, command, tmp_path):
+    """While Python imports torch: there is nothing to save, and no traceback."""
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(STARTING.format(module=module, number=int(number)))
+    result = finish(start(PROGRAM, *command, program=wrapper), 30)
+    assert result.code == -number
+    assert result.err == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_during_eval_ends_it(number, tiny_checkpoint, corpus):
+    flags = words("--device cpu --batch_size 1 --split all --ckpt")
+    hook = functools.partial(signal_in, "evaluation", 3, number)
+    result = Child("eval", *corpus, *flags, tiny_checkpoint, hook=hook).finish()
+    assert result.code == CODES[number], result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_while_a_store_is_made_leaves_nothing(number, corpus, tmp_path):
+    argv = ["prepare", *corpus[:2], "--processed_dir", tmp_path / "stores"]
+    hook = functools.partial(signal_in, "save", 1, number)
+    result = Child(*argv, hook=hook).finish()
+    assert result.code == CODES[number], result.err
+    assert not list(tmp_path.rglob("*.tmp*")) + list(tmp_path.rglob("meta.json"))
+    run(*argv).ok()
+
+
+def test_hang_ups_cost_no_step(command, whole, tmp_path):
+    """A shell and the terminal both send one, and the terminal takes no more text."""
+    child = Child(*command, hook=functools.partial(slow, 0.3))
+    wait_for(lambda: (tmp_path / "run/metrics.csv").exists() and curve(tmp_path / "run"))
+    for _ in range(3):
+        child.send(signal.SIGHUP)
+    result = child.finish()
+    assert result.code == 129, result.err
+    assert 0 < steps_done(tmp_path / "run") < 10
     run(*command, "--resume").ok()
     same(whole, tmp_path / "run")
 
 
-def test_a_signal_during_eval_ends_it(tiny_checkpoint, corpus):
-    flags = words("--device cpu --batch_size 1 --split all --block_size 2 --ckpt")
-    process = start("eval", *corpus, *flags, tiny_checkpoint)
-    time.sleep(2.5)
-    process.send_signal(signal.SIGTERM)
-    result = finish(process, 10)
-    assert result.code in (143, -15, 0)
-    assert "Traceback" not in result.err
+def ignore_hang_ups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal_in("step", 3, signal.SIGHUP)
+
+
+def test_nohup_is_respected(command, whole, tmp_path):
+    assert Child(*command, hook=ignore_hang_ups).finish().code == 0
+    same(whole, tmp_path / "run")
+
+
+def lose_stderr(how: str) -> None:
+    """In the third step, as when the reader of `2>&1 | tee` goes; or from the beginning."""
+    if how == "none":
+        os.close(2)
+        sys.stderr = None
+        return
+    reader, writer = os.pipe()
+    lost = writer if how == "pipe" else os.open("/dev/full", os.O_WRONLY)
+    passes = []
+
+    def lose(training):
+        passes.append(1)
+        if len(passes) == 3:
+            os.dup2(lost, 2)
+            os.close(reader)
+
+    around_losses(lose)
+
+
+@pytest.mark.parametrize("how", ["pipe", "full", "none"])
+def test_a_lost_stderr_costs_no_step(how, command, whole, tmp_path):
+    if how == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    result = Child(*command, hook=functools.partial(lose_stderr, how)).finish()
+    assert result.code == 0, result.err
+    same(whole, tmp_path / "run")
 
 
 # --- two runs, one folder ---
@@ -432,6 +503,78 @@ def test_a_signal_to_one_process_stops_all(rank, where, corpus, tmp_path):
     same(tmp_path / "whole", tmp_path / "run")
 
 
+def impatient() -> None:
+    lp.START_TIMEOUT = lp.PEER_TIMEOUT = lp.timedelta(seconds=4)
+    slow(0.1)
+
+
+def test_a_process_that_does_not_come_is_not_waited_for_without_end(corpus, tmp_path):
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    argv = ["train", *corpus, *SHORT, "--out_dir", tmp_path / "run"]
+    result = Child(*argv, hook=impatient, **env).finish(40).fails(1, "torchrun")
+    assert len(result.errors) == 1
+
+
+def test_a_second_signal_is_obeyed_inside_a_library(corpus, tmp_path):
+    """Such as one that waits for a process that does not come."""
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    child = Child("train", *corpus, *SHORT, "--out_dir", tmp_path / "run", **env)
+    wait_for((tmp_path / "run").exists)
+    time.sleep(1)
+    for _ in range(2):
+        child.send(signal.SIGTERM)
+        time.sleep(0.3)
+    assert child.finish(10).code == 143
+
+
+def test_a_process_that_hangs_is_not_waited_for_without_end(corpus, tmp_path):
+    children = together("train", *corpus, *SHORT, "--out_dir", tmp_path / "run", hook=impatient)
+    wait_for((tmp_path / "run/last.pth").exists)
+    children[1].send(signal.SIGSTOP)
+    try:
+        result = children[0].finish(40).fails(1, "another process", "--resume")
+        assert len(result.errors) == 1
+    finally:
+        children[1].send(signal.SIGKILL)
+        children[1].process.join()
+    assert steps_done(tmp_path / "run") > 0
+
+
+def build_slowly() -> None:
+    build = lp.build_corpus_from_sources
+
+    def slowly(*args, **more):
+        if os.environ["RANK"] == "0":
+            time.sleep(4)
+        return build(*args, **more)
+
+    lp.build_corpus_from_sources = slowly
+    lp.PEER_TIMEOUT = lp.timedelta(seconds=2)
+
+
+def test_a_store_may_take_longer_than_processes_wait_for_each_other(corpus, tmp_path):
+    children = together("train", *corpus, *SHORT, "--out_dir", tmp_path, hook=build_slowly)
+    assert [child.finish(60).code for child in children] == [0, 0]
+
+
+def test_a_signal_to_a_process_that_waits_for_a_store(corpus, tmp_path):
+    children = together("train", *corpus, *SHORT, "--out_dir", tmp_path, hook=build_slowly)
+    wait_for((tmp_path / ".lock").exists)
+    time.sleep(1.5)
+    children[1].send(signal.SIGTERM)
+    assert children[1].finish(2).code == 143
+    children[0].send(signal.SIGKILL)
+    children[0].process.join()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+@pytest.mark.parametrize("value", ["two", "-1", "", "1e3"])
+def test_an_environment_that_is_malformed(name, value, corpus, tmp_path):
+    argv = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
+    result = run(*argv, **{name: value})
+    result.fails(result.code or 1, name, "unset")
+
+
 def test_the_death_of_a_process_ends_the_others(corpus, tmp_path):
     base = ["train", *corpus, *SHORT, "--out_dir", tmp_path / "run"]
     children = together(*base, hook=functools.partial(slow, 0.15))
@@ -440,7 +583,8 @@ def test_the_death_of_a_process_ends_the_others(corpus, tmp_path):
     children[1].finish()
     result = children[0].finish(40)
     assert result.code == 1, result.err
-    assert result.errors, result.err
+    assert len(result.errors) == 1
+    assert "another process" in result.err
     assert "Traceback" not in result.err
     run(*base, "--resume").ok()
 
