@@ -5848,8 +5848,8 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     note(f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}, "
          f"{run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {p.total:,} steps of "
          f"{config.batch_size} x {shape.block_size} tokens")  # fmt: skip
-    recorder = contextlib.closing(Recorder(run, folder.file("metrics.csv")))
-    with recorder as run.record, run.stop.held():
+    metrics = folder.file("metrics.csv")
+    with run.stop.held(), contextlib.closing(Recorder(run, metrics)) as run.record:
         try:
             ended = fit(run)
         except Diverged as error:
