@@ -4447,6 +4447,8 @@ def check_new_run(folder: RunFolder, overwrite: bool) -> None:
 # ====================================================================================
 # 13. Interchange
 #
+# Models and tokenizers from Hugging Face and to it, LoRA, GGUF for llama.cpp and Ollama.
+#
 # One table per architecture, read in both directions. A row: our name, their names, transposed.
 # Several of their matrices, stacked, make one of ours, as `fused_rows` says.
 # ====================================================================================
@@ -4653,6 +4655,10 @@ def hf_folder(name: str) -> Path:
         if runs:
             raise UserError(f"a run's folder: name a checkpoint in it, such as {runs[0]}")
         return Path(name)
+    old = Path(name).with_name(f".export.{Path(name).name}") / "old"
+    if old.is_dir():
+        raise UserError(f"an export was killed while it replaced this; the old one is {old}, and "
+                        "the next export puts it back")  # fmt: skip
     hub = optional("huggingface_hub")
     try:
         patterns = ["*.json", "*.txt", "*.safetensors"]
@@ -4881,9 +4887,16 @@ def chat_templates(sep: str) -> tuple[str, str]:
     )  # fmt: skip
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    safetensors = optional("safetensors.torch", "safetensors")
+    try:
+        safetensors.save_file(tensors, file, {"format": "pt"})
+    except optional("safetensors").SafetensorError as error:
+        raise UserError(f"cannot write {file.name}: {one_line(error)}") from None
+
+
 def export_model(loaded: Loaded, folder: Path) -> None:
     """Write a Hugging Face folder and check it: UserError if a logit differs by more than 1e-4."""
-    safetensors = optional("safetensors.torch", "safetensors")
     optional("transformers")
     model, tokenizer, config = loaded.model.float().eval(), loaded.tokenizer, loaded.model.config
     remove_lora(model, merge=False)  # under --no_merge: the base, for an adapter to load upon
@@ -4891,8 +4904,7 @@ def export_model(loaded: Loaded, folder: Path) -> None:
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
     ids["eos_token_id"] = sorted({tokenizer.eos_id, tokenizer.sep_id})
     settings = INTERCHANGE[kind][1](config) | ids | {"dtype": "float32"}
-    safetensors.save_file(to_hf(model_weights(model), config), folder / "model.safetensors",
-                          {"format": "pt"})  # fmt: skip
+    save_tensors(to_hf(model_weights(model), config), folder / "model.safetensors")
     write_json(folder / "config.json", settings)
     write_json(folder / "generation_config.json",
                ids | {"do_sample": True, "temperature": 0.9, "top_k": 30})  # fmt: skip
@@ -5049,7 +5061,7 @@ def export_gguf(loaded: Loaded, file: Path, dtype: str) -> None:
     kind = interchange_kind(config)
     tensors, vocabulary = gguf_tensors(loaded.model, kind), gguf_vocabulary(loaded)
     settings = dict(
-        name=file.stem, file_type=GGUF_FILE_TYPES[dtype], context_length=config.block_size,
+        name=file.stem, quantization_version=gguf.GGML_QUANT_VERSION, file_type=GGUF_FILE_TYPES[dtype], context_length=config.block_size,
         embedding_length=config.n_embd, block_count=config.n_layer,
         feed_forward_length=config.n_inner, head_count=config.n_head,
         head_count_kv=config.n_kv_head,
@@ -5133,49 +5145,48 @@ def llama_server(file: Path, n_ctx: int):
     server, opener = llama.Server(params), build_opener(ProxyHandler({}))
 
     def ask(path: str, **request) -> dict:
-        body = json.dumps(request).encode()
-        header = {"Content-Type": "application/json"}
-        return json.load(opener.open(Request(server.listening_address + path, body, header)))
+        body, header = json.dumps(request).encode(), {"Content-Type": "application/json"}
+        try:
+            return json.load(opener.open(Request(server.listening_address + path, body, header)))
+        except OSError as error:
+            raise UserError(f"llama.cpp's server failed at {path}: {one_line(error)}") from None
 
     return ask
 
 
 def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
     """Compare ids, log-probabilities and 100 greedy tokens with llama.cpp, where it is installed."""
+    tokenizer, model, T = loaded.tokenizer, loaded.model.cpu(), loaded.model.config.block_size
     try:
-        ask = llama_server(file, loaded.model.config.block_size)
+        ask = llama_server(file, T)
     except UserError as missing:
         return note(f"not compared with llama.cpp: {missing}")
-    except Exception as error:
+    except RuntimeError as error:
         raise UserError(f"export failed its check: llama.cpp refuses it: {one_line(error)}"
                         ) from None  # fmt: skip
-    tokenizer, model, T = loaded.tokenizer, loaded.model.cpu(), loaded.model.config.block_size
     for text in CHECK_TEXTS:
         ids = ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
         if ids != [tokenizer.bos_id, *tokenizer.encode(text).tolist()]:
             raise UserError(f"export failed its check: llama.cpp has other ids for {text!r}")
     prompt = [tokenizer.bos_id, *tokenizer.encode("".join(CHECK_TEXTS)).tolist()][: max(T // 2, 1)]
     greedy = dict(temperature=0, return_tokens=True, prompt=prompt)
-    told = ask("/completion", n_predict=min(100, T - len(prompt)), **greedy)["tokens"]
+    tokens = ask("/completion", n_predict=min(100, T - len(prompt)), **greedy)["tokens"]
     with torch.no_grad():
-        table = model(torch.tensor([prompt + told]))[0].log_softmax(-1)  # (T, V)
-    gaps = (
-        table.amax(-1)[len(prompt) - 1 : -1]
-        - table[range(len(prompt) - 1, len(prompt) + len(told) - 1), told]
-    )
+        table = model(torch.tensor([prompt + tokens]))[0].log_softmax(-1)  # (T, V)
+    steps = table[len(prompt) - 1 : -1]
+    gaps = steps.amax(-1) - steps[range(len(tokens)), tokens]  # 0: our greedy token too
     worst = 0.0
-    for n in range(1, min(len(prompt), 64) + 1):  # one step each
+    for n in range(1, min(len(prompt), 64) + 1):  # one step after each beginning of the prompt
         step = ask("/completion", n_predict=1, n_probs=100, **greedy | dict(prompt=prompt[:n]))
-        for said in step.get("completion_probabilities", []):  # none where it is half a character
-            for top in said["top_logprobs"]:
+        for likeliest in step.get("completion_probabilities", []):  # none for half a character
+            for top in likeliest["top_logprobs"]:
                 worst = max(worst, abs(top["logprob"] - table[n - 1, top["id"]].item()))
     limit = GGUF_TOLERANCE[dtype]
     if not (worst <= limit and (gaps <= 2 * limit).all()):
-        raise UserError(
-            f"export failed its check: llama.cpp's log-probabilities differ by {worst:.1e}"
-        )
+        raise UserError("export failed its check: llama.cpp's log-probabilities differ by "
+                        f"{max(worst, gaps.max().item()):.1e}")  # fmt: skip
     note(f"llama.cpp: log-probabilities agree to {worst:.1e}, {int((gaps == 0).sum())} of "
-         f"{len(told)} greedy tokens are the same")  # fmt: skip
+         f"{len(tokens)} greedy tokens are the same")  # fmt: skip
 
 
 def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
@@ -5183,7 +5194,6 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
 
     Where their model has several matrices for one of ours, each gets our A and its rows of B.
     """
-    safetensors = optional("safetensors.torch", "safetensors")
     lora, config = loaded.state.get("lora"), loaded.model.config
     if not lora:
         raise UserError("--adapter: this checkpoint was not tuned with --method lora")
@@ -5204,7 +5214,7 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
             for letter, tensor in (("A", a), ("B", part)):
                 key = f"base_model.model.{name}.lora_{letter}.weight"
                 tensors[key] = tensor.float().contiguous().clone()
-    safetensors.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_tensors(tensors, folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"],
         "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
@@ -5245,9 +5255,8 @@ def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
         there = [file for file in marks if file.exists()]
         strange = [file for file in there if not starts_with(file, marks[file])]
     else:
-        there = (
-            [target] if target.exists() and (not target.is_dir() or any(target.iterdir())) else []
-        )
+        empty = target.is_dir() and not any(target.iterdir())
+        there = [target] if target.exists() and not empty else []
         card, weights = target / "README.md", {*target.glob("*.safetensors"), *target.glob("*.pt*")}
         ours = card.is_file() and "llm_pipeline.py" in card.read_text("utf-8", "replace")
         others = {file for file in weights if file.name not in EXPORT_FILES}
@@ -5277,6 +5286,7 @@ def export_work(target: Path):
                 (work / "new").mkdir()
                 yield work / "new"
             finally:
+                put_back(target, work)
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
@@ -5285,7 +5295,7 @@ def export_work(target: Path):
 def install_export(new: Path, target: Path, is_file: bool) -> None:
     """Move an export to its place: files one by one, a folder by two renames.
 
-    Between the two the old export stands in the work folder, where `put_back` finds it.
+    Between the two, and for files of others after them, `put_back` knows what to do.
     """
     if is_file:
         for file in new.iterdir():
@@ -5294,11 +5304,10 @@ def install_export(new: Path, target: Path, is_file: bool) -> None:
     if target.exists():
         target.rename(new.with_name("old"))
     new.rename(target)
-    put_back(target, new.parent)
 
 
 def put_back(target: Path, work: Path) -> None:
-    """Return what an interrupted or finished `install_export` took away: all, or foreign files."""
+    """Return from an old export what is no export's file, or all of it where no new one stands."""
     old = work / "old"
     if old.exists() and not target.exists():
         old.rename(target)
@@ -6630,7 +6639,7 @@ def check_model(name: str, store: TokenStore, block_size: int) -> str:
 
 @dataclass
 class ExportConfig(RuntimeConfig):
-    """Write a Hugging Face folder whose logits equal the checkpoint's."""
+    """Write a Hugging Face folder or a GGUF file that computes what the checkpoint computes."""
 
     ckpt: str = option("ckpts/best.pth", "checkpoint to export")
     out_dir: str = option("export", "folder to write")
@@ -6643,8 +6652,8 @@ class ExportConfig(RuntimeConfig):
 
 
 def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
-    if not rt.is_main:
-        return
+    if config.gguf and config.adapter:
+        raise UserError("--gguf and --adapter exclude each other: a GGUF file holds a whole model")
     target = Path(config.gguf or config.out_dir)
     check_replaceable(target, bool(config.gguf), config.overwrite)
     with export_work(target.absolute()) as new:
@@ -6990,7 +6999,7 @@ TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS, "download": DOWNL
 # Settings that need an optional package when they are not left at their default.
 PACKAGES = {
     "tokenizer": "tokenizers", "method": "peft", "wandb": "wandb", "hf_dataset": "datasets",
-    "check_model": "transformers", "vs": "transformers",
+    "check_model": "transformers", "gguf": "gguf", "vs": "transformers",
 }  # fmt: skip
 
 # What other programs call our settings, where difflib would not find it.

@@ -155,6 +155,19 @@ def test_tokenizers_that_cut_otherwise_are_refused(tuned, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_file_that_llama_cpp_refuses_does_not_appear(tuned, tmp_path, monkeypatch):
+    """The gate: a wrong scale of the norms, which no tensor shows."""
+    monkeypatch.setattr(gguf.GGUFWriter, "add_layer_norm_rms_eps", lambda self, eps: None)
+    to_gguf(tuned("modern", "bytes"), tmp_path / "m.gguf").fails(1, "failed its check")
+    wrong = gguf.GGUFWriter.add_rope_freq_base
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "add_rope_freq_base", lambda self, base: wrong(self, base * 7)
+    )
+    to_gguf(tuned("modern", "bytes"), tmp_path / "m.gguf").fails(1, "log-probabilities differ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_replaces_its_own_files_only(tuned, tmp_path):
     file = tmp_path / "model.gguf"
     to_gguf(tuned("gpt2", "bytes"), file).ok()

@@ -586,6 +586,41 @@ def test_a_folder_with_other_weights_is_not_replaced(bases, tmp_path):
     run(*again).fails(1, "not an export")
 
 
+def stopped_between_the_renames():
+    rename = Path.rename
+
+    def stop_after_first(self, target):
+        rename(self, target)
+        if target.name == "old":
+            raise KeyboardInterrupt
+
+    Path.rename = stop_after_first
+
+
+def test_stopped_while_it_replaces(bases, tmp_path):
+    export(bases["modern"], tmp_path / "hf")
+    argv = ["export", "--ckpt", bases["gpt2"], "--out_dir", tmp_path / "hf", "--overwrite"]
+    assert Child(*argv, hook=stopped_between_the_renames).finish().code == 130
+    assert entry_names(tmp_path) == ["hf"]
+    assert load_peer(tmp_path / "hf").config.model_type == "qwen3"
+
+
+def small_files_only():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.parametrize("flags", [["--out_dir", "hf"], ["--gguf", "m.gguf"]], ids=str)
+def test_a_full_disk_leaves_nothing(flags, bases, tmp_path):
+    if "--gguf" in flags:
+        pytest.importorskip("gguf")
+    flags = [flags[0], tmp_path / flags[1]]
+    result = Child("export", "--ckpt", bases["gpt2"], *flags, hook=small_files_only).finish()
+    assert len(result.fails(1, "cannot write").errors) == 1
+    assert not entry_names(tmp_path)
+
+
 def killed_between_the_renames():
     rename = Path.rename
 
@@ -603,6 +638,7 @@ def test_killed_while_it_replaces(bases, tmp_path):
     argv = ["export", "--ckpt", bases["gpt2"], "--out_dir", tmp_path / "hf", "--overwrite"]
     assert Child(*argv, hook=killed_between_the_renames).finish().code == 9
     assert entry_names(tmp_path) == [".export.hf"]
+    run("sample", "--ckpt", tmp_path / "hf", "--prompt", "x").fails(1, ".export.hf/old")
     export(bases["gpt2"], tmp_path / "other")  # sweeps
     assert entry_names(tmp_path) == ["hf", "other"]
     assert load_peer(tmp_path / "hf").config.model_type == "qwen3"
