@@ -3825,7 +3825,7 @@ def build_store(
     config: DataConfig, tokenizer: Tokenizer, folder: Path, pairs: bool, current: dict
 ) -> None:
     """Write a store in a temporary folder and rename it, so that a half-made one never shows."""
-    folder = folder.resolve()
+    shown, folder = folder, folder.resolve()
     temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
     for stale in (temporary, old):  # of a run that was killed
         remove_store(stale)
@@ -3836,6 +3836,7 @@ def build_store(
             folder.rename(old)
         temporary.rename(folder)
         remove_store(old)
+        note(f"{shown} holds this corpus as tokens, for the next run too; it is safe to delete")
     except OSError as error:
         raise UserError(f"cannot write the token store {folder}: {one_line(error)}") from None
     finally:
@@ -6508,7 +6509,7 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> Non
     write_sample_batch(store, config.block_size)
     if config.preview:
         print(preview(store, config.preview, config.block_size))
-    draw_lengths(store, config.block_size)
+    note(f"python plot_curves.py {store.folder} draws how long the records are")
     if config.check_model:
         print(check_model(config.check_model, store, config.block_size))
     print(store.folder)
@@ -6516,34 +6517,42 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> Non
 
 def store_report(store: TokenStore) -> dict:
     """Records, tokens, speed, bytes per token and the distribution of lengths."""
-    meta = store.meta
-    lengths = np.array([int(k) for k in meta["lengths"]])
-    counts = np.array(list(meta["lengths"].values()))
-    cumulative = np.cumsum(counts) / counts.sum()
-    percentiles = {p: int(lengths[np.searchsorted(cumulative, p / 100 - 1e-12)])
-                   for p in (1, 5, 25, 50, 75, 95, 99, 100)}  # fmt: skip
-    rows = meta["counts"].values()
-    tokens, size = sum(meta["tokens"].values()), sum(r.get("bytes", 0) for r in rows)
+    figures, percentiles = store_figures(store), length_percentiles(store.meta["lengths"])
+    lines = [f"{name:<28}{value:>16,}" for name, value in figures.items()]
+    lines.append("tokens in a record, by percentile:")
+    lines += [f"  {p:>3}%{n:>12,}" for p, n in percentiles.items()]
+    return {"figures": figures, "length_percentiles": percentiles, "lines": lines}
+
+
+def store_figures(store: TokenStore) -> dict[str, float]:
+    """What was read, what became of it, and how fast."""
+    meta, rows = store.meta, store.meta["counts"].values()
+    tokens, size = sum(meta["tokens"].values()), sum(row.get("bytes", 0) for row in rows)
     seconds = max(meta["seconds"]["encoding"], 1e-9)
     dropped = Counter()
     for row in rows:
         dropped.update({k.removeprefix("skipped: "): n for k, n in row.items() if "skipped" in k})
-    figures = {
-        "records read": sum(r.get("records", 0) for r in rows),
+    answers = {f"trained answers, {split}": len(index) for split, index in store.index.items()
+               if len(index) > len(store.whole_records(split))}  # fmt: skip
+    return {
+        "records read": sum(row.get("records", 0) for row in rows),
         **{f"dropped, {why}": n for why, n in dropped.items()},
-        "records, train": meta["documents"]["train"],
-        "records, val": meta["documents"]["val"],
-        "tokens, train": meta["tokens"]["train"],
-        "tokens, val": meta["tokens"]["val"],
+        **{f"records, {split}": len(store.whole_records(split)) for split in store.index},
+        **answers,
+        **{f"tokens, {split}": meta["tokens"][split] for split in store.index},
         "vocabulary": store.tokenizer.vocab_size,
         "bytes per token": round(size / max(tokens, 1), 3),
         "tokens per second": round(tokens / seconds),
         "megabytes per second": round(size / 1e6 / seconds, 1),
     }
-    lines = [f"{name:<28}{value:>16,}" for name, value in figures.items()]
-    lines.append("tokens in a record, by percentile:")
-    lines += [f"  {p:>3}%{n:>12,}" for p, n in percentiles.items()]
-    return {"figures": figures, "length_percentiles": percentiles, "lines": lines}
+
+
+def length_percentiles(lengths: dict[str, int]) -> dict[int, int]:
+    """{percent: tokens}: so many percent of the records are no longer than that."""
+    sizes, counts = np.array([int(k) for k in lengths]), np.array(list(lengths.values()))
+    share = np.cumsum(counts) / counts.sum()
+    return {percent: int(sizes[np.searchsorted(share, percent / 100 - 1e-12)])
+            for percent in (1, 5, 25, 50, 75, 95, 99, 100)}  # fmt: skip
 
 
 def write_sample_batch(store: TokenStore, block_size: int, rows: int = 4) -> None:
@@ -6564,10 +6573,10 @@ def preview(store: TokenStore, n: int, block_size: int) -> str:
 
     The state is what finetune --loss_on response makes of a token: masked, trained or cut.
     """
-    index, lines = store.index["train"], []
-    data = InstructionDataset(store, "train", block_size, loss_on="response")
-    for number in data.fixed_ids(n):
+    index, records, lines = store.index["train"], store.whole_records("train"), []
+    for number in records[evenly_spaced(len(records), n)]:
         start, length, prompt, source = index[number].tolist()
+        answers = index[index["start"] == start]  # one, or several of a conversation
         head, tail, response = kept_parts(prompt, length - prompt, block_size + 1)
         lines.append(
             f"record {number} of {store.sources[source]}: {length} tokens "
@@ -6579,33 +6588,10 @@ def preview(store: TokenStore, n: int, block_size: int) -> str:
                 lines.append(f"   ... {length - first - last:,} tokens left out")
             token = int(store.ids("train", start + i, 1)[0])
             cut = head <= i < prompt - tail or i >= prompt + response
-            state = "cut" if cut else "masked" if i < prompt else "trained"
+            trained = ((answers["prompt"] <= i) & (i < answers["length"])).any()
+            state = "cut" if cut else "trained" if trained else "masked"
             lines.append(f"{i:>6}{token:>8}  {state:<8}{store.tokenizer.decode([token])!r}")
     return "\n".join(lines)
-
-
-def draw_lengths(store: TokenStore, block_size: int) -> None:
-    """token_lengths.png: documents by their length in tokens, both on log scales."""
-    try:
-        pyplot = figure_library()
-    except UserError as error:
-        note(f"no token_lengths.png: {error}")
-        return
-    lengths = [int(k) for k in store.meta["lengths"]]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    edges = np.unique(np.geomspace(1, max(lengths) + 1, 60).round())
-    axes.hist(lengths, bins=edges, weights=list(store.meta["lengths"].values()))
-    axes.axvline(block_size, color="black", linestyle="--", label=f"block_size {block_size}")
-    axes.set(xscale="log", yscale="log", xlabel="tokens in a document", ylabel="documents")
-    axes.legend()
-    with atomic_write(store.folder / "token_lengths.png") as file:
-        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-
-
-def figure_library():
-    optional("matplotlib").use("Agg")
-    return optional("matplotlib.pyplot", "matplotlib")
 
 
 def check_model(name: str, store: TokenStore, block_size: int) -> str:

@@ -42,13 +42,6 @@ def offline(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """As on a machine without matplotlib, which saves a moment a run."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-
-
 def rows(n: int = 60, size: int = 30) -> list[dict]:
     rng = random.Random(0)
     words = ["sun", "moon", "你好", "river", "stone", "Größe", "bird", "fish"]
@@ -84,7 +77,7 @@ def texts(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 @pytest.mark.parametrize("builder", ["json", "parquet", "text"])
-def test_streams_and_local_files_give_the_same_store(tmp_path, no_figures, builder, tokenizer):
+def test_streams_and_local_files_give_the_same_store(tmp_path, builder, tokenizer):
     found, flags = rows(), ["--tokenizer", tokenizer, "--vocab_size", 300]
     if builder == "json":
         path = write_rows(tmp_path / "a.jsonl", [*found, found[3], {"text": " ", "id": 0}])
@@ -104,7 +97,7 @@ def test_streams_and_local_files_give_the_same_store(tmp_path, no_figures, build
     assert content(tmp_path / "local") == content(tmp_path / "hub") == content(tmp_path / "stream")
 
 
-def test_instructions_from_a_builder(tmp_path, no_figures):
+def test_instructions_from_a_builder(tmp_path):
     """A table that holds both an instruction and its whole text is read alike everywhere."""
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     found = [
@@ -119,7 +112,7 @@ def test_instructions_from_a_builder(tmp_path, no_figures):
     assert "### Input: \n### Output: 3\n" in "".join(texts(tmp_path / "hub"))
 
 
-def test_fineweb_in_both_ways(tmp_path, data, no_figures):
+def test_fineweb_in_both_ways(tmp_path, data):
     path = data / "fineweb/fineweb_10rows.parquet"
     flags = ["--tokenizer", data / "gpt2_bpe"]
     prepare(tmp_path / "local", "--data_dir", path, *flags).ok()
@@ -129,7 +122,7 @@ def test_fineweb_in_both_ways(tmp_path, data, no_figures):
     assert len(texts(tmp_path / "hub")) == 10
 
 
-def test_several_files_by_a_pattern(tmp_path, no_figures):
+def test_several_files_by_a_pattern(tmp_path):
     found = rows()
     for i in range(3):
         write_rows(tmp_path / f"raw/{i}.jsonl", found[i::3])
@@ -165,7 +158,7 @@ def test_a_builder_over_bad_files(tmp_path, kind, streaming):
     assert not (tmp_path / "st").exists()
 
 
-def test_a_changed_file_behind_a_builder_is_read_again(tmp_path, no_figures):
+def test_a_changed_file_behind_a_builder_is_read_again(tmp_path):
     found = rows()
     for part in (found[:30], found):
         path = write_rows(tmp_path / "a.jsonl", part)
@@ -177,7 +170,7 @@ def test_a_changed_file_behind_a_builder_is_read_again(tmp_path, no_figures):
 
 
 @pytest.mark.parametrize("n", [1, 7, 59])
-def test_max_docs(tmp_path, no_figures, n):
+def test_max_docs(tmp_path, n):
     write_rows(tmp_path / "a.jsonl", rows())
     flags = ["--data_dir", tmp_path / "a.jsonl", "--max_docs", n, "--val_fraction", 1e-9]
     prepare(tmp_path / "st", *flags).ok()
@@ -185,7 +178,7 @@ def test_max_docs(tmp_path, no_figures, n):
 
 
 @pytest.mark.parametrize("most", [500, 5000])
-def test_max_tokens(tmp_path, no_figures, most):
+def test_max_tokens(tmp_path, most):
     write_rows(tmp_path / "a.jsonl", rows())
     flags = ["--data_dir", tmp_path / "a.jsonl", "--max_tokens", most]
     prepare(tmp_path / "st", *flags).ok()
@@ -198,7 +191,6 @@ def test_max_tokens(tmp_path, no_figures, most):
 
 
 def test_the_report(tmp_path):
-    pytest.importorskip("matplotlib")
     found = [*rows(), rows()[0], {"text": "  ", "id": 0}]
     write_rows(tmp_path / "a.jsonl", found)
     result = prepare(tmp_path / "st", "--data_dir", tmp_path / "a.jsonl", "--block_size", 32).ok()
@@ -222,11 +214,10 @@ def test_the_report(tmp_path):
     assert percentiles["50"] == np.sort(lengths)[29]
     for name, value in figures.items():
         assert re.search(rf"{re.escape(name)} +{value:,}\n", result.out), name
-    assert (tmp_path / "st/token_lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "st/token_lengths.png").stat().st_size > 2000
+    assert "plot_curves.py" in result.err and "safe to delete" in result.err
 
 
-def test_the_sample_batch(tmp_path, no_figures):
+def test_the_sample_batch(tmp_path):
     write_rows(tmp_path / "a.jsonl", rows())
     flags = ["--tokenizer", "bpe", "--vocab_size", 300, "--block_size", 24]
     prepare(tmp_path / "st", "--data_dir", tmp_path / "a.jsonl", *flags).ok()
@@ -240,7 +231,7 @@ def test_the_sample_batch(tmp_path, no_figures):
         assert text == store.tokenizer.decode(ids)
 
 
-def test_the_preview(tmp_path, no_figures):
+def test_the_preview(tmp_path):
     found = [dict(instruction="Say it " + "x" * 40, output="yes") for _ in range(1)]
     write_rows(tmp_path / "a.jsonl", [*found, {"text": "plain words"}])
     flags = ["--data_dir", tmp_path / "a.jsonl", "--val_fraction", 1e-9]
@@ -262,7 +253,7 @@ def test_the_preview(tmp_path, no_figures):
     assert [s for _, s in second] == ["masked"] + ["trained"] * (plain[1] - 1)
 
 
-def test_the_preview_of_a_huge_record_is_short(tmp_path, no_figures):
+def test_the_preview_of_a_huge_record_is_short(tmp_path):
     (tmp_path / "book.txt").write_text("A sentence of a book. " * 2000, encoding="utf-8")
     flags = ["--data_dir", tmp_path / "book.txt", "--preview", 2]
     result = prepare(tmp_path / "st", *flags).ok()
@@ -273,7 +264,7 @@ def test_the_preview_of_a_huge_record_is_short(tmp_path, no_figures):
     assert f"{length - 1:>6}" in result.out, "the end is shown"
 
 
-def test_a_second_run_reuses_the_store(tmp_path, no_figures):
+def test_a_second_run_reuses_the_store(tmp_path):
     write_rows(tmp_path / "raw/a.jsonl", rows(2000))
     flags = ["--data_dir", tmp_path / "raw"]
     first = prepare(tmp_path / "st", *flags).ok()
@@ -295,7 +286,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert [p.name for p in (tmp_path / "st").iterdir()] == ["thesis.tex"]
 
 
-def test_a_failed_run_leaves_the_store_before_it(tmp_path, no_figures):
+def test_a_failed_run_leaves_the_store_before_it(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", rows())
     prepare(tmp_path / "st", "--data_dir", path).ok()
     before = content(tmp_path / "st")
@@ -309,7 +300,7 @@ def test_a_failed_run_leaves_the_store_before_it(tmp_path, no_figures):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_ten_random_moments(tmp_path, no_figures):
+def test_killed_at_ten_random_moments(tmp_path):
     """Never a store that loads and is wrong; the next run starts clean."""
     raw, out = write_rows(tmp_path / "raw/a.jsonl", rows(8000)), tmp_path / "out/st"
     settings = [["--data_dir", raw, "--split_seed", seed] for seed in (1, 2)]
@@ -343,7 +334,7 @@ def test_killed_at_ten_random_moments(tmp_path, no_figures):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("first", [True, False], ids=["new", "rebuilt"])
-def test_killed_before_each_renaming(tmp_path, no_figures, first):
+def test_killed_before_each_renaming(tmp_path, first):
     """The moments that chance hardly hits: between the last steps of making a store."""
     raw, out = write_rows(tmp_path / "raw/a.jsonl", rows(40)), tmp_path / "out/st"
     settings = [["--data_dir", raw, "--split_seed", seed] for seed in (1, 2)]
@@ -454,7 +445,7 @@ def test_an_index_that_points_elsewhere_is_refused(store, tmp_path, field, value
     train(folder, tmp_path / "run").fails(1, str(folder))
 
 
-def test_a_mutated_meta_json_is_refused_or_harmless(store, tmp_path, no_figures):
+def test_a_mutated_meta_json_is_refused_or_harmless(store, tmp_path):
     """Each field gone or of another type: no command meets it with a traceback."""
     meta = json.loads((store / "meta.json").read_text("utf-8"))
     folder = spoiled(store, tmp_path)
@@ -480,7 +471,7 @@ def test_a_mutated_meta_json_is_refused_or_harmless(store, tmp_path, no_figures)
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
-def test_training_from_a_prepared_folder(tmp_path, no_figures, tokenizer):
+def test_training_from_a_prepared_folder(tmp_path, tokenizer):
     """It needs no further flag: the store knows its tokenizer."""
     write_rows(tmp_path / "raw/a.jsonl", rows())
     data = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "processed"]
@@ -492,7 +483,7 @@ def test_training_from_a_prepared_folder(tmp_path, no_figures, tokenizer):
     run("eval", "--ckpt", tmp_path / "a/best.pth", "--data_dir", folder).ok()
 
 
-def test_a_store_of_another_tokenizer_is_refused(tmp_path, store, no_figures):
+def test_a_store_of_another_tokenizer_is_refused(tmp_path, store):
     """A checkpoint brings its tokenizer; a store of other ids is no data for it."""
     train(store, tmp_path / "a").ok()
     write_rows(tmp_path / "raw/a.jsonl", rows())
@@ -564,7 +555,7 @@ def trained_windows(loader, steps: int) -> set[tuple]:
     return found
 
 
-def test_a_stream_is_the_store_of_the_same_data(tmp_path, no_figures):
+def test_a_stream_is_the_store_of_the_same_data(tmp_path):
     """Split, duplicates and a long document alike: a record of 100 KB gives its last tenth."""
     found = rows(60, 8)
     long = {"text": " ".join(f"word{i}" for i in range(12_000)), "id": 99}
@@ -588,7 +579,7 @@ def test_a_stream_is_the_store_of_the_same_data(tmp_path, no_figures):
     assert counts["skipped: duplicate"] == 1 and counts["records"] == 62
 
 
-def test_eval_after_streaming_scores_nothing_that_was_trained_on(tmp_path, no_figures):
+def test_eval_after_streaming_scores_nothing_that_was_trained_on(tmp_path):
     """Long documents too: as whole records they would fall on one side."""
     rng = random.Random(1)
     books = [{"text": " ".join(str(rng.random()) for _ in range(5000))} for _ in range(4)]
@@ -673,7 +664,7 @@ def test_two_runs_write_one_stream(tmp_path, monkeypatch):
     assert one.tokens["train"].tolist() == wanted.tokens["train"].tolist()
 
 
-def test_limits_of_a_stream(tmp_path, no_figures):
+def test_limits_of_a_stream(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", rows(60))
     for flags in (["--max_docs", 7], ["--max_tokens", 2000]):
         store = stream(path, tmp_path, *flags)[2]
@@ -714,7 +705,7 @@ def check(store: Path, model, *flags):
     return run("prepare", "--data_dir", store, "--check_model", model, *flags)
 
 
-def test_a_model_that_shifts_its_labels(store, small_gpt2, no_figures):
+def test_a_model_that_shifts_its_labels(store, small_gpt2):
     import transformers
 
     out = check(store, small_gpt2, "--block_size", 48).ok().out
@@ -757,11 +748,11 @@ def unshifted(small_gpt2, tmp_path):
     return tmp_path / "unshifted"
 
 
-def test_a_model_that_does_not_shift_is_refused(store, unshifted, no_figures):
+def test_a_model_that_does_not_shift_is_refused(store, unshifted):
     check(store, unshifted, "--block_size", 48).fails(1, "unshifted", "shift")
 
 
-def test_a_model_that_cannot_take_the_batch(store, small_gpt2, tmp_path, no_figures, offline):
+def test_a_model_that_cannot_take_the_batch(store, small_gpt2, tmp_path, offline):
     import transformers
 
     result = check(store, small_gpt2, "--block_size", 100).fails(1, str(small_gpt2))
@@ -841,7 +832,7 @@ def zipped(data: Path, folder: str, *names: str) -> bytes:
 
 
 @pytest.fixture
-def fetch(mirror, tmp_path, no_figures):
+def fetch(mirror, tmp_path):
     def go(name: str = "instructions"):
         flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "out"]
         return run("prepare", "--download", name, *flags, "--mirror", mirror.address)
@@ -926,7 +917,7 @@ def test_an_unknown_download(tmp_path):
 # --- a store and the commands that use it ---
 
 
-def test_a_store_brings_its_settings(tmp_path, no_figures):
+def test_a_store_brings_its_settings(tmp_path):
     entries = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(60)]
     path = write_rows(tmp_path / "a.jsonl", entries)
     store = tmp_path / "store"
@@ -943,7 +934,7 @@ def test_a_store_brings_its_settings(tmp_path, no_figures):
     run("eval", *flags, *best).ok()
 
 
-def test_max_tokens_counts_what_it_left(tmp_path, no_figures):
+def test_max_tokens_counts_what_it_left(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", rows(60))
     report = prepare(tmp_path / "store", "--data_dir", path, "--max_tokens", 2000).ok().out
     figures = {line[:28].strip(): line[28:].strip() for line in report.splitlines()}
