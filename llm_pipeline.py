@@ -148,7 +148,12 @@ class ModelSettings(Settings):
     n_embd: int = option(512, "width of the residual stream", low=1, high=2**16)
     head_dim: int = option(0, "width of a head (0: n_embd / n_head)", low=0, high=2**12)
     n_inner: int = option(0, "width inside the MLP (0: 4 n_embd; swiglu 8/3)", low=0, high=2**20)
-    dropout: float = option(0.1, "on embedding, attention and residual", low=0.0, high=0.95)
+    dropout: float = option(
+        0.1,
+        "on embedding, attention and residual; masks follow grad_accum x processes",
+        low=0.0,
+        high=0.95,
+    )
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_weights: bool = option(True, "one matrix for embedding and head")
     pos: str = option("learned", "positions", choices=("learned", "rope", "alibi"))
@@ -1849,7 +1854,9 @@ def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, "a+")
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
+        taken = isinstance(error, FileExistsError | NotADirectoryError)
+        why = "something that is not a folder is in the way" if taken else error.strerror
+        raise UserError(f"cannot write into {folder}: {why}; choose another place") from None
     with file:
         try:
             if os.name == "nt":
@@ -1958,14 +1965,7 @@ class CSVLogger:
     """Appends rows to a CSV file, flushed at once. Reopened at `step`, later rows are dropped."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], step: int = -1):
-        kept = []
-        if step >= 0 and path.exists():
-            with open(path, encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
-                    value = row.get("step") or ""
-                    whole = None not in row.values() and None not in row
-                    if value.isdigit() and int(value) <= step and whole:
-                        kept.append(row)
+        kept = rows_up_to(path, step) if path.exists() else []
         self.columns = columns
         with atomic_write(path) as file:
             lines = [",".join(columns)]
@@ -1985,8 +1985,21 @@ class CSVLogger:
             self.file.close()
 
 
-COLUMNS = ("step", "epoch", "split", "loss", "timestamp", "lr", "grad_norm", "tokens_per_s",
-           "reward_margin", "reward_accuracy", "chosen_loss")  # fmt: skip
+def rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
+    """The whole rows of a log up to a step. A crash may leave anything behind them: half a row,
+    zeros, bytes that are no text."""
+    kept = []
+    lines = path.read_bytes().replace(b"\0", b"\xff").decode("utf-8", "replace").splitlines()
+    for row in csv.DictReader(lines):
+        with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+            numbers = [float(value) for name, value in row.items() if value and name != "split"]
+            if None not in row.values() and numbers and int(row["step"]) <= step:
+                kept.append(row)
+    return kept
+
+
+COLUMNS = ("step", "epoch", "split", "loss", "timestamp", "lr", "grad_norm", "tokens_per_s")
+MORE_COLUMNS = {"dpo": ("reward_margin", "reward_accuracy", "chosen_loss")}  # of an objective
 
 
 class Recorder:
@@ -1998,7 +2011,8 @@ class Recorder:
     def __init__(self, run: Run, path: Path):
         p, config, main = run.progress, run.config, run.rt.is_main
         self.run, self.shown, self.tokens, self.seconds = run, {}, 0, 0.0
-        self.log = CSVLogger(path, COLUMNS, p.step) if main else None
+        columns = COLUMNS + MORE_COLUMNS.get(getattr(config, "objective", ""), ())
+        self.log = CSVLogger(path, columns, p.step) if main else None
         self.tracker = None
         if config.wandb and main:
             self.tracker = optional("wandb").init(project=config.wandb, config=asdict(config))
@@ -4105,7 +4119,7 @@ def check_leaf(name: str, value: object) -> None:
 SECTIONS = {"format": str, "model_config": dict, "weights": dict, "tokenizer": dict,
             "config": dict, "progress": dict, "optimizer": dict, "data": dict, "versions": dict,
             "command": str, "template": str, "scaler": dict, "stream": dict}  # fmt: skip
-LATER_SECTIONS = {"lora": dict | None, "base": str, "base_loss": float | None}
+LATER_SECTIONS = {"lora": dict | None, "base": str | None, "base_loss": float | None}
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -4236,6 +4250,15 @@ def model_weights(model: GPT) -> dict[str, Tensor]:
     return {n: whole(t) for n, t in state.items() if not is_tied(model.config, n)}
 
 
+def weights_digest(model: GPT) -> str:
+    """What tells these weights from all others, however they were stored."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(model_weights(model).items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        hasher.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return hasher.hexdigest()
+
+
 def optimizer_state(model: GPT, optimizers: list) -> dict[str, dict[str, Tensor]]:
     """{parameter name: {moment: tensor}}, whole and on the CPU, whatever shards them."""
     names = {p: n for n, p in model.named_parameters()}
@@ -4291,7 +4314,7 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
         "model_config": asdict(loaded.model.config),
         "tokenizer": loaded.tokenizer.spec(),
         "template": instruction_prompt("{instruction}", "{input}"),
-        "lora": loaded.state.get("lora"),
+        **{name: loaded.state.get(name) for name in ("lora", "base")},
         "data": {
             "fingerprint": store.fingerprint,
             **{name: getattr(config, name) for name in SPLIT_SETTINGS},
@@ -4325,6 +4348,9 @@ def check_drift(resumed: dict, about: dict) -> None:
         if resumed["data"].get(name) != about["data"][name]:
             raise UserError(f"the data is not what this run was trained on ({name} differs): "
                             "restore it, or start a new run in another --out_dir")  # fmt: skip
+    if resumed.get("base") != about["base"]:
+        raise UserError("its preferences were measured against another base: name by --ckpt the "
+                        "one that it was begun with")  # fmt: skip
     policy = resume_policy(TrainConfig if about["command"] == "train" else FinetuneConfig)
     changed = [n for n in now if policy[n] == "fixed" and then.get(n) != now[n]]
     if now["lr_schedule"] == "constant":
@@ -4805,8 +4831,9 @@ class Loaded:
     def data(self) -> dict:
         """Split settings under which this model has never seen the validation records."""
         usual = {name: getattr(DataConfig, name) for name in SPLIT_SETTINGS}
-        # Checkpoints from before --split_by split by content.
-        return usual | {"split_by": "content"} | (self.state.get("data") or {})
+        if "data" not in self.state:  # a model from elsewhere
+            return usual
+        return usual | {"split_by": "content"} | self.state["data"]  # as before there was a choice
 
 
 def load_model(name: str, merge: bool = True, block_size: int | None = None) -> Loaded:
@@ -5771,11 +5798,14 @@ def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = Fa
 
 def adopt_split(config: DataConfig, base: Loaded) -> None:
     """Split data as the checkpoint did, so that its training records stay out of validation."""
-    for name in SPLIT_SETTINGS:
-        if getattr(config, name) is None:
-            setattr(config, name, base.data[name])
-        elif getattr(config, name) != base.data[name]:
-            note(f"warning: --{name} differs from the checkpoint's {base.data[name]}: it may have "
+    for f in fields(config):
+        if f.name not in SPLIT_SETTINGS:
+            continue
+        value, theirs = getattr(config, f.name), base.data[f.name]
+        if f.name not in config.given and value == f.default:
+            setattr(config, f.name, theirs)
+        elif value != theirs:
+            note(f"warning: --{f.name} {value} differs from the checkpoint's {theirs}: it may have "
                  "been trained on what is validated here")  # fmt: skip
 
 
@@ -5840,10 +5870,17 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     if rt.sum(progress.step)[0] != progress.step * rt.world_size:
         raise UserError("the processes read different checkpoints: they need one --out_dir that "
                         "all of them see")  # fmt: skip
-    same_processes = rt.world_size == resumed["versions"].get("world_size")
+    then = resumed["versions"].get("world_size", 1)
+    parts = progress.grad_accum * then
     for name in ("grad_accum", "grad_checkpointing"):
-        if not same_processes or name in config.given:
+        if rt.world_size != then or name in config.given:
             setattr(progress, name, getattr(config, name))
+    changes = [f"{parts} micro-batches a step"] * (parts != progress.grad_accum * rt.world_size)
+    if config.compile != resumed["config"].get("compile"):
+        changes.append(f"--compile {resumed['config'].get('compile')}")
+    if changes and resumed["model_config"]["dropout"] > 0:
+        note(f"warning: this run had {' and '.join(changes)}; now dropout draws other masks, so "
+             "the rest of it will be as good, but not the same")  # fmt: skip
     return progress
 
 
@@ -5861,6 +5898,7 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     metrics = folder.file("metrics.csv")
     with run.stop.held(), contextlib.closing(Recorder(run, metrics)) as run.record:
         try:
+            measure_base(run, folder)
             ended = fit(run)
         except Diverged as error:
             last, start = folder.file("last.pth"), "--ckpt" if folder.suffix else "--init_from"
@@ -5876,12 +5914,26 @@ def run_fit(run: Run, folder: RunFolder) -> str:
             print(f"overfitted one batch: loss {p.best:.4f} after {p.step} steps; nothing is kept")
         return ""
     best, kind = folder.file("best.pth"), "validation" if run.val else "training"
+    base, beside = folder.about["base_loss"], ""
+    if base is not None:
+        beside = f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
     note({
-        "done": f"done: best {kind} loss {p.best:.4f} at step {p.best_step}",
+        "done": f"done: best {kind} loss {p.best:.4f} at step {p.best_step}{beside}",
         "early": f"stopped early at step {p.step}: nothing better than {p.best:.4f} "
-                 f"since step {p.best_step}",
+                 f"since step {p.best_step}{beside}",
     }.get(ended, f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"))  # fmt: skip
     return str(best) if ended in ("done", "early") else ""
+
+
+def measure_base(run: Run, folder: RunFolder) -> None:
+    """Validate the base that a finetune begins with, so that its end can be compared with it."""
+    known = folder.state or {}
+    folder.about["base_loss"] = known.get("base_loss")
+    if isinstance(run.config, FinetuneConfig) and run.val and not folder.state:
+        limit = run.config.eval_batches
+        loss, stats = estimate_loss(run.model, run.val, run.objective, limit, run.stop)
+        run.record.validation(loss, stats)
+        folder.about["base_loss"] = loss
 
 
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
@@ -5889,7 +5941,11 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
     loaded = None
     if config.init_from:
         loaded = pretrained(config)
+        if not folder.state:
+            adopt_split(config, loaded)
     store = open_store(config, rt, loaded and loaded.tokenizer)
+    if loaded and not folder.state:
+        check_split(config, loaded)
     if loaded is None:
         tokenizer = store.tokenizer
         loaded = Loaded(GPT(model_config(config, tokenizer.vocab_size)), tokenizer, {})
@@ -5985,15 +6041,18 @@ def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
 def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
     """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
     base = load_model(config.ckpt, block_size=config.block_size)
-    adopt_split(config, base)
+    if not folder.state:
+        adopt_split(config, base)
     pairs = config.objective == "dpo"
     store = open_store(config, rt, base.tokenizer, pairs)
-    check_split(config, base)
+    if not folder.state:
+        check_split(config, base)
     before = first_report(config, rt, base, folder, stop)
     if pairs and config.dropout is None:
         config.dropout = 0.0  # as the reference log-probabilities are computed
     changes = {n: getattr(config, n) for n in ("dropout", "attn") if getattr(config, n) is not None}
     model = base.model = with_settings(base.model, **changes)  # one copy is enough
+    digest = weights_digest(model) if pairs else None  # what the reference belongs to
     reference = reference_log_probs(config, rt, model, store) if pairs else {}
     lora = lora_settings(config)
     if lora:
@@ -6004,7 +6063,8 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
         p.requires_grad = not lora or "lora_" in name
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     note(f"training {trained:,} of {model.n_params():,} parameters")
-    run = make_run(config, rt, stop, folder, Loaded(model, base.tokenizer, {"lora": lora}), store)
+    tuned = Loaded(model, base.tokenizer, {"lora": lora, "base": digest})
+    run = make_run(config, rt, stop, folder, tuned, store)
     for loader in filter(None, (run.train, run.val)) if pairs else ():
         loader.dataset.reference = reference.get(loader.dataset.split)
     best = run_fit(run, folder)

@@ -7,6 +7,7 @@ import errno
 import functools
 import importlib
 import io
+import json
 import marshal
 import math
 import operator
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, PROGRAM, SHAPE, curve, differences, run, tensors, words
+from conftest import CPU, PROGRAM, SHAPE, curve, differences, metrics, run, tensors, words
 
 import llm_pipeline as lp
 
@@ -602,6 +603,153 @@ def test_files_of_others_are_never_replaced(name, flags, corpus, tmp_path):
     result.fails(1, str(file), "--out_dir")
     assert file.read_bytes() == before
     assert beside.exists()
+
+
+# --- what a run begins with ---
+
+
+@pytest.fixture
+def pairs(tmp_path) -> list:
+    rows = [{"prompt": f"p{i}", "chosen": "yes" * (i % 5 + 1), "rejected": "no"} for i in range(40)]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+    flags = words("--objective dpo --batch_size 4 --report_samples 0 --log_interval 1")
+    return ["finetune", *CPU, *flags, "--data_dir", tmp_path / "raw", "--processed_dir",
+            tmp_path / "stores"]  # fmt: skip
+
+
+def test_preferences_keep_the_base_that_they_began_with(pairs, tiny_checkpoint, tmp_path):
+    command = [*pairs, "--max_steps", 4, "--out_dir", tmp_path / "run"]
+    run(*command, "--ckpt", tiny_checkpoint, "--stop_after", 2).ok()
+    state, other, moved = stored(tiny_checkpoint), tmp_path / "other.pth", tmp_path / "moved.pth"
+    shutil.copy(tiny_checkpoint, moved)
+    next(iter(state["weights"].values())).mul_(1.01)
+    lp.save_checkpoint(other, state)
+    before = (tmp_path / "run/last_finetune.pth").read_bytes()
+    run(*command, "--ckpt", other, "--resume").fails(1, "another base", "--ckpt")
+    assert (tmp_path / "run/last_finetune.pth").read_bytes() == before
+    run(*command, "--ckpt", moved, "--resume").ok()
+
+
+def test_init_from_keeps_the_split_of_its_base(corpus, tmp_path):
+    """Else records that the base was trained on would validate."""
+    flags = [*corpus, *SHORT, "--max_steps", 2]
+    run("train", *flags, "--split_seed", 5, "--out_dir", tmp_path / "base").ok()
+    flags += ["--init_from", tmp_path / "base/best.pth", "--out_dir"]
+    unnamed = [f for f in map(str, flags) if f not in ("--val_fraction", "0.2")]
+    run("train", *unnamed, tmp_path / "same").ok()
+    asked = run("train", *flags, tmp_path / "other", "--split_seed", 6).ok()
+    data = [lp.load_checkpoint(tmp_path / f / "last.pth")["data"] for f in ("base", "same")]
+    assert data[0] == data[1]
+    assert "warning: --split_seed 6" in asked.err
+    run("train", "--resume", "--out_dir", tmp_path / "other").ok()
+
+
+@pytest.mark.parametrize("objective", ["ntp", "dpo"])
+def test_a_finetune_can_overfit_one_batch(objective, corpus, pairs, tiny_checkpoint, tmp_path):
+    command = pairs if objective == "dpo" else ["finetune", *corpus, *CPU, "--batch_size", 4]
+    flags = words("--overfit_batch --lr 1e-2 --report_samples 0")
+    result = run(*command, *flags, "--ckpt", tiny_checkpoint, "--out_dir", tmp_path / "run").ok()
+    assert "overfitted one batch" in result.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_micro_batches_are_other_masks(corpus, tmp_path):
+    command = ["train", *corpus, *SHORT, "--out_dir", tmp_path / "run"]
+    run(*command, "--stop_after", 2).ok()
+    assert "masks" not in run(*command, "--resume", "--stop_after", 2).ok().err
+    resumed = run(*command, "--resume", "--grad_accum", 2, "--stop_after", 2).ok()
+    assert "other masks" in resumed.err
+    base = [*command[:-1], tmp_path / "dry", "--dropout", 0]
+    run(*base, "--stop_after", 2).ok()
+    assert "masks" not in run(*base, "--resume", "--grad_accum", 2).ok().err
+
+
+@pytest.mark.parametrize("suffix", ["", "_finetune"])
+def test_the_advice_after_divergence_can_be_followed(suffix, corpus, tuned, tmp_path, monkeypatch):
+    command = ["finetune", "--ckpt", tuned / "best.pth", "--report_samples", 0] if suffix else [
+        "train", *SHAPE]  # fmt: skip
+    command += [*corpus, *CPU, *words("--batch_size 8 --max_steps 10 --save_interval 1")]
+    with monkeypatch.context() as patch:
+        step, calls = lp.train_step, []
+
+        def diverge(*args):
+            calls.append(1)
+            if len(calls) == 5:
+                raise lp.Diverged("step 5: loss nan")
+            return step(*args)
+
+        patch.setattr(lp, "train_step", diverge)
+        result = run(*command, "--out_dir", tmp_path / "run").fails(1, "--lr", "--out_dir")
+    last = tmp_path / f"run/last{suffix}.pth"
+    way = ["--ckpt" if suffix else "--init_from", last]
+    assert " ".join(map(str, way)) in result.err
+    flags = [*corpus, *CPU, *words("--batch_size 8 --max_steps 2 --lr 1e-5")]
+    flags += ["--report_samples", 0] if suffix else []
+    run(command[0], *flags, *way, "--out_dir", tmp_path / "again").ok()
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-12])
+def test_a_finetune_is_compared_with_its_base(lr, corpus, tiny_checkpoint, tmp_path):
+    """Also when it is stopped and goes on: best_finetune.pth is not worse without a word."""
+    flags = [*corpus, *CPU, *words("--batch_size 4 --max_steps 6 --report_samples 0"), "--lr", lr]
+    command = ["finetune", *flags, "--ckpt", tiny_checkpoint, "--out_dir", tmp_path]
+    run(*command, "--stop_after", 2).ok()
+    result = run(*command, "--resume").ok()
+    first, *_, last = curve(tmp_path, "val", "_finetune")
+    assert first[0] == 0
+    base = float(first[1])
+    word = "better" if float(last[1]) < base else "NOT better"
+    assert f", {word} than its base's {base:.4f}" in result.err
+    assert (word == "better") == (lr > 1e-6)
+
+
+@pytest.mark.parametrize("objective", ["ntp", "dpo"])
+def test_a_log_has_the_columns_that_are_filled(objective, corpus, pairs, tiny_checkpoint, tmp_path):
+    command = pairs if objective == "dpo" else ["finetune", *corpus, *CPU, "--log_interval", 1]
+    flags = ["--report_samples", 0, "--max_steps", 2, "--ckpt", tiny_checkpoint]
+    run(*command, *flags, "--out_dir", tmp_path / "run").ok()
+    rows = metrics(tmp_path / "run", "train", "_finetune")
+    assert all(all(row.values()) for row in rows)
+    assert ("reward_margin" in rows[0]) == (objective == "dpo")
+
+
+@pytest.mark.parametrize(
+    "tail", [b"\0" * 4096, b"5,0,train,\xff\xfe", b"5,0,train,1.0\0,1,1,1,1\n"]
+)
+def test_a_log_with_a_broken_tail_does_not_block(tail, started, tmp_path):
+    rows = curve(tmp_path / "run")
+    with open(tmp_path / "run/metrics.csv", "ab") as file:
+        file.write(tail)
+    run(*started).ok()
+    assert curve(tmp_path / "run")[: len(rows)] == rows
+    assert b"\0" not in (tmp_path / "run/metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("flag", ["--config", "--ckpt"])
+def test_a_pipe_is_refused_at_once(flag, tmp_path):
+    pipe = tmp_path / "pipe.pth"
+    os.mkfifo(pipe)
+    command = ["train", "--config", pipe] if flag == "--config" else ["sample", "--ckpt", pipe]
+    result = run(*command, "--prompt", "x") if flag == "--ckpt" else run(*command)
+    result.fails(result.code or 1, "pipe.pth")
+
+
+@pytest.mark.parametrize("what", ["file", "dangling link", "below a file", "long name"])
+def test_something_in_the_way_of_a_folder(what, corpus, tmp_path):
+    folder = tmp_path / "run"
+    if what == "file":
+        folder.write_text("x")
+    elif what == "dangling link":
+        folder.symlink_to(tmp_path / "nowhere")
+    elif what == "below a file":
+        folder.write_text("x")
+        folder = folder / "in"
+    else:
+        folder = tmp_path / ("x" * 300)
+    result = run("train", *corpus, *SHORT, "--out_dir", folder).fails(1, folder.name[:50])
+    assert len(result.errors) == 1
+    assert "Error:" not in result.err
 
 
 # --- saving under adverse conditions ---
