@@ -219,7 +219,7 @@ class DataConfig(Settings):
     processed_dir: str = free("data/processed", "where token stores are kept")
     val_fraction: float = option(0.1, "share of records kept for validation", above=0.0, high=0.9)
     split_seed: int = option(1337, "salt of the split's hash", low=0)
-    split_by: str = option("content", "what decides a record's side", choices=("prompt", "content"))
+    split_by: str = option("prompt", "what decides a record's side", choices=("prompt", "content"))
     doc_delimiter: str = option("", r"cuts plain text into records (\n for lines)")
     encoding_errors: str = option("strict", "invalid UTF-8", choices=("strict", "replace"))
     bad_records: str = option("error", "malformed lines and entries", choices=("error", "skip"))
@@ -2754,28 +2754,67 @@ def byte_alphabet() -> dict[str, int]:
 # ====================================================================================
 
 UTF8 = codecs.getincrementaldecoder("utf-8")
-
-
-LONG_TEXT = 64 * 1024  # bytes; a longer record gives its last part to validation
-
-
 BLOCK = 1 << 16  # characters or bytes handled at a time
+LONG_TEXT = 64 * 1024  # bytes; a longer plain text gives its last part to validation
+BYTES_PER_TOKEN = 4  # of English under BPE, for guessing how much of a file --max_tokens needs
 
 
-# Where a tokenizer would cut too: no known pre-tokenizer joins a word to the one after it, and
-# failing that, few join what stands before white space to it.
-SAFE_CUTS = (re.compile(r"\w(?= \w)"), re.compile(r"\S(?=\s)"))
+def open_binary(path: Path):
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 @dataclass
 class TextFile:
-    """A text file too long to hold: read in blocks, as often as needed."""
+    """A UTF-8 file, read in blocks as often as needed, so that it may be longer than memory."""
 
     path: Path
-    errors: str = "strict"
+    errors: str = "strict"  # or "replace"
+    limit: int = 0  # bytes to read (0: all)
+    replaced: int = 0  # invalid sequences that the last pass turned into U+FFFD
 
     def blocks(self) -> Iterator[str]:
-        yield from read_text(self.path, self.errors)
+        """The text without a byte order mark. Raises UserError with the offset of invalid bytes."""
+        decoder, offset, replaced = UTF8(self.errors), 0, 0
+        try:
+            with open_binary(self.path) as file:
+                while True:
+                    data = file.read(min(BLOCK, self.limit - offset) if self.limit else BLOCK)
+                    pending = decoder.getstate()[0]  # the beginning of a character
+                    cut_off = 0 < self.limit <= offset  # maybe inside a character: no error
+                    text = decoder.decode(data, final=not data and not cut_off)
+                    if self.errors == "replace" and "\ufffd" in text:
+                        genuine = (pending + data).count("\ufffd".encode())
+                        replaced += text.count("\ufffd") - genuine
+                    if text:
+                        yield text.removeprefix("\ufeff") if offset == len(pending) else text
+                    offset += len(data)
+                    if not data:
+                        break
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.path}: invalid UTF-8 at byte {offset - len(pending) + error.start}; "
+                "convert the file, or pass --encoding_errors replace"
+            ) from None
+        except (OSError, EOFError, gzip.zlib.error) as error:
+            raise UserError(f"cannot read {self.path}: {one_line(error)}") from None
+        self.replaced = replaced
+
+    def pieces(self, delimiter: str) -> Iterator[str]:
+        """The text between delimiters."""
+        parts: list[str] = []  # of the piece that is being read
+        tail = ""  # as much of it as may begin a delimiter that straddles two blocks
+        for block in self.blocks():
+            head, *rest = (tail + block).split(delimiter)
+            parts.append(head)
+            for piece in rest:
+                yield "".join(parts)
+                parts = [piece]
+            last = parts.pop()
+            cut = max(0, len(last) - len(delimiter) + 1)
+            tail = last[cut:]
+            parts.append(last[:cut])
+        if any(parts) or tail:
+            yield "".join([*parts, tail])
 
 
 @dataclass
@@ -2789,10 +2828,10 @@ class Turn:
 
 @dataclass
 class Record:
-    """One unit of text: plain text, an instruction with its answer, or a conversation's turns."""
+    """One unit of text: plain text, an instruction with its answer, or a conversation."""
 
     source: str
-    turns: list[Turn]  # at least one
+    turns: list[Turn]  # at least one; readers end it with a trained one
     rejected: str = ""  # of a preference pair: the other answer to the last turn
     where: str = ""  # file, or file:line
     split: str = ""  # where the file's name says so, as in wiki.train.tokens
@@ -2815,133 +2854,311 @@ class Record:
 class Report:
     """What was read from each source, what was skipped, and why."""
 
+    COLUMNS = ("records", "train", "val", "train_tokens", "val_tokens", "bytes")
+
     def __init__(self, bad_records: str = "error"):
         self.strict = bad_records == "error"
         self.rows: dict[str, Counter] = {}
-        self.examples: dict[tuple[str, str], str] = {}
+        self.examples: dict[tuple[str, str], str] = {}  # (source, what) -> where it was met first
+        self.advice: list[str] = []
 
-    def count(self, source: str, what: str, n: int = 1) -> None:
+    def count(self, source: str, what: str, n: int = 1, where: str = "") -> None:
+        """Add to a column, or to a line of its own below the source's row."""
         self.rows.setdefault(source, Counter())[what] += n
+        if where:
+            self.examples.setdefault((source, what.removeprefix("skipped: ")), where)
 
     def skip(self, source: str, why: str, where: str) -> None:
-        self.count(source, f"skipped: {why}")
-        self.examples.setdefault((source, why), where)
+        self.count(source, f"skipped: {why}", where=where)
 
     def malformed(self, source: str, why: str, where: str) -> None:
-        """A line or entry that is not what its file promises: stop there, or count it."""
+        """A line, entry or file that is not what it promises: stop there, or skip and count it."""
         if self.strict:
-            raise UserError(f"{where}: {why}; mend it, or pass --bad_records skip")
+            raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip")
         self.skip(source, why, where)
 
+    def advise(self, text: str) -> None:
+        """A line below the table, once."""
+        if text not in self.advice:
+            self.advice.append(text)
+
     def lines(self) -> list[str]:
-        head = ("records", "train", "val", "train_tokens", "val_tokens", "bytes")
-        table = [f"{'source':<28}" + "".join(f"{h:>14}" for h in head)]
+        table = [f"{'source':<28}" + "".join(f"{c:>14}" for c in self.COLUMNS)]
         for source, row in sorted(self.rows.items()):
-            table.append(f"{source[:27]:<28}" + "".join(f"{row[h]:>14,}" for h in head))
+            table.append(f"{source[:27]:<28}" + "".join(f"{row[c]:>14,}" for c in self.COLUMNS))
             for what, n in row.items():
-                if what.startswith("skipped: "):
-                    where = self.examples[source, what.removeprefix("skipped: ")]
-                    table.append(f"  {what}: {n:,} (first: {where})")
-        return table
+                if what not in self.COLUMNS:
+                    where = self.examples.get((source, what.removeprefix("skipped: ")))
+                    table.append(f"  {what}: {n:,}" + (f" (first: {where})" if where else ""))
+        return table + self.advice
 
 
-def open_binary(path: Path):
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
+# --- rows of JSON and of tables become records ---
 
-
-def read_text(path: Path, errors: str) -> Iterator[str]:
-    """A file's text as UTF-8, in blocks. Raises UserError naming the offset of invalid bytes."""
-    decoder = UTF8(errors)
-    offset, first = 0, True
-    try:
-        with open_binary(path) as file:
-            while True:
-                data = file.read(BLOCK)
-                pending = len(decoder.getstate()[0])
-                text = decoder.decode(data, final=not data)
-                offset += len(data)
-                if text:
-                    yield text.removeprefix("\ufeff") if first else text
-                    first = False
-                if not data:
-                    return
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: invalid UTF-8 at byte {offset - pending + error.start}; convert the file, "
-            "or pass --encoding_errors replace"
-        ) from None
-    except (OSError, EOFError, gzip.zlib.error) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}") from None
-
-
-def read_pieces(path: Path, errors: str, delimiter: str) -> Iterator[str]:
-    """A file's text between delimiters."""
-    parts: list[str] = []  # of the piece that is being read
-    tail = ""  # as much of it as may begin a delimiter that straddles two blocks
-    for block in read_text(path, errors):
-        head, *rest = (tail + block).split(delimiter)
-        parts.append(head)
-        for piece in rest:
-            yield "".join(parts)
-            parts = [piece]
-        last = parts.pop()
-        cut = max(0, len(last) - len(delimiter) + 1)
-        tail = last[cut:]
-        parts.append(last[:cut])
-    if any(parts) or tail:
-        yield "".join([*parts, tail])
-
-
-RECORD_FIELDS = (
-    "instruction", "input", "output", "prompt", "completion", "response", "chosen", "rejected",
-    "messages", "text",
+# What a column may be called. A layout is a question with an answer, a dialogue, a preference
+# pair, or plain text.
+QUESTIONS = ("instruction", "prompt", "question")
+ANSWERS = ("output", "completion", "response", "answer")
+DIALOGUES = ("messages", "conversations", "conversation")
+INPUTS = ("input", "context")
+SYSTEMS = ("system", "system_prompt")
+OTHERS = ("chosen", "rejected", "history", "label", "text")
+UNSUPPORTED = (
+    "tools", "functions", "tool_calls", "function_call", "tool_call_id",
+    "image", "images", "video", "videos", "audio", "audios",
 )  # fmt: skip
+KNOWN_COLUMNS = {
+    *(*QUESTIONS, *ANSWERS, *DIALOGUES, *INPUTS, *SYSTEMS, *OTHERS, *UNSUPPORTED),
+}
+LAYOUTS = (
+    "text; instruction, prompt or question (with input or context, system, history) and output, "
+    "completion, response or answer; messages or conversations; chosen and rejected"
+)
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant",
+}  # fmt: skip
+
+
+class Message(NamedTuple):
+    role: str  # system, user or assistant
+    text: str
+    input: str = ""
+    trained: bool = True
+
+
+def present(row: dict, names: tuple[str, ...]) -> str:
+    """The one of these columns that a row fills, or "". Raises ValueError where it fills two."""
+    found = [name for name in names if row.get(name) is not None]
+    if len(found) > 1:
+        raise ValueError(f"both {found[0]!r} and {found[1]!r}: which one counts? drop the other")
+    return found[0] if found else ""
+
+
+def text_of(row: dict, names: tuple[str, ...]) -> str:
+    """The text of the one column among these that is filled, "" without one."""
+    name = present({n: row[n] for n in names if row.get(n) not in (None, "")}, names)
+    value = row[name] if name else ""
+    if not isinstance(value, str):
+        raise ValueError(f"{name!r} must be text, not {type(value).__name__}")
+    return value
+
+
+def refuse_unsupported(row: dict, place: str) -> None:
+    """Tool calls and media cannot be rendered; without them a dialogue would be half read."""
+    for name in UNSUPPORTED:
+        if row.get(name) not in (None, "", "[]", [], {}):
+            raise ValueError(f"{name!r} in {place}: tool calls and media are not supported")
+
+
+def message_from(entry: dict, column: str) -> Message:
+    """A message as {role, content} (OpenAI) or {from, value} (ShareGPT)."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{column!r} must be a list of {{role, content}}")
+    refuse_unsupported(entry, repr(column))
+    role = entry.get("role") or entry.get("from")
+    if not isinstance(role, str) or role not in ROLES:
+        known = ", ".join(ROLES)
+        raise ValueError(f"unknown role {role!r} in {column!r} (known: {known})")
+    content = entry.get("content") if entry.get("content") is not None else entry.get("value")
+    if isinstance(content, list):
+        content = "".join(text_part(part, column) for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"a message in {column!r} has no text")
+    weight = entry.get("weight")  # OpenAI's: 0 for an answer that is not to be trained
+    if weight not in (None, 0, 1):
+        raise ValueError(f"weight {weight!r} in {column!r} is neither 0 nor 1")
+    return Message(ROLES[role], content, trained=weight != 0)
+
+
+def text_part(part: dict, column: str) -> str:
+    """The text of one part of a message's content: {type: text, text: ...}."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text":
+        raise ValueError(f"a part of type {kind!r} in {column!r}: only text is supported")
+    text = part.get("text") if part.get("text") is not None else part.get("value")
+    if not isinstance(text, str):
+        raise ValueError(f"a part of a message in {column!r} has no text")
+    return text
+
+
+def messages_of(value, column: str, role: str = "") -> list[Message]:
+    """The messages that a column holds: a list, a single one, a transcript, or text of `role`."""
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        if not value:
+            raise ValueError(f"no messages in {column!r}")
+        return [message_from(entry, column) for entry in value]
+    if not isinstance(value, str):
+        raise ValueError(f"{column!r} must be text or messages, not {type(value).__name__}")
+    if re.match(r"\s*Human:", value) and "\n\nAssistant:" in value:  # as in HH-RLHF
+        _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip())
+        said = [Message("user" if who == "Human" else "assistant", text.strip())
+                for who, text in zip(parts[::2], parts[1::2], strict=True)]  # fmt: skip
+        return said if said[-1].text else said[:-1]  # a prompt ends with "Assistant:" alone
+    if not role:
+        raise ValueError(f"{column!r} must be a list of {{role, content}}")
+    return [Message(role, value)]
+
+
+def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
+    """All messages of a row, from its columns of question, dialogue and answer ("" for none).
+
+    A column that repeats a part of the others (UltraFeedback's prompt) is passed over.
+    """
+    parts = []
+    if asked:
+        parts.append(messages_of(row[asked], asked, "user"))
+        extra = text_of(row, INPUTS)
+        if extra and len(parts[0]) > 1:
+            raise ValueError(f"an input beside the messages of {asked!r}")
+        parts[0][-1] = parts[0][-1]._replace(input=extra)
+    if talk:
+        parts.append(messages_of(row[talk], talk))
+    if answer:
+        parts.append(messages_of(row[answer], answer, "assistant"))
+    body = parts.pop()
+    while parts and body[0].role == "assistant" and parts[-1][-1].role != "assistant":
+        body = parts.pop() + body
+    for part in parts:
+        if not {m.text for m in part} <= {m.text for m in body}:
+            columns = " and ".join(repr(c) for c in (asked, talk, answer) if c)
+            raise ValueError(f"{columns} hold different dialogues: drop a column")
+    return body
+
+
+def turns_of(messages: list[Message]) -> list[Turn]:
+    """Pair each user's message with the answer to it. Raises ValueError where that fails.
+
+    Several messages of one role in a row are joined by an empty line. A system text may stand
+    only at the beginning, a user's message must come first and an answer last.
+    """
+    joined: list[Message] = []
+    for role, group in groupby(messages, key=lambda m: m.role):
+        first, *more = group
+        if any(m.trained != first.trained for m in more):
+            raise ValueError("answers of different weight in a row")
+        text = "\n\n".join(m.text for m in (first, *more))
+        extra = "\n".join(m.input for m in (first, *more) if m.input)
+        joined.append(Message(role, text, extra, first.trained))
+    system = joined.pop(0).text if joined and joined[0].role == "system" else ""
+    roles = [m.role for m in joined]
+    if "system" in roles:
+        raise ValueError("a system text inside the conversation; only its first message may be one")
+    if roles[:1] != ["user"]:
+        raise ValueError("a conversation must begin with the user's message")
+    if roles[-1] != "assistant":
+        raise ValueError("a conversation must end with an assistant's answer")
+    return [
+        Turn(
+            instruction_prompt(question.text, question.input, "" if n else system),
+            instruction_response(answer.text),
+            answer.trained,
+        )
+        for n, (question, answer) in enumerate(zip(joined[::2], joined[1::2], strict=True))
+    ]
+
+
+def preamble_of(row: dict, body: list[Message]) -> list[Message]:
+    """What columns of their own put before a dialogue: a system text, Alpaca's history."""
+    history = row.get("history") or []
+    pairs = isinstance(history, list) and all(
+        isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p)
+        for p in history
+    )
+    if not pairs:
+        raise ValueError("'history' must be a list of [user, assistant] texts")
+    system = text_of(row, SYSTEMS)
+    has_system = body[0].role == "system"
+    if has_system and (history or system not in ("", body[0].text)):
+        raise ValueError("a system text both inside the dialogue and beside it")
+    before = [Message("system", system)] if system and not has_system else []
+    for user, assistant in history:
+        before += [Message("user", user), Message("assistant", assistant)]
+    return before
 
 
 def record_from_row(row: dict, source: str, text_field: str, where: str) -> Record:
-    """A Record from any known shape of JSON object or table row. Raises ValueError saying why not.
-
-    instruction/input/output, prompt/completion, prompt/response, messages, chosen/rejected, text.
-    """
+    """A Record from a JSON object or a table's row in any of LAYOUTS. Raises ValueError if none."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
+    if text_field != "text" and row.get(text_field) is not None:  # asked for by name
+        return plain_record(row, source, text_field, where)
+    asked, talk = present(row, QUESTIONS), present(row, DIALOGUES)
+    preference = row.get("chosen") is not None  # counts, whatever other answer stands beside it
+    answer = "chosen" if preference else present(row, ANSWERS)
+    pair = preference and row.get("rejected") is not None
+    if not (pair or talk or (asked and answer)):
+        if row.get(text_field) is None:
+            names = ", ".join(map(repr, list(row)[:8])) or "none"
+            raise ValueError(f"no known layout among the fields {names}; known are {LAYOUTS}")
+        if asked or answer:
+            raise ValueError(f"{asked or answer!r} beside 'text', and no "
+                             f"{'answer' if asked else 'question'}: name one by --text_field")  # fmt: skip
+        return plain_record(row, source, text_field, where)
+    refuse_unsupported(row, "the row")
+    body = dialogue_of(row, asked, talk, answer)
+    rejected = rejected_answer(row["rejected"], body) if pair else ""
+    if row.get("label") is False:  # KTO's: an answer that people did not like
+        body[-1] = body[-1]._replace(trained=False)
+    return Record(source, turns_of(preamble_of(row, body) + body), rejected, where)
 
-    def text(*names: str) -> str | None:
-        for name in names:
-            if row.get(name) is not None:
-                if not isinstance(row[name], str):
-                    raise ValueError(f"{name!r} must be text, not {type(row[name]).__name__}")
-                return row[name]
-        return None
 
-    instruction = text("instruction", "prompt")
-    output = text("chosen", "output", "completion", "response")
-    if instruction is not None and output is not None:
-        prompt = instruction_prompt(instruction, text("input") or "")
-        rejected = text("rejected")
-        rejected = "" if rejected is None else instruction_response(rejected)
-        return Record(source, [Turn(prompt, instruction_response(output))], rejected, where)
-    if isinstance(row.get("messages"), list):
-        turns = row["messages"]
-        if not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
-            raise ValueError("'messages' must be a list of {role, content}")
-        if len(turns) < 2 or turns[-1].get("role") != "assistant":
-            raise ValueError("'messages' must end with an assistant's turn")
-        said = [t["content"] for t in turns[:-1]]
-        if len(said) > 1:
-            said = [f"{t.get('role')}: {t['content']}" for t in turns[:-1]]
-        prompt = instruction_prompt("\n".join(said))
-        answer = instruction_response(turns[-1]["content"])
-        return Record(source, [Turn(prompt, answer)], where=where)
-    plain = text(text_field)
-    if plain is not None:
-        return Record(source, [Turn("", plain)], where=where)
-    raise ValueError(f"no known fields among {', '.join(map(repr, list(row)[:8])) or 'none'}")
+def plain_record(row: dict, source: str, text_field: str, where: str) -> Record:
+    if not isinstance(row[text_field], str):
+        raise ValueError(f"{text_field!r} must be text, not {type(row[text_field]).__name__}")
+    return Record(source, [Turn("", row[text_field])], where=where)
+
+
+def rejected_answer(value, body: list[Message]) -> str:
+    """The answer that was not chosen, rendered; `value` holds it alone or with the prompt."""
+    *prompt, last = messages_of(value, "rejected", "assistant")
+    if prompt and [m[:2] for m in prompt] != [m[:2] for m in body[:-1]]:
+        raise ValueError("'chosen' and 'rejected' do not share their prompt")
+    if last.role != "assistant":
+        raise ValueError("'rejected' must end with an assistant's answer")
+    return instruction_response(last.text)
+
+
+# --- readers ---
+
+
+def records_from_rows(
+    rows: Iterable[tuple[str, object]],
+    source: str,
+    config: DataConfig,
+    report: Report,
+    decode: Callable = lambda row: row,
+) -> Iterator[Record]:
+    """Records of (where, row), each row first decoded; those of no known layout are reported."""
+    for where, row in rows:
+        try:
+            record = record_from_row(decode(row), source, config.text_field, where)
+        except (ValueError, RecursionError) as error:
+            report.malformed(source, one_line(error, 400), where)
+            continue
+        if not record.is_plain and not config.hf_dataset:
+            record.source = "instructions"
+        context = sum(not turn.trained for turn in record.turns)
+        if context:
+            report.count(
+                record.source, "answers not trained: weight 0, label false", context, where
+            )
+        if context == len(record.turns):
+            report.skip(record.source, "no answer to train", where)
+            continue
+        while not record.turns[-1].trained:  # context for nothing
+            record.turns.pop()
+        yield record
 
 
 def load_sms_spam(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
     """SMS Spam Collection: a label, a tab, a message on each line, no quoting."""
-    for number, line in enumerate(read_pieces(path, config.encoding_errors, "\n"), 1):
+    file = TextFile(path, config.encoding_errors)
+    for number, line in enumerate(file.pieces("\n"), 1):
         where = f"{path}:{number}"
         label, tab, message = line.rstrip("\r").partition("\t")
         if not line.strip():
@@ -2952,92 +3169,174 @@ def load_sms_spam(path: Path, config: DataConfig, report: Report) -> Iterator[Re
             prompt = instruction_prompt("classify if the SMS is spam or ham", message)
             answer = instruction_response(label.strip())
             yield Record("sms", [Turn(prompt, answer)], where=where)
+    count_replaced(file, "sms", report)
 
 
-def load_instruction_json(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
-    """A JSON list of objects, or JSON Lines, in the shapes of `record_from_row`."""
-    jsonl = ".jsonl" in path.name.lower()
-    if jsonl:
-        entries = enumerate(read_pieces(path, config.encoding_errors, "\n"), 1)
+def count_replaced(file: TextFile, source: str, report: Report) -> None:
+    if file.replaced:
+        what = "invalid UTF-8 replaced by U+FFFD"
+        report.count(source, what, file.replaced, str(file.path))
+
+
+def is_json_lines(file: TextFile) -> bool:
+    """Whether the first line of a .json file is an object by itself."""
+    if not next(file.blocks(), "").lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(next(file.pieces("\n"))), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def load_json(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+    """A JSON list of objects, or JSON Lines under whatever name."""
+    file = TextFile(path, config.encoding_errors)
+    ending = Path(path.name.lower().removesuffix(".gz")).suffix
+    if ending != ".json" or is_json_lines(file):
+        lines = enumerate(file.pieces("\n"), 1)
+        rows = ((f"{path}:{number}", line) for number, line in lines if line.strip())
+        yield from records_from_rows(rows, path.name, config, report, json.loads)
     else:
-        try:
-            entries = json.loads("".join(read_text(path, config.encoding_errors)))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
-        if not isinstance(entries, list):
-            raise UserError(f"{path}: expected a list of objects, found {type(entries).__name__}")
-        entries = enumerate(entries, 1)
-    for number, entry in entries:
-        where = f"{path}:{number}" if jsonl else f"{path}: entry {number}"
-        try:
-            if jsonl:
-                if not entry.strip():
-                    continue
-                entry = json.loads(entry)
-            record = record_from_row(entry, path.name, config.text_field, where)
-        except (ValueError, RecursionError) as error:
-            report.malformed(path.name, one_line(error), where)
-            continue
-        if not record.is_plain:
-            record.source = "instructions"
-        yield record
+        entries = enumerate(json_list(file, report), 1)
+        rows = ((f"{path}: entry {number}", entry) for number, entry in entries)
+        yield from records_from_rows(rows, path.name, config, report)
+    count_replaced(file, path.name, report)
 
 
-def load_plain_text(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
-    """One record a file, or one between delimiters."""
-    if not config.doc_delimiter:
-        text: str | TextFile = TextFile(path, config.encoding_errors)
-        if path.stat().st_size <= LONG_TEXT and path.suffix.lower() != ".gz":
-            text = "".join(text.blocks())
-        yield Record(path.name, [Turn("", text)], where=str(path))
-        return
-    delimiter = unescape(config.doc_delimiter)
-    for number, text in enumerate(read_pieces(path, config.encoding_errors, delimiter), 1):
-        yield Record(path.name, [Turn("", text)], where=f"{path}: document {number}")
+def json_list(file: TextFile, report: Report) -> list:
+    """The entries of a file that is one JSON list; reported where it is not."""
+    try:
+        entries = json.loads("".join(file.blocks()))
+        if isinstance(entries, list):
+            return entries
+        why = f"expected a list of objects, or an object a line, not a {type(entries).__name__}"
+    except (ValueError, RecursionError) as error:
+        why = f"not valid JSON: {one_line(error)}"
+    report.malformed(file.path.name, why, str(file.path))
+    return []
+
+
+def load_csv(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+    """A table whose first line names its columns, separated by commas, semicolons or tabs."""
+    file = TextFile(path, config.encoding_errors)
+    lines = (line + "\n" for line in file.pieces("\n"))
+    header = next(lines, "")
+    csv.field_size_limit(2**31 - 1)
+    delimiter = max(",;\t", key=header.count)
+    table = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
+
+    def rows() -> Iterator[tuple[str, dict]]:
+        for row in table:
+            yield f"{path}:{table.line_num}", row
+
+    def whole(row: dict) -> dict:
+        if None in row:
+            raise ValueError("more cells than the first line names columns")
+        return row
+
+    try:
+        if has_layout(path, table.fieldnames or [], config, report):
+            yield from records_from_rows(rows(), path.name, config, report, whole)
+    except csv.Error as error:
+        report.malformed(path.name, one_line(error), f"{path}:{table.line_num}")
+    count_replaced(file, path.name, report)
+
+
+def load_tsv(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+    """The SMS collection by its labels; else a table with named columns."""
+    first = next((p for p in TextFile(path, config.encoding_errors).pieces("\n") if p.strip()), "")
+    is_sms = first.partition("\t")[0].strip() in ("ham", "spam")
+    yield from (load_sms_spam if is_sms else load_csv)(path, config, report)
+
+
+def has_layout(path: Path, columns: list[str], config: DataConfig, report: Report) -> bool:
+    """Whether a table's columns hold a known layout; reported where they do not."""
+    found = {config.text_field, "chosen", *DIALOGUES} & set(columns)
+    if found or (set(QUESTIONS) & set(columns) and set(ANSWERS) & set(columns)):
+        return True
+    names = ", ".join(map(str, columns[:12]))
+    report.malformed(
+        path.name,
+        f"no column {config.text_field!r} and no known layout among its columns ({names}); "
+        f"name the one that holds text with --text_field, or use {LAYOUTS}",
+        str(path),
+    )
+    return False
 
 
 def load_parquet(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
     """Rows of a parquet file, FineWeb's layout and instruction tables alike, batch by batch."""
     parquet = optional("pyarrow.parquet", "pyarrow")
+
+    def rows() -> Iterator[tuple[str, dict]]:
+        number = 0
+        for table in file.iter_batches(256, columns=wanted):
+            for row in table.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
+
     try:
         source = io.BytesIO(open_binary(path).read()) if path.suffix.lower() == ".gz" else path
         with parquet.ParquetFile(source) as file:
             columns = file.schema_arrow.names
-            wanted = [c for c in columns if c in {config.text_field, *RECORD_FIELDS}]
-            if not {config.text_field, "instruction", "prompt", "messages"} & set(wanted):
-                raise UserError(
-                    f"{path}: no column {config.text_field!r} (it has {', '.join(columns)}); "
-                    "name one with --text_field"
-                )
-            number = 0
-            for table in file.iter_batches(256, columns=wanted):
-                for row in table.to_pylist():
-                    number += 1
-                    where = f"{path}: row {number}"
-                    try:
-                        yield record_from_row(row, path.name, config.text_field, where)
-                    except ValueError as error:
-                        report.malformed(path.name, one_line(error), where)
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+            wanted = [c for c in columns if c in KNOWN_COLUMNS or c == config.text_field]
+            if has_layout(path, columns, config, report):
+                yield from records_from_rows(rows(), path.name, config, report)
+    except (OSError, EOFError, ValueError, ArithmeticError, gzip.zlib.error) as error:
+        # pyarrow's errors derive from these
         raise UserError(f"cannot read {path} as parquet: {one_line(error)}") from None
+
+
+def load_plain_text(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+    """One record a file, or one between delimiters.
+
+    Under --max_tokens a long file is a text that ends about there: the rest is not read, and
+    validation takes the last part of what is.
+    """
+    file = TextFile(path, config.encoding_errors)
+    size = path.stat().st_size
+    if config.doc_delimiter:
+        pieces = file.pieces(unescape(config.doc_delimiter))
+        for number, text in enumerate(pieces, 1):
+            yield Record(path.name, [Turn("", text)], where=f"{path}: document {number}")
+        count_replaced(file, path.name, report)
+        return
+    if "<|endoftext|>" in next(file.blocks(), ""):
+        report.advise(f"{path} holds <|endoftext|>, read as plain characters: "
+                      "--doc_delimiter '<|endoftext|>' makes a record of each part")  # fmt: skip
+    if path.suffix.lower() in SOURCE_CODE:
+        report.advise(f"{path.parent} holds source code, read as plain text, one record a file")
+    text: str | TextFile = file
+    if size <= LONG_TEXT and path.suffix.lower() != ".gz":
+        text = "".join(file.blocks())
+        count_replaced(file, path.name, report)
+    elif config.max_tokens:
+        bytes_per_token = 1 if getattr(config, "tokenizer", "") == "byte" else BYTES_PER_TOKEN
+        file.limit = max(config.max_tokens * bytes_per_token, LONG_TEXT + 1)
+        if size > file.limit and path.suffix.lower() != ".gz":
+            report.count(
+                path.name, "bytes past --max_tokens, not read", size - file.limit, str(path)
+            )
+    yield Record(path.name, [Turn("", text)], where=str(path))
 
 
 def load_hub(config: DataConfig, report: Report, rows=None) -> Iterator[Record]:
     """Rows of a Hugging Face dataset, from the Hub or a local builder, whole or as a stream."""
-    rows = hub_rows(config) if rows is None else rows
-    number = 0
+    name, number = config.hf_dataset, 0
+
+    def numbered() -> Iterator[tuple[str, dict]]:
+        nonlocal number
+        for number, row in enumerate(hub_rows(config) if rows is None else rows, 1):
+            yield f"{name}: row {number}", row
+
     try:
-        for number, row in enumerate(rows, 1):
-            where = f"{config.hf_dataset}: row {number}"
-            try:
-                yield record_from_row(row, config.hf_dataset, config.text_field, where)
-            except ValueError as error:
-                report.malformed(config.hf_dataset, one_line(error), where)
+        yield from records_from_rows(numbered(), name, config, report)
     except UserError:
         raise
     except Exception as error:  # of pyarrow, fsspec, the network: no common base
-        raise UserError(f"{config.hf_dataset}: cannot read on after row {number}: "
-                        f"{one_line(error, 160)}") from None  # fmt: skip
+        raise UserError(
+            f"{name}: cannot read on after row {number}: {one_line(error, 160)}"
+        ) from None
 
 
 def hub_rows(config: DataConfig):
@@ -3060,46 +3359,181 @@ def hub_rows(config: DataConfig):
 
 
 READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[Record]]] = {
-    ".json": load_instruction_json,
-    ".jsonl": load_instruction_json,
+    ".json": load_json,
+    ".jsonl": load_json,
+    ".ndjson": load_json,
+    ".csv": load_csv,
+    ".tsv": load_tsv,
     ".parquet": load_parquet,
-    ".tsv": load_sms_spam,
     ".txt": load_plain_text,
     ".md": load_plain_text,
+}
+SOURCE_CODE = {".py", ".js", ".ts", ".c", ".h", ".cpp", ".cc", ".java", ".go", ".rs", ".rb", ".sh"}
+BINARY = {  # first bytes -> what to do
+    b"%PDF-": "a PDF: convert it to text first, for example with pdftotext",
+    b"PK\x03\x04": "an archive or office document: unpack it, or save it as text",
+    b"{\\rtf": "rich text: save it as plain text",
+    b"\x1f\x8b": "compressed, but not named .gz",
 }
 
 
 def find_reader(path: Path):
-    """The reader for a file by its name, by a look inside where the name says nothing, or None."""
+    """(reader, "") by a file's name or by a look inside, or (None, why it cannot be read)."""
     name = path.name.lower().removesuffix(".gz")
     if name.startswith("smsspamcollection"):
-        return load_sms_spam
+        return load_sms_spam, ""
     reader = READERS.get(Path(name).suffix)
-    if reader is None:
+    if reader:
+        return reader, ""
+    try:
+        with open_binary(path) as file:
+            head = file.read(4096)
+        for first, why in BINARY.items():
+            if head.startswith(first):
+                return None, why
+        if b"\0" in head:
+            return None, "not text"
+        UTF8().decode(head)  # incremental: a character may be cut at the end
+    except PermissionError as error:
+        return None, f"cannot be read: {error.strerror}"
+    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error):
+        return None, "not text"
+    return load_plain_text, ""
+
+
+# --- which files, and which part of the split they say they are ---
+
+
+def made_here(folder: Path, names: set[str]) -> str:
+    """What this program wrote into a folder that holds these names; "" if nothing."""
+    if names & {f"{kind}{end}.pth" for kind in ("best", "last") for end in ("", "_finetune")}:
+        return "a run of this program"
+    if {"config.json", "model.safetensors"} <= names:
+        return "an exported model"
+    if "meta.json" in names:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            if str(meta.get("format")).startswith("llm_pipeline."):
+                return "a token store"
+    return ""
+
+
+def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
+    """(files under --data_dir in a stable order, {what is left out: why}). Raises UserError.
+
+    Links to folders are followed, each folder once; names that begin with a dot are passed over.
+    """
+    root = Path(config.data_dir)
+    try:
+        if root.is_file():
+            return [root], {}
+        if not root.is_dir():
+            if not named_data_dir(config):
+                return [], {}
+            what = "is neither a folder nor a file" if root.exists() else "does not exist"
+            raise UserError(f"--data_dir {root} {what}: name a folder or a file with text")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"cannot read --data_dir {root}: {error.strerror}") from None
+    files, left_out = [], {}
+    folders, links = [root], []
+    met = {os.path.realpath(config.processed_dir): "where token stores are kept"}
+    met.pop(os.path.realpath(root), None)
+    while folders or links:  # links last, so that a file keeps the name of its real folder
+        folder = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(folder)
         try:
-            with open_binary(path) as file:
-                head = file.read(4096)
-            if b"\0" not in head:
-                UTF8().decode(head)  # incremental: a character may be cut at the end
-                reader = load_plain_text
-        except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error):
-            pass
-    return reader
+            entries = sorted(os.scandir(folder), key=lambda e: e.name)
+            why = made_here(folder, {e.name for e in entries}) if folder != root else ""
+            why = why or met.get(real, "")
+            if why:
+                left_out[folder] = why
+                continue
+            met[real] = "a link to a folder that is read already"
+            for entry in entries:
+                path = folder / entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(path)
+                elif entry.is_file():
+                    files.append(path)
+                else:
+                    left_out[path] = "a broken link" if entry.is_symlink() else "not a regular file"
+        except OSError as error:
+            left_out[folder] = f"cannot be read: {error.strerror}"
+    return sorted(files), left_out
 
 
 def find_files(config: DataConfig) -> list[Path]:
-    """Every file under --data_dir, in a stable order, hidden ones left out. Raises UserError."""
-    root = Path(config.data_dir)
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        if config.data_dir == DataConfig.data_dir:
-            return []
-        raise UserError(f"--data_dir {root} does not exist: name a folder or a file with text")
-    inside = (p for p in root.rglob("*") if p.is_file())
-    return sorted(
-        p for p in inside if not any(s.startswith(".") for s in p.relative_to(root).parts)
-    )
+    """Every file that --data_dir holds. Raises UserError where it names nothing."""
+    return walk(config)[0]
+
+
+def named_data_dir(config: DataConfig) -> bool:
+    """Whether the user asked for this --data_dir, rather than leaving it at its default."""
+    return config.data_dir != DataConfig.data_dir or "data_dir" in config.given
+
+
+ROLE_WORDS = {
+    "train": "train", "training": "train", "valid": "val", "validation": "val", "val": "val",
+    "dev": "val", "test": "test",
+}  # fmt: skip
+
+
+def role_in_name(name: str, is_folder: bool) -> str:
+    """The role that a name speaks of; a folder's whole name, any word of a file's."""
+    name = name.lower()
+    words = [name] if is_folder else re.split(r"[^a-z]+", name)
+    return next((ROLE_WORDS[word] for word in words if word in ROLE_WORDS), "")
+
+
+@dataclass
+class Roles:
+    """train, val or test, where the name of a file or of its folder says so, else "".
+
+    A name counts where its siblings on disk make a split of it: a training and a validation part,
+    or a test part beside a training part. So one file of such a folder keeps its role.
+    """
+
+    root: Path
+    siblings: dict[tuple[Path, bool], set[str]] = field(default_factory=dict)
+
+    def of_name(self, path: Path, is_folder: bool) -> str:
+        key = path.parent, is_folder
+        if key not in self.siblings:
+            self.siblings[key] = set()
+            with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+                self.siblings[key] = {
+                    role_in_name(e.name, is_folder) for e in entries if e.is_dir() == is_folder
+                }
+        beside, role = self.siblings[key], role_in_name(path.name, is_folder)
+        split = {"train", "val"} <= beside or (role == "test" and "train" in beside)
+        return role if split else ""
+
+    def of_root(self) -> str:
+        """The role of what --data_dir names: a folder, or a file and the folder it stands in."""
+        root = Path(os.path.abspath(self.root))
+        if root.is_dir():
+            return self.of_name(root, True)
+        return self.of_name(root, False) or self.of_name(root.parent, True)
+
+    def of(self, path: Path) -> str:
+        """The role of a file below the root; its own name counts most, then its folder's."""
+        part, is_folder = path, False
+        while part not in (self.root, part.parent):
+            role = self.of_name(part, is_folder)
+            if role:
+                return role
+            part, is_folder = part.parent, True
+        role = self.of_root()
+        return (
+            "val" if role == "test" else role
+        )  # a test part that is named is read, not trained on
+
+
+def data_role(config: DataConfig) -> str:
+    """train, val or test where --data_dir names one part of a folder that is split, else ""."""
+    return "" if config.hf_dataset else Roles(Path(config.data_dir)).of_root()
 
 
 def toy_records() -> Iterator[Record]:
@@ -3137,44 +3571,48 @@ def toy_record(task: str, input: str, answer: str) -> Record:
     return Record("toy", [turn], where="toy")
 
 
+def part_of_split(config: DataConfig) -> str:
+    """A line that says so, where --data_dir names one part of a folder that is split."""
+    role = data_role(config)
+    side = "trains" if role == "train" else "validates"
+    return role and f"{config.data_dir} is the {role} part of a split: all of it {side}"
+
+
 def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
     """Every record of the configured sources. Raises UserError when there is none to read."""
     if config.hf_dataset:
         yield from load_hub(config, report)
         return
-    files = find_files(config)
-    readers = [(path, find_reader(path)) for path in files]
-    if not any(reader for _, reader in readers):
-        if config.data_dir == DataConfig.data_dir:
+    files, left_out = walk(config)
+    for path, why in left_out.items():
+        report.skip(path.name, why, str(path))
+    readers = [(path, *find_reader(path)) for path in files]
+    if not any(reader for _, reader, _ in readers):
+        if not named_data_dir(config):
             note(f"no data in {config.data_dir}: using the built-in toy corpus")
             yield from toy_records()
             return
         what = f"{len(files)} files, none readable as text" if files else "no files"
-        raise UserError(f"--data_dir {config.data_dir}: {what}; add .txt, .json, .jsonl, .parquet "
-                        "or an SMSSpamCollection")  # fmt: skip
-    for path, reader in readers:
-        split = named_split(path, files)
+        reasons = [f"{p.name}: {why}" for p, _, why in readers if why]
+        reasons += [f"{p.name}: {why}" for p, why in left_out.items()]
+        what += f" ({'; '.join(reasons[:3])})" if reasons else ""
+        raise UserError(f"--data_dir {config.data_dir}: {what}; add .txt, .json, .jsonl, .csv, "
+                        ".parquet or an SMSSpamCollection")  # fmt: skip
+    roles = Roles(Path(config.data_dir))
+    for path, reader, why in readers:
+        split = roles.of(path)
         if reader is None or split == "test":
-            why = "not text" if reader is None else "test split, kept out"
-            report.skip(path.name, why, str(path))
+            report.skip(path.name, why or "test split, kept out", str(path))
             continue
-        for record in reader(path, config, report):
-            record.split = split
-            yield record
+        try:
+            for record in reader(path, config, report):
+                record.split = split
+                yield record
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {one_line(error)}") from None
 
 
-def named_split(path: Path, files: list[Path]) -> str:
-    """train, val or test where a file's name says so and a train file stands beside it, else ""."""
-    words = {"train": "train", "valid": "val", "validation": "val", "val": "val", "dev": "val",
-             "test": "test"}  # fmt: skip
-
-    def said(file: Path) -> str:
-        found = [words[w] for w in re.split(r"[^a-z]+", file.name.lower()) if w in words]
-        return found[0] if found else ""
-
-    siblings = {said(f) for f in files if f.parent == path.parent}
-    whole = {"train", "val"} <= siblings or (said(path) == "test" and "train" in siblings)
-    return said(path) if whole else ""
+# --- duplicates and the split ---
 
 
 class SeenHashes:
@@ -3266,45 +3704,72 @@ def split_records(
         new = seen.add(np.array([identity for identity, _, _ in hashes], np.uint64))
         for record, fresh, (_, place, size) in zip(batch, new, hashes, strict=True):
             report.count(record.source, "records")
-            if not fresh:
-                report.skip(record.source, "duplicate", record.where)
-            elif size == 0 or too_short(record, config):
-                report.skip(record.source, "short or empty", record.where)
-            elif pairs and record.rejected in ("", record.response):
-                report.skip(record.source, "no preference", record.where)
-            else:
-                long = record.is_plain and size > LONG_TEXT
-                hashed = "both" if long else "val" if place < threshold else "train"
-                yield record, record.split or hashed, size
+            if isinstance(record.response, TextFile):
+                count_replaced(record.response, record.source, report)
+            why = "" if fresh else "duplicate"
+            why = why or unusable(record, size, config, pairs)
+            if why:
+                report.skip(record.source, why, record.where)
+                continue
+            long = record.is_plain and size > LONG_TEXT
+            hashed = "both" if long else "val" if place < threshold else "train"
+            yield record, record.split or hashed, size
+
+
+def unusable(record: Record, size: int, config: DataConfig, pairs: bool) -> str:
+    """Why a record is left out, or ""."""
+    if size == 0 or too_short(record, config):
+        return "short or empty"
+    if pairs and record.rejected in ("", record.response):
+        return "no preference"
+    return ""
 
 
 def split_text(
     record: Record, split: str, size: int, val_fraction: float
 ) -> Iterator[tuple[str, str]]:
-    """Blocks of a record's response with the split of each: (split, text).
+    """Blocks of a record's response with the split of each: (split, text)."""
+    blocks = text_blocks(record.response)
+    parts = ((split, block) for block in blocks)
+    if split == "both":
+        parts = cut_at(size - math.ceil(size * val_fraction), blocks)
+    for part, group in groupby(parts, key=lambda item: item[0]):
+        for block in whole_words(block for _, block in group):
+            yield part, block
 
-    Blocks end where a tokenizer would cut too, so that ids do not depend on the block size.
-    """
-    boundary = size - math.ceil(size * val_fraction) if split == "both" else size
-    part, done, carry = "train" if split == "both" else split, 0, ""
-    for block in text_blocks(record.response):
+
+def cut_at(boundary: int, blocks: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """("train", text) for the first `boundary` bytes, then ("val", text); characters stay whole."""
+    done = 0
+    for block in blocks:
         data = block.encode("utf-8", "surrogatepass")
-        if part == "train" and split == "both" and done + len(data) >= boundary:
-            cut = boundary - done
-            while cut < len(data) and data[cut] & 0xC0 == 0x80:  # not inside a character
-                cut += 1
-            yield "train", carry + data[:cut].decode("utf-8", "surrogatepass")
-            part, carry, block = "val", "", data[cut:].decode("utf-8", "surrogatepass")
+        cut = min(max(boundary - done, 0), len(data))
+        while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80:
+            cut += 1
         done += len(data)
+        for part, piece in (("train", data[:cut]), ("val", data[cut:])):
+            if piece:
+                yield part, piece.decode("utf-8", "surrogatepass")
+
+
+# Cut long text only where pre-tokenizers also cut, so that ids do not depend on the block size:
+# before a space between words, else before whitespace.
+SAFE_CUTS = (re.compile(r"\w(?= \w)"), re.compile(r"\S(?=\s)"))
+
+
+def whole_words(blocks: Iterable[str]) -> Iterator[str]:
+    """The same text in blocks that end at a safe cut."""
+    carry = ""
+    for block in blocks:
         block = carry + block
-        cut = next((m[-1] for pattern in SAFE_CUTS if (m := cuts(pattern, block))), 0)
+        cut = next((ends[-1] for pattern in SAFE_CUTS if (ends := cuts(pattern, block))), 0)
         if not cut and len(block) > 64 * BLOCK:  # a text without spaces: cut it where it stands
             cut = len(block)
         if cut:
-            yield part, block[:cut]
+            yield block[:cut]
         carry = block[cut:]
     if carry:
-        yield part, carry
+        yield carry
 
 
 def cuts(pattern: re.Pattern, text: str) -> list[int]:
@@ -3563,6 +4028,80 @@ class TokenStore:
     def fingerprint(self) -> str:
         """Of the tokens and the index themselves, whatever files they came from."""
         return str(self.meta["fingerprint"])
+
+
+SHORT_RECORD = 2000  # tokens; what is compared of a longer record
+TWIN_LIMITS = {"val": 2000, "train": 50_000}  # records of a source that are compared at most
+
+
+def grams(text: str) -> np.ndarray:
+    """The character 5-grams of a text, its case and spacing made equal: (n,) sorted uint64."""
+    text = " ".join(text.lower().split())
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    if len(points) < 5:
+        return points[:0]
+    hashes = points[4:]
+    for back in range(1, 5):  # a polynomial in an odd base, modulo 2^64
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + points[4 - back : len(points) - back]
+    return np.unique(hashes)
+
+
+def near_duplicates(store: TokenStore) -> dict[str, tuple[int, int]]:
+    """{source: (validation records with a near-twin in training, those compared)}.
+
+    Two records are near-twins if the sets of their 5-grams have a Jaccard index of at least 0.8.
+    An instruction is compared by its input or, without one, by itself; plain text by its beginning.
+    Large sources are sampled evenly.
+    """
+    found = {}
+    for number, source in enumerate(store.sources):
+        val = [v for v in source_grams(store, "val", number) if len(v)]
+        if val:
+            found[source] = len(twins(val, source_grams(store, "train", number))), len(val)
+    return found
+
+
+def source_grams(store: TokenStore, split: str, number: int) -> Iterator[np.ndarray]:
+    """The grams of a source's records, one array each, at most TWIN_LIMITS of them."""
+    index, rows = store.index[split], store.whole_records(split)
+    rows = rows[index["source"][rows] == number]
+    for row in rows[:: max(1, -(-len(rows) // TWIN_LIMITS[split]))]:
+        start, length, prompt, _ = index[row].tolist()
+        end = prompt if prompt > 1 else length
+        ids = store.ids(split, start + 1, min(end - 1, SHORT_RECORD)).tolist()
+        text = store.tokenizer.decode(ids)
+        instruction, _, input = text.removesuffix("\n### Output:").rpartition("\n### Input: ")
+        yield grams(input or instruction.rpartition("### Instruction: ")[2])
+
+
+def twins(some: list[np.ndarray], others: Iterable[np.ndarray], least: float = 0.8) -> set[int]:
+    """Which of `some` sets have a Jaccard index of at least `least` with one of `others`.
+
+    Two sets that are as alike share one of the 1 - least rarest elements of either (the prefix
+    filter of Bayardo et al., 2007), so that few pairs are compared.
+    """
+    owner = np.repeat(np.arange(len(some)), [len(s) for s in some])
+    elements = np.concatenate(some)
+    order = np.argsort(elements, kind="stable")
+    known, first, count = np.unique(elements[order], return_index=True, return_counts=True)
+    owner, found = owner[order], set()
+    for other in others:
+        if not len(known) or not len(other):
+            continue
+        place = np.minimum(np.searchsorted(known, other), len(known) - 1)
+        frequency = np.where(known[place] == other, count[place], 0)
+        rare = np.argsort(frequency, kind="stable")[
+            : len(other) - math.ceil(least * len(other)) + 1
+        ]
+        rare = rare[frequency[rare] > 0]
+        for candidate in {
+            o for r in rare for o in owner[first[place[r]] :][: frequency[r]].tolist()
+        }:
+            if candidate not in found:
+                both = len(np.intersect1d(some[candidate], other, assume_unique=True))
+                if both >= least * (len(some[candidate]) + len(other) - both):
+                    found.add(candidate)
+    return found
 
 
 class StreamStore(TokenStore):
@@ -3876,7 +4415,7 @@ def write_store(
     writer.close()
     for line in writer.report.lines():
         note(line)
-    if not writer.size["train"]:
+    if not (writer.size["train"] or (writer.size["val"] and data_role(config))):
         raise UserError(f"no records to train on in {config.hf_dataset or config.data_dir}"
                         f"{' (DPO needs chosen and rejected)' * pairs}")  # fmt: skip
     meta = store_origin(config, tokenizer, pairs, current) | figures | {
@@ -5793,6 +6332,8 @@ OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=
 
 def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
     """The corpus as a token store, built by the first process."""
+    if part := part_of_split(config):
+        note(part)
     return first_one_first(rt, lambda: build_corpus_from_sources(config, tokenizer, pairs=pairs))
 
 

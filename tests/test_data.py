@@ -1,6 +1,7 @@
 """Sources, records, the split, the token store, windows and batches."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import TINY, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -359,8 +360,49 @@ def test_named_splits(tmp_path):
     assert documents(store, "train") == ["The train text.\n" * 5000]
     assert documents(store, "val") == ["The valid text.\n" * 5000]
     assert any("test" in why for _, why, _ in store.meta["skipped"])
-    alone = prepared(tmp_path / "alone", tmp_path / "raw/wiki.train.tokens")
-    assert documents(alone, "val")[0] in "The train text.\n" * 5000
+
+
+@pytest.mark.parametrize("layout", ["wiki.{}.tokens", "{}/wiki.tokens", "{}/deep/wiki.tokens"])
+def test_one_part_of_a_split_keeps_its_role(tmp_path, layout):
+    """What was trained on never validates, and what validates is never trained on."""
+    for name in ("train", "valid", "test"):
+        write(tmp_path / "raw" / layout.format(name), f"The {name} text.\n" * 5000)
+    both = prepared(tmp_path, tmp_path / "raw")
+    assert documents(both, "train") == ["The train text.\n" * 5000]
+    assert documents(both, "val") == ["The valid text.\n" * 5000]
+
+    def part(name: str) -> Path:
+        path = tmp_path / "raw" / layout.format(name)
+        return path.parent.parent if "deep" in layout else path
+
+    alone = prepared(tmp_path / "1", part("train"))
+    assert not len(alone.index["val"]) and documents(alone, "train") == documents(both, "train")
+    for name, role in (("train", "train"), ("valid", "val"), ("test", "test")):
+        config = lp.DataConfig(data_dir=str(part(name)))
+        assert lp.data_role(config) == role
+        side = "train" if role == "train" else "val"
+        assert [record.split for record in lp.read_records(config, lp.Report())] == [side]
+    flags = ["--data_dir", part("test"), "--processed_dir", tmp_path / "2"]
+    run("train", *flags, *TINY, "--out_dir", tmp_path / "run").fails(1, "train")
+
+
+def test_eval_of_one_part_scores_that_part(tmp_path, tiny_checkpoint):
+    """Whole, and it says so; a training part holds nothing to validate on."""
+    texts = {name: f"Some {name} text of its own.\n" * 50 for name in ("train", "valid", "test")}
+    for name, text in texts.items():
+        write(tmp_path / f"raw/wiki.{name}.txt", text)
+
+    def scored(name: str, *more):
+        path = tmp_path / f"raw/wiki.{name}.txt"
+        flags = ["--data_dir", path, "--processed_dir", tmp_path / "out", "--device", "cpu"]
+        return run("eval", "--ckpt", tiny_checkpoint, *flags, *more, "--json", tmp_path / "r.json")
+
+    for name in ("valid", "test"):
+        assert "part of a split: all of it validates" in scored(name).ok().err
+        result = json.loads((tmp_path / "r.json").read_text())
+        assert result["bytes"] == len(texts[name])
+    scored("train").fails(1, "val")
+    assert "all of it trains" in scored("train", "--split", "train").ok().err
 
 
 def test_a_test_file_beside_a_training_file_is_not_trained_on(tmp_path):
@@ -448,7 +490,7 @@ GOOD = jsonl(SHAPES["text"])
     "name, content, word",
     [
         ("a.json", '[{"text": "a"}', "JSON"),
-        ("a.json", '{"text": "a"}', "list"),
+        ("a.json", '{\n"text": "a"}', "list"),
         ("a.json", "[" * 100_000 + "]" * 100_000, "JSON"),
         ("a.json", '[{"a":' * 100_000, "JSON"),
         ("a.json", "", "JSON"),
@@ -606,6 +648,223 @@ def test_400_mutated_files(tmp_path):
             assert "\n" not in str(error)
             outcomes.append(None)
     assert None in outcomes and any(outcomes)
+
+
+# --- the split by prompt ---
+
+
+def split(config, pairs: bool = False) -> list[tuple]:
+    """(record, its side) of every record."""
+    report = lp.Report()
+    records = lp.read_records(config, report)
+    found = lp.split_records(records, config, report, lp.SeenHashes(), pairs)
+    return [(record, side) for record, side, _ in found]
+
+
+def test_the_side_follows_the_first_prompt(tmp_path):
+    """What one stage trains on, no other stage validates on, whatever its answers are."""
+    chat = [dict(role="user", content="p{}"), dict(role="assistant", content="hello")]
+    rows = {
+        "tuning": [dict(prompt=f"p{i}", completion=f"one {i}") for i in range(200)],
+        "other": [dict(prompt=f"p{i}", completion=f"two {i}") for i in range(200)],
+        "pairs": [dict(prompt=f"p{i}", chosen="yes", rejected="no") for i in range(200)],
+        "chats": [
+            dict(messages=[m | {"content": m["content"].format(i)} for m in chat * 2])
+            for i in range(200)
+        ],
+    }
+    sides = {}
+    for name, lines in rows.items():
+        path = write(tmp_path / f"{name}.jsonl", jsonl(lines))
+        config = lp.DataConfig(data_dir=str(path))
+        assert config.split_by == "prompt"
+        sides[name] = {r.turns[0].prompt: side for r, side in split(config, name == "pairs")}
+    assert sides["tuning"] == sides["other"] == sides["pairs"] == sides["chats"]
+    assert 5 < list(sides["tuning"].values()).count("val") < 45
+
+
+def test_the_old_rule_still_splits_by_content(tmp_path):
+    """Sides that checkpoints from before --split_by know: of a hash of prompt and answer."""
+    path = write(tmp_path / "a.jsonl", jsonl(SHAPES["alpaca"]))
+    config = lp.DataConfig(data_dir=str(path), split_by="content")
+    for record, side in split(config):
+        data = f"{record.prompt}\0{record.response}\0".encode()
+        salt = config.split_seed.to_bytes(8, "little")
+        place = hashlib.blake2b(data, digest_size=16, salt=salt).digest()[8:]
+        assert side == ("val" if int.from_bytes(place, "little") < 2**64 // 10 else "train")
+
+
+def test_near_duplicates_are_counted(tmp_path, data):
+    """The known figure of the SMS collection under the old split, by brute force too."""
+    store = prepared(tmp_path, data / "sms_spam_collection", "--split_by", "content")
+    assert lp.near_duplicates(store) == {"sms": (24, 511)}
+
+
+def test_near_duplicates_against_every_pair():
+    rng = random.Random(0)
+    sets = [set(rng.sample(range(60), rng.randrange(1, 40))) for _ in range(60)]
+    sets += [s ^ set(rng.sample(range(60), rng.randrange(3))) for s in sets]
+    arrays = [np.array(sorted(s), np.uint64) for s in sets]
+    half = len(sets) // 2
+    wanted = {
+        i
+        for i, one in enumerate(sets[:half])
+        if any(len(one & two) >= 0.8 * len(one | two) for two in sets[half:])
+    }
+    assert 10 < len(wanted) < half
+    assert lp.twins(arrays[:half], arrays[half:]) == wanted
+
+
+# --- which files ---
+
+
+def sources(config) -> set[str]:
+    return {
+        Path(record.where.split(":")[0]).name for record in lp.read_records(config, lp.Report())
+    }
+
+
+def skipped(folder: Path, **more) -> dict[str, str]:
+    """{name: why} of what the walk over a folder leaves out."""
+    report = lp.Report()
+    list(lp.read_records(lp.DataConfig(data_dir=str(folder), **more), report))
+    return {
+        source: what.removeprefix("skipped: ")
+        for source, row in report.rows.items()
+        for what in row
+        if what.startswith("skipped: ")
+    }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_to_folders_are_followed_once(tmp_path):
+    write(tmp_path / "far/b.txt", "Text of B")
+    write(tmp_path / "raw/real/a.txt", "Text of A")
+    (tmp_path / "raw/link").symlink_to(tmp_path / "far")
+    (tmp_path / "raw/again").symlink_to(tmp_path / "raw/real")
+    (tmp_path / "raw/real/loop").symlink_to(tmp_path / "raw")
+    (tmp_path / "raw/broken").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "raw/pipe")
+    found = everything(prepared(tmp_path, tmp_path / "raw", "--val_fraction", 1e-9))
+    assert found == ["Text of A", "Text of B"]
+    left_out = skipped(tmp_path / "raw")
+    assert left_out["broken"] == "a broken link" and left_out["pipe"] == "not a regular file"
+    assert "read already" in left_out["again"] and "read already" in left_out["loop"]
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root may read anything")
+def test_what_may_not_be_read_is_named(tmp_path):
+    write(tmp_path / "raw/a.txt", "Text of A")
+    write(tmp_path / "raw/closed/b.txt", "Text of B")
+    write(tmp_path / "raw/c", "Text of C").chmod(0)
+    (tmp_path / "raw/closed").chmod(0)
+    try:
+        left_out = skipped(tmp_path / "raw")
+    finally:
+        (tmp_path / "raw/closed").chmod(0o700)
+    assert "Permission denied" in left_out["closed"] and "Permission denied" in left_out["c"]
+
+
+def test_what_the_program_made_is_not_read_back(tmp_path, tiny_checkpoint):
+    """Stores and runs below --data_dir: a second run reads what the first one read."""
+    write(tmp_path / "data/raw/a.jsonl", jsonl(SHAPES["text"]))
+    shutil.copytree(tiny_checkpoint.parent, tmp_path / "data/run")
+    run("prepare", "--data_dir", "data", "--out_dir", "data/store", cwd=tmp_path).ok()
+    for _ in range(2):
+        run("prepare", "--data_dir", "data", cwd=tmp_path).ok()
+    left_out = skipped(tmp_path / "data", processed_dir=str(tmp_path / "data/processed"))
+    assert left_out == {
+        "store": "a token store",
+        "run": "a run of this program",
+        "processed": "where token stores are kept",
+    }
+
+
+def test_a_folder_is_listed_a_few_times_however_many_files_it_holds(tmp_path, monkeypatch):
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(lp.os, "scandir", lambda path: listed.append(path) or scandir(path))
+    for i in range(300):
+        write(tmp_path / f"raw/part.{i}.txt", f"Text {i}")
+    assert len(sources(lp.DataConfig(data_dir=str(tmp_path / "raw")))) == 300
+    assert len(listed) < 10
+
+
+def test_a_data_dir_that_was_named_is_not_the_toy_corpus(tmp_path):
+    (tmp_path / "data/raw").mkdir(parents=True)
+    run("prepare", "--data_dir", "data/raw", cwd=tmp_path).fails(1, "data/raw", "no files")
+    shutil.rmtree(tmp_path / "data")
+    run("prepare", "--data_dir", "data/raw", cwd=tmp_path).fails(1, "data/raw", "does not exist")
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    for name in ("x" * 300, "x" * 300 + "/a.txt", "a\0b"):
+        with pytest.raises(lp.UserError, match="--data_dir"):
+            list(lp.read_records(lp.DataConfig(data_dir=name), lp.Report()))
+    write(tmp_path / "a.txt", "text")
+    with pytest.raises(lp.UserError, match="does not exist"):
+        lp.find_files(lp.DataConfig(data_dir=str(tmp_path / "a.txt/b")))
+
+
+@pytest.mark.parametrize(
+    "name, content, word",
+    [
+        ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\n", "pdftotext"),
+        ("a.docx", b"PK\x03\x04\x14\0", "office document"),
+        ("a.csv", b"id,words\n1,x\n", "--text_field"),
+    ],
+)
+def test_files_of_other_kinds_say_what_to_do(tmp_path, name, content, word):
+    write(tmp_path / "raw" / name, content)
+    refused(tmp_path, name, word)
+
+
+def test_advice_about_plain_text(tmp_path):
+    write(tmp_path / "raw/a.txt", "One story.\n<|endoftext|>\nAnother.\n" * 9)
+    write(tmp_path / "raw/code/a.py", "print(1)\n")
+    write(tmp_path / "raw/code/b.py", "print(2)\n")
+    flags = ["--data_dir", tmp_path / "raw", "--out_dir", tmp_path / "st"]
+    said = run("prepare", *flags).ok().err
+    assert said.count("--doc_delimiter '<|endoftext|>'") == 1
+    assert said.count("source code, read as plain text") == 1
+    again = run("prepare", *flags, "--overwrite", "--doc_delimiter", "<|endoftext|>")
+    assert "'<|endoftext|>'" not in again.err
+
+
+def test_replaced_bytes_are_counted(tmp_path):
+    """Invalid sequences, not the replacement characters that a text holds itself."""
+    bad = "a\ufffdb".encode() + b"\xff" + b"x" * (lp.BLOCK - 7) + b"\xe4\xbd" + b" \xf0\x9f\x98"
+    write(tmp_path / "raw/short.txt", b"abc\xff def, \xe4\xbd and \xef\xbf\xbd more")
+    write(tmp_path / "raw/long.txt", bad + "\ufffd".encode() * 30_000 + b"\xff")
+    write(tmp_path / "raw/lines.jsonl", b'{"text": "one \xff"}\n{"text": "two"}\n')
+    store = prepared(tmp_path, tmp_path / "raw", "--encoding_errors", "replace")
+    what = "invalid UTF-8 replaced by U+FFFD"
+    counts = {name: row.get(what) for name, row in store.meta["counts"].items()}
+    assert counts == {"short.txt": 2, "long.txt": 4, "lines.jsonl": 1}
+
+
+def test_max_tokens_of_one_large_file(tmp_path):
+    """The part that is read is the text: its last tenth validates, the rest is never opened."""
+    text = "".join(f"Line {i} of a long text.\n" for i in range(20_000))
+    write(tmp_path / "raw/a.txt", text.encode() + b"\xff" * 100_000)
+    store = prepared(tmp_path, tmp_path / "raw", "--max_tokens", 100_000)
+    train, val = (documents(store, split)[0] for split in ("train", "val"))
+    assert train + val == text[:100_000]
+    assert len(val) == 10_000
+
+
+def test_a_parquet_file_with_dates_out_of_range(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "raw").mkdir()
+    far = pa.array([2**60], pa.timestamp("ms"))
+    parquet.write_table(pa.table({"text": far}), tmp_path / "raw/a.parquet")
+    refused(tmp_path, "a.parquet")
+
+
+def test_a_lone_surrogate_in_a_rejected_answer(tmp_path):
+    rows = [dict(prompt=f"p{i}", chosen="yes", rejected="no \ud800") for i in range(20)]
+    write(tmp_path / "raw/a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    store = prepared(tmp_path, tmp_path / "raw", pairs=True)
+    assert any("\ud800" in text for text in documents(store, "train"))
 
 
 # --- windows ---
