@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -718,12 +719,6 @@ def test_near_duplicates_against_every_pair():
 # --- which files ---
 
 
-def sources(config) -> set[str]:
-    return {
-        Path(record.where.split(":")[0]).name for record in lp.read_records(config, lp.Report())
-    }
-
-
 def skipped(folder: Path, **more) -> dict[str, str]:
     """{name: why} of what the walk over a folder leaves out."""
     report = lp.Report()
@@ -780,13 +775,26 @@ def test_what_the_program_made_is_not_read_back(tmp_path, tiny_checkpoint):
     }
 
 
-def test_a_folder_is_listed_a_few_times_however_many_files_it_holds(tmp_path, monkeypatch):
-    listed, scandir = [], os.scandir
-    monkeypatch.setattr(lp.os, "scandir", lambda path: listed.append(path) or scandir(path))
-    for i in range(300):
-        write(tmp_path / f"raw/part.{i}.txt", f"Text {i}")
-    assert len(sources(lp.DataConfig(data_dir=str(tmp_path / "raw")))) == 300
-    assert len(listed) < 10
+def test_reading_many_files_takes_work_in_proportion(tmp_path):
+    """Twice as many files: twice as many calls, not four times as many."""
+
+    def calls(n: int) -> int:
+        for i in range(n):
+            write(tmp_path / f"{n}/part.{i}.txt", f"Text {i}")
+        config, count = lp.DataConfig(data_dir=str(tmp_path / str(n))), 0
+
+        def counted(frame, event, value):
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(counted)
+        try:
+            assert sum(1 for _ in lp.read_records(config, lp.Report())) == n
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(400) < 2.2 * calls(200)
 
 
 def test_a_data_dir_that_was_named_is_not_the_toy_corpus(tmp_path):
