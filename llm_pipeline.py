@@ -4031,7 +4031,7 @@ class TokenStore:
 
 
 SHORT_RECORD = 2000  # tokens; what is compared of a longer record
-TWIN_LIMITS = {"val": 2000, "train": 50_000}  # records of a source that are compared at most
+TWIN_LIMITS = {"val": 2000, "train": 20_000}  # records of a source that are compared at most
 
 
 def grams(text: str) -> np.ndarray:
@@ -7122,7 +7122,11 @@ def store_report(store: TokenStore) -> dict:
     lines = [f"{name:<28}{value:>16,}" for name, value in figures.items()]
     lines.append("tokens in a record, by percentile:")
     lines += [f"  {p:>3}%{n:>12,}" for p, n in percentiles.items()]
-    return {"figures": figures, "length_percentiles": percentiles, "lines": lines}
+    alike = near_duplicates(store)
+    lines += [f"{source}: {n:,} of {of:,} validation records are near-duplicates of training ones"
+              for source, (n, of) in alike.items() if n]  # fmt: skip
+    return {"figures": figures, "length_percentiles": percentiles, "near_duplicates": alike,
+            "lines": lines}  # fmt: skip
 
 
 def store_figures(store: TokenStore) -> dict[str, float]:

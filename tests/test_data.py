@@ -696,9 +696,12 @@ def test_the_old_rule_still_splits_by_content(tmp_path):
 
 
 def test_near_duplicates_are_counted(tmp_path, data):
-    """The known figure of the SMS collection under the old split, by brute force too."""
-    store = prepared(tmp_path, data / "sms_spam_collection", "--split_by", "content")
-    assert lp.near_duplicates(store) == {"sms": (24, 511)}
+    """The known figure of the SMS collection under the old split; `prepare` shows it."""
+    flags = ["--data_dir", data / "sms_spam_collection", "--out_dir", tmp_path / "st"]
+    out = run("prepare", *flags, "--split_by", "content").ok().out
+    assert "sms: 24 of 511 validation records are near-duplicates" in out
+    report = json.loads((tmp_path / "st/report.json").read_text(encoding="utf-8"))
+    assert report["near_duplicates"] == {"sms": [24, 511]}
 
 
 def test_near_duplicates_against_every_pair():
