@@ -59,6 +59,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import queue
 import re
 import shutil
@@ -248,7 +249,7 @@ class RuntimeConfig(Settings):
     dtype: str = option("auto", "of matrix products", choices=DTYPES)
     threads: int = free(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
     vram_limit_gb: float = free(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
-    deterministic: bool = option(False, "deterministic CUDA algorithms, at some speed")
+    deterministic: bool = option(False, "same command, same bits on CUDA too (a CPU always)")
     debug: bool = once(False, "show tracebacks")
 
 
@@ -783,10 +784,9 @@ class ALiBiPositions(Positions):
     def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         H = self.config.n_head
         n = 2 ** math.floor(math.log2(H))  # the paper's rule where H is not a power of two
-        slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
-        slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(H - n)]
-        slopes = torch.tensor(slopes, device=q_pos.device)
-        return slopes[:, None, None] * (k_pos - q_pos[:, None])
+        head = torch.arange(H, device=q_pos.device)
+        exponents = torch.where(head < n, -8 * (head + 1) / n, -4 * (2 * (head - n) + 1) / n)
+        return exponents.exp2()[:, None, None] * (k_pos - q_pos[:, None])
 
 
 @operation
@@ -1275,14 +1275,16 @@ def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, di
     norm = run.scalar(norm)  # the step's one wait for the device
     loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
     loss = loss_sum / n_targets
-    if not (math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())):
+    # In fp16 a step that overflows only lowers the scale, which cannot save lasting NaN.
+    scalable = run.scaler.is_enabled() and (math.isfinite(norm) or run.scaler.get_scale() >= 1)
+    if not (math.isfinite(loss) and (math.isfinite(norm) or scalable)):
         raise Diverged(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the "
                        "weights are not updated")  # fmt: skip
     scale = lr_multiplier(step, run.progress.total, config)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
-        if math.isfinite(norm):  # in fp16, a step that overflowed only lowers the scale
+        if math.isfinite(norm):
             run.scaler.step(optimizer)
     run.scaler.update()
     drop_gradients(run)
@@ -1477,8 +1479,9 @@ def sample_next(
         logits = logits.masked_fill(logits < floor, -math.inf)
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of likelier tokens
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -math.inf)
+        mass = (ordered.softmax(-1) * 2**40).long()  # integers: every device sums them alike
+        dropped = mass.cumsum(-1) - mass >= math.ceil(top_p * 2**40)  # enough likelier ones
+        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
     probabilities = logits.softmax(-1)
     if min_p > 0.0:
         floor = min_p * probabilities.max(-1, keepdim=True).values
@@ -1643,6 +1646,9 @@ def runtime(config: RuntimeConfig, alone: bool = False):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if world_size > 1 and name.startswith("cuda:"):
+        raise UserError(f"--device {name} puts all {world_size} processes on one card: --device "
+                        "cuda gives each its own")  # fmt: skip
     if name == "cuda":  # torch.cuda.set_device wants a number
         name = f"cuda:{launched('LOCAL_RANK', 0)}"
     device = torch.device(name)
@@ -1654,12 +1660,7 @@ def runtime(config: RuntimeConfig, alone: bool = False):
         torch.set_num_threads(config.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-        if config.vram_limit_gb:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(
-                min(1.0, config.vram_limit_gb * 2**30 / total)
-            )
+        cap_memory(device, config.vram_limit_gb * 2**30)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1716,6 +1717,34 @@ def first_one_first(rt: Runtime, function: Callable):
     finally:
         if rt.is_main and rt.store:
             rt.store.set(key, "done")
+
+
+def spills_over() -> bool:
+    """Whether a full GPU goes on in system memory, at a crawl, instead of running out: the drivers
+    of Windows do so, under WSL2 too."""
+    return os.name == "nt" or "microsoft" in platform.release().lower()
+
+
+def cap_memory(device: torch.device, limit: float) -> None:
+    """Let this process have `limit` bytes of CUDA memory; 0: all that is really there."""
+    free, total = torch.cuda.mem_get_info(device)
+    limit = limit or (free if spills_over() else total)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
+@contextlib.contextmanager
+def training_precision(device: torch.device):
+    """TF32 for what stays in fp32 on CUDA: ten bits of mantissa, several times the speed.
+
+    For training and its benchmark alone. Evaluation, reports, sampling and export have full fp32.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -6440,7 +6469,8 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     with run.stop.held(), contextlib.closing(Recorder(run, metrics)) as run.record:
         try:
             measure_base(run, folder)
-            ended = fit(run)
+            with training_precision(run.rt.device):
+                ended = fit(run)
         except Diverged as error:
             last, start = folder.file("last.pth"), "--ckpt" if folder.suffix else "--init_from"
             way = f"{last} stands: {start} {last} with" if last.exists() else "start again with"
@@ -7472,7 +7502,8 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     model = GPT(model_config(config, vocab_size)).to(rt.device)
     result = {"params": model.n_params(), "device": device_name(rt), "dtype": str(rt.dtype)[6:],
               "threads": torch.get_num_threads()}  # fmt: skip
-    result |= bench_training(config, rt, model)
+    with training_precision(rt.device):
+        result |= bench_training(config, rt, model)
     result |= bench_decoding(config, rt, model)
     tokens = config.batch_size * config.block_size
     total = config.max_steps * tokens or config.epochs * corpus_bytes(config)

@@ -1,0 +1,113 @@
+"""What the program does on a GPU, as far as a CPU can show: pretended devices, direct calls."""
+
+import math
+import platform
+
+import pytest
+import torch
+from conftest import run, words
+from test_training import SHORT, spoil
+
+import llm_pipeline as lp
+
+GIB = 2**30
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """One pretended card of 8 GiB, of which 6 are free. Yields what was asked of it."""
+    asked = {}
+    answers = dict(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        set_device=lambda device: None,
+        mem_get_info=lambda device: (6 * GIB, 8 * GIB),
+        set_per_process_memory_fraction=lambda share, device: asked.update(share=share),
+        get_device_capability=lambda device: (8, 9),
+    )
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    return asked
+
+
+# --- the runtime ---
+
+
+@pytest.mark.parametrize(
+    "system, limit, share",
+    [
+        ("6.8.0-generic", 0.0, 1.0),
+        ("5.15.153.1-microsoft-standard-WSL2", 0.0, 0.75),
+        ("5.15.153.1-microsoft-standard-WSL2", 2.0, 0.25),
+        ("6.8.0-generic", 2.0, 0.25),
+    ],
+)
+def test_memory_ends_where_the_card_ends(cuda, monkeypatch, system, limit, share):
+    """WSL2's driver would go on in system memory."""
+    monkeypatch.setattr(platform, "release", lambda: system)
+    with lp.runtime(lp.RuntimeConfig(device="cuda", vram_limit_gb=limit)) as rt:
+        assert (rt.device, rt.dtype) == (torch.device("cuda:0"), torch.bfloat16)
+    assert cuda["share"] == share
+
+
+def test_tf32_is_for_training_alone(cuda):
+    with lp.runtime(lp.RuntimeConfig(device="cuda", dtype="float32")) as rt:
+        assert torch.get_float32_matmul_precision() == "highest"
+        with lp.training_precision(rt.device):
+            assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_processes_do_not_share_a_card_by_accident(corpus, tmp_path):
+    flags = ["--device", "cuda:0", "--out_dir", tmp_path]
+    many = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    run("train", *corpus, *flags, **many).fails(1, "cuda:0", "2 processes", "--device cuda")
+
+
+def test_fp16_with_lasting_nan_stops(corpus, tmp_path, monkeypatch):
+    """One overflow is skipped and the scale halved; NaN without end is an error."""
+    real, calls = torch.amp.GradScaler, []
+
+    def poison(loss, batch, call):
+        calls.append(call)
+        if call == 3 or call > 5:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    spoil(monkeypatch, poison)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(device))
+    flags = [*SHORT, *words("--max_steps 60 --eval_interval 100 --save_interval 4")]
+    result = run("train", *corpus, *flags, "--out_dir", tmp_path)
+    result.fails(1, "gradient norm nan", "not finite", "lower --lr")
+    assert 20 < len(calls) < 30
+
+
+# --- decoding ---
+
+
+def test_nucleus_needs_no_sum_of_fractions(monkeypatch):
+    """CUDA sums floats in any order, and with --deterministic not at all."""
+    cumsum = torch.Tensor.cumsum
+
+    def whole_numbers_only(x, dim):
+        assert not x.is_floating_point()
+        return cumsum(x, dim)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", whole_numbers_only)
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(2000, -1)
+    generator = torch.Generator().manual_seed(1)
+    for top_p, kept in ((1e-12, {0}), (0.45, {0}), (0.6, {0, 1}), (0.95, {0, 1, 2})):
+        drawn = lp.sample_next(logits, top_p=top_p, generator=generator)
+        assert set(drawn.tolist()) == kept
+
+
+@pytest.mark.parametrize("n_head", [1, 2, 6, 8, 12, 20])
+def test_alibi_slopes_come_without_a_copy_from_the_host(n_head, monkeypatch):
+    n = 2 ** int(math.log2(n_head))
+    wanted = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    wanted += [2 ** (-4 * (2 * i + 1) / n) for i in range(n_head - n)]
+    scheme = lp.ALiBiPositions(lp.GPTConfig(n_head=n_head, n_embd=4 * n_head))
+    monkeypatch.setattr(torch, "tensor", None)
+    bias = scheme.bias(torch.arange(1, 2), torch.arange(2))
+    monkeypatch.undo()
+    torch.testing.assert_close(-bias[:, 0, 0], torch.tensor(wanted))
