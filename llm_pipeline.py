@@ -4916,7 +4916,7 @@ def check_drift(resumed: dict, about: dict) -> None:
         if resumed["data"].get(name) != about["data"][name]:
             raise UserError(f"the data is not what this run was trained on ({name} differs): "
                             "restore it, or start a new run in another --out_dir")  # fmt: skip
-    if resumed.get("base") != about["base"]:
+    if resumed.get("base", about["base"]) != about["base"]:
         raise UserError("its preferences were measured against another base: name by --ckpt the "
                         "one that it was begun with")  # fmt: skip
     policy = resume_policy(TrainConfig if about["command"] == "train" else FinetuneConfig)
@@ -6484,16 +6484,22 @@ def run_fit(run: Run, folder: RunFolder) -> str:
         if run.rt.is_main:
             print(f"overfitted one batch: loss {p.best:.4f} after {p.step} steps; nothing is kept")
         return ""
-    best, kind = folder.file("best.pth"), "validation" if run.val else "training"
-    base, beside = folder.about["base_loss"], ""
+    note(how_it_ended(run, folder, ended))
+    return str(folder.file("best.pth")) if ended in ("done", "early") else ""
+
+
+def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
+    """One line on a run that has ended for one of the reasons of `fit`."""
+    p, base = run.progress, folder.about["base_loss"]
+    kind, compared = "validation" if run.val else "training", ""
     if base is not None:
-        beside = f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
-    note({
-        "done": f"done: best {kind} loss {p.best:.4f} at step {p.best_step}{beside}",
-        "early": f"stopped early at step {p.step}: nothing better than {p.best:.4f} "
-                 f"since step {p.best_step}{beside}",
-    }.get(ended, f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"))  # fmt: skip
-    return str(best) if ended in ("done", "early") else ""
+        compared = f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
+    if ended == "done":
+        return f"done: best {kind} loss {p.best:.4f} at step {p.best_step}{compared}"
+    if ended == "early":
+        return (f"stopped early at step {p.step}: nothing better than {p.best:.4f} since step "
+                f"{p.best_step}{compared}")  # fmt: skip
+    return f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"
 
 
 def measure_base(run: Run, folder: RunFolder) -> None:

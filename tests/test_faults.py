@@ -567,14 +567,6 @@ def test_a_signal_to_a_process_that_waits_for_a_store(corpus, tmp_path):
     children[0].process.join()
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
-@pytest.mark.parametrize("value", ["two", "-1", "", "1e3"])
-def test_an_environment_that_is_malformed(name, value, corpus, tmp_path):
-    argv = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
-    result = run(*argv, **{name: value})
-    result.fails(result.code or 1, name, "unset")
-
-
 def test_the_death_of_a_process_ends_the_others(corpus, tmp_path):
     base = ["train", *corpus, *SHORT, "--out_dir", tmp_path / "run"]
     children = together(*base, hook=functools.partial(slow, 0.15))

@@ -198,6 +198,42 @@ def two_runs_into_one_folder(bench: Bench):
     return counted(held, len(tries))
 
 
+def survives(bench: Bench, hook, code: int) -> bool:
+    """Whether a run that loses its terminal somewhere ends with `code`, and with the same bits."""
+    folder = bench.fresh()
+    command = bench.command(folder)
+    result = Child(*command, hook=hook).finish()
+    if code:
+        run(*command, "--resume").ok()
+    return result.code == code and holds(faults.same, bench.whole, folder)
+
+
+@check
+def a_lost_stderr(bench: Bench):
+    """Its reader goes, its disk is full, or there was none."""
+    held = 0
+    for i in (tries := bench.times(30)):
+        hook = functools.partial(faults.lose_stderr, ("pipe", "full", "none")[i % 3])
+        held += survives(bench, hook, 0)
+    return counted(held, len(tries))
+
+
+@check
+def hang_ups_that_nobody_waits_for(bench: Bench):
+    """nohup; the others are among the signals above."""
+    return counted(survives(bench, faults.ignore_hang_ups, 0), 1)
+
+
+@check
+def processes_that_hang_or_never_come(bench: Bench):
+    tests = (faults.test_a_process_that_does_not_come_is_not_waited_for_without_end,
+             faults.test_a_second_signal_is_obeyed_inside_a_library,
+             faults.test_a_process_that_hangs_is_not_waited_for_without_end,
+             faults.test_a_signal_to_a_process_that_waits_for_a_store)  # fmt: skip
+    held = sum(holds(test, list(map(str, bench.corpus)), bench.fresh()) for test in tests)
+    return counted(held, len(tests))
+
+
 # --- several processes ---
 
 
@@ -412,12 +448,40 @@ def full_disk_failing_sync_read_only_folder(bench: Bench):
     return done.code == 0, done.out.strip().splitlines()[-1]
 
 
+# What a folder, a store or a base may hold, and who may replace it: (test file, names of tests).
+SUITES = {
+    "folders that hold a run or foreign files": (
+        "test_checkpoint.py", "best_without or resume_where or locked_before or where_it_is_now or "
+        "other_command or of_others or in_the_way"),
+    "fields that lie, at the door": ("test_checkpoint.py", "at_the_door or moment or targets"),
+    "bases of preferences and of other runs": (
+        "test_checkpoint.py", "preferences_keep or init_from_keeps or advice or compared"),
+    "exports replace exports alone": ("test_interchange.py", "replace or full_disk"),
+    "stores replace stores alone": ("test_prepare.py", "other_files or store_before_it or mutated"),
+    "results replace results alone": ("test_cli.py", "json_"),
+    "streams are stores": ("test_prepare.py", "stream and not fineweb"),
+    "spaces, bytes and ids of foreign vocabularies": ("test_tokenizers.py", "space or ids_far or "
+                                                      "panics"),
+}  # fmt: skip
+
+
+def kept(bench: Bench, what: str) -> tuple[bool, str]:
+    done = suite(Path(__file__).resolve().parents[2], *SUITES[what])
+    return done.code == 0, done.out.strip().splitlines()[-1]
+
+
+for what in SUITES:
+    CHECKS[what] = functools.partial(kept, what=what)
+
+
 # --- each protection removed: (text of the program, what to put there, test that must fail) ---
 
 PROTECTIONS = {
     "sync": ("os.fsync(", "(lambda _: None)(", "test_checkpoint.py", "synced"),
-    "checksum": ("hasher.digest():", "hasher.digest() and False:", "test_checkpoint.py", "flipped"),
+    "checksum": ("+ SEAL + digest:", "+ SEAL + digest and False:", "test_checkpoint.py", "flipped"),
     "safe load": ("weights_only=True", "weights_only=False", "test_checkpoint.py", "pickle"),
+    "door": ("for name, value in leaves(state):", "for name, value in ():",
+             "test_checkpoint.py", "at_the_door"),
     "lock": ("fcntl.flock(", "(lambda *_: None)(", "test_faults.py", "second_run"),
     "seed": ("torch.manual_seed(seed)", "pass", "test_training.py", "same_command"),
     "mask": ("width), IGNORE,", "width), 0,", "test_training.py", "padding"),
