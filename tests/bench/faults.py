@@ -221,7 +221,7 @@ def a_lost_stderr(bench: Bench):
 @check
 def hang_ups_that_nobody_waits_for(bench: Bench):
     """nohup; the others are among the signals above."""
-    return counted(survives(bench, faults.ignore_hang_ups, 0), 1)
+    return counted(int(survives(bench, faults.ignore_hang_ups, 0)), 1)
 
 
 @check
