@@ -1984,7 +1984,10 @@ def write_result(name: str, value) -> None:
     if is_stdout(path):
         print(as_json(value), end="")
     elif path.exists() and not path.is_file():
-        with open(path, "w", encoding="utf-8", errors="replace") as file:
+        # Not blocking: to open a pipe that nobody reads is an error then, and not an endless wait.
+        handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(handle, "w", encoding="utf-8", errors="replace") as file:
+            os.set_blocking(handle, True)
             file.write(as_json(value))
     else:
         write_json(Path(os.path.realpath(path)), value)
@@ -7542,10 +7545,10 @@ def device_name(rt: Runtime) -> str:
     return rt.device.type
 
 
-def corpus_bytes(config: DataConfig) -> int:
+def corpus_bytes(config: BenchConfig) -> int:
     """About how many bytes of training text the configured sources hold."""
     with contextlib.suppress(UserError):
-        return sum(p.stat().st_size for p in find_files(config))
+        return sum(p.stat().st_size for p in find_files(DataConfig(data_dir=config.data_dir)))
     return 0
 
 

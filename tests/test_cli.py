@@ -540,11 +540,26 @@ def test_json_is_written_through_a_link(scored, tmp_path):
         assert "loss" in json.loads((tmp_path / "target.json").read_text())
 
 
-def test_json_goes_to_devices_which_stay(scored, tmp_path):
-    run(*scored, "--json", "/dev/null").ok()
-    assert Path("/dev/null").is_char_device()
-    command = [sys.executable, str(PROGRAM), *map(str, scored), "--json", "/dev/stdout"]
-    with open(tmp_path / "out.txt", "w") as out:  # a redirected device looks like a file
+def test_json_goes_into_pipes_and_devices_which_stay(scored, tmp_path):
+    """Ones that a broken program could not harm: never /dev/null, not even as root."""
+    pipe, terminal = tmp_path / "pipe", os.openpty()
+    os.mkfifo(pipe)
+    run(*scored, "--json", pipe).fails(1, str(pipe))  # nobody reads
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    run(*scored, "--json", pipe).ok()
+    run(*scored, "--json", os.ttyname(terminal[1])).ok()
+    assert "loss" in json.loads(os.read(reader, 65536))
+    assert '"loss"' in os.read(terminal[0], 65536).decode()
+    assert pipe.is_fifo()
+    for handle in (reader, *terminal):
+        os.close(handle)
+
+
+def test_json_goes_to_stdout_wherever_that_goes(scored, tmp_path):
+    command = [sys.executable, str(PROGRAM), *map(str, scored), "--json", "/proc/self/fd/1"]
+    if not Path("/proc/self/fd/1").exists():
+        pytest.skip("needs Linux")
+    with open(tmp_path / "out.txt", "w") as out:  # what stdout is called looks like a file
         subprocess.run(command, stdout=out, check=True)
     card, brace, figures = (tmp_path / "out.txt").read_text().partition("{\n")
     assert "perplexity" in card or "ppl" in card
@@ -629,7 +644,7 @@ def test_results_go_to_stdout_and_all_else_to_stderr(corpus, tmp_path):
 ODD = [
     "nan", "inf", "-inf", "-1", "0", "1e400", "7", "3.5", "", "x", " ", "\0", "你好", "--", "-",
     "true", "[]", "{}", "1e-5", "9" * 40, "\ud800", "%s", "%(default)s", "$HOME", "a\nb", "-h5",
-    "--n_embd=", "--=", "--no-lr", "cuda:99", "mps", ".", "..", "/dev/null", "@x",
+    "--n_embd=", "--=", "--no-lr", "cuda:99", "mps", ".", "..", "none/x", "@x",
 ]  # fmt: skip
 # What would fetch from a network, compile, or fill a disk is left out.
 LEFT_OUT = {"download", "mirror", "compile", "hf_dataset", "wandb", "tokenizer", "check_model",
@@ -727,7 +742,7 @@ TEXTS += ["", "\n", "\udcff", "a" * 5000]
 PLACES = words("raw text.txt empty pipe bad.bin c.json list.json loop none none/x text.txt/x base "
                "base/best.pth base/last.pth base/best_finetune.pth base/config.json store . %s "
                "base/metrics.csv store/meta.json store/train.bin pairs.jsonl spam.tsv stores "
-               "/dev/null /dev/full base.pth")  # fmt: skip
+               "base.pth")  # fmt: skip
 PLACES += ["x" * 300, "\udcff", "a\nb"]
 PATHS = words("data_dir processed_dir out_dir config ckpt init_from json tokenizer hf_files "
               "check_model gguf")  # fmt: skip
