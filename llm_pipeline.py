@@ -4062,8 +4062,8 @@ class TokenStore:
         return str(self.meta["fingerprint"])
 
 
-SHORT_RECORD = 2000  # tokens; what is compared of a longer record
-TWIN_LIMITS = {"val": 2000, "train": 20_000}  # records of a source that are compared at most
+SHORT_RECORD = 500  # tokens; what is compared of a longer record
+TWIN_LIMITS = {"val": 1000, "train": 20_000}  # records of a source that are compared at most
 
 
 def grams(text: str) -> np.ndarray:
@@ -4089,7 +4089,7 @@ def near_duplicates(store: TokenStore) -> dict[str, tuple[int, int]]:
     for number, source in enumerate(store.sources):
         val = [v for v in source_grams(store, "val", number) if len(v)]
         if val:
-            found[source] = len(twins(val, source_grams(store, "train", number))), len(val)
+            found[source] = int(twins(val, source_grams(store, "train", number)).sum()), len(val)
     return found
 
 
@@ -4106,33 +4106,24 @@ def source_grams(store: TokenStore, split: str, number: int) -> Iterator[np.ndar
         yield grams(input or instruction.rpartition("### Instruction: ")[2])
 
 
-def twins(some: list[np.ndarray], others: Iterable[np.ndarray], least: float = 0.8) -> set[int]:
-    """Which of `some` sets have a Jaccard index of at least `least` with one of `others`.
+def twins(some: list[np.ndarray], others: Iterable[np.ndarray], least: float = 0.8) -> np.ndarray:
+    """Which of `some` sets have a Jaccard index of at least `least` with one of `others`, (n,) bool.
 
-    Two sets that are as alike share one of the 1 - least rarest elements of either (the prefix
-    filter of Bayardo et al., 2007), so that few pairs are compared.
+    An inverted index (element -> the sets it is in) counts what one of the others shares with all.
     """
-    owner = np.repeat(np.arange(len(some)), [len(s) for s in some])
-    elements = np.concatenate(some)
+    sizes = np.array([len(elements) for elements in some])
+    elements, owner = np.concatenate(some), np.repeat(np.arange(len(some)), sizes)
     order = np.argsort(elements, kind="stable")
+    owner = owner[order]
     known, first, count = np.unique(elements[order], return_index=True, return_counts=True)
-    owner, found = owner[order], set()
+    found = np.zeros(len(some), bool)
     for other in others:
-        if not len(known) or not len(other):
-            continue
         place = np.minimum(np.searchsorted(known, other), len(known) - 1)
-        frequency = np.where(known[place] == other, count[place], 0)
-        rare = np.argsort(frequency, kind="stable")[
-            : len(other) - math.ceil(least * len(other)) + 1
-        ]
-        rare = rare[frequency[rare] > 0]
-        for candidate in {
-            o for r in rare for o in owner[first[place[r]] :][: frequency[r]].tolist()
-        }:
-            if candidate not in found:
-                both = len(np.intersect1d(some[candidate], other, assume_unique=True))
-                if both >= least * (len(some[candidate]) + len(other) - both):
-                    found.add(candidate)
+        place = place[known[place] == other]
+        n = count[place]  # sets that hold each element; theirs stand in `owner` from `first` on
+        where = np.arange(n.sum()) + np.repeat(first[place] - np.cumsum(n) + n, n)
+        both = np.bincount(owner[where], minlength=len(some))
+        found |= (both > 0) & (both >= least * (sizes + len(other) - both))
     return found
 
 
