@@ -569,13 +569,16 @@ def test_a_folder_is_locked_before_it_is_looked_at(corpus, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("move", [shutil.copytree, shutil.move])
 def test_a_folder_resumes_where_it_is_now(move, corpus, tmp_path):
+    """Not where it was, which its settings might say: `ckpts` is the default folder."""
     run("train", *corpus, *SHORT, "--out_dir", tmp_path / "old", "--stop_after", 4).ok()
     before = (tmp_path / "old/last.pth").read_bytes()
-    move(tmp_path / "old", tmp_path / "new")
-    run("train", "--resume", "--out_dir", tmp_path / "new").ok()
-    assert lp.load_checkpoint(tmp_path / "new/last.pth")["progress"]["step"] == 10
-    if (tmp_path / "old").exists():
+    move(tmp_path / "old", tmp_path / "ckpts")
+    run("train", "--resume", cwd=tmp_path).ok()
+    assert lp.load_checkpoint(tmp_path / "ckpts/last.pth")["progress"]["step"] == 10
+    if move is shutil.copytree:
         assert (tmp_path / "old/last.pth").read_bytes() == before
+    else:
+        assert not (tmp_path / "old").exists()
 
 
 def test_a_checkpoint_is_read_once(corpus, tmp_path, monkeypatch):

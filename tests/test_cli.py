@@ -621,7 +621,9 @@ def test_a_full_disk_under_stdout_is_said(argv, tiny_checkpoint):
         done = subprocess.run([sys.executable, str(PROGRAM), *map(str, argv)], stdout=full,
                               stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: cannot go on: No space left")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: stdout cannot be written"), last
+    assert "No space left" in last
 
 
 def test_text_that_the_terminal_cannot_show(tiny_checkpoint):
