@@ -6691,7 +6691,7 @@ def what_is_scored(config: EvalConfig, loaded: Loaded, store: TokenStore) -> lis
         lines.append(f"this is the data that the checkpoint was trained on{held_out}")
     elif alike:
         lines.append("this is not the data that the checkpoint was trained on. A record in both "
-                     "keeps its side of the split, but for texts over 64 KiB and files that are "
+                     "keeps its side of the split, but for texts over 64 KiB and files or folders "
                      "named train, valid or test")  # fmt: skip
     else:
         lines.append("warning: this is not the data that the checkpoint was trained on, and it is "

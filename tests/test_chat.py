@@ -1,6 +1,7 @@
 """`sample`: conversations that keep their cache, sessions, what an answer looks like."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -81,6 +82,21 @@ def test_the_ids_of_a_conversation_are_those_of_the_template():
     turns = [("Größe?", "你好", "groß"), ("Again", "", "yes"), ("And", "x", None)]
     found = lp.conversation_ids(lp.ByteTokenizer(), turns, "Be kind.")
     assert found == rendered(turns, "Be kind.")
+
+
+@pytest.mark.parametrize("system", ["", "Be kind."])
+def test_the_ids_of_a_conversation_are_those_of_a_store(tmp_path, system):
+    turns = [("Größe?", "", "groß"), ("A literal <|sep|>", "", "yes\nno"), ("And", "", "so on")]
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, _, answer in turns:
+        messages += [{"role": "user", "content": question},
+                     {"role": "assistant", "content": answer}]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    config = lp.DataConfig(data_dir=str(tmp_path / "a.jsonl"), processed_dir=str(tmp_path / "p"),
+                           val_fraction=1e-9)  # fmt: skip
+    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
+    wanted = store.tokens["train"].tolist()
+    assert lp.conversation_ids(lp.ByteTokenizer(), turns, system) == wanted
 
 
 def test_a_new_system_text_and_an_edited_past_leave_no_trace_in_the_cache():

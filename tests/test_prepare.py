@@ -253,6 +253,21 @@ def test_the_preview(tmp_path):
     assert [s for _, s in second] == ["masked"] + ["trained"] * (plain[1] - 1)
 
 
+def test_the_report_and_preview_of_a_conversation(tmp_path):
+    """One record, three answers, each of them trained."""
+    turns = [{"role": role, "content": f"{role} {i}"}
+             for i in range(3) for role in ("user", "assistant")]  # fmt: skip
+    write_rows(tmp_path / "a.jsonl", [{"messages": turns}])
+    flags = ["--data_dir", tmp_path / "a.jsonl", "--val_fraction", 1e-9, "--preview", 1]
+    out = prepare(tmp_path / "st", *flags, "--block_size", 512).ok().out
+    assert re.search(r"records, train +1\n", out) and re.search(r"trained answers, train +3\n", out)
+    found = [line.split(maxsplit=3) for line in out.splitlines()]
+    tokens = [w for w in found if len(w) == 4 and w[2] in ("trained", "masked", "cut")]
+    trained = bytes(int(w[1]) for w in tokens if w[2] == "trained" and int(w[1]) < 256).decode()
+    assert trained == "".join(f" assistant {i}\n" for i in range(3))
+    assert [w[2] for w in tokens if w[1] == "259"] == ["trained"] * 3
+
+
 def test_the_preview_of_a_huge_record_is_short(tmp_path):
     (tmp_path / "book.txt").write_text("A sentence of a book. " * 2000, encoding="utf-8")
     flags = ["--data_dir", tmp_path / "book.txt", "--preview", 2]
