@@ -236,11 +236,10 @@ def test_an_empty_split_is_one_line(checkpoint, tmp_path):
 
 def test_a_conversation_is_scored_once(checkpoint, tmp_path):
     """It has a row of the index for each answer, over the same tokens."""
-    rows = [{"role": role, "content": f"{role} {i} says this"}
-            for i in range(3) for role in ("user", "assistant")]  # fmt: skip
-    path = tmp_path / "a.jsonl"
-    some = [{"messages": [*rows, *({"role": r["role"], "content": f"{n}"} for r in rows[:2])]}
+    some = [{"messages": [{"role": role, "content": f"{role} {n} says {i}"}
+                          for i in range(3) for role in ("user", "assistant")]}
             for n in range(9)]  # fmt: skip
+    path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     flags = ["--data_dir", path, "--processed_dir", tmp_path / "p", "--split", "all"]
     result = evaluate(checkpoint, flags, tmp_path)
