@@ -2154,11 +2154,11 @@ def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Call
         return model.losses
     net: nn.Module = Losses(model)
     # A short run ends before compilation has paid for itself.
-    if config.compile == "on" or (
-        config.compile == "auto" and rt.device.type == "cuda" and total >= 1000 and can_compile()
-    ):
-        # Its loop over chunks would be compiled anew for each padded width.
-        KERNELS["head_loss", rt.device.type] = torch.compiler.disable(chunked_head_loss)
+    auto = config.compile == "auto" and rt.device.type == "cuda" and total >= 1000
+    if (auto or config.compile == "on") and can_compile(rt.device, config.compile == "on"):
+        # Its loop over chunks would be unrolled, and compiled anew, for each padded width.
+        loop = torch.compiler.disable(cross_entropy_in_chunks.plain)
+        KERNELS["cross_entropy_in_chunks", rt.device.type] = loop
         net = torch.compile(net)
     if rt.world_size > 1:
         ids = [rt.device.index] if rt.device.type == "cuda" else None
@@ -2166,13 +2166,18 @@ def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Call
     return net
 
 
-def can_compile() -> bool:
-    """Whether Triton is here, and the C compiler that it calls."""
-    import importlib.util
-
-    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
-    found = os.name == "nt" or any(map(shutil.which, compilers))
-    return found and importlib.util.find_spec("triton") is not None
+def can_compile(device: torch.device, required: bool) -> bool:
+    """Whether torch.compile works here, which a function of one line shows: it may lack a compiler,
+    Triton or Python's headers. Raises UserError where it does not and is required."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:
+        reason = f"torch.compile does not work here: {one_line(error)}"
+    if required:
+        raise UserError(f"--compile on: {reason}; --compile off does without")
+    note(f"going on without compiling, which takes longer: {reason}")
+    return False
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -2312,14 +2317,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, reduction: str, dtype) -> Tensor:
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, reduction: str, dtype: torch.dtype,
+                multiple: int) -> Tensor:  # fmt: skip
         ctx.early = reduction == "sum"
-        ctx.dtype = dtype
+        ctx.how = dtype, multiple
         scale = None  # (N,) upstream gradients
         if ctx.early and any(ctx.needs_input_grad):
             scale = torch.ones((), device=h.device).expand(len(h))
         wanted = ctx.needs_input_grad[1]  # not where a head is frozen, under LoRA
-        losses, grad_h, grad_w = swept(h, weight, targets, dtype, scale, wanted)
+        losses, grad_h, grad_w = swept(h, weight, targets, *ctx.how, scale, wanted)
         ctx.save_for_backward(*((grad_h, grad_w) if ctx.early else (h, weight, targets)))
         return losses.sum() if ctx.early else losses
 
@@ -2331,19 +2337,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         else:
             h, weight, targets = ctx.saved_tensors
             wanted = ctx.needs_input_grad[1]
-            _, grad_h, grad_w = swept(h, weight, targets, ctx.dtype, grad, wanted)
-        return grad_h, grad_w, None, None, None
+            _, grad_h, grad_w = swept(h, weight, targets, *ctx.how, grad, wanted)
+        return grad_h, grad_w, None, None, None, None
 
 
-def swept(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, scale: Tensor | None,
-          weight_grad: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+def with_rows_of_zeros(weight: Tensor, multiple: int) -> Tensor:
+    """(V, C) filled up to a multiple of rows: tensor cores are slow on 50,257 columns."""
+    return F.pad(weight, (0, 0, 0, -len(weight) % multiple))
+
+
+def swept(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, multiple: int,
+          scale: Tensor | None, weight_grad: bool
+          ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Losses (N,), and their gradients by h and weight where `scale` (N,) says what to weigh them by.
 
-    h: (N, C); weight: (V, C); targets: (N,). Matrix products are in `dtype`, all else in fp32.
+    h: (N, C); weight: (V, C); targets: (N,). Matrix products are in `dtype`, with V filled up to a
+    `multiple`; all else is in fp32.
     """
-    low, w = h.to(dtype), weight.to(dtype)
+    V, low, w = len(weight), h.to(dtype), with_rows_of_zeros(weight.to(dtype), multiple)
     grad_h = None if scale is None else torch.empty_like(h)
-    grad_w = torch.zeros_like(weight) if scale is not None and weight_grad else None
+    grad_w = torch.zeros_like(w, dtype=weight.dtype) if scale is not None and weight_grad else None
     losses = torch.empty(len(h), dtype=torch.float32, device=h.device)
     rows = min(1024, len(h))
     logits = w.new_empty(rows, len(w))  # one pair of buffers for all chunks
@@ -2353,6 +2366,7 @@ def swept(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, scale:
         out, p, counted = logits[: len(part)], probabilities[: len(part)], y != IGNORE
         y = y.clamp(min=0)
         torch.mm(part, w.T, out=out)
+        out[:, V:] = -math.inf
         torch.softmax(out, -1, torch.float32, out=p)
         # -log p of the target, by way of the likeliest token's, which cannot underflow.
         top, place = out.max(-1, keepdim=True)
@@ -2364,16 +2378,26 @@ def swept(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, scale:
             grad_h[i : i + rows] = out @ w
             if grad_w is not None:
                 grad_w += out.T @ part
-    return losses, grad_h, grad_w
+    return losses, grad_h, None if grad_w is None else grad_w[:V]
 
 
-def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """`head_loss`, in chunks where all logits at once would take too much memory."""
+def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, reduction: str,
+                      multiple: int = 1) -> Tensor:  # fmt: skip
+    """`head_loss`, in chunks where all logits at once would take too much memory.
+
+    multiple: V is filled up to one of it while products are computed.
+    """
     if len(weight) <= 4096:
-        return head_loss.plain(h, weight, targets, reduction)
+        logits = F.linear(h, with_rows_of_zeros(weight, multiple))[:, : len(weight)].float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
     kind = h.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-    return ChunkedCrossEntropy.apply(h, weight, targets, reduction, dtype)
+    return cross_entropy_in_chunks(h, weight, targets, reduction, dtype, multiple)
+
+
+@operation
+def cross_entropy_in_chunks(h: Tensor, *args) -> Tensor:
+    return ChunkedCrossEntropy.apply(h, *args)
 
 
 KERNELS |= {
@@ -2382,7 +2406,7 @@ KERNELS |= {
     ("attention_sdpa", "cpu"): attention_folded,
     ("attention_sdpa", "cuda"): attention_on_cuda,
     ("head_loss", "cpu"): chunked_head_loss,
-    ("head_loss", "cuda"): chunked_head_loss,
+    ("head_loss", "cuda"): partial(chunked_head_loss, multiple=64),
     ("head_loss", "mps"): chunked_head_loss,
 }
 

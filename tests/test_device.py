@@ -2,6 +2,7 @@
 
 import math
 import platform
+from functools import partial
 
 import pytest
 import torch
@@ -111,3 +112,72 @@ def test_alibi_slopes_come_without_a_copy_from_the_host(n_head, monkeypatch):
     bias = scheme.bias(torch.arange(1, 2), torch.arange(2))
     monkeypatch.undo()
     torch.testing.assert_close(-bias[:, 0, 0], torch.tensor(wanted))
+
+
+# --- kernels and compilation ---
+
+
+@pytest.mark.parametrize("vocab_size", [260, 5003])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_head_filled_up_to_a_multiple_is_the_same_head(vocab_size, reduction):
+    """5,003 columns become 5,056 where products are computed, and nowhere else."""
+    h, weight = torch.randn(70, 16), torch.randn(vocab_size, 16)
+    targets = torch.randint(vocab_size, (70,))
+    targets[::7], targets[1] = lp.IGNORE, vocab_size - 1
+    scale = torch.rand(70) if reduction == "none" else torch.tensor(3.0)
+    results = []
+    for head_loss in (lp.head_loss.plain, partial(lp.chunked_head_loss, multiple=64)):
+        leaves = h.requires_grad_(), weight.requires_grad_()
+        loss = (head_loss(*leaves, targets, reduction) * scale).sum()
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    wanted, found = results
+    assert found[2].shape == weight.shape
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert lp.with_rows_of_zeros(weight, 64).shape[0] % 64 == 0
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch):
+    """What runs on a GPU, on this CPU; torch.compile hands its graphs to nobody and counts them."""
+    graphs, compile = [], torch.compile
+    twins = {(n, "cpu"): twin for (n, kind), twin in lp.KERNELS.items() if kind == "cuda"}
+    monkeypatch.setattr(lp, "KERNELS", twins | {("attention_sdpa", "cpu"): lp.attention_sdpa.plain})
+    backend = lambda module, inputs: graphs.append(module) or module.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=backend))
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
+
+
+def test_padded_widths_share_their_graphs(cuda_kernels):
+    """The loop over chunks would make new ones for each width, and give up after the eighth."""
+    shape = dict(vocab_size=4100, n_layer=1, n_head=2, n_embd=16, block_size=64)
+    model, rt = lp.GPT(lp.GPTConfig(**shape)), lp.Runtime(torch.device("cpu"), torch.float32)
+    losses = lp.distribute(model, lp.OptimConfig(compile="on"), rt, 1)
+    before = len(cuda_kernels)
+    for T in (16, 32, 48):
+        x = torch.randint(4100, (2, T))
+        found = losses(x, x, "sum")
+        torch.testing.assert_close(found, model.eval().losses(x, x, "sum"), rtol=0.02, atol=0)
+        model.train()
+        found.backward()
+    assert len(cuda_kernels) - before <= 2
+
+
+def test_compilation_that_fails_ends_no_run(capsys):
+    """There is no CUDA here: what was to be compiled by default runs as it is, with a note."""
+    rt = lp.Runtime(torch.device("cuda:0"), torch.float32)
+    model = lp.GPT(lp.GPTConfig(n_layer=1, n_head=1, n_embd=8))
+    losses = lp.distribute(model, lp.OptimConfig(compile="auto"), rt, 10_000)
+    assert type(losses) is lp.Losses
+    assert "without compiling" in capsys.readouterr().err
+
+
+def test_compilation_that_was_asked_for_and_fails(corpus, tmp_path, monkeypatch):
+    def broken(*inputs):
+        raise RuntimeError("fatal error: Python.h:\nNo such file")
+
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    result = run("train", *corpus, *SHORT, "--compile", "on", "--out_dir", tmp_path)
+    result.fails(1, "--compile off", "Python.h: No such file")
+    assert len(result.errors) == 1
