@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, Child, differences, finish, run, tensors
+from conftest import CPU, Child, differences, finish, run, start, tensors, wait_for
 
 import llm_pipeline as lp
 
@@ -603,6 +604,14 @@ def test_stopped_while_it_replaces(bases, tmp_path):
     assert Child(*argv, hook=stopped_between_the_renames).finish().code == 130
     assert entry_names(tmp_path) == ["hf"]
     assert load_peer(tmp_path / "hf").config.model_type == "qwen3"
+
+
+def test_an_interrupted_export_leaves_nothing(bases, tmp_path):
+    process = start("export", "--ckpt", bases["gpt2"], "--out_dir", tmp_path / "hf")
+    wait_for(lambda: (tmp_path / ".export.hf" / "new").exists(), within=60)
+    process.send_signal(signal.SIGINT)
+    assert finish(process).code == 130
+    assert not entry_names(tmp_path)
 
 
 def small_files_only():
