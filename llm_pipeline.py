@@ -5784,10 +5784,12 @@ def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
             raise UserError(f"export failed its check: llama.cpp has other ids for {text!r}")
     prompt = [tokenizer.bos_id, *tokenizer.encode("".join(CHECK_TEXTS)).tolist()][: max(T // 2, 1)]
     greedy = dict(temperature=0, return_tokens=True, prompt=prompt)
-    tokens = ask("/completion", n_predict=min(100, T - len(prompt)), **greedy)["tokens"]
+    tokens = ask("/completion", n_predict=min(100, T - len(prompt)), ignore_eos=True, **greedy)
+    tokens = tokens["tokens"]
     with torch.no_grad():
         table = model(torch.tensor([prompt + tokens]))[0].log_softmax(-1)  # (T, V)
-    steps = table[len(prompt) - 1 : -1]
+    steps = table[len(prompt) - 1 : -1].clone()
+    steps[:, [tokenizer.eos_id, tokenizer.sep_id]] = -math.inf  # ends are passed over
     gaps = steps.amax(-1) - steps[range(len(tokens)), tokens]  # 0: our greedy token too
     worst = 0.0
     for n in range(1, min(len(prompt), 64) + 1):  # one step after each beginning of the prompt

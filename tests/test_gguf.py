@@ -13,7 +13,7 @@ import llm_pipeline as lp
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-SHAPE = words("--n_layer 2 --n_head 4 --n_embd 64 --block_size 160 --init_std 0.08 --dropout 0")
+SHAPE = words("--n_layer 2 --n_head 4 --n_embd 64 --block_size 256 --init_std 0.08 --dropout 0")
 SHORT = [*CPU, *words("--batch_size 8 --max_steps 30 --lr 3e-3")]
 ARCHS = {"gpt2": [], "modern": words("--arch modern --n_kv_head 2")}
 TOKENIZERS = {"bytes": [], "bpe": words("--tokenizer bpe --vocab_size 320")}
@@ -65,8 +65,9 @@ def test_llama_cpp_computes_what_we_do(arch, tokenizer, tuned, tmp_path):
     file, loaded = tmp_path / "model.gguf", lp.load_model(str(tuned(arch, tokenizer)))
     result = to_gguf(tuned(arch, tokenizer), file).ok()
     assert float(re.search(r"agree to (\S+),", result.err)[1]) <= NATS[arch]
+    assert "100 of 100 greedy tokens" in result.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["Modelfile", "model.gguf"]
-    ask, model, ours = lp.llama_server(file, 160), loaded.model.eval(), loaded.tokenizer
+    ask, model, ours = lp.llama_server(file, 256), loaded.model.eval(), loaded.tokenizer
     ends = (ours.eos_id, ours.sep_id)
     for text in HARD:
         ids = ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
@@ -110,14 +111,14 @@ def test_what_the_file_says(tuned, tmp_path):
     to_gguf(tuned("gpt2", "bytes"), tmp_path / "model.gguf").ok()
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert value(reader, "general.architecture") == "gpt2"
-    assert value(reader, "gpt2.context_length") == 160
+    assert value(reader, "gpt2.context_length") == 256
     assert value(reader, "tokenizer.ggml.add_bos_token") is True
     assert value(reader, "tokenizer.ggml.eot_token_id") == 259
     assert list(value(reader, "tokenizer.ggml.eos_token_ids")) == [258, 259]
     recipe = (tmp_path / "Modelfile").read_text(encoding="utf-8")
     assert "FROM ./model.gguf\n" in recipe and 'PARAMETER stop "<|sep|>"' in recipe
     assert "### Instruction: {{ .Content }}\n### Input: \n### Output:" in recipe
-    assert "PARAMETER num_ctx 160" in recipe
+    assert "PARAMETER num_ctx 256" in recipe
 
 
 @pytest.mark.parametrize(
