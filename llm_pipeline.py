@@ -3208,6 +3208,7 @@ def records_from_rows(
             continue
         while not record.turns[-1].trained:  # context for nothing
             record.turns.pop()
+            record.rejected = ""
         yield record
 
 
@@ -3285,14 +3286,14 @@ def load_csv(path: Path, config: DataConfig, report: Report) -> Iterator[Record]
         for row in table:
             yield f"{path}:{table.line_num}", row
 
-    def whole(row: dict) -> dict:
+    def checked(row: dict) -> dict:
         if None in row:
             raise ValueError("more cells than the first line names columns")
         return row
 
     try:
         if has_layout(path, table.fieldnames or [], config, report):
-            yield from records_from_rows(rows(), path.name, config, report, whole)
+            yield from records_from_rows(rows(), path.name, config, report, checked)
     except csv.Error as error:
         report.malformed(path.name, one_line(error), f"{path}:{table.line_num}")
     count_replaced(file, path.name, report)
@@ -4462,8 +4463,8 @@ def write_store(
     writer.close()
     for line in writer.report.lines():
         note(line)
-    if not (writer.size["train"] or (writer.size["val"] and data_role(config))):
-        raise UserError(f"no records to train on in {config.hf_dataset or config.data_dir}"
+    if not any(writer.size.values()):
+        raise UserError(f"no usable records in {config.hf_dataset or config.data_dir}"
                         f"{' (DPO needs chosen and rejected)' * pairs}")  # fmt: skip
     meta = store_origin(config, tokenizer, pairs, current) | figures | {
         "fingerprint": short_hash([figures["files"], tokenizer.spec()], 16),
