@@ -807,6 +807,13 @@ def test_a_data_dir_that_was_named_is_not_the_toy_corpus(tmp_path):
     run("prepare", "--data_dir", "data/raw", cwd=tmp_path).fails(1, "data/raw", "does not exist")
 
 
+def test_the_settings_of_a_run_on_the_toy_corpus_can_be_used_again(tmp_path):
+    run("train", *TINY, "--out_dir", "one", cwd=tmp_path).ok()
+    again = run("train", "--config", "one/config.json", "--out_dir", "two", cwd=tmp_path).ok()
+    assert "done" in again.err and (tmp_path / "two/best.pth").exists()
+    run("eval", "--ckpt", "one/best.pth", "--device", "cpu", "--max_batches", 2, cwd=tmp_path).ok()
+
+
 def test_names_that_no_file_can_have(tmp_path):
     for name in ("x" * 300, "x" * 300 + "/a.txt", "a\0b"):
         with pytest.raises(lp.UserError, match="--data_dir"):
