@@ -1548,7 +1548,9 @@ def generate(
 # ====================================================================================
 # 8. Runtime
 #
-# Devices, processes, signals, locks, files that appear whole or not at all, the recorder.
+# What a run stands on: devices, processes, signals, output that may be lost, locks, files that
+# appear whole or not at all, the recorder. Look at `StopSignal` and `atomic_write`: with the batch
+# being a function of (seed, step), they are why a run that was killed ends in the same bits.
 # ====================================================================================
 
 
@@ -1834,16 +1836,17 @@ class Output:
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
-    def attempt(self, function: Callable, *args):
+    def attempt(self, function: Callable, *args) -> None:
         try:
-            return function(*args)
-        except (OSError, ValueError, RuntimeError) as error:  # lost, closed, in a signal handler
-            if not self.droppable and not isinstance(error, OSError):
-                raise
+            function(*args)
+        except OSError as error:
             self.discard()
             if not self.droppable:
                 raise UserError(f"stdout cannot be written ({one_line(error, 80)}): not all "
                                 "results were shown; files that were written stand") from None  # fmt: skip
+        except (ValueError, RuntimeError):  # closed, or a signal came in the middle of a write
+            if not self.droppable:
+                raise
 
     def write(self, text: str) -> int:
         self.attempt(self.stream.write, text)
@@ -4608,7 +4611,9 @@ def create_dataloaders(
 # ====================================================================================
 # 12. Checkpoints
 #
-# One file: weights, optimizer, progress, settings, tokenizer. Plain types and tensors only.
+# One file: weights, optimizer, progress, settings, tokenizer. Plain types and tensors only. Read in
+# this order: seal, safe load, `check_state`. `open_run` is the one door to a run's folder, and
+# `resume_policy` says what a resumed run may change.
 # ====================================================================================
 
 CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.1"
@@ -4927,10 +4932,10 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
 
 
 def resume_policy(cls: type) -> dict[str, str]:
-    """ "fixed" or "free" for each setting that belongs to the run, not to one call of the program.
+    """What --resume makes of another value: {setting: "fixed" or "free"}.
 
-    The only reader of `resume` in section 1's fields: these are stored, a resumed run takes over
-    those that were not asked for, and a fixed one cannot change.
+    The only reader of `resume` in the settings' fields. Settings of one call of the program are
+    left out: the others are stored, and a resumed run takes over those that were not asked for.
     """
     policy = {f.name: f.metadata.get("resume", "fixed") for f in fields(cls)}
     return {name: kind for name, kind in policy.items() if kind != "session"}
