@@ -3408,7 +3408,8 @@ def hub_rows(config: DataConfig):
             config.hf_dataset,
             config.hf_config or None,
             split=config.hf_split,
-            streaming=config.streaming,
+            # Local files always: the copies that `datasets` keeps are not renewed by every edit.
+            streaming=config.streaming or bool(source_files(config)),
             data_files=config.hf_files or None,
         )
     except Exception as error:
@@ -4439,20 +4440,27 @@ def build_store(
     """Write a store in a temporary folder and rename it, so that a half-made one never shows."""
     shown, folder = folder, folder.resolve()
     temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
-    for stale in (temporary, old):  # of a run that was killed
-        remove_store(stale)
+    restore_store(old, folder)
+    remove_store(temporary)
     try:
         temporary.mkdir()
         write_store(config, tokenizer, temporary, pairs, current)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
-        remove_store(old)
         note(f"{shown} holds this corpus as tokens, for the next run too; it is safe to delete")
     except OSError as error:
         raise UserError(f"cannot write the token store {folder}: {one_line(error)}") from None
     finally:
+        restore_store(old, folder)
         remove_store(temporary)
+
+
+def restore_store(old: Path, folder: Path) -> None:
+    """What a run that was stopped between two renamings had set aside; else it is done with."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    remove_store(old)
 
 
 def write_store(

@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, differences, run
+from conftest import TINY, Child, differences, run, wait_for
 
 import llm_pipeline as lp
 
@@ -698,6 +699,200 @@ def test_what_a_stream_cannot_do(tmp_path):
     run("train", *hub).fails(2, "--max_steps")
     run("train", *hub, "--max_steps", 3, "--tokenizer", "bpe").fails(2, "--tokenizer bpe")
     run("train", "--streaming", "--max_steps", 3).fails(2, "--hf_dataset")
+
+
+# --- what may be replaced, and what is trusted ---
+
+
+def test_a_foreign_meta_json_protects_its_folder(tmp_path):
+    """Only a store of this program may be replaced."""
+    write_rows(tmp_path / "a.jsonl", rows())
+    for content_ in ('{"title": "my thesis"}', "[1, 2]", "no json", ""):
+        (tmp_path / "st").mkdir(exist_ok=True)
+        (tmp_path / "st/meta.json").write_text(content_)
+        flags = ["--data_dir", tmp_path / "a.jsonl", "--overwrite"]
+        prepare(tmp_path / "st", *flags).fails(1, "st", "other files")
+        assert (tmp_path / "st/meta.json").read_text() == content_
+
+
+def test_a_store_of_other_data_is_replaced_only_when_asked(tmp_path):
+    one, other = (
+        write_rows(tmp_path / name, rows(n)) for name, n in (("a.jsonl", 60), ("b.jsonl", 9))
+    )
+    prepare(tmp_path / "st", "--data_dir", one).ok()
+    before = content(tmp_path / "st")
+    prepare(tmp_path / "st", "--data_dir", other).fails(1, "st", "--overwrite")
+    assert content(tmp_path / "st") == before
+    (tmp_path / "st/notes.txt").write_text("precious")
+    prepare(tmp_path / "st", "--data_dir", other, "--overwrite").fails(1, "notes.txt")
+    (tmp_path / "st/notes.txt").unlink()
+    prepare(tmp_path / "st", "--data_dir", other, "--overwrite").ok()
+    assert texts(tmp_path / "st") == sorted(r["text"] for r in rows(9))
+
+
+def test_a_store_sets_settings_of_data_alone(store, tmp_path):
+    """Its meta.json has no say in where a run writes or how it learns."""
+    folder = spoiled(store, tmp_path)
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    foreign = dict(out_dir=str(tmp_path / "elsewhere"), lr=9.0, batch_size=7, max_steps=99, seed=5)
+    meta["settings"] |= foreign
+    (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
+    train(folder, tmp_path / "run").ok()
+    assert not (tmp_path / "elsewhere").exists()
+    config = json.loads((tmp_path / "run/config.json").read_text("utf-8"))
+    assert not any(config.get(name) == value for name, value in foreign.items())
+    for name, value in dict(val_fraction=5.0, min_chars=-3, split_by="luck", text_field=4).items():
+        changed = meta | {"settings": meta["settings"] | {name: value}}
+        (folder / "meta.json").write_text(json.dumps(changed), "utf-8")
+        train(folder, tmp_path / "other").fails(1, str(folder), name)
+
+
+def test_a_store_split_otherwise_than_the_checkpoint_is_refused(tmp_path, store):
+    train(store, tmp_path / "run").ok()
+    entries = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(60)]
+    path = write_rows(tmp_path / "a.jsonl", entries)
+    prepare(tmp_path / "other", "--data_dir", path, "--val_fraction", 0.4).ok()
+    ckpt = ["--ckpt", tmp_path / "run/best.pth", "--data_dir", tmp_path / "other"]
+    result = run("eval", *ckpt).fails(1, "--val_fraction 0.4", "0.1")
+    assert len(result.errors) == 1
+    run("finetune", *ckpt, "--out_dir", tmp_path / "ft").fails(1, "--val_fraction 0.4")
+    run("eval", *ckpt, "--split", "all").ok()
+    run("eval", *ckpt, "--val_fraction", 0.4).ok()
+    prepare(tmp_path / "same", "--data_dir", path).ok()
+    result = run("eval", "--ckpt", tmp_path / "run/best.pth", "--data_dir", tmp_path / "same").ok()
+
+
+def test_changed_content_is_noticed_when_that_is_cheap_and_by_eval(store, tmp_path, monkeypatch):
+    train(store, tmp_path / "run").ok()
+    folder = spoiled(store, tmp_path)
+    ids = np.fromfile(folder / "val.bin", "<u2")
+    ids[5] ^= 1
+    ids.tofile(folder / "val.bin")
+    train(folder, tmp_path / "other").fails(1, str(folder), "val.bin")
+    monkeypatch.setattr(lp, "CHEAP", 0)
+    train(folder, tmp_path / "large").ok()
+    ckpt = ["--ckpt", tmp_path / "run/best.pth"]
+    run("eval", *ckpt, "--data_dir", folder).fails(1, str(folder), "val.bin")
+
+
+def test_stores_of_the_format_before(tmp_path):
+    """Refused where it is named, rebuilt among our own."""
+    write_rows(tmp_path / "raw/a.jsonl", rows())
+    flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "out"]
+    folder = Path(run("prepare", *flags).ok().out.splitlines()[-1])
+    wanted, meta = content(folder), (folder / "meta.json").read_text("utf-8")
+    (folder / "meta.json").write_text(meta.replace("store.2", "store.1"), "utf-8")
+    run("prepare", "--data_dir", folder).fails(1, str(folder), "store.1", "prepare")
+    assert run("prepare", *flags).ok().out.splitlines()[-1] == str(folder)
+    assert content(folder) == wanted
+    assert "store.2" in (folder / "meta.json").read_text("utf-8")
+
+
+# --- one name for one content ---
+
+
+def test_folders_of_one_name_have_stores_of_their_own(tmp_path):
+    made = []
+    for name, n in (("a", 20), ("b", 30)):
+        write_rows(tmp_path / name / "raw/x.jsonl", rows(n))
+        flags = ["--data_dir", tmp_path / name / "raw", "--processed_dir", tmp_path / "out"]
+        made.append(run("prepare", *flags).ok().out.splitlines()[-1])
+    assert made[0] != made[1]
+    assert [len(texts(Path(folder))) for folder in made] == [20, 30]
+
+
+def test_the_store_of_training_is_found_by_eval_and_finetune(tmp_path):
+    entries = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(60)]
+    path = write_rows(tmp_path / "raw/a.jsonl", entries)
+    data = ["--data_dir", path.parent, "--processed_dir", tmp_path / "out"]
+    bpe = ["--tokenizer", "bpe", "--vocab_size", 300]
+    command = ["train", *data, *TINY, *bpe, "--max_steps", 2, "--out_dir"]
+    run(*command, tmp_path / "run").ok()
+    (folder,) = (p for p in (tmp_path / "out").iterdir() if p.is_dir())
+    made = (folder / "train.bin").stat().st_mtime_ns
+    run("eval", *data, "--ckpt", tmp_path / "run/best.pth").ok()
+    run("finetune", *data, "--ckpt", tmp_path / "run/best.pth", "--max_steps", 1,
+        "--out_dir", tmp_path / "run").ok()  # fmt: skip
+    run(*command, tmp_path / "again").ok()
+    assert [p for p in (tmp_path / "out").iterdir() if p.is_dir()] == [folder]
+    assert (folder / "train.bin").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("source", ["file", "hub folder", "pattern"])
+def test_an_edit_of_equal_size_and_time_is_noticed(tmp_path, source):
+    path = write_rows(tmp_path / "set/deep/a.jsonl", rows())
+    flags = {
+        "file": ["--data_dir", tmp_path / "set"],
+        "hub folder": ["--hf_dataset", tmp_path / "set/deep"],
+        "pattern": ["--hf_dataset", "json", "--hf_files", tmp_path / "set/**/*.jsonl"],
+    }[source]
+    prepare(tmp_path / "st", *flags).ok()
+    before, times = path.read_bytes(), path.stat()
+    path.write_bytes(before.replace(b"moon", b"MOON"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    prepare(tmp_path / "st", *flags).ok()
+    assert "MOON" in "".join(texts(tmp_path / "st"))
+    assert "moon" not in "".join(texts(tmp_path / "st"))
+
+
+# --- signals ---
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_a_signal_ends_prepare_and_leaves_nothing(tmp_path, number, tokenizer):
+    raw = write_rows(tmp_path / "raw/a.jsonl", rows(2000))
+    out = tmp_path / "out/st"
+    flags = ["--data_dir", raw.parent, "--out_dir", out, "--tokenizer", tokenizer]
+    child = Child("prepare", *flags, hook=partial(slow_reading, tmp_path / "reading"))
+    wait_for((tmp_path / "reading").exists)
+    child.send(number)
+    result = child.finish()
+    assert result.code == 128 + number and "Traceback" not in result.err
+    left = [p.name for p in out.parent.iterdir()] if out.parent.exists() else []
+    assert [name for name in left if not name.endswith(".lock")] == []
+
+
+def slow_reading(mark: Path) -> None:
+    """Records come one a tenth of a second, so that a signal meets the work."""
+    read_records = lp.read_records
+
+    def slowly(*args):
+        for record in read_records(*args):
+            mark.touch()
+            time.sleep(0.1)
+            yield record
+
+    lp.read_records = slowly
+
+
+# --- conversations in a store ---
+
+
+def test_a_row_for_each_trained_answer(tmp_path):
+    """Over the same tokens; the last row of a record covers it whole."""
+    turns = [lp.Turn("Q1:", " a\n"), lp.Turn("Q2:", " bb\n", trained=False), lp.Turn("Q3:", " c\n"),
+             lp.Turn("Q4:", " never\n", trained=False)]  # fmt: skip
+    found = [lp.Record("chat", turns), lp.Record("plain", [lp.Turn("", "text")])]
+    config, tokenizer = lp.DataConfig(), lp.ByteTokenizer()
+    writer = lp.StoreWriter(tmp_path, tokenizer, config)
+    for record in found:
+        writer.write_all(lp.record_pieces(record, "train", 4, config))
+    writer.close()
+    tokens = np.fromfile(tmp_path / "train.bin", "<u2")
+    chat = [257, *b"Q1: a\n", 259, *b"Q2: bb\n", 259, *b"Q3: c\n", 259]
+    assert tokens.tolist() == [*chat, 257, *b"text", 258]
+    index = np.fromfile(tmp_path / "train.idx", lp.INDEX).tolist()
+    first = len(b"_Q1: a\n_")
+    assert index == [
+        (0, first, 4, 0),
+        (0, len(chat), len(chat) - len(b" c\n_"), 0),
+        (len(chat), 6, 1, 1),
+    ]
+    store = object.__new__(lp.TokenStore)
+    store.index = {"train": np.array(index, lp.INDEX)}
+    assert store.whole_records("train").tolist() == [1, 2]
 
 
 # --- the model check ---
