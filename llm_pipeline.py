@@ -6786,7 +6786,7 @@ class SampleConfig(RuntimeConfig):
     template: str = option(
         "auto", "wrap the prompt: if tuned, never, always", choices=("auto", "raw", "instruct")
     )
-    max_new_tokens: int = option(80, "most tokens to generate", low=1, high=10**9)
+    max_new_tokens: int = option(80, "tokens to generate at most", low=1, high=10**9)
     temperature: float = option(0.9, "0: always the likeliest token", low=0.0, high=100.0)
     top_k: int = option(30, "keep the k likeliest tokens (0: all)", low=0)
     top_p: float = option(1.0, "keep the likeliest tokens that sum to p", above=0.0, high=1.0)
@@ -6853,7 +6853,7 @@ def fit_context(ids: list[int], config: GPTConfig, max_new_tokens: int, instruct
     room = context_room(config, max_new_tokens)
     if len(ids) <= (room if instruct else max(room, config.block_size)):
         return ids
-    what = "the middle is left out" if instruct else "only the end is read"
+    what = "its middle is left out, so that an answer fits" if instruct else "only its end is read"
     note(f"the prompt has {len(ids):,} tokens and the context {config.block_size:,}: {what}")
     if not instruct:  # `generate` takes the last block; the repetition penalty counts all
         return ids
@@ -6986,7 +6986,7 @@ class Chat:
             dropped += 1
         if dropped:
             note(f"the conversation is longer than the context of {shape.block_size:,} tokens: "
-                 f"its {dropped} oldest turn{'s' * (dropped > 1)} left out")  # fmt: skip
+                 f"its oldest {'turn is' if dropped == 1 else f'{dropped} turns are'} left out")  # fmt: skip
         return fit_context(ids, shape, new, True)
 
     def reuse_cache(self, ids: list[int]) -> None:
