@@ -351,6 +351,22 @@ def test_chat_template_gives_the_ids_of_the_store(tuned, corpus, tmp_path):
         assert theirs.apply_chat_template(chat, return_dict=False) in records
 
 
+def test_chat_template_gives_the_ids_of_stored_conversations(tuned, tmp_path):
+    theirs = transformers.AutoTokenizer.from_pretrained(export(tuned, tmp_path / "hf"))
+    ask, answer = (lambda n: said("user", f"Count {n}.")), (lambda n: said("assistant", f"{n} ü"))
+    chats = [[ask(1), answer(1)], [ask(2), answer(2), ask(3), answer(3), ask(4), answer(4)],
+             [said("system", "Be short."), ask(5), answer(5), ask(6), answer(6)]]  # fmt: skip
+    (tmp_path / "raw").mkdir()
+    lines = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+    (tmp_path / "raw" / "chats.jsonl").write_text(lines, encoding="utf-8")
+    run("prepare", "--data_dir", tmp_path / "raw", "--out_dir", tmp_path / "store").ok()
+    store = np.concatenate(
+        [np.fromfile(tmp_path / "store" / f"{split}.bin", np.uint16) for split in ("train", "val")]
+    )
+    records = sorted(part.tolist() for part in np.split(store, np.flatnonzero(store == 257)[1:]))
+    assert records == sorted(theirs.apply_chat_template(c, return_dict=False) for c in chats)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_pipeline_answers(arch, bases):
     folder = bases[arch].parent / "hf"
