@@ -7350,7 +7350,10 @@ class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, Run
     epochs: int = option(5, "passes over it", low=1, high=10**6)
     max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
 
-    vs: str = option("", "measure a peer in turns: hf (transformers)", choices=("", "hf"))
+    vs: str = option(
+        "", "measure a peer in turns: transformers, as it is or compiled",
+        choices=("", "hf", "hf_compiled"),
+    )  # fmt: skip
     rounds: int = option(5, "measured rounds; medians are reported", low=1, high=1000)
     decode_batch: int = option(1, "sequences decoded at once", low=1, high=4096)
     json: str = option("", "write the figures to this file")
@@ -7427,7 +7430,7 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     our_step()
     memory = peak_memory(rt)  # before there is a peer
     sides = {"": our_step}
-    if config.vs == "hf":
+    if config.vs:
         sides |= {"hf_": hf_step(config, rt, model, rt.dtype, batch),
                   "hf_fp32_": hf_step(config, rt, model, torch.float32, batch)}  # fmt: skip
     seconds = in_turns(sides, rt, config.rounds, "training")
@@ -7459,12 +7462,13 @@ def hf_peer(config: GPTConfig):
 def hf_step(config: BenchConfig, rt: Runtime, model: GPT, dtype: torch.dtype, batch: Batch):
     """A training step of the peer as people write it: autocast, fused AdamW, clipping."""
     peer = hf_peer(model.config).to(rt.device).train()
+    losses = torch.compile(peer) if config.vs == "hf_compiled" else peer
     optimizer = torch.optim.AdamW(peer.parameters(), lr=config.lr, fused=True)
 
     def step():
         for micro in batch.split(config.grad_accum):
             with torch.autocast(rt.device.type, dtype, enabled=dtype != torch.float32):
-                loss = peer(input_ids=micro.x, labels=micro.x).loss / config.grad_accum
+                loss = losses(input_ids=micro.x, labels=micro.x).loss / config.grad_accum
             loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), config.grad_clip or math.inf)
         optimizer.step()
@@ -7479,7 +7483,7 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     prompt = torch.arange(8, device=rt.device)
     ours = for_decoding(GPT(model.config), rt.device, rt.dtype)
     sides = {"": lambda: [None for _ in generate(ours, prompt, n, (), batch, temperature=0.0)]}
-    if config.vs == "hf":
+    if config.vs:
         peer = hf_peer(model.config).to(rt.device).eval()
         peer.generation_config.eos_token_id = None
         many = prompt[None].expand(batch, -1)
