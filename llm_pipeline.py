@@ -8047,14 +8047,16 @@ def flag_help(spec, limits: bool = False) -> list[str]:
     """The lines of one setting: how it is typed, what it means, its default."""
     kind, choices = spec.type.split(" | ")[0], "|".join(filter(None, choices_of(spec)))
     value = choices or {"int": "N", "float": "X", "str": "TEXT", "bool": ""}[kind]
-    name = f"no_{spec.name}" if spec.default is True else spec.name
-    default = "on" if spec.default is True else spec.default
-    remarks = [] if default in ("", None) or default is False else [f"default: {default}"]
+    name, turns_off = (
+        (f"no_{spec.name}", "turns off: ") if spec.default is True else (spec.name, "")
+    )
+    has_default = kind != "bool" and spec.default not in ("", None)
+    remarks = [f"default: {spec.default}"] if has_default else []
     if limits and "high" in spec.metadata:
         low = spec.metadata.get("low", spec.metadata.get("above"))
         above = "above " if "above" in spec.metadata else ""
         remarks.append(f"{above}{low:,} to {spec.metadata['high']:,}")
-    text = spec.metadata["help"] + (f" ({'; '.join(remarks)})" if remarks else "")
+    text = turns_off + spec.metadata["help"] + (f" ({'; '.join(remarks)})" if remarks else "")
     typed, body = f"  --{name} {value}".rstrip(), textwrap.wrap(text, 70)
     first = [typed] if len(typed) > 26 else [f"{typed:<28}{body.pop(0)}"]
     return first + [" " * 28 + line for line in body]
