@@ -4219,6 +4219,8 @@ class StreamStore(TokenStore):
                      "n_records": n_records, "ended": full or not batch}  # fmt: skip
             write_json(self.folder / "stream.json", writer.figures() | state)
             self.read_meta()
+            for line in writer.report.lines() if self.meta["ended"] else ():
+                note(line)
 
     def open_writer(self) -> None:
         """Go on after what was written before."""

@@ -667,11 +667,15 @@ def test_a_stream_killed_before_each_commit(tmp_path, monkeypatch):
     assert moment > 2 and tokens(tmp_path / "parts") == wanted
 
 
-def test_two_runs_write_one_stream(tmp_path, monkeypatch):
+def test_two_runs_write_one_stream(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lp.StreamStore, "ROWS", 5)
     path = write_rows(tmp_path / "a.jsonl", rows(40))
     wanted = stream(path, tmp_path / "alone")[2]
     wanted.grow("train", 10**6)
+    report = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["json", "40"] in [line[:2] for line in report], (
+        "the stream has ended: its report is shown"
+    )
     one, other = (stream(path, tmp_path / "both")[2] for _ in range(2))
     for size in range(1000, 10**4, 1000):
         one.grow("train", size)
