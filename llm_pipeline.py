@@ -1099,13 +1099,13 @@ class Muon(torch.optim.Muon):
         return results
 
 
+@operation
 def newton_schulz(X: Tensor, group: dict) -> Tensor:
     """(N, rows, columns), rows <= columns, with singular values pulled towards 1.
 
     Each round applies the polynomial a x + b x^3 + c x^5 to them.
     """
     a, b, c = group["ns_coefficients"]
-    X = X.bfloat16()
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])  # all of them under 1
     for _ in range(group["ns_steps"]):
         gram = X @ X.mT
@@ -1624,6 +1624,7 @@ class Runtime:
             dist.barrier()
 
 
+@lru_cache
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 natively; emulated bf16 is slower than fp32."""
     try:
@@ -2456,6 +2457,13 @@ def undecorated(method: Callable) -> Callable:
     return getattr(method, "__wrapped__", method)
 
 
+def newton_schulz_in_bf16(X: Tensor, group: dict) -> Tensor:
+    """Each round corrects the rounding of the one before, so that bf16 will do, where the hardware
+    multiplies it: elsewhere it is emulated, thirty times slower than fp32."""
+    native = X.is_cuda or cpu_has_bf16()
+    return newton_schulz.plain(X.bfloat16() if native else X, group)
+
+
 class QuickAdamW(torch.optim.AdamW):
     add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
     step = torch.no_grad()(undecorated(torch.optim.AdamW.step))
@@ -2473,6 +2481,7 @@ class QuickMuon(Muon):
 
 
 OPTIMIZERS |= {"adamw": QuickAdamW, "muon": QuickMuon}
+KERNELS |= {("newton_schulz", kind): newton_schulz_in_bf16 for kind in ("cpu", "cuda")}
 
 
 class PrefetchingLoader(Loader):
