@@ -1318,7 +1318,7 @@ def estimate_loss(model: GPT, loader: Loader, objective: Objective, limit: int,
     """
 
     def score(batch: Batch) -> dict:
-        loss, n_targets, stats = objective(model.losses, batch)
+        loss, n_targets, stats = objective(loader.rt.losses(model), batch)
         return {"loss": loss, "targets": n_targets} | stats
 
     training = model.training
@@ -1601,6 +1601,7 @@ class Runtime:
     world_size: int = 1
     store: dist.Store | None = None  # small values that the processes share
     turns: int = 0  # how often one process has gone before the others
+    rows: int = 2**30  # sequences at a time without gradients; fewer once memory has run out
 
     @property
     def is_main(self) -> bool:
@@ -1622,6 +1623,26 @@ class Runtime:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def losses(self, model: GPT) -> Callable:
+        """`model.losses` for use without gradients: of `rows` sequences at a time."""
+
+        def attempt(x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+            parts = zip(x.split(self.rows), targets.split(self.rows), strict=True)
+            found = [model.losses(*part, reduction) for part in parts]
+            return sum(found) if reduction == "sum" else torch.cat(found)
+
+        def shrink(x: Tensor) -> str:
+            tried = min(self.rows, len(x))
+            if tried == 1:
+                raise UserError("out of GPU memory with one sequence at a time: choose a smaller "
+                                "--block_size, or --device cpu")  # fmt: skip
+            self.rows = -(-tried // 2)
+            return f"without gradients: going on with {self.rows} sequences at a time"
+
+        return lambda x, targets, reduction="none": surviving(
+            self, lambda: attempt(x, targets, reduction), lambda: shrink(x)
+        )
 
 
 @lru_cache
@@ -2101,36 +2122,46 @@ def synchronised(model: GPT, losses: Callable, last: bool):
         yield
 
 
+def surviving(rt: Runtime, attempt: Callable, shrink: Callable[[], str]):
+    """attempt(), again each time that CUDA memory runs out and `shrink` has made it need less.
+
+    shrink: returns what it did, for a note; raises UserError where nothing is left to do.
+    """
+    while True:
+        try:
+            return attempt()
+        except torch.OutOfMemoryError:
+            if rt.world_size > 1:  # the others are waiting inside a collective
+                raise UserError("out of GPU memory: --resume with a larger --grad_accum, or with "
+                                "--grad_checkpointing") from None  # fmt: skip
+            note(f"out of memory {shrink()}")
+        if rt.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
     """`gradients`, with smaller micro-batches, then checkpointing, when CUDA memory runs out.
 
     Nothing is updated yet when that happens: the step is repeated on the same global batch.
     """
-    while True:
-        try:
-            return gradients(run, batch, n_targets)
-        except torch.OutOfMemoryError:
-            drop_gradients(run)
-            p, rows = run.progress, run.config.batch_size
-            if run.rt.world_size > 1:  # the others are waiting inside a collective
-                raise UserError("out of GPU memory: --resume with a larger --grad_accum, or with "
-                                "--grad_checkpointing") from None  # fmt: skip
-            finer = [n for n in range(2 * p.grad_accum, rows + 1) if rows % n == 0]
-            if finer:
-                p.grad_accum = finer[0]
-            elif not p.grad_checkpointing:
-                p.grad_checkpointing = run.model.grad_checkpointing = True
-            else:
-                raise UserError(
-                    "out of GPU memory with micro-batches of one and checkpointing: choose a "
-                    "smaller --block_size or model"
-                ) from None
-            if run.val:  # evaluate with the micro-batch size that fits
-                run.val.grad_accum = p.grad_accum
-            note(f"out of memory at step {p.step + 1}: going on with grad_accum {p.grad_accum}, "
-                 f"grad_checkpointing {p.grad_checkpointing}")  # fmt: skip
-        if run.rt.device.type == "cuda":
-            torch.cuda.empty_cache()
+    p, rows = run.progress, run.config.batch_size
+
+    def shrink() -> str:
+        drop_gradients(run)
+        finer = [n for n in range(2 * p.grad_accum, rows + 1) if rows % n == 0]
+        if finer:
+            p.grad_accum = finer[0]
+        elif not p.grad_checkpointing:
+            p.grad_checkpointing = run.model.grad_checkpointing = True
+        else:
+            raise UserError("out of GPU memory with micro-batches of one and checkpointing: choose "
+                            "a smaller --block_size or model")  # fmt: skip
+        if run.val:  # evaluate with the micro-batch size that fits
+            run.val.grad_accum = p.grad_accum
+        return (f"at step {p.step + 1}: going on with grad_accum {p.grad_accum}, "
+                f"grad_checkpointing {p.grad_checkpointing}")  # fmt: skip
+
+    return surviving(run.rt, lambda: gradients(run, batch, n_targets), shrink)
 
 
 class Losses(nn.Module):
@@ -5994,7 +6025,7 @@ def evaluate_perplexity(
     splits = ("train", "val") if split == "all" else (split,)
     block_size, pad_id = model.config.block_size, store.tokenizer.pad_id
     limit = -(-max_batches * batch_size // len(splits))
-    score = partial(text_losses, model, torch.from_numpy(store.tokenizer.token_bytes()))
+    score = partial(text_losses, rt.losses(model), torch.from_numpy(store.tokenizer.token_bytes()))
     sources, total = {}, Counter()
     with tqdm(desc="evaluating", unit="batch", delay=1, disable=not rt.is_main) as bar:
         for name in store.sources:
@@ -6018,13 +6049,13 @@ def ticking(items: Iterable, bar: tqdm) -> Iterator:
         bar.update()
 
 
-def text_losses(model: GPT, token_bytes: Tensor, batch: Batch) -> dict[str, Tensor]:
+def text_losses(losses: Callable, token_bytes: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Sums of a batch: loss and tokens, in all and of the tokens that stand for text."""
-    losses = model.losses(batch.x, batch.y).cpu().double()
+    nll = losses(batch.x, batch.y).cpu().double()
     y = batch.y.cpu()
     size = token_bytes[y.clamp(min=0)] * (y != IGNORE)
-    return {"nll": losses.sum(), "tokens": (y != IGNORE).sum(),
-            "text_nll": losses[size > 0].sum(), "bytes": size.sum()}  # fmt: skip
+    return {"nll": nll.sum(), "tokens": (y != IGNORE).sum(),
+            "text_nll": nll[size > 0].sum(), "bytes": size.sum()}  # fmt: skip
 
 
 def scored_batches(rows: Iterable[ScoredRow], pad_id: int, limit: int, batch_size: int,
@@ -6172,7 +6203,7 @@ def classify(model: GPT, store: TokenStore, source: str, splits: tuple[str, ...]
         batch = padded_batch(sequences, store.tokenizer.pad_id, model.config.block_size)
         batch = batch.to(rt.device)
         with torch.no_grad(), rt.autocast():
-            losses = model.losses(batch.x, batch.y).cpu().double().sum(-1)
+            losses = rt.losses(model)(batch.x, batch.y).cpu().double().sum(-1)
         guesses = losses.view(len(truth), len(labels)).argmin(-1)
         np.add.at(table, (truth, guesses.tolist()), 1)
     table = np.array(rt.sum(*table.ravel().tolist())).astype(int).reshape(table.shape)
@@ -6521,8 +6552,8 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     metrics = folder.file("metrics.csv")
     with run.stop.held(), contextlib.closing(Recorder(run, metrics)) as run.record:
         try:
-            measure_base(run, folder)
             with training_precision(run.rt.device):
+                measure_base(run, folder)
                 ended = fit(run)
         except Diverged as error:
             last, start = folder.file("last.pth"), "--ckpt" if folder.suffix else "--init_from"
@@ -6662,7 +6693,7 @@ def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
             ids = np.array(ids)
             with torch.no_grad(), rt.autocast():
                 batch = data.batch(ids).to(rt.device)
-                row = sequence_log_probs(model.losses, batch).cpu().numpy()
+                row = sequence_log_probs(rt.losses(model), batch).cpu().numpy()
             values[data.numbers(ids)] = row
         found[split] = values
     return found

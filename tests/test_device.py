@@ -1,12 +1,13 @@
 """What the program does on a GPU, as far as a CPU can show: pretended devices, direct calls."""
 
+import json
 import math
 import platform
 from functools import partial
 
 import pytest
 import torch
-from conftest import run, words
+from conftest import CPU, largest_difference, run, words
 from test_training import SHORT, spoil
 
 import llm_pipeline as lp
@@ -181,3 +182,51 @@ def test_compilation_that_was_asked_for_and_fails(corpus, tmp_path, monkeypatch)
     result = run("train", *corpus, *SHORT, "--compile", "on", "--out_dir", tmp_path)
     result.fails(1, "--compile off", "Python.h: No such file")
     assert len(result.errors) == 1
+
+
+# --- memory ---
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Memory runs out, without gradients, with more than two sequences, once called."""
+    real, fitted = lp.GPT.losses, []
+
+    def losses(model, idx, targets, reduction="none"):
+        if not torch.is_grad_enabled():
+            if len(idx) > 2:
+                raise torch.OutOfMemoryError("injected")
+            fitted.append(len(idx))
+        return real(model, idx, targets, reduction)
+
+    yield lambda: monkeypatch.setattr(lp.GPT, "losses", losses)
+    assert set(fitted) == {1, 2}
+
+
+def test_evaluation_survives_a_small_memory(tiny_checkpoint, corpus, tmp_path, small_memory):
+    shown = {}
+    for name in ("clean", "small"):
+        place = dict(data_dir=corpus[1], processed_dir=corpus[3], device="cpu")
+        result = lp.evaluate(ckpt=str(tiny_checkpoint), batch_size=7, **place)
+        shown[name] = result["loss"], result["tokens"]
+        small_memory()
+    torch.testing.assert_close(shown["small"], shown["clean"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("objective", ["ntp", "dpo"])
+def test_finetune_survives_a_small_memory(
+    objective, tiny_checkpoint, tmp_path, small_memory, monkeypatch
+):
+    """Its report, its evaluations, and the log-probabilities under the base."""
+    keys = ("chosen", "rejected") if objective == "dpo" else ("output", "input")
+    rows = [{"prompt": f"p{i}", keys[0]: "yes" * (i % 5 + 1), keys[1]: "no"} for i in range(40)]
+    (tmp_path / "raw.json").write_text(json.dumps(rows), encoding="utf-8")
+    command = ["finetune", *CPU, *words("--max_steps 4 --batch_size 7 --report_samples 1"),
+               "--objective", objective, "--ckpt", tiny_checkpoint, "--data_dir",
+               tmp_path / "raw.json", "--processed_dir", tmp_path / "stores"]  # fmt: skip
+    run(*command, "--out_dir", tmp_path / "clean").ok()
+    small_memory()
+    result = run(*command, "--out_dir", tmp_path / "small").ok()
+    assert "going on with 2 sequences at a time" in result.err
+    names = [tmp_path / name / "last_finetune.pth" for name in ("clean", "small")]
+    assert largest_difference(*names) < 1e-5
