@@ -274,6 +274,7 @@ class OptimConfig(Settings):
     compile: str = free("auto", "torch.compile", choices=("auto", "on", "off"))
     grad_checkpointing: bool = free(False, "recompute activations to save memory")
     fsdp: bool = free(False, "shard parameters over processes instead of copying them")
+    self_test: bool = once(True, "hold the device against the CPU before the first step")
 
 
 @dataclass
@@ -2444,6 +2445,60 @@ KERNELS |= {
     ("head_loss", "cuda"): partial(chunked_head_loss, multiple=64),
     ("head_loss", "mps"): chunked_head_loss,
 }
+
+
+@contextlib.contextmanager
+def plain_operations():
+    """The operations of section 4 as they are written there, on every device."""
+    twins = dict(KERNELS)
+    KERNELS.clear()
+    try:
+        yield
+    finally:
+        KERNELS.update(twins)
+
+
+TRUSTED = ("cpu",)  # devices that need no test
+
+
+def self_test(shape: GPTConfig, rt: Runtime) -> None:
+    """Hold this device, with its kernels, against plain operations on the CPU.
+
+    One tiny batch through one layer of the run's architecture, in fp32 and in the run's dtype.
+    Raises UserError where loss or gradients differ by more than rounding: young drivers, and
+    Apple's GPUs, have been seen to compute wrong results without an error.
+    """
+    if rt.device.type in TRUSTED:
+        return
+    T, V = min(shape.block_size, 64), min(shape.vocab_size, 5000)
+    small = replace(shape, n_layer=1, block_size=T, vocab_size=V, dropout=0.0, zero_init=False)
+    with torch.random.fork_rng(devices=[]):  # the run's own weights are still to be drawn
+        set_seed(0)
+        model, tokens = GPT(small), torch.randint(V, (2, T + 1))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    with plain_operations():
+        cpu = Runtime(torch.device("cpu"), torch.float32)
+        loss, gradient = loss_and_gradient(model, batch, cpu)
+    for dtype, tolerance in {rt.dtype: 0.05, torch.float32: 1e-3}.items():
+        found, estimate = loss_and_gradient(model, batch, replace(rt, dtype=dtype))
+        error = ((estimate - gradient).norm() / gradient.norm()).item()
+        if not max(abs(found / loss - 1), error) < tolerance:  # NaN neither
+            raise UserError(
+                f"{rt.device} computes wrongly in {str(dtype)[6:]}: loss {found:.4f} against "
+                f"{loss:.4f} on the CPU, gradients off by {error:.1%}: try another version of "
+                "driver or torch, or --device cpu; --no_self_test goes on regardless"
+            )
+
+
+def loss_and_gradient(model: GPT, batch: Batch, rt: Runtime) -> tuple[float, Tensor]:
+    """Mean loss, and the gradient of the sum by all parameters as one vector, on the CPU."""
+    model.to(rt.device).zero_grad()
+    batch = batch.to(rt.device)
+    with rt.autocast():
+        loss = model.losses(batch.x, batch.y, "sum")
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return loss.item() / batch.y.numel(), gradient.cpu()
 
 
 class DecodingLinear(nn.Module):
@@ -6483,6 +6538,8 @@ def make_run(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
     folder.about, resumed = describe_run(config, rt, loaded, store), folder.state
     if resumed:
         check_drift(resumed, folder.about)
+    if config.self_test:
+        self_test(loaded.model.config, rt)
     model = loaded.model.to(rt.device).train()
     train, val = create_dataloaders(config, store, model.config.block_size, rt)
     total = config.max_steps or config.epochs * train.steps_per_epoch
@@ -7594,6 +7651,8 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     if config.tokenizer != "bpe":
         vocab_size = load_tokenizer(config.tokenizer).vocab_size
     model = GPT(model_config(config, vocab_size)).to(rt.device)
+    if config.self_test:
+        self_test(model.config, rt)
     result = {"params": model.n_params(), "device": device_name(rt), "dtype": str(rt.dtype)[6:],
               "threads": torch.get_num_threads()}  # fmt: skip
     with training_precision(rt.device):

@@ -3,6 +3,8 @@
 import json
 import math
 import platform
+import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -230,3 +232,101 @@ def test_finetune_survives_a_small_memory(
     assert "going on with 2 sequences at a time" in result.err
     names = [tmp_path / name / "last_finetune.pth" for name in ("clean", "small")]
     assert largest_difference(*names) < 1e-5
+
+
+# --- the self-test ---
+
+
+@pytest.fixture
+def untrusted(monkeypatch):
+    """This CPU is held against itself."""
+    monkeypatch.setattr(lp, "TRUSTED", ())
+
+
+def slightly_wrong(x, weight, eps):
+    return lp.rms_norm.plain(x, weight, eps) * 1.01
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sound_device_passes_and_draws_nothing(untrusted, arch, dtype):
+    before = torch.get_rng_state()
+    shape = lp.GPTConfig(n_layer=9, n_head=4, n_kv_head=2, n_embd=64, **lp.ARCHS[arch])
+    lp.self_test(shape, lp.Runtime(torch.device("cpu"), dtype))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_wrong_results_stop_a_run_before_it_begins(untrusted, corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(lp.KERNELS, ("rms_norm", "cpu"), slightly_wrong)
+    command = ["train", *corpus, *SHORT, "--arch", "modern", "--out_dir", tmp_path]
+    result = run(*command).fails(1, "against", "on the CPU", "--no_self_test")
+    assert len(result.errors) == 1 and "loss" in result.errors[0]
+    assert not (tmp_path / "last.pth").exists()
+    run(*command, "--no_self_test").ok()
+
+
+def test_wrong_gradients_are_noticed_too(untrusted, monkeypatch):
+    def wrong(h, weight, targets, reduction):
+        loss = lp.head_loss.plain(h, weight, targets, reduction)
+        return 1.1 * loss - 0.1 * loss.detach()
+
+    monkeypatch.setitem(lp.KERNELS, ("head_loss", "cpu"), wrong)
+    shape = lp.GPTConfig(n_layer=1, n_head=2, n_embd=32)
+    with pytest.raises(lp.UserError, match=r"gradients off by 10\.0%"):
+        lp.self_test(shape, lp.Runtime(torch.device("cpu"), torch.float32))
+
+
+@pytest.mark.parametrize("command", ["finetune", "bench"])
+def test_finetune_and_bench_test_the_device_too(
+    command, untrusted, corpus, tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(lp.KERNELS, ("attention_sdpa", "cpu"), lambda q, *rest: q)
+    flags = {"finetune": [*corpus, "--ckpt", tiny_checkpoint, "--out_dir", tmp_path,
+                          "--report_samples", 0],
+             "bench": words("--n_layer 1 --n_head 2 --n_embd 16 --rounds 1")}  # fmt: skip
+    run(command, *CPU, *flags[command]).fails(1, "cpu computes wrongly in float32")
+
+
+# --- the thread that prepares batches ---
+
+
+def test_prefetching_ends_with_its_run_and_holds_no_batch():
+    made = []
+
+    class Data:
+        def __len__(self):
+            return 8
+
+        def epoch_ids(self, epoch, places):
+            return places
+
+        def n_targets(self, ids):
+            return len(ids)
+
+        def batch(self, ids, rows=slice(None)):
+            batch = lp.Batch(torch.from_numpy(ids[rows]), torch.from_numpy(ids[rows]))
+            made.append(weakref.ref(batch.x))
+            return batch
+
+    rt = lp.Runtime(torch.device("cpu"), torch.float32)
+    plain = [batch.x.tolist() for batch, _ in lp.Loader(Data(), 2, 1, rt).steps(3, 9)]
+    threads = threading.active_count()
+    steps = lp.PrefetchingLoader(Data(), 2, 1, rt).steps(3, 9)
+    assert [next(steps)[0].x.tolist() for _ in range(3)] == plain[:3]
+    assert threading.active_count() == threads + 1
+    steps.close()
+    assert threading.active_count() == threads
+    assert not any(tensor() is not None for tensor in made)
+
+
+def test_prefetching_hands_on_what_went_wrong():
+    class Broken:
+        def __len__(self):
+            return 8
+
+        def epoch_ids(self, epoch, places):
+            raise OSError("the disk is gone")
+
+    rt = lp.Runtime(torch.device("cpu"), torch.float32)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(lp.PrefetchingLoader(Broken(), 2, 1, rt).steps(0, 4))
