@@ -1003,8 +1003,13 @@ class GPT(nn.Module):
         if start + T > self.config.block_size and self.config.pos == "learned":
             raise ValueError(f"{start + T} tokens exceed block_size {self.config.block_size}")
         pos = torch.arange(start, start + T, device=idx.device)
+        return self.trunk(
+            idx, pos, self.mask(pos, pos if cache is None else cache.advance(T)), cache
+        )
+
+    def trunk(self, idx: Tensor, pos: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+        """`hidden` of tokens that stand at the positions `pos`, (T,)."""
         rotation = self.positions.rotation(pos)
-        mask = self.mask(pos, pos if cache is None else cache.advance(T))
         x = self.drop(self.tok_emb(idx) + self.positions.embed(pos))
         for block in self.blocks:
             if self.grad_checkpointing and self.training:  # activations are computed again
@@ -1412,6 +1417,7 @@ class KVCache:
         shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
         self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
         self.length = 0  # tokens seen, wherever they are stored
+        self.step: StaticStep | None = None  # section 9's, on CUDA
 
     @property
     def full(self) -> bool:
@@ -1487,7 +1493,16 @@ def sample_next(
     if min_p > 0.0:
         floor = min_p * probabilities.max(-1, keepdim=True).values
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    # A race of exponential variables with these rates. torch.multinomial runs it too, after it has
+    # made the CPU wait for two checks.
+    times = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / times).argmax(-1)
+
+
+@operation
+def next_logits(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
+    """Feed the newest token of each sequence, (B,) ids -> (B, V) logits of the one after it."""
+    return model.head(model.hidden(token[:, None], cache)[:, -1]).float()
 
 
 @torch.inference_mode()
@@ -1519,12 +1534,11 @@ def generate(
         history = history[:, -config.block_size :]
     h = model.hidden(history[:1, cache.length :], cache)[:, -1]
     cache.expand(num_samples)
-    h = h.expand(num_samples, -1)
+    logits = model.head(h.expand(num_samples, -1)).float()
     alive = [True] * num_samples
     keep = max(1, config.block_size // 2)  # what decoding goes on from when the cache is full
     recent = deque(history.unbind(1), maxlen=keep)  # (num_samples,) each
     for made in range(max_new_tokens):
-        logits = model.head(h).float()
         token = sample_next(logits, seen=seen, generator=generator, **sampling)  # (num_samples,)
         if sampling.get("repetition_penalty", 1.0) != 1.0:
             seen.scatter_(1, token[:, None], True)
@@ -1537,8 +1551,9 @@ def generate(
         if cache.full:
             cache = KVCache(config, num_samples, device, dtype)
             h = model.hidden(torch.stack(tuple(recent), 1), cache)[:, -1]
+            logits = model.head(h).float()
         else:
-            h = model.hidden(token[:, None], cache)[:, -1]
+            logits = next_logits(token, model, cache)
 
 
 # ====================================================================================
@@ -2330,6 +2345,10 @@ def attention_on_cuda(
     """Only the flash kernel shares key heads; what it cannot do would take the slow kernel, which
     holds all scores in fp32. So keys and values are repeated wherever flash does not apply."""
     groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.shape[2] == 1:  # heads that share a key head stand below one another
+        mask = mask.view(-1, groups, mask.shape[-1]) if mask is not None and mask.ndim > 2 else mask
+        folded = q.reshape(len(q), -1, groups, q.shape[-1])
+        return F.scaled_dot_product_attention(folded, k, v, mask, p_drop).view(q.shape)
     if groups > 1 and not (
         mask is None and has_flash_attention(q.device) and q.dtype.itemsize == 2
     ):
@@ -2436,11 +2455,76 @@ def cross_entropy_in_chunks(h: Tensor, *args) -> Tensor:
     return ChunkedCrossEntropy.apply(h, *args)
 
 
+class StaticStep:
+    """`next_logits` with positions in tensors and shapes that stay: a CUDA graph can hold it.
+
+    All slots of the cache are attended to, behind a mask that hides those without a token.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache):
+        self.model, self.keys, self.values, self.size = model, cache.keys, cache.values, cache.size
+        device = self.keys[0].device
+        self.token = torch.zeros(len(self.keys[0]), dtype=torch.int64, device=device)
+        self.pos = torch.zeros_like(self.token[:1])
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, token: Tensor, position: int) -> Tensor:
+        self.token.copy_(token)
+        self.pos.fill_(position)
+        if self.token.device.type != "cuda":
+            return self.compute()
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.logits
+
+    def capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries allocate when they are first called
+            self.compute()  # which may be repeated: it writes the same into the same slot
+            self.compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self.compute()
+        self.graph = graph
+
+    def compute(self) -> Tensor:
+        slots = torch.arange(self.size, device=self.pos.device)
+        k_pos = self.pos - (self.pos - slots) % self.size  # the latest p = s mod size
+        bias = self.model.positions.bias(self.pos, k_pos)
+        bias = torch.zeros_like(k_pos, dtype=torch.float32)[None] if bias is None else bias
+        mask = bias.masked_fill(k_pos < 0, -math.inf).to(self.keys[0].dtype)
+        h = self.model.trunk(self.token[:, None], self.pos, mask, self)
+        return self.model.head(h[:, -1]).float()
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As the cache's: store one token's keys and values, (B, K, 1, D); return all slots."""
+        keys, values, slot = self.keys[layer], self.values[layer], self.pos % self.size
+        return keys.index_copy_(2, slot, k), values.index_copy_(2, slot, v)
+
+
+def next_logits_replayed(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
+    """One CUDA graph instead of hundreds of kernels, each launched more slowly than it runs."""
+    if cache.step is None or cache.step.keys is not cache.keys:
+        cache.step = StaticStep(model, cache)
+    try:
+        logits = cache.step(token, cache.length)
+    except RuntimeError as error:
+        note(f"going on without a CUDA graph, which takes longer: {one_line(error)}")
+        del KERNELS["next_logits", token.device.type]
+        return next_logits.plain(token, model, cache)
+    cache.length += 1
+    return logits
+
+
 KERNELS |= {
     ("rms_norm", "cpu"): FusedRMSNorm.apply,
     ("dropout", "cpu"): dropout_by_bytes,
     ("attention_sdpa", "cpu"): attention_folded,
     ("attention_sdpa", "cuda"): attention_on_cuda,
+    ("next_logits", "cuda"): next_logits_replayed,
     ("head_loss", "cpu"): chunked_head_loss,
     ("head_loss", "cuda"): partial(chunked_head_loss, multiple=64),
     ("head_loss", "mps"): chunked_head_loss,
