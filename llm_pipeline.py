@@ -86,6 +86,9 @@ from typing import NamedTuple
 
 if __name__ == "__main__":  # ctrl-c during the slow imports below: no traceback, exit code 130
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # OpenMP's threads spin while they wait for each other; beside other work that takes the time of
+    # the thread they wait for (tests/bench/beside.py). Read when torch loads; changes no result.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
