@@ -1581,8 +1581,6 @@ def one_line(error: object, limit: int = 200) -> str:
 
 def optional(module: str, package: str = ""):
     """Import an optional dependency, or say how to install it."""
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -1881,7 +1879,10 @@ class Output:
         try:
             function(*args)
         except OSError as error:
-            self.discard()
+            with contextlib.suppress(OSError, ValueError):  # the rest goes nowhere
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
             if not self.droppable:
                 raise UserError(f"stdout cannot be written ({one_line(error, 80)}): not all "
                                 "results were shown; files that were written stand") from None  # fmt: skip
@@ -1895,13 +1896,6 @@ class Output:
 
     def flush(self) -> None:
         self.attempt(self.stream.flush)
-
-    def discard(self) -> None:
-        """Send what is still held back, and all that follows, to nowhere."""
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
 
 
 @contextlib.contextmanager
@@ -1949,7 +1943,7 @@ def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, sync: bool = True):
+def atomic_write(path: Path):
     """Write a binary file that appears under `path` whole or not at all.
 
     A temporary file in the same folder, flushed and synced, then renamed; the folder synced too,
@@ -1962,10 +1956,9 @@ def atomic_write(path: Path, sync: bool = True):
             yield file
             written = file.tell()
             file.flush()
-            if sync:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         os.replace(temporary, path)  # atomic on POSIX and on Windows
-        if sync and os.name != "nt":
+        if os.name != "nt":
             handle = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(handle)
@@ -2014,9 +2007,7 @@ def unfit_for_result(name: str) -> str:
         return "no permission to write it"
     if path.is_file() and not is_stdout(path):
         try:
-            content = path.read_bytes()
-            if content.strip():
-                json.loads(content)
+            json.loads(path.read_bytes().strip() or "0")
         except (OSError, ValueError, RecursionError):
             return "it holds something other than JSON, which will not be replaced"
     return ""
@@ -2249,14 +2240,13 @@ def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def batched(items: Iterable, size: int, weight: Callable | None = None, limit: int = 0
-            ) -> Iterator[list]:  # fmt: skip
+def batched(items: Iterable, size: int, weight=lambda _: 0, limit=math.inf) -> Iterator[list]:
     """Lists of up to `size` items; ended sooner once the sum of their weights reaches `limit`."""
     batch, total = [], 0
     for item in items:
         batch.append(item)
-        total += weight(item) if weight else 0
-        if len(batch) == size or (weight and total >= limit):
+        total += weight(item)
+        if len(batch) == size or total >= limit:
             yield batch
             batch, total = [], 0
     if batch:
@@ -2270,9 +2260,7 @@ def unescape(text: str) -> str:
 
 
 def short_hash(value, size: int = 4) -> str:
-    """Hexadecimal digest of plain data; "byte" for the byte tokenizer."""
-    if value == {"kind": "byte"}:
-        return "byte"
+    """Hexadecimal digest, of `size` bytes, of plain data."""
     text = json.dumps(value, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
@@ -4814,14 +4802,21 @@ CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.1"
 SEAL = b"sha256:"  # the archive's zip comment: this, and the digest of all before its length
 
 
-def digest_of(file, length: int) -> bytes:
-    """SHA-256 of the first `length` bytes of an open file."""
+def require(holds: bool, otherwise: str) -> None:
+    """Raise ValueError saying `otherwise` unless the condition holds."""
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def seal_of(file, length: int) -> bytes:
+    """What must follow the first `length` bytes of an open archive: its comment's size, and it."""
     hasher = hashlib.sha256()
     file.seek(0)
     while length and (data := file.read(min(length, 1 << 22))):
         hasher.update(data)
         length -= len(data)
-    return hasher.digest()
+    comment = SEAL + hasher.digest()
+    return len(comment).to_bytes(2, "little") + comment
 
 
 def seal(file) -> None:
@@ -4831,9 +4826,8 @@ def seal(file) -> None:
     archive's own CRC32 cover its members alone, not the directory that says where they are, and
     the zip reader that would check them is not the one that PyTorch loads with.
     """
-    end = file.seek(-2, os.SEEK_END)  # an archive's last two bytes are its comment's length
-    comment = SEAL + digest_of(file, end)
-    file.write(len(comment).to_bytes(2, "little") + comment)
+    end = file.seek(-2, os.SEEK_END)  # an archive's last two bytes are its comment's size
+    file.write(seal_of(file, end))
 
 
 def is_sealed(path: Path) -> bool:
@@ -4847,18 +4841,17 @@ def check_seal(path: Path) -> None:
     """Raise ValueError unless the file is, to the last bit, what `save_checkpoint` wrote."""
     size = path.stat().st_size
     end = size - 2 - len(SEAL) - 32
-    if end <= 0:
-        raise ValueError("it is too short")
+    require(end > 0, "it is too short")
     with open(path, "rb") as file:
-        digest = digest_of(file, end)
-        if file.read() != (len(SEAL) + 32).to_bytes(2, "little") + SEAL + digest:
-            raise ValueError("its checksum does not match: damaged, or not of this program")
+        expected = seal_of(file, end)
+        found = file.read()
+    require(found == expected, "its checksum does not match: damaged, or not of this program")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
-            raise ValueError("it is compressed, which torch.save never does")
-        if sum(e.file_size for e in entries) > size:
-            raise ValueError("it claims to unpack to more than its size")
+    stored = all(e.compress_type == zipfile.ZIP_STORED for e in entries)
+    require(stored, "it is compressed, which torch.save never does")
+    unpacked = sum(e.file_size for e in entries)
+    require(unpacked <= size, "it claims to unpack to more than its size")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -4878,8 +4871,7 @@ def leaves(value, name: str = "state") -> Iterator[tuple[str, object]]:
     """(where, value) of all that nested dictionaries and lists hold. Raises ValueError."""
     if isinstance(value, dict):
         for key, item in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{name} has the key {key!r}, which is not text")
+            require(isinstance(key, str), f"{name} has the key {key!r}, which is not text")
             yield from leaves(item, f"{name}.{key}")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
@@ -4894,24 +4886,21 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_leaf(name: str, value: object) -> None:
     """Raise ValueError unless `value` is plain data, or a tensor that can be computed with."""
     if not isinstance(value, Tensor):
-        if type(value) not in (str, int, float, bool, type(None)):
-            raise ValueError(f"{name} is a {type(value).__name__}, not plain data")
-        return
-    if value.layout != torch.strided or value.device.type != "cpu" or not value.is_contiguous():
-        raise ValueError(f"{name} is not a plain tensor")
-    if value.untyped_storage().nbytes() < value.nbytes:
-        raise ValueError(f"{name} claims more elements than it has")
-    if value.dtype not in FLOATS:
-        raise ValueError(f"{name} holds {value.dtype}, not floating point")
-    if not torch.isfinite(value).all():
-        raise ValueError(f"{name} holds values that are not finite")
+        plain = type(value) in (str, int, float, bool, type(None))
+        return require(plain, f"{name} is a {type(value).__name__}, not plain data")
+    plain = value.layout == torch.strided and value.device.type == "cpu" and value.is_contiguous()
+    require(plain, f"{name} is not a plain tensor")
+    held = value.untyped_storage().nbytes()
+    require(held >= value.nbytes, f"{name} claims more elements than it has")
+    require(value.dtype in FLOATS, f"{name} holds {value.dtype}, not floating point")
+    require(torch.isfinite(value).all().item(), f"{name} holds values that are not finite")
 
 
-# What a checkpoint holds. The sections of the second table were added later.
+# What a checkpoint holds. Checkpoints of earlier versions lack what may be None.
 SECTIONS = {"format": str, "model_config": dict, "weights": dict, "tokenizer": dict,
             "config": dict, "progress": dict, "optimizer": dict, "data": dict, "versions": dict,
-            "command": str, "template": str, "scaler": dict, "stream": dict}  # fmt: skip
-LATER_SECTIONS = {"lora": dict | None, "base": str | None, "base_loss": float | None}
+            "command": str, "template": str, "scaler": dict, "stream": dict,
+            "lora": dict | None, "base": str | None, "base_loss": float | None}  # fmt: skip
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -4945,54 +4934,48 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def check_state(state) -> None:
     """Raise ValueError unless every section has its type and agrees with the others."""
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"it is not a {CHECKPOINT_FORMAT}")
+    named = isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT
+    require(named, f"it is not a {CHECKPOINT_FORMAT}")
     for name, kind in SECTIONS.items():
-        if not isinstance(state.get(name), kind):
-            raise ValueError(f"its {name!r} is missing or not a {kind.__name__}")
-    for name, kind in LATER_SECTIONS.items():
-        if name in state and not isinstance(state[name], kind):
-            raise ValueError(f"its {name!r} is not a {kind}")
+        require(isinstance(state.get(name), kind), f"its {name!r} is missing or of another type")
     for name, value in leaves(state):
         check_leaf(name, value)
     checked_model_config(state["model_config"])
     cls = {"train": TrainConfig, "finetune": FinetuneConfig}[state["command"]]
-    known = {}
-    for section in (state["data"], state["config"]):
-        for f in fields(cls):  # settings may come and go between versions of this program
-            if f.name in section:
-                known[f.name] = convert(f, section[f.name])
-    if state.get("lora") != lora_settings(cls(**known)):
-        raise ValueError("its adapters are not those that its settings say")
+    known = {  # settings may come and go between versions of this program
+        f.name: convert(f, section[f.name])
+        for section in (state["data"], state["config"])
+        for f in fields(cls)
+        if f.name in section
+    }
+    adapters = lora_settings(cls(**known))
+    require(state.get("lora") == adapters, "its adapters are not those that its settings say")
     weights = state["weights"]
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError("its weights are not all tensors")
+    tensors = all(isinstance(value, Tensor) for value in weights.values())
+    require(tensors, "its weights are not all tensors")
     for owner, moments in state["optimizer"].items():
-        if owner not in weights:
-            raise ValueError(f"the optimizer knows {owner}, which is no weight")
+        require(owner in weights, f"the optimizer knows {owner}, which is no weight")
         for name, value in moments.items():
-            if value.shape != (() if name == "step" else weights[owner].shape):
-                raise ValueError(f"the optimizer's {name} of {owner} has another shape")
+            shape = () if name == "step" else weights[owner].shape
+            require(value.shape == shape, f"the optimizer's {name} of {owner} has another shape")
     check_progress(state)
 
 
 def checked_model_config(values: dict) -> GPTConfig:
     """A GPTConfig from a file's claims. Raises ValueError."""
     config = checked(GPTConfig, values)
-    if config.problems():
-        raise ValueError("; ".join(config.problems()))
+    require(not config.problems(), "; ".join(config.problems()))
     return config
 
 
 def check_progress(state: dict) -> None:
     """Raise ValueError unless this is a point that a run with these settings can have reached."""
     p, batch_size = checked(Progress, state["progress"]), state["config"].get("batch_size", 1)
-    if min(p.best_step, p.evaluated, p.misses) < 0:
-        raise ValueError("its progress counts below zero")
-    if not max(p.best_step, p.evaluated) <= p.step <= p.total:
-        raise ValueError(f"its progress is step {p.step} of {p.total}")
-    if p.grad_accum < 1 or batch_size % p.grad_accum:
-        raise ValueError(f"grad_accum {p.grad_accum} does not divide its batch_size {batch_size}")
+    require(min(p.best_step, p.evaluated, p.misses) >= 0, "its progress counts below zero")
+    reached = max(p.best_step, p.evaluated) <= p.step <= p.total
+    require(reached, f"its progress is step {p.step} of {p.total}")
+    divides = p.grad_accum > 0 and batch_size % p.grad_accum == 0
+    require(divides, f"grad_accum {p.grad_accum} does not divide its batch_size {batch_size}")
 
 
 def restored(state: dict) -> Loaded:
@@ -5114,7 +5097,7 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
         "versions": {
             "torch": str(torch.__version__),
             "numpy": np.__version__,
-            "python": ".".join(map(str, sys.version_info[:3])),
+            "python": platform.python_version(),
             "device": rt.device.type,
             "dtype": str(rt.dtype),
             "threads": torch.get_num_threads(),
@@ -5124,11 +5107,7 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
 
 
 def resume_policy(cls: type) -> dict[str, str]:
-    """What --resume makes of another value: {setting: "fixed" or "free"}.
-
-    The only reader of `resume` in the settings' fields. Settings of one call of the program are
-    left out: the others are stored, and a resumed run takes over those that were not asked for.
-    """
+    """{setting: "fixed" or "free"} on --resume, of those that are stored: not of one call alone."""
     policy = {f.name: f.metadata.get("resume", "fixed") for f in fields(cls)}
     return {name: kind for name, kind in policy.items() if kind != "session"}
 
@@ -5144,9 +5123,9 @@ def check_drift(resumed: dict, about: dict) -> None:
         raise UserError("its preferences were measured against another base: name by --ckpt the "
                         "one that it was begun with")  # fmt: skip
     policy = resume_policy(TrainConfig if about["command"] == "train" else FinetuneConfig)
-    changed = [n for n in now if policy[n] == "fixed" and then.get(n) != now[n]]
-    if now["lr_schedule"] == "constant":
-        changed = [n for n in changed if n not in ("epochs", "max_steps")]
+    free = ("epochs", "max_steps") if now["lr_schedule"] == "constant" else ()
+    fixed = [n for n in now if policy[n] == "fixed" and n not in free]
+    changed = [n for n in fixed if then.get(n) != now[n]]
     if changed:
         raise UserError("--resume cannot change " + "; ".join(
             f"{n} (from {then.get(n)} to {now[n]})" for n in changed))  # fmt: skip
@@ -5178,13 +5157,11 @@ class RunFolder:
     about: dict | None = None  # what checkpoints say besides weights, moments and progress
 
     def file(self, name: str) -> Path:
-        stem, dot, ending = name.partition(".")
-        return self.path / f"{stem}{self.suffix}{dot}{ending}"
+        return self.path / name.replace(".", f"{self.suffix}.")
 
     def files(self) -> dict[str, Path]:
         """The files of a run that are there."""
-        paths = {name: self.file(name) for name in RUN_FILES}
-        return {name: path for name, path in paths.items() if path.exists()}
+        return {name: self.file(name) for name in RUN_FILES if self.file(name).exists()}
 
     def sweep(self) -> None:
         """Remove what `atomic_write` leaves of a run that was killed."""

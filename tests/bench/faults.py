@@ -478,7 +478,7 @@ for what in SUITES:
 
 PROTECTIONS = {
     "sync": ("os.fsync(", "(lambda _: None)(", "test_checkpoint.py", "synced"),
-    "checksum": ("+ SEAL + digest:", "+ SEAL + digest and False:", "test_checkpoint.py", "flipped"),
+    "checksum": ("found == expected", "found", "test_checkpoint.py", "flipped"),
     "safe load": ("weights_only=True", "weights_only=False", "test_checkpoint.py", "pickle"),
     "door": ("for name, value in leaves(state):", "for name, value in ():",
              "test_checkpoint.py", "at_the_door"),
