@@ -249,7 +249,7 @@ class RuntimeConfig(Settings):
 
     seed: int = option(1337, "of initialisation, order, dropout and sampling", low=0, high=2**32)
     device: str = free("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = option("auto", "of matrix products", choices=DTYPES)
+    dtype: str = option("auto", "of products (float32 trains in TF32 on CUDA)", choices=DTYPES)
     threads: int = free(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
     vram_limit_gb: float = free(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
     deterministic: bool = option(False, "same command, same bits on CUDA too (a CPU always)")
@@ -1702,6 +1702,7 @@ def runtime(config: RuntimeConfig, alone: bool = False):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         cap_memory(device, config.vram_limit_gb * 2**30)
+        choose_attention(device)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -2204,6 +2205,8 @@ def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Call
         # Its loop over chunks would be unrolled, and compiled anew, for each padded width.
         loop = torch.compiler.disable(cross_entropy_in_chunks.plain)
         KERNELS["cross_entropy_in_chunks", rt.device.type] = loop
+        # What cannot be compiled after all runs as it stands, unless asked for.
+        torch._dynamo.config.suppress_errors = config.compile == "auto"
         net = torch.compile(net)
     if rt.world_size > 1:
         ids = [rt.device.index] if rt.device.type == "cuda" else None
@@ -2330,9 +2333,8 @@ def attention_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_dro
     return (weights @ v).view(B, H, Tq, D)
 
 
-def attention_on_cuda(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float
-) -> Tensor:
+def attention_on_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float,
+                      flash: bool = False) -> Tensor:  # fmt: skip
     """Only the flash kernel shares key heads; what it cannot do would take the slow kernel, which
     holds all scores in fp32. So keys and values are repeated wherever flash does not apply."""
     groups = q.shape[1] // k.shape[1]
@@ -2340,18 +2342,19 @@ def attention_on_cuda(
         mask = mask.view(-1, groups, mask.shape[-1]) if mask is not None and mask.ndim > 2 else mask
         folded = q.reshape(len(q), -1, groups, q.shape[-1])
         return F.scaled_dot_product_attention(folded, k, v, mask, p_drop).view(q.shape)
-    if groups > 1 and not (
-        mask is None and has_flash_attention(q.device) and q.dtype.itemsize == 2
-    ):
+    if groups > 1 and not (flash and mask is None and q.dtype.itemsize == 2):
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
     return attention_sdpa.plain(q, k, v, mask, p_drop)
 
 
-@lru_cache
-def has_flash_attention(device: torch.device) -> bool:
-    """Flash attention needs Ampere or newer, and a build that has it: wheels for Windows do not."""
+def choose_attention(device: torch.device) -> None:
+    """Flash attention needs Ampere or newer, and a build that has it: wheels for Windows do not.
+
+    Asked once, here: a question to the driver would cut a compiled graph in two.
+    """
     built = torch.backends.cuda.is_flash_attention_available()
-    return built and torch.cuda.get_device_capability(device)[0] >= 8
+    flash = built and torch.cuda.get_device_capability(device)[0] >= 8
+    KERNELS["attention_sdpa", "cuda"] = partial(attention_on_cuda, flash=flash)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -32,6 +32,7 @@ def cuda(monkeypatch):
     )
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(lp, "KERNELS", dict(lp.KERNELS))
     return asked
 
 
@@ -53,6 +54,31 @@ def test_memory_ends_where_the_card_ends(cuda, monkeypatch, system, limit, share
     with lp.runtime(lp.RuntimeConfig(device="cuda", vram_limit_gb=limit)) as rt:
         assert (rt.device, rt.dtype) == (torch.device("cuda:0"), torch.bfloat16)
     assert cuda["share"] == share
+
+
+@pytest.mark.parametrize("built, capability, flash", [
+    (True, (8, 9), True), (False, (8, 9), False), (True, (7, 5), False)])  # fmt: skip
+def test_grouped_keys_are_repeated_where_flash_attention_is_not(
+    cuda, monkeypatch, built, capability, flash
+):
+    """Else the kernel that holds all scores in fp32 would run: on Windows and on old cards."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with lp.runtime(lp.RuntimeConfig(device="cuda")):
+        attention = lp.KERNELS["attention_sdpa", "cuda"]
+    real, heads = lp.F.scaled_dot_product_attention, []
+
+    def watched(q, k, *rest, **more):
+        heads.append(k.shape[1])
+        return real(q, k, *rest, **more)
+
+    monkeypatch.setattr(lp.F, "scaled_dot_product_attention", watched)
+    q, k, v = (torch.randn(2, n, 5, 8).bfloat16() for n in (6, 2, 2))
+    wanted = lp.attention_manual(q, k, v, None, 0.0)
+    torch.testing.assert_close(attention(q, k, v, None, 0.0), wanted, rtol=0.02, atol=0.02)
+    assert heads == [2 if flash else 6]
+    attention(q[:, :, :1], k, v, None, 0.0)  # a single query needs neither
+    assert heads[1:] == [2]
 
 
 def test_tf32_is_for_training_alone(cuda):
@@ -145,7 +171,7 @@ def cuda_kernels(monkeypatch):
     """What runs on a GPU, on this CPU; torch.compile hands its graphs to nobody and counts them."""
     graphs, compile = [], torch.compile
     twins = {(n, "cpu"): twin for (n, kind), twin in lp.KERNELS.items() if kind == "cuda"}
-    monkeypatch.setattr(lp, "KERNELS", twins | {("attention_sdpa", "cpu"): lp.attention_sdpa.plain})
+    monkeypatch.setattr(lp, "KERNELS", twins)
     backend = lambda module, inputs: graphs.append(module) or module.forward  # noqa: E731
     monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=backend))
     torch._dynamo.reset()
@@ -153,9 +179,10 @@ def cuda_kernels(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")
 def test_padded_widths_share_their_graphs(cuda_kernels):
     """The loop over chunks would make new ones for each width, and give up after the eighth."""
-    shape = dict(vocab_size=4100, n_layer=1, n_head=2, n_embd=16, block_size=64)
+    shape = dict(vocab_size=4100, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, block_size=64)
     model, rt = lp.GPT(lp.GPTConfig(**shape)), lp.Runtime(torch.device("cpu"), torch.float32)
     losses = lp.distribute(model, lp.OptimConfig(compile="on"), rt, 1)
     before = len(cuda_kernels)
@@ -175,6 +202,22 @@ def test_compilation_that_fails_ends_no_run(capsys):
     losses = lp.distribute(model, lp.OptimConfig(compile="auto"), rt, 10_000)
     assert type(losses) is lp.Losses
     assert "without compiling" in capsys.readouterr().err
+
+
+def test_a_graph_that_fails_later_ends_no_run(monkeypatch):
+    compile = torch.compile
+
+    def broken(module, inputs):
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(lp, "KERNELS", {})
+    monkeypatch.setattr(lp, "can_compile", lambda device, required: True)
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=broken))
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
+    rt, model = lp.Runtime(torch.device("cuda:0"), torch.float32), make()
+    losses = lp.distribute(model, lp.OptimConfig(compile="auto"), rt, 10_000)
+    x = prompt_of(10)[None]
+    assert losses(x, x, "sum") == model.losses(x, x, "sum")
 
 
 def test_compilation_that_was_asked_for_and_fails(corpus, tmp_path, monkeypatch):
