@@ -345,22 +345,40 @@ FAST_RATES = dict(
 )  # fmt: skip
 
 
-def fast_recipe(sizes: dict) -> dict:
+def fast_recipe(sizes: dict, given: dict) -> dict:
     """Tuned for the fewest steps to a given loss at 0.8 to 12 M parameters on three data sets.
 
-    README has the table. It makes one pass or few, and so has no dropout: on small data and many
-    epochs, pass --dropout.
+    tests/bench/README.md has the table.
     """
     n_head = sizes["n_head"]
-    return FAST_RATES | dict(
-        arch="modern", tie_weights=False, zero_init=True, dropout=0.0, lr=0.02,
+    return FAST_RATES | small_corpus(sizes, given) | dict(
+        arch="modern", tie_weights=False, zero_init=True, lr=0.02,
         n_inner=2 * sizes["n_embd"], rope_theta=3.0 * sizes["block_size"],
         n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head,
     )  # fmt: skip
 
 
-# A recipe is a function of the settings so far. It outranks arch and preset; "classic" leaves both.
-RECIPES = {"classic": lambda sizes: {}, "fast": fast_recipe}
+def small_corpus(sizes: dict, given: dict) -> dict:
+    """Less than 2 MB of text is read until 4 MB have gone by, six times at most.
+
+    Several passes want dropout and a rate that does not end at zero. A vocabulary in proportion
+    (where `tokenizers` is installed) makes more of a block.
+    """
+    size = sizes.get("corpus_bytes", 0)  # 0: not known, or a toy
+    if not 0 < size < 2e6:
+        return dict(dropout=0.0)
+    chosen = dict(epochs=max(sizes["epochs"], min(6, round(4e6 / size))))
+    if sizes["tokenizer"] == "byte" and sizes["bpe_at_hand"] and size >= 3e5:
+        chosen |= dict(tokenizer="bpe", vocab_size=int(size / 3.25e4) * 100)
+    passes = given.get("epochs", chosen["epochs"])
+    if given.get("max_steps"):
+        passes = given["max_steps"] * sizes["batch_size"] * sizes["block_size"] / size
+    several = passes > 1.5
+    return chosen | dict(dropout=0.2 if passes > 4 else 0.1 * several, min_lr_ratio=0.1 * several)
+
+
+# A recipe is a function of the settings so far and of those that were given. It outranks arch and preset; "classic" leaves both.
+RECIPES = {"classic": lambda sizes, given: {}, "fast": fast_recipe}
 
 
 # ====================================================================================
@@ -6553,7 +6571,7 @@ class FinetuneConfig(CheckpointConfig, FitConfig):
     report_samples: int = free(50, "records generated for the before/after report", low=0)
 
 
-def fast_finetune_recipe(sizes: dict) -> dict:
+def fast_finetune_recipe(sizes: dict, given: dict) -> dict:
     """The same rates for a model that the checkpoint brings, with smaller steps."""
     return FAST_RATES | dict(lr=0.008)
 
@@ -6728,6 +6746,9 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
         loaded = pretrained(config)
         if not folder.state:
             adopt_split(config, loaded)
+    if config.recipe == "fast" and not folder.state:
+        chosen = ("tokenizer", "vocab_size", "epochs", "max_steps", "dropout", "min_lr_ratio")
+        note("recipe fast: " + ", ".join(f"{n} {getattr(config, n)}" for n in chosen))
     store = open_store(config, rt, loaded and loaded.tokenizer)
     if loaded and not folder.state:
         check_split(config, loaded)
@@ -7726,7 +7747,7 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
         result |= bench_training(config, rt, model)
     result |= bench_decoding(config, rt, model)
     tokens = config.batch_size * config.block_size
-    total = config.max_steps * tokens or config.epochs * corpus_bytes(config)
+    total = config.max_steps * tokens or config.epochs * corpus_bytes(config.data_dir)
     result["whole_run_tokens"] = total
     result["whole_run_seconds"] = total / result["train_tokens_per_s"]
     print(bench_card(result))
@@ -7756,10 +7777,10 @@ def device_name(rt: Runtime) -> str:
     return rt.device.type
 
 
-def corpus_bytes(config: BenchConfig) -> int:
-    """About how many bytes of training text the configured sources hold."""
-    with contextlib.suppress(UserError):
-        return sum(p.stat().st_size for p in find_files(DataConfig(data_dir=config.data_dir)))
+def corpus_bytes(data_dir: str) -> int:
+    """About how many bytes of text a folder or file holds; 0 where it cannot be said."""
+    with contextlib.suppress(UserError, OSError, TypeError):
+        return sum(p.stat().st_size for p in find_files(DataConfig(data_dir=data_dir)))
     return 0
 
 
@@ -8019,6 +8040,10 @@ def read_config(cls: type, path: str) -> tuple[dict, list[str]]:
     return {name: value for name, value in table.items() if name in own}, problems
 
 
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def table_layers(cls: type, given: dict) -> list[dict]:
     """What the tables set, lowest precedence first: arch, preset, recipe, overfit_batch."""
     chosen = {f.name: f.default for f in fields(cls)} | given
@@ -8027,7 +8052,11 @@ def table_layers(cls: type, given: dict) -> list[dict]:
     if tuning:  # the model is the checkpoint's, the rates are finetuning's own
         preset = {n: v for n, v in preset.items() if n in ("batch_size", "grad_accum")}
     recipes = FINETUNE_RECIPES if tuning else RECIPES
-    recipe = recipes.get(chosen.get("recipe"), RECIPES["classic"])(chosen | preset | given)
+    sizes = chosen | preset | given
+    if cls is TrainConfig and sizes["recipe"] == "fast" and not sizes["hf_dataset"]:
+        sizes |= {"corpus_bytes": corpus_bytes(sizes["data_dir"]),
+                  "bpe_at_hand": not sizes["init_from"] and is_installed("tokenizers")}  # fmt: skip
+    recipe = recipes.get(sizes.get("recipe"), RECIPES["classic"])(sizes, given)
     arch = ARCHS.get((chosen | recipe | given).get("arch"), {})
     return [arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
 
@@ -8075,7 +8104,7 @@ def cross_checks(config) -> list[str]:
     found = []
     for name, package in PACKAGES.items():
         asked = getattr(config, name, None) not in (None, getattr(type(config), name, None))
-        if asked and importlib.util.find_spec(package) is None:
+        if asked and not is_installed(package):
             found.append(f"--{name} needs {package}: pip install {package}")
     if isinstance(config, ModelSettings):
         found += model_config(config).problems()

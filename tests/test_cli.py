@@ -828,3 +828,22 @@ def test_the_program_can_be_called_from_anywhere(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
+
+
+def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
+    """Small text: several passes, dropout, a small vocabulary; what was asked for stands."""
+    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
+    small.write_text("A line of a book.\n" * 40_000)  # 0.72 MB
+    large.write_text("A line of a book.\n" * 200_000)  # 3.6 MB
+
+    def settings(path, **more):
+        config = lp.resolve(
+            lp.TrainConfig, dict(recipe="fast", preset="cpu-debug", data_dir=str(path)) | more
+        )
+        return config.tokenizer, config.epochs, config.dropout, config.min_lr_ratio
+
+    assert settings(small) == ("bpe", 6, 0.2, 0.1)
+    assert settings(large) == ("byte", 1, 0.0, 0.0)
+    assert settings(small, tokenizer="byte", epochs=1) == ("byte", 1, 0.0, 0.0)
+    assert settings(small, max_steps=100)[2:] == (0.0, 0.0)  # a part of one pass
+    assert settings(small, dropout=0.3)[2] == 0.3

@@ -21,7 +21,7 @@ from pathlib import Path
 
 PROGRAM = Path(__file__).parents[2] / "llm_pipeline.py"
 SHAPE = ["--n_layer", "4", "--n_head", "4", "--n_embd", "128", "--block_size", "64",
-         "--batch_size", "12", "--dropout", "0"]  # fmt: skip
+         "--batch_size", "12", "--dropout", "0", "--tokenizer", "byte"]  # fmt: skip
 
 
 def one_run(data: Path, out_dir: Path, seed: int, threads: int, *flags: str) -> tuple[float, float]:
