@@ -2089,10 +2089,7 @@ MORE_COLUMNS = {"dpo": ("reward_margin", "reward_accuracy", "chosen_loss")}  # o
 
 
 class Recorder:
-    """Where a run's numbers go: metrics.csv, the progress bar, Weights & Biases if asked for.
-
-    Processes other than the first have one too, which writes nothing.
-    """
+    """Where the first process's numbers go: metrics.csv, progress bar, Weights & Biases if asked."""
 
     def __init__(self, run: Run, path: Path):
         p, config, main = run.progress, run.config, run.rt.is_main
@@ -2114,8 +2111,7 @@ class Recorder:
         if p.step % config.log_interval == 0 or p.step == p.total:
             speed, self.tokens, self.seconds = self.tokens / self.seconds, 0, 0.0
             lr = self.run.optimizers[-1].param_groups[0]["lr"]
-            more = dict(lr=lr, grad_norm=norm, tokens_per_s=round(speed))
-            self.write("train", loss, **more, **stats)
+            self.write("train", loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed), **stats)
             self.shown |= {"loss": f"{loss:.4f}", "tok/s": f"{speed:,.0f}"}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
@@ -5195,9 +5191,9 @@ class RunFolder:
         """`config`, where the run that goes on says what was not asked for."""
         if not config.resume:
             return config
-        policy, stored = resume_policy(type(config)), self.state["config"] if self.state else {}
+        policy, state = resume_policy(type(config)), self.state or {"config": {}}
         given = {name: getattr(config, name) for name in config.given - {"config"}}
-        stored = {name: value for name, value in stored.items() if name in policy}
+        stored = {name: value for name, value in state["config"].items() if name in policy}
         return resolve(type(config), given, stored=stored)
 
 
@@ -5209,13 +5205,13 @@ def open_run(config: FitConfig) -> Iterator[RunFolder]:
     the lock of the first.
     """
     suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
-    with contextlib.ExitStack() as held:
-        if config.overfit_batch:  # a sanity check, which keeps nothing
-            yield RunFolder(Path(held.enter_context(tempfile.TemporaryDirectory())), suffix)
-            return
-        folder = RunFolder(Path(config.out_dir), suffix)
+    if config.overfit_batch:  # a sanity check, which keeps nothing
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield RunFolder(Path(nowhere), suffix)
+        return
+    folder = RunFolder(Path(config.out_dir), suffix)
+    with run_lock(folder.path) if is_main() else contextlib.nullcontext():
         if is_main():
-            held.enter_context(run_lock(folder.path))
             folder.sweep()
         if config.resume:
             folder.state = state_to_resume(folder)
@@ -7306,11 +7302,11 @@ def download(name: str, data_dir: Path, mirror: str = "") -> list[Path]:
     Raises UserError where there is no network or the bytes are not the pinned ones.
     """
     import http.client
-    import socket
 
     address, wanted = DOWNLOADS[name]
     files = {data_dir / file: digest for file, digest in wanted.items()}
-    if all(f.is_file() and sha256_of(f) == digest for f, digest in files.items()):
+    sha256 = {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+    if sha256 == files:
         note(f"{name}: already in {data_dir}")
         return list(files)
     address = f"{mirror.rstrip('/')}/{address.rsplit('/', 1)[1]}" if mirror else address
@@ -7351,14 +7347,6 @@ def unpack(fetched: Path, files: dict[Path, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(data)
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        hasher = hashlib.sha256()
-        while data := file.read(1 << 22):
-            hasher.update(data)
-    return hasher.hexdigest()
 
 
 def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> None:
