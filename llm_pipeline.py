@@ -1669,6 +1669,9 @@ class Runtime:
 
         def shrink(x: Tensor) -> str:
             tried = min(self.rows, len(x))
+            if hasattr(model, "set_requires_gradient_sync"):  # FSDP: all processes compute together
+                raise UserError("out of GPU memory without gradients: choose a smaller "
+                                "--batch_size, or a larger --grad_accum")  # fmt: skip
             if tried == 1:
                 raise UserError("out of GPU memory with one sequence at a time: choose a smaller "
                                 "--block_size, or --device cpu")  # fmt: skip
@@ -2156,9 +2159,6 @@ def surviving(rt: Runtime, attempt: Callable, shrink: Callable[[], str]):
         try:
             return attempt()
         except torch.OutOfMemoryError:
-            if rt.world_size > 1:  # the others are waiting inside a collective
-                raise UserError("out of GPU memory: --resume with a larger --grad_accum, or with "
-                                "--grad_checkpointing") from None  # fmt: skip
             note(f"out of memory {shrink()}")
         if rt.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -2173,6 +2173,9 @@ def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor,
 
     def shrink() -> str:
         drop_gradients(run)
+        if run.rt.world_size > 1:  # the others are waiting inside a collective
+            raise UserError("out of GPU memory: --resume with a larger --grad_accum, or with "
+                            "--grad_checkpointing")  # fmt: skip
         finer = [n for n in range(2 * p.grad_accum, rows + 1) if rows % n == 0]
         if finer:
             p.grad_accum = finer[0]
@@ -2494,7 +2497,8 @@ class StaticStep:
             self.compute()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # NCCL's watchdog thread may question the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.logits = self.compute()
         self.graph = graph
 

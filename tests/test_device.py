@@ -278,6 +278,20 @@ def test_finetune_survives_a_small_memory(
     assert largest_difference(*names) < 1e-5
 
 
+def test_processes_with_whole_models_shrink_by_themselves(small_memory, monkeypatch):
+    """Those that shard one compute together: none of them may go another way."""
+    model, x = make(), prompt_of(10).expand(5, -1)
+    wanted = model.losses(x, x)
+    small_memory()
+    with torch.no_grad():
+        rt = lp.Runtime(torch.device("cpu"), torch.float32, rank=1, world_size=2)
+        torch.testing.assert_close(rt.losses(model)(x, x), wanted)
+        assert rt.rows == 2
+        model.set_requires_gradient_sync = None  # as FSDP's have
+        with pytest.raises(lp.UserError, match="batch_size"):
+            lp.Runtime(rt.device, rt.dtype, rank=1, world_size=2).losses(model)(x, x)
+
+
 # --- the self-test ---
 
 
