@@ -5265,214 +5265,164 @@ def check_new_run(folder: RunFolder, overwrite: bool) -> None:
 # 13. Interchange
 #
 # Models and tokenizers from Hugging Face and to it, LoRA, GGUF for llama.cpp and Ollama.
-#
-# One table per architecture, read in both directions. A row: our name, their names, transposed.
-# Several of their matrices, stacked, make one of ours, as `fused_rows` says.
 # ====================================================================================
 
-GPT2_ROWS = [
-    ("tok_emb.weight", ["transformer.wte.weight"], False),
-    ("positions.weight", ["transformer.wpe.weight"], False),
-    ("norm_f.weight", ["transformer.ln_f.weight"], False),
-    ("norm_f.bias", ["transformer.ln_f.bias"], False),
-    ("head.weight", ["lm_head.weight"], False),
-] + [
-    (f"blocks.{{i}}.{ours}.{end}", [f"transformer.h.{{i}}.{theirs}.{end}"],
-     end == "weight" and "ln" not in theirs)  # their Conv1D keeps (in, out)
-    for ours, theirs in (("norm1", "ln_1"), ("attn.qkv", "attn.c_attn"),
-                         ("attn.proj", "attn.c_proj"), ("norm2", "ln_2"),
-                         ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj"))
-    for end in ("weight", "bias")
-]  # fmt: skip
+# --- key tables: one for each architecture, read in both directions ---
 
 
-QWEN3_ROWS = [
-    ("tok_emb.weight", ["model.embed_tokens.weight"], False),
-    ("norm_f.weight", ["model.norm.weight"], False),
-    ("head.weight", ["lm_head.weight"], False),
-] + [
-    (f"blocks.{{i}}.{ours}", [f"model.layers.{{i}}.{t}.weight" for t in theirs.split()], False)
-    for ours, theirs in (
-        ("norm1.weight", "input_layernorm"),
-        ("attn.qkv.weight", "self_attn.q_proj self_attn.k_proj self_attn.v_proj"),
-        ("attn.q_norm", "self_attn.q_norm"),
-        ("attn.k_norm", "self_attn.k_norm"),
-        ("attn.proj.weight", "self_attn.o_proj"),
-        ("norm2.weight", "post_attention_layernorm"),
-        ("mlp.up.weight", "mlp.gate_proj mlp.up_proj"),
-        ("mlp.down.weight", "mlp.down_proj"),
-    )
-]
+@dataclass(frozen=True)
+class Family:
+    """How Hugging Face stores one of our architectures."""
+
+    arch: str  # ours, in ARCHS
+    model_class: str
+    prefix: str  # of every tensor but the head's
+    layer: str  # the prefix of a layer's tensors
+    names: dict[str, str]  # our modules: theirs; the rows of several, stacked, make one of ours
+    settings: dict[str, str]  # ours: their names in config.json
+    usual: dict  # what a config.json may leave out
+    fixed: dict  # the only values that this program computes with
+    same: tuple[str, ...]  # our settings that must be as in ARCHS
+    more_to_hf: Callable[[GPTConfig], dict]  # settings that need more than another name
+    more_from_hf: Callable[[dict], dict]
 
 
-GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+GPT2_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh",
+                    "gelu_new": "gelu_tanh"}  # fmt: skip
 
 
 def gpt2_to_hf(c: GPTConfig) -> dict:
-    return {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-        "n_positions": c.block_size, "n_ctx": c.block_size,  # the same under its older name
-        "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
-        "n_inner": c.n_inner, "activation_function": GPT2_ACTIVATIONS[c.mlp],
-        "layer_norm_epsilon": c.norm_eps, "tie_word_embeddings": c.tie_weights,
-        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
-    }  # fmt: skip
-
-
-def refuse_unless(hf: dict, **fixed) -> None:
-    """Raise UserError where a setting has another value than the one this program computes."""
-    for name, value in fixed.items():
-        if hf.get(name, value) != value:
-            raise UserError(f"config.json: {name} {hf[name]!r} is not supported, only {value!r}")
+    activation = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}[c.mlp]
+    return {"activation_function": activation, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+            "n_ctx": c.block_size}  # fmt: skip
 
 
 def gpt2_from_hf(hf: dict) -> dict:
-    act = hf.get("activation_function", "gelu_new")
-    mlp = {"gelu": "gelu", "relu": "relu"}.get(act, "gelu_tanh")
-    if act not in (*GPT2_ACTIVATIONS.values(), "gelu_pytorch_tanh"):
-        raise UserError(f"activation_function {act!r} is not one this program has")
-    refuse_unless(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                  add_cross_attention=False)  # fmt: skip
-    return ARCHS["gpt2"] | dict(
-        block_size=hf["n_positions"], n_embd=hf["n_embd"], n_layer=hf["n_layer"],
-        n_head=hf["n_head"], n_inner=hf.get("n_inner") or 0, mlp=mlp,
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5), dropout=hf.get("resid_pdrop", 0.1),
-        tie_weights=hf.get("tie_word_embeddings", True),
-    )  # fmt: skip
+    activation = hf["activation_function"]
+    if activation not in GPT2_ACTIVATIONS:
+        raise UserError(f"activation_function {activation!r} is not one this program has")
+    return {"mlp": GPT2_ACTIVATIONS[activation], "n_inner": hf["n_inner"] or 0}
 
 
 def qwen3_to_hf(c: GPTConfig) -> dict:
     window = 0 < c.attn_window < c.block_size
     kind = "sliding_attention" if window else "full_attention"
     return {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.block_size, "hidden_size": c.n_embd,
-        "intermediate_size": c.n_inner, "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.head_dim, "hidden_act": "silu", "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": c.tie_weights,
-        "use_sliding_window": window, "sliding_window": c.attn_window if window else None,
+        "attention_dropout": 0.0, "use_sliding_window": window,
+        "sliding_window": c.attn_window if window else None,
         "max_window_layers": 0 if window else c.n_layer, "layer_types": [kind] * c.n_layer,
     }  # fmt: skip
 
 
 def qwen3_from_hf(hf: dict) -> dict:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    refuse_unless(hf, hidden_act="silu", attention_bias=False)
-    refuse_unless({"rope_type": rope.get("rope_type", rope.get("type", "default"))},
-                  rope_type="default")  # fmt: skip
-    first = (
-        hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else hf["num_hidden_layers"]
-    )
-    kinds = hf.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention"
-        for i in range(hf["num_hidden_layers"])
-    ]
-    if len(set(kinds)) > 1:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json: rope_type {kind!r} is not supported, only 'default'")
+    layers = hf["num_hidden_layers"]
+    full = hf["max_window_layers"] if hf["use_sliding_window"] else layers
+    kinds = set(hf.get("layer_types") or ["full_attention"] * (full > 0)
+                + ["sliding_attention"] * (full < layers))  # fmt: skip
+    if len(kinds) > 1:
         raise UserError("layers that mix full and sliding attention are not supported")
-    sliding = kinds[0] == "sliding_attention"
-    return ARCHS["modern"] | dict(
-        block_size=hf["max_position_embeddings"], n_embd=hf["hidden_size"],
-        n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
-        n_kv_head=hf["num_key_value_heads"], n_inner=hf["intermediate_size"],
-        head_dim=hf.get("head_dim", 128), norm_eps=hf.get("rms_norm_eps", 1e-6), dropout=0.0,
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 1e4))),
-        tie_weights=hf.get("tie_word_embeddings", False),
-        attn_window=hf.get("sliding_window") or 0 if sliding else 0,
-    )  # fmt: skip
+    return {"rope_theta": float(rope.get("rope_theta", hf["rope_theta"])), "dropout": 0.0,
+            "attn_window": hf["sliding_window"] or 0 if "sliding_attention" in kinds else 0,
+            }  # fmt: skip
 
 
-# model_type: (rows, settings ours -> theirs, theirs -> ours, fields that must be as in ARCHS)
 INTERCHANGE = {
-    "gpt2": (GPT2_ROWS, gpt2_to_hf, gpt2_from_hf, ("pos", "norm", "qk_norm", "bias")),
-    "qwen3": (QWEN3_ROWS, qwen3_to_hf, qwen3_from_hf, ("pos", "norm", "mlp", "qk_norm", "bias")),
-}
+    "gpt2": Family(
+        arch="gpt2", model_class="GPT2LMHeadModel",
+        prefix="transformer.", layer="transformer.h.{}.",
+        names={
+            "tok_emb": "transformer.wte", "positions": "transformer.wpe",
+            "norm_f": "transformer.ln_f", "head": "lm_head",
+            "norm1": "ln_1", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj",
+            "norm2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
+        },
+        settings=dict(
+            vocab_size="vocab_size", block_size="n_positions", n_embd="n_embd", n_layer="n_layer",
+            n_head="n_head", n_inner="n_inner", norm_eps="layer_norm_epsilon",
+            dropout="resid_pdrop", tie_weights="tie_word_embeddings",
+        ),
+        usual=dict(activation_function="gelu_new", n_inner=None, layer_norm_epsilon=1e-5,
+                   resid_pdrop=0.1, tie_word_embeddings=True),
+        fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                   add_cross_attention=False),
+        same=("pos", "norm", "qk_norm", "bias"), more_to_hf=gpt2_to_hf, more_from_hf=gpt2_from_hf,
+    ),
+    "qwen3": Family(
+        arch="modern", model_class="Qwen3ForCausalLM",
+        prefix="model.", layer="model.layers.{}.",
+        names={
+            "tok_emb": "model.embed_tokens", "norm_f": "model.norm", "head": "lm_head",
+            "norm1": "input_layernorm", "attn.proj": "self_attn.o_proj",
+            "attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+            "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+            "norm2": "post_attention_layernorm",
+            "mlp.up": "mlp.gate_proj mlp.up_proj", "mlp.down": "mlp.down_proj",
+        },
+        settings=dict(
+            vocab_size="vocab_size", block_size="max_position_embeddings", n_embd="hidden_size",
+            n_layer="num_hidden_layers", n_head="num_attention_heads",
+            n_kv_head="num_key_value_heads", head_dim="head_dim", n_inner="intermediate_size",
+            norm_eps="rms_norm_eps", rope_theta="rope_theta", tie_weights="tie_word_embeddings",
+        ),
+        usual=dict(head_dim=128, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
+                   use_sliding_window=False, sliding_window=None, max_window_layers=28),
+        fixed=dict(hidden_act="silu", attention_bias=False),
+        same=("pos", "norm", "mlp", "qk_norm", "bias"),
+        more_to_hf=qwen3_to_hf, more_from_hf=qwen3_from_hf,
+    ),
+}  # fmt: skip
 
 
 def interchange_kind(c: GPTConfig) -> str:
     """The Hugging Face type of this architecture. Raises UserError naming what none can hold."""
-    kind, arch = ("qwen3", "modern") if c.pos == "rope" else ("gpt2", "gpt2")
-    odd = [f"{n}={getattr(c, n)}" for n in INTERCHANGE[kind][3] if getattr(c, n) != ARCHS[arch][n]]
+    kind = "qwen3" if c.pos == "rope" else "gpt2"
+    arch = INTERCHANGE[kind].arch
+    possible = {name: ARCHS[arch][name] == getattr(c, name) for name in INTERCHANGE[kind].same}
     if kind == "gpt2":
-        odd += [f"mlp={c.mlp}"] if c.mlp not in GPT2_ACTIVATIONS else []
-        odd += [f"n_kv_head={c.n_kv_head}"] if c.n_kv_head != c.n_head else []
-        odd += [f"head_dim={c.head_dim}"] if c.head_dim * c.n_head != c.n_embd else []
-        odd += [f"attn_window={c.attn_window}"] if 0 < c.attn_window < c.block_size else []
+        possible |= {
+            "mlp": c.mlp in GPT2_ACTIVATIONS.values(),
+            "n_kv_head": c.n_kv_head == c.n_head,
+            "head_dim": c.head_dim * c.n_head == c.n_embd,
+            "attn_window": not 0 < c.attn_window < c.block_size,
+        }
+    odd = [f"{name}={getattr(c, name)}" for name, fits in possible.items() if not fits]
     if odd:
         raise UserError(f"no Hugging Face class holds {', '.join(odd)} beside --arch {arch}")
     return kind
 
 
-def table_rows(kind: str, config: GPTConfig) -> Iterator[tuple[str, list[str], bool, list[int]]]:
-    """(our name, their names, transposed, rows of each of theirs) for every tensor of a model."""
-    sizes = fused_rows(config)
-    for ours, theirs, transposed in INTERCHANGE[kind][0]:
+def table_rows(kind: str, config: GPTConfig) -> Iterator[tuple]:
+    """(our name, our shape, their names, the rows of each, transposed) for every tensor."""
+    family, sizes = INTERCHANGE[kind], fused_rows(config)
+    with torch.device("meta"):
+        tensors = GPT(config).state_dict()
+    for ours, tensor in tensors.items():
         if is_tied(config, ours):
             continue
-        rows = sizes[ours.removeprefix("blocks.{i}.").rsplit(".", 1)[0]] if len(theirs) > 1 else []
-        for i in range(config.n_layer) if "{i}" in ours else [0]:
-            yield ours.format(i=i), [name.format(i=i) for name in theirs], transposed, rows
+        i, module, end = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", ours).groups()
+        start = family.layer.format(i) if i else ""
+        theirs = [f"{start}{name}{end or '.weight'}" for name in family.names[module].split()]
+        transposed = kind == "gpt2" and bool(i) and tensor.ndim == 2  # their Conv1D: (in, out)
+        rows = sizes[module] if len(theirs) > 1 else [len(tensor)]
+        yield ours, tensor.shape, theirs, rows, transposed
 
 
-def to_hf(weights: dict[str, Tensor], config: GPTConfig, conv1d: bool = True) -> dict[str, Tensor]:
-    """Our tensors under their names. Without `conv1d` no matrix is transposed."""
-    kind, found = interchange_kind(config), {}
-    for ours, theirs, transposed, rows in table_rows(kind, config):
-        tensor = weights[ours].T if transposed and conv1d else weights[ours]
-        for name, part in zip(theirs, tensor.split(rows) if rows else [tensor], strict=True):
-            found[name] = part.contiguous()
-    missed = weights.keys() - {row[0] for row in table_rows(kind, config)}
-    if missed:
-        raise UserError(f"no Hugging Face name for {sorted(missed)[0]}")
-    return found
-
-
-HF_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[str, Tensor]:
-    """Their tensors under our names. Raises UserError naming a missing or unknown one."""
-    prefix = {"gpt2": "transformer.", "qwen3": "model."}[kind]
-    if not any(name.startswith(prefix) for name in tensors):  # a base model without its head
-        tensors = {prefix + name: t for name, t in tensors.items()}
-    left = dict(tensors)
-    for name in list(left):  # buffers of old files, and the tied head written out
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or (
-            name == "lm_head.weight" and config.tie_weights
-        ):
-            del left[name]
-    weights = {}
-    for ours, theirs, transposed, rows in table_rows(kind, config):
-        for name in theirs:
-            if name not in left:
-                raise UserError(f"the model lacks the tensor {name}")
-        parts = [left.pop(name) for name in theirs]
-        for name, part, size in zip(theirs, parts, rows, strict=False):  # rows: if several
-            if part.shape != (size, config.n_embd):
-                raise UserError(
-                    f"{name} has shape {tuple(part.shape)}, not {(size, config.n_embd)}"
-                )
-        if not all(part.dtype in HF_DTYPES for part in parts):
-            raise UserError(f"{theirs[0]} holds {parts[0].dtype}: quantised models are not read")
-        tensor = (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
-        if not tensor.isfinite().all():
-            raise UserError(f"{theirs[0]} holds values that are not finite")
-        weights[ours] = (tensor.T if transposed else tensor).contiguous()
-    if left:
-        raise UserError(f"the model holds a tensor this program does not know: {sorted(left)[0]}")
-    return weights
+# --- models in ---
 
 
 def hf_folder(name: str) -> Path:
     """The folder of a Hugging Face model: itself, or fetched from the Hub. Raises UserError."""
-    if Path(name).is_dir():
-        runs = sorted(Path(name).glob("*.pth"))
-        if runs:
+    folder = Path(name)
+    if folder.is_dir():
+        if runs := sorted(folder.glob("*.pth")):
             raise UserError(f"a run's folder: name a checkpoint in it, such as {runs[0]}")
-        return Path(name)
-    old = Path(name).with_name(f".export.{Path(name).name}") / "old"
+        return folder
+    old = folder.with_name(f".export.{folder.name}") / "old"
     if old.is_dir():
         raise UserError(f"an export was killed while it replaced this; the old one is {old}, and "
                         "the next export puts it back")  # fmt: skip
@@ -5485,14 +5435,20 @@ def hf_folder(name: str) -> Path:
                         f"({one_line(error, 90)})") from None  # fmt: skip
 
 
-def hf_shape(settings: dict) -> tuple[str, GPTConfig]:
+def hf_shape(hf: dict) -> tuple[str, GPTConfig]:
     """(model type, our configuration) of a config.json. Raises UserError on what we do not have."""
-    kind = settings.get("model_type")
+    kind = hf.get("model_type")
     if kind not in INTERCHANGE:
         raise UserError(f"model_type {kind!r} is not one of {', '.join(INTERCHANGE)}")
-    specs = {f.name: f for f in fields(GPTConfig)}
+    family = INTERCHANGE[kind]
+    hf = family.usual | family.fixed | hf
+    for name, value in family.fixed.items():
+        if hf[name] != value:
+            raise UserError(f"config.json: {name} {hf[name]!r} is not supported, only {value!r}")
     try:
-        shape = INTERCHANGE[kind][2](settings) | {"vocab_size": settings["vocab_size"]}
+        shape = ARCHS[family.arch] | {ours: hf[theirs] for ours, theirs in family.settings.items()}
+        shape |= family.more_from_hf(hf)
+        specs = {f.name: f for f in fields(GPTConfig)}
         shape = {name: convert(specs[name], value) for name, value in shape.items()}
         return kind, checked_model_config(asdict(GPTConfig(**shape)))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -5513,8 +5469,37 @@ def hf_tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"not a usable model folder: {one_line(error)}") from None
 
 
-def load_hf(name: str) -> tuple[GPT, Tokenizer, bool]:
-    """Model, tokenizer and whether the chat template is ours, of a Hugging Face folder or name.
+def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[str, Tensor]:
+    """Their tensors under our names. Raises UserError naming one that is missing or wrong."""
+    prefix = INTERCHANGE[kind].prefix
+    if not any(name.startswith(prefix) for name in tensors):  # a base model without its head
+        tensors = {prefix + name: t for name, t in tensors.items()}
+    unused = (".attn.bias", ".attn.masked_bias")  # buffers of old files
+    unused += ("lm_head.weight",) if config.tie_weights else ()
+    left = {name: t for name, t in tensors.items() if not name.endswith(unused)}
+    weights = {}
+    for ours, shape, theirs, rows, transposed in table_rows(kind, config):
+        parts = []
+        for name, size in zip(theirs, rows, strict=True):
+            if name not in left:
+                raise UserError(f"the model lacks the tensor {name}")
+            part = left.pop(name)
+            wanted = (size, *shape[1:])[:: -1 if transposed else 1]
+            if part.shape != wanted:
+                raise UserError(f"{name} has shape {tuple(part.shape)}, not {wanted}")
+            if not part.dtype.is_floating_point or part.dtype.itemsize < 2:
+                raise UserError(f"{name} holds {part.dtype}: quantised models are not read")
+            if not part.isfinite().all():
+                raise UserError(f"{name} holds values that are not finite")
+            parts.append((part.T if transposed else part).float())
+        weights[ours] = (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
+    if left:
+        raise UserError(f"the model holds a tensor this program does not know: {sorted(left)[0]}")
+    return weights
+
+
+def load_hf(name: str) -> Loaded:
+    """A Hugging Face folder or name.
 
     Raises UserError for anything but GPT-2 or Qwen3 in safetensors, whole and of the right shape.
     """
@@ -5523,7 +5508,7 @@ def load_hf(name: str) -> tuple[GPT, Tokenizer, bool]:
         kind, config = hf_shape(read_table(folder / "config.json", "config.json"))
         model = build_model(config, from_hf(hf_tensors(folder), kind, config))
         tokenizer = load_tokenizer(str(folder))
-        if is_byte_vocabulary(tokenizer):
+        if tokenizer.library.get_vocab() == byte_library().get_vocab():  # ours, exported
             tokenizer = ByteTokenizer()
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only "
@@ -5533,75 +5518,7 @@ def load_hf(name: str) -> tuple[GPT, Tokenizer, bool]:
                            for file in templates if file.is_file())  # fmt: skip
     except UserError as error:
         raise UserError(str(error) if name in str(error) else f"{name}: {error}") from None
-    return model, tokenizer, has_template
-
-
-def is_byte_vocabulary(tokenizer: BPETokenizer) -> bool:
-    """Whether this is our own byte tokenizer, back from an export."""
-    vocabulary = tokenizer.library.get_vocab()
-    return len(vocabulary) == 260 and all(
-        vocabulary.get(c) == b for c, b in byte_alphabet().items()
-    )
-
-
-def byte_library():
-    """The byte tokenizer as a `tokenizers.Tokenizer` with the same 260 ids."""
-    tokenizers = optional("tokenizers")
-    vocabulary = byte_alphabet()
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    library.decoder = tokenizers.decoders.ByteLevel()
-    library.add_special_tokens(list(SPECIAL_TOKENS))
-    return library
-
-
-# peft's adapters. The names of our layers, which --lora_targets lists.
-LORA_LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "up": "mlp.up", "down": "mlp.down"}
-
-
-def lora_settings(config: FitConfig) -> dict | None:
-    """The adapters that --method lora asks for. Raises UserError."""
-    if getattr(config, "method", "full") != "lora":
-        return None
-    targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
-    if None in targets:
-        raise UserError(f"--lora_targets must be among {', '.join(LORA_LAYERS)}")
-    return {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
-            "targets": targets}  # fmt: skip
-
-
-def add_lora(model: GPT, lora: dict) -> None:
-    """Put peft's adapters around the target layers. Raises UserError on settings that cannot be."""
-    peft = optional("peft")
-    try:
-        for f in fields(FinetuneConfig):
-            if f.name in ("lora_r", "lora_alpha", "lora_dropout"):
-                convert(f, lora[f.name.removeprefix("lora_")])
-        if not set(lora["targets"]) <= set(LORA_LAYERS.values()):
-            raise ValueError(f"targets {lora['targets']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"LoRA settings are not valid: {one_line(error)}") from None
-    settings = peft.LoraConfig(
-        r=lora["r"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=list(lora["targets"]),
-    )
-    peft.inject_adapter_in_model(settings, model)
-
-
-def remove_lora(model: GPT, merge: bool) -> None:
-    """Take the adapters out, folded into the weights beside which they stand, or dropped."""
-    for block in model.blocks:
-        for part in (block.attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                if hasattr(layer, "lora_A"):
-                    if merge:
-                        layer.merge()
-                    setattr(part, name, layer.get_base_layer())
-    model.requires_grad_(True)
+    return Loaded(model, tokenizer, {}, has_template)
 
 
 @dataclass
@@ -5639,10 +5556,7 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
             loaded.model.float()  # frozen weights may be bf16, too coarse to add small changes to
             remove_lora(loaded.model, merge=True)
     else:
-        if (path / "best.pth").exists():
-            raise UserError(f"{path} is a folder: name a checkpoint in it: {path / 'best.pth'}")
-        model, tokenizer, has_template = load_hf(name)
-        loaded = Loaded(model, tokenizer, {}, has_template)
+        loaded = load_hf(name)
     resize_block(loaded.model, block_size)
     return loaded
 
@@ -5667,11 +5581,115 @@ def with_settings(model: GPT, **changes) -> GPT:
     return build_model(replace(model.config, **changes), model_weights(model))
 
 
+# --- models out ---
+
+
+def hf_settings(c: GPTConfig) -> dict:
+    """What config.json says of this architecture. Raises UserError."""
+    kind = interchange_kind(c)
+    family = INTERCHANGE[kind]
+    return (
+        {"model_type": kind, "architectures": [family.model_class]}
+        | {theirs: getattr(c, ours) for ours, theirs in family.settings.items()}
+        | family.fixed | family.more_to_hf(c)
+    )  # fmt: skip
+
+
+def to_hf(weights: dict[str, Tensor], config: GPTConfig, conv1d: bool = True) -> dict[str, Tensor]:
+    """Our tensors under their names. Without `conv1d` no matrix is transposed."""
+    tensors = {}
+    for ours, _, theirs, rows, transposed in table_rows(interchange_kind(config), config):
+        for name, part in zip(theirs, weights[ours].split(rows), strict=True):
+            tensors[name] = (part.T if transposed and conv1d else part).contiguous()
+    return tensors
+
+
 def transformers_library():
     """transformers, without its remarks on what is meant to be so."""
     library = optional("transformers")
     library.logging.set_verbosity_error()
     return library
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    safetensors = optional("safetensors.torch", "safetensors")
+    try:
+        safetensors.save_file(tensors, file, {"format": "pt"})
+    except optional("safetensors").SafetensorError as error:
+        raise UserError(f"cannot write {file.name}: {one_line(error)}") from None
+
+
+def export_model(loaded: Loaded, folder: Path) -> None:
+    """Write a Hugging Face folder and check it: UserError if a logit differs by more than 1e-4."""
+    optional("transformers")
+    model, tokenizer = loaded.model.float().eval(), loaded.tokenizer
+    remove_lora(model, merge=False)  # under --no_merge: the base, for an adapter to load upon
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
+    ids["eos_token_id"] = sorted({tokenizer.eos_id, tokenizer.sep_id})
+    settings = hf_settings(model.config) | ids | {"dtype": "float32"}
+    save_tensors(to_hf(model_weights(model), model.config), folder / "model.safetensors")
+    write_json(folder / "config.json", settings)
+    write_json(folder / "generation_config.json",
+               ids | {"do_sample": True, "temperature": 0.9, "top_k": 30})  # fmt: skip
+    export_tokenizer(loaded, folder)
+    write_model_card(loaded, folder)
+    check_export(model, tokenizer, folder)
+
+
+CHECK_TEXTS = (
+    "First Citizen:\nBefore we proceed any further, hear me speak.", " Größe 你好 e\u0301 😀",
+    "  two  spaces\t\r\n\n x" + " " * 20 + "y ", "1234567 3.14", "I'll don't WE'RE", "!?...#@",
+)  # fmt: skip
+
+
+def check_export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Load the folder as anybody would and compare ids and logits on real text."""
+    transformers = transformers_library()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in CHECK_TEXTS:
+        ids = tokenizer.encode(text).tolist()
+        if theirs(text, add_special_tokens=False)["input_ids"] != ids:
+            raise UserError("export failed its check: the tokenizer written gives other ids")
+    check_logits(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+                 model, tokenizer)  # fmt: skip
+
+
+def check_logits(peer, model: GPT, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("".join(CHECK_TEXTS)).astype(np.int64)[: model.config.block_size]
+    x = torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        logits = model.cpu().float().eval()(x)
+        difference = (peer.float().eval()(x).logits - logits).abs().max().item()
+    if not difference <= 1e-4:
+        raise UserError(f"export failed its check: logits differ by {difference:.2e}")
+    note(f"logits agree with {type(peer).__name__} to {difference:.1e}")
+
+
+def write_model_card(loaded: Loaded, folder: Path) -> None:
+    state, config, figures = loaded.state, loaded.model.config, ""
+    settings = "\n".join(f"| {k} | {v} |" for k, v in sorted(state.get("config", {}).items())
+                         if v not in ("", None, 0, False))  # fmt: skip
+    if progress := state.get("progress"):
+        figures = (f"Best validation loss {progress['best']:.4f} nats a token at step "
+                   f"{progress['best_step']} of {progress['total']}.")  # fmt: skip
+    card = (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {interchange_kind(config)}, {loaded.model.n_params():,} parameters\n\n"
+        f"Trained with llm_pipeline.py: {config.n_layer} "
+        f"layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}, "
+        f"{config.vocab_size} token ids. {figures}\n\nEvery text begins with the "
+        f"bos token. Prompts of a tuned model look like this, and the answer ends with its "
+        f"separator token:\n\n```\n{instruction_prompt('INSTRUCTION', 'INPUT', 'SYSTEM')}\n```\n\n"
+        f"The chat template renders the same; a user's message may have an `input` beside its "
+        f"`content`. Special tokens written out in a message, such as `<|sep|>`, stay characters "
+        f"in llm_pipeline.py, but become the special tokens in transformers and llama.cpp, which "
+        f"look for them in the rendered text.\n\n## Training settings\n\n"
+        f"| setting | value |\n|---|---|\n{settings}\n"
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+# --- template and tokenizer ---
 
 
 def chat_templates(sep: str) -> tuple[str, str]:
@@ -5705,30 +5723,17 @@ def chat_templates(sep: str) -> tuple[str, str]:
     )  # fmt: skip
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    safetensors = optional("safetensors.torch", "safetensors")
-    try:
-        safetensors.save_file(tensors, file, {"format": "pt"})
-    except optional("safetensors").SafetensorError as error:
-        raise UserError(f"cannot write {file.name}: {one_line(error)}") from None
-
-
-def export_model(loaded: Loaded, folder: Path) -> None:
-    """Write a Hugging Face folder and check it: UserError if a logit differs by more than 1e-4."""
-    optional("transformers")
-    model, tokenizer, config = loaded.model.float().eval(), loaded.tokenizer, loaded.model.config
-    remove_lora(model, merge=False)  # under --no_merge: the base, for an adapter to load upon
-    kind = interchange_kind(config)
-    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
-    ids["eos_token_id"] = sorted({tokenizer.eos_id, tokenizer.sep_id})
-    settings = INTERCHANGE[kind][1](config) | ids | {"dtype": "float32"}
-    save_tensors(to_hf(model_weights(model), config), folder / "model.safetensors")
-    write_json(folder / "config.json", settings)
-    write_json(folder / "generation_config.json",
-               ids | {"do_sample": True, "temperature": 0.9, "top_k": 30})  # fmt: skip
-    export_tokenizer(loaded, folder)
-    (folder / "README.md").write_text(model_card(loaded, kind), encoding="utf-8")
-    check_export(model, tokenizer, folder)
+def byte_library():
+    """The byte tokenizer as a `tokenizers.Tokenizer` with the same 260 ids."""
+    tokenizers = optional("tokenizers")
+    vocabulary = byte_alphabet()
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(list(SPECIAL_TOKENS))
+    return library
 
 
 def export_library(loaded: Loaded):
@@ -5770,55 +5775,79 @@ def export_tokenizer(loaded: Loaded, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", settings)
 
 
-CHECK_TEXTS = (
-    "First Citizen:\nBefore we proceed any further, hear me speak.", " Größe 你好 e\u0301 😀",
-    "  two  spaces\t\r\n\n x" + " " * 20 + "y ", "1234567 3.14", "I'll don't WE'RE", "!?...#@",
-)  # fmt: skip
+# --- adapters: LoRA, as peft has it ---
+
+LORA_LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "up": "mlp.up", "down": "mlp.down"}
 
 
-def check_export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Load the folder as anybody would and compare ids and logits on real text."""
-    transformers = transformers_library()
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in CHECK_TEXTS:
-        ids = tokenizer.encode(text).tolist()
-        if theirs(text, add_special_tokens=False)["input_ids"] != ids:
-            raise UserError("export failed its check: the tokenizer written gives other ids")
-    check_logits(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-                 model, tokenizer)  # fmt: skip
+def lora_settings(config: FitConfig) -> dict | None:
+    """The adapters that --method lora asks for. Raises UserError."""
+    if getattr(config, "method", "full") != "lora":
+        return None
+    targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
+    if None in targets:
+        raise UserError(f"--lora_targets must be among {', '.join(LORA_LAYERS)}")
+    return {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
+            "targets": targets}  # fmt: skip
 
 
-def check_logits(peer, model: GPT, tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("".join(CHECK_TEXTS)).astype(np.int64)[: model.config.block_size]
-    x = torch.from_numpy(ids)[None]
-    with torch.no_grad():
-        logits = model.cpu().float().eval()(x)
-        difference = (peer.float().eval()(x).logits - logits).abs().max().item()
-    if not difference <= 1e-4:
-        raise UserError(f"export failed its check: logits differ by {difference:.2e}")
-    note(f"logits agree with {type(peer).__name__} to {difference:.1e}")
+def add_lora(model: GPT, lora: dict) -> None:
+    """Put peft's adapters, with `lora_settings`, around the target layers."""
+    peft = optional("peft")
+    settings = peft.LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"],
+                               target_modules=lora["targets"])  # fmt: skip
+    peft.inject_adapter_in_model(settings, model)
 
 
-def model_card(loaded: Loaded, kind: str) -> str:
-    state, config = loaded.state, loaded.model.config
-    progress = state.get("progress", {})
-    settings = "\n".join(f"| {k} | {v} |" for k, v in sorted(state.get("config", {}).items())
-                         if v not in ("", None, 0, False))  # fmt: skip
-    figures = (f"Best validation loss {progress['best']:.4f} nats a token at step "
-               f"{progress['best_step']} of {progress['total']}." if progress else "")  # fmt: skip
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {kind}, "
-        f"{loaded.model.n_params():,} parameters\n\nTrained with llm_pipeline.py: {config.n_layer} "
-        f"layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}, "
-        f"{config.vocab_size} token ids. {figures}\n\nEvery text begins with the "
-        f"bos token. Prompts of a tuned model look like this, and the answer ends with its "
-        f"separator token:\n\n```\n{instruction_prompt('INSTRUCTION', 'INPUT', 'SYSTEM')}\n```\n\n"
-        f"The chat template renders the same; a user's message may have an `input` beside its "
-        f"`content`. Special tokens written out in a message, such as `<|sep|>`, stay characters "
-        f"in llm_pipeline.py, but become the special tokens in transformers and llama.cpp, which "
-        f"look for them in the rendered text.\n\n## Training settings\n\n"
-        f"| setting | value |\n|---|---|\n{settings}\n"
-    )
+def remove_lora(model: GPT, merge: bool) -> None:
+    """Take the adapters out, folded into the weights beside which they stand, or dropped."""
+    adapted = {n: layer for n, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    for name, layer in adapted.items():
+        if merge:
+            layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    model.requires_grad_(True)
+
+
+def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
+    """A peft adapter for the exported base (export it with --no_merge), checked upon a local one.
+
+    Where their model has several matrices for one of ours, each gets our A and its rows of B.
+    """
+    lora, config = loaded.state.get("lora"), loaded.model.config
+    if not lora:
+        raise UserError("--adapter: this checkpoint was not tuned with --method lora")
+    kind = interchange_kind(config)
+    source = loaded.state["config"].get("ckpt", "")
+    base = base or (source if Path(source).is_dir() else "")
+    base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
+    tensors, targets = {}, set()
+    layers = {f"{n}.weight": layer for n, layer in loaded.model.named_modules()
+              if hasattr(layer, "lora_A")}  # fmt: skip
+    for ours, _, theirs, rows, _ in table_rows(kind, config):
+        if ours not in layers:
+            continue
+        a, b = (matrix["default"].weight for matrix in (layers[ours].lora_A, layers[ours].lora_B))
+        for name, part in zip(theirs, b.split(rows), strict=True):
+            name = name.removesuffix(".weight")
+            targets.add(name.split(".", 3)[-1] if kind == "gpt2" else name.rsplit(".", 1)[-1])
+            for letter, tensor in (("A", a), ("B", part)):
+                key = f"base_model.model.{name}.lora_{letter}.weight"
+                tensors[key] = tensor.detach().float().contiguous().clone()
+    save_tensors(tensors, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"],
+        "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
+        "target_modules": sorted(targets), "fan_in_fan_out": kind == "gpt2", "bias": "none",
+        "inference_mode": True, "base_model_name_or_path": base or None,
+    })  # fmt: skip
+    write_model_card(loaded, folder)
+    if base and Path(base).is_dir():
+        auto = optional("peft").AutoPeftModelForCausalLM
+        check_logits(auto.from_pretrained(folder), loaded.model, loaded.tokenizer)
+    elif not base:
+        note("peft loads it upon the base: export that with --no_merge, then this with "
+             "--base_model FOLDER, so that AutoPeftModelForCausalLM finds it")  # fmt: skip
 
 
 # --- GGUF, the format of llama.cpp and Ollama ---
@@ -6007,47 +6036,6 @@ def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
                         f"{max(worst, gaps.max().item()):.1e}")  # fmt: skip
     note(f"llama.cpp: log-probabilities agree to {worst:.1e}, {int((gaps == 0).sum())} of "
          f"{len(tokens)} greedy tokens are the same")  # fmt: skip
-
-
-def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
-    """A peft adapter for the exported base (export it with --no_merge), checked upon a local one.
-
-    Where their model has several matrices for one of ours, each gets our A and its rows of B.
-    """
-    lora, config = loaded.state.get("lora"), loaded.model.config
-    if not lora:
-        raise UserError("--adapter: this checkpoint was not tuned with --method lora")
-    kind = interchange_kind(config)
-    source = loaded.state["config"].get("ckpt", "")
-    base = base or (source if Path(source).is_dir() else "")
-    base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
-    weights, tensors, targets = loaded.model.state_dict(), {}, set()
-    for ours, theirs, _, rows in table_rows(kind, config):
-        stem = ours.removesuffix(".weight")
-        if f"{stem}.lora_A.default.weight" not in weights:
-            continue
-        a = weights[f"{stem}.lora_A.default.weight"]
-        b = weights[f"{stem}.lora_B.default.weight"]
-        for name, part in zip(theirs, b.split(rows) if rows else [b], strict=True):
-            name = name.removesuffix(".weight")
-            targets.add(name.split(".", 3)[-1] if kind == "gpt2" else name.rsplit(".", 1)[-1])
-            for letter, tensor in (("A", a), ("B", part)):
-                key = f"base_model.model.{name}.lora_{letter}.weight"
-                tensors[key] = tensor.float().contiguous().clone()
-    save_tensors(tensors, folder / "adapter_model.safetensors")
-    write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"],
-        "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
-        "target_modules": sorted(targets), "fan_in_fan_out": kind == "gpt2", "bias": "none",
-        "inference_mode": True, "base_model_name_or_path": base or None,
-    })  # fmt: skip
-    (folder / "README.md").write_text(model_card(loaded, kind), encoding="utf-8")
-    if base and Path(base).is_dir():
-        auto = optional("peft").AutoPeftModelForCausalLM
-        check_logits(auto.from_pretrained(folder), loaded.model, loaded.tokenizer)
-    elif not base:
-        note("peft loads it upon the base: export that with --no_merge, then this with "
-             "--base_model FOLDER, so that AutoPeftModelForCausalLM finds it")  # fmt: skip
 
 
 # --- where exports are put ---
@@ -7632,10 +7620,8 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
 def hf_peer(config: GPTConfig):
     """A transformers model of the same shape, with random weights."""
     transformers = transformers_library()
-    settings = INTERCHANGE[interchange_kind(config)][1](config)
-    return transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**settings)
-    )
+    settings = transformers.AutoConfig.for_model(**hf_settings(config))
+    return transformers.AutoModelForCausalLM.from_config(settings)
 
 
 def hf_step(config: BenchConfig, rt: Runtime, model: GPT, dtype: torch.dtype, batch: Batch):
