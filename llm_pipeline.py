@@ -6155,32 +6155,25 @@ def evaluate_perplexity(
     limit = -(-max_batches * batch_size // len(splits))
     score = partial(text_losses, rt.losses(model), torch.from_numpy(store.tokenizer.token_bytes()))
     sources, total = {}, Counter()
-    with tqdm(desc="evaluating", unit="batch", delay=1, disable=not rt.is_main) as bar:
-        for name in store.sources:
-            rows = partial(scored_rows, store, name, splits, block_size, limit)
-            batches = scored_batches(rows(), pad_id, block_size, batch_size, rt)
-            sums = sum_over(ticking(batches, bar), score, rt, stop)
-            if sums.get("tokens"):
-                sums |= text_statistics(rows(), store.tokenizer)
-                total.update(sums)
-                sources[name] = measures(sums)
-                sources[name] |= classify(model, store, name, splits, rt, batch_size, max_batches)
+    for name in store.sources:
+        rows = partial(scored_rows, store, name, splits, block_size, limit)
+        batches = tqdm(scored_batches(rows(), pad_id, block_size, batch_size, rt), desc=name,
+                       unit="batch", delay=1, leave=False, disable=not rt.is_main)  # fmt: skip
+        sums = sum_over(batches, score, rt, stop)
+        if sums.get("tokens"):
+            sums |= text_statistics(rows(), store.tokenizer)
+            total.update(sums)
+            sources[name] = measures(sums)
+            sources[name] |= classify(model, store, name, splits, rt, batch_size, max_batches)
     if not sources:
         raise UserError(f"the {split} split of this data holds no tokens to evaluate; --split all "
                         "scores all of it")  # fmt: skip
     return measures(total) | {"sources": sources}
 
 
-def ticking(items: Iterable, bar: tqdm) -> Iterator:
-    for item in items:
-        yield item
-        bar.update()
-
-
 def text_losses(losses: Callable, token_bytes: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Sums of a batch: loss and tokens, in all and of the tokens that stand for text."""
-    nll = losses(batch.x, batch.y).cpu().double()
-    y = batch.y.cpu()
+    nll, y = losses(batch.x, batch.y).cpu().double(), batch.y.cpu()
     size = token_bytes[y.clamp(min=0)] * (y != IGNORE)
     return {"nll": nll.sum(), "tokens": (y != IGNORE).sum(),
             "text_nll": nll[size > 0].sum(), "bytes": size.sum()}  # fmt: skip
@@ -6197,10 +6190,9 @@ def scored_batches(rows: Iterable[ScoredRow], pad_id: int, limit: int, batch_siz
 
 
 def text_statistics(rows: Iterable[ScoredRow], tokenizer: Tokenizer) -> dict:
-    """Records and words of what is scored, and what simpler models make of the same text.
+    """Records and words (between white space) of what is scored, and its size to simpler models.
 
-    Words stand between white space. In bits: gzip, and the entropy of single bytes, which is what
-    the best unigram model would need.
+    In bits: gzip, and the entropy of single bytes, the least that a unigram model could need.
     """
     records = words = packed = 0
     counts, packer = np.zeros(256, np.int64), zlib.compressobj(9, wbits=31)
@@ -6236,25 +6228,24 @@ def complete_text(tokenizer: Tokenizer, ids: list[int], before: list[int]) -> tu
 
 
 def measures(sums: dict) -> dict:
-    """What is reported of sums over some text."""
-    loss = sums["nll"] / sums["tokens"]
-    result = {"loss": loss, "ppl": math.exp(min(20.0, loss)), "bits_per_byte": math.nan,
-              "word_ppl": math.nan}  # fmt: skip
-    if sums["words"]:
-        result["word_ppl"] = math.exp(min(500.0, sums["text_nll"] / sums["words"]))
-    if sums["bytes"]:
-        result["bits_per_byte"] = sums["text_nll"] / math.log(2) / sums["bytes"]
-        for name in ("gzip", "unigram"):
-            result[f"{name}_bits_per_byte"] = sums[f"{name}_bits"] / sums["bytes"]
-    counts = ("tokens", "bytes", "words", "records")
-    return result | {name: int(sums[name]) for name in counts}
+    """The figures reported for sums over some text; nan where there is nothing to divide by."""
+    loss, words, size = sums["nll"] / sums["tokens"], sums["words"], sums["bytes"]
+    result = {
+        "loss": loss, "ppl": math.exp(min(20.0, loss)),
+        "bits_per_byte": sums["text_nll"] / math.log(2) / size if size else math.nan,
+        "word_ppl": math.exp(min(500.0, sums["text_nll"] / words)) if words else math.nan,
+    }  # fmt: skip
+    if size:
+        result |= {f"{n}_bits_per_byte": sums[f"{n}_bits"] / size for n in ("gzip", "unigram")}
+    return result | {name: int(sums[name]) for name in ("tokens", "bytes", "words", "records")}
 
 
-def by_length(store: TokenStore, split: str, source: str) -> np.ndarray:
-    """Numbers of a source's whole records, shortest first: like lengths share a batch."""
-    index, numbers = store.index[split], store.whole_records(split)
-    mine = numbers[index["source"][numbers] == store.sources.index(source)]
-    return mine[np.argsort(index["length"][mine], kind="stable")]
+def rows_by_length(store: TokenStore, split: str, source: str, whole: bool = False) -> np.ndarray:
+    """A source's rows of the index, or only the rows of whole records, shortest first: like
+    lengths share a batch."""
+    index = store.index[split][store.whole_records(split)] if whole else store.index[split]
+    mine = index[index["source"] == store.sources.index(source)]
+    return mine[np.argsort(mine["length"], kind="stable")]
 
 
 class ScoredRow(NamedTuple):
@@ -6267,14 +6258,14 @@ class ScoredRow(NamedTuple):
 
 
 def scored_rows(store: TokenStore, source: str, splits: tuple[str, ...], block_size: int,
-                limit: int = 0) -> Iterator[ScoredRow]:  # fmt: skip
+                limit: int) -> Iterator[ScoredRow]:  # fmt: skip
     """Windows that score each id of a source once, but for a record's first.
 
     Windows do not overlap, but for a record's last, which reaches back for as much context as
     fits; as lm_eval's rolling windows do. limit: evenly spaced windows of each split (0: all).
     """
     for split in splits:
-        index = store.index[split][by_length(store, split, source)]
+        index = rows_by_length(store, split, source, whole=True)
         to_score = index["length"].astype(np.int64) - 1 - (index["prompt"] == 1)
         windows = -(-to_score // block_size)
         ends = np.cumsum(windows)
@@ -6288,20 +6279,16 @@ def scored_rows(store: TokenStore, source: str, splits: tuple[str, ...], block_s
             yield ScoredRow(ids, first - start + 1, place + first + 1, first == 0)
 
 
-def closed_set(store: TokenStore, source: str, limit: int = 10) -> list[np.ndarray]:
+def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
     """The distinct responses of a source where they are few and repeat, else an empty list."""
     labels: dict[bytes, np.ndarray] = {}
     records = 0
     for split in ("train", "val"):
-        index = store.index[split]
-        mine = index[index["source"] == store.sources.index(source)]
-        for start, length, prompt, _ in mine.tolist():
-            if prompt == 1 or length - prompt > 64:
-                return []
-            response = store.ids(split, start + prompt, length - prompt)
+        for start, length, prompt, _ in rows_by_length(store, split, source).tolist():
+            response = store.ids(split, start + prompt, min(length - prompt, 65))
             labels[response.tobytes()] = response
             records += 1
-            if len(labels) > limit:
+            if prompt == 1 or len(response) > 64 or len(labels) > 10:
                 return []
     return [labels[k] for k in sorted(labels)] if 1 < len(labels) <= records // 10 else []
 
@@ -6317,10 +6304,8 @@ def classify(model: GPT, store: TokenStore, source: str, splits: tuple[str, ...]
     limit = -(-max_batches * together // len(splits))
     answers = []  # (split, row of the index)
     for split in splits:
-        index = store.index[split]
-        mine = np.flatnonzero(index["source"] == store.sources.index(source))
-        mine = mine[np.argsort(index["length"][mine], kind="stable")]
-        answers += [(split, index[n].tolist()) for n in mine[evenly_spaced(len(mine), limit)]]
+        rows = rows_by_length(store, split, source)
+        answers += [(split, row) for row in rows[evenly_spaced(len(rows), limit)].tolist()]
     for batch in islice(batched(answers, together), rt.rank, None, rt.world_size):
         sequences, truth = [], []
         for split, (start, length, prompt, _) in batch:
@@ -6351,20 +6336,19 @@ def class_measures(table: np.ndarray, names: list[str]) -> dict:
             "confusion": {"labels": names, "true_by_predicted": table.tolist()}}  # fmt: skip
 
 
-CARD = (  # columns: name, width, how a value is written
-    ("loss", 9, ".4f"), ("ppl", 11, ",.3f"), ("word_ppl", 11, ".5g"), ("bits_per_byte", 11, ".4f"),
-    ("gzip_bits_per_byte", 8, ".3f"), ("unigram_bits_per_byte", 9, ".3f"),
-    ("tokens", 12, ",d"), ("records", 9, ",d"),
+CARD = (  # columns: name, title, width, how a value is written
+    ("loss", "loss", 9, ".4f"), ("ppl", "ppl", 11, ",.3f"), ("word_ppl", "word ppl", 11, ".5g"),
+    ("bits_per_byte", "bits/byte", 11, ".4f"), ("gzip_bits_per_byte", "gzip", 8, ".3f"),
+    ("unigram_bits_per_byte", "unigram", 9, ".3f"), ("tokens", "tokens", 12, ",d"),
+    ("records", "records", 9, ",d"),
 )  # fmt: skip
 
 
 def evaluation_card(result: dict) -> str:
     """The result of `evaluate_perplexity` as a table for people."""
-    titles = {"word_ppl": "word ppl", "bits_per_byte": "bits/byte", "gzip_bits_per_byte": "gzip",
-              "unigram_bits_per_byte": "unigram"}  # fmt: skip
-    lines = [f"{'source':<18}" + "".join(f"{titles.get(c, c):>{width}}" for c, width, _ in CARD)]
+    lines = [f"{'source':<18}" + "".join(f"{title:>{width}}" for _, title, width, _ in CARD)]
     for name, row in [*result["sources"].items(), ("total", result)]:
-        cells = (f"{row.get(c, math.nan):>{width}{written}}" for c, width, written in CARD)
+        cells = (f"{row.get(c, math.nan):>{width}{written}}" for c, _, width, written in CARD)
         lines.append(f"{name[:17]:<18}" + "".join(cells))
     for name, row in result["sources"].items():
         if "accuracy" in row:
@@ -6376,13 +6360,13 @@ def class_card(name: str, row: dict) -> list[str]:
     """Accuracy, the table of classes and the confusion table of one source."""
     classes, labels = row["classes"], row["confusion"]["labels"]
     largest = max(classes, key=lambda label: classes[label]["support"])
-    lines = [
-        f"{name}: accuracy {row['accuracy']:.4f}; always saying {largest!r} has "
-        f"{row['majority']:.4f}",
-        f"{'class':<16}{'precision':>10}{'recall':>10}{'f1':>10}{'support':>10}",
-    ]
-    lines += [f"{label:<16}{c['precision']:>10.4f}{c['recall']:>10.4f}{c['f1']:>10.4f}"
-              f"{c['support']:>10}" for label, c in classes.items()]  # fmt: skip
+    columns = ("precision", "recall", "f1")
+    lines = [f"{name}: accuracy {row['accuracy']:.4f}; always saying {largest!r} has "
+             f"{row['majority']:.4f}",
+             f"{'class':<16}" + "".join(f"{c:>10}" for c in (*columns, "support"))]  # fmt: skip
+    for label, figures in classes.items():
+        cells = "".join(f"{figures[c]:>10.4f}" for c in columns)
+        lines.append(f"{label:<16}{cells}{figures['support']:>10}")
     lines.append(f"{'true / predicted':<16}" + "".join(f"{label[:9]:>10}" for label in labels))
     for label, counts in zip(labels, row["confusion"]["true_by_predicted"], strict=True):
         lines.append(f"{label:<16}" + "".join(f"{n:>10}" for n in counts))
@@ -6893,33 +6877,30 @@ def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> di
     adopt_split(config, loaded)
     store = open_store(config, rt, loaded.tokenizer)
     check_split(config, loaded)
-    for line in what_is_scored(config, loaded, store):
-        note(line)
+    note(what_is_scored(config, loaded, store))
     return evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
                                config.max_batches, stop)  # fmt: skip
 
 
-def what_is_scored(config: EvalConfig, loaded: Loaded, store: TokenStore) -> list[str]:
+def what_is_scored(config: EvalConfig, loaded: Loaded, store: TokenStore) -> str:
     """Which records `eval` scores, and whether the checkpoint was trained on any of them."""
     splits = ("train", "val") if config.split == "all" else (config.split,)
     counts = (f"{len(store.whole_records(s)):,} {s} records, {len(store.tokens[s]):,} tokens"
               for s in splits)  # fmt: skip
-    lines = [f"scoring {config.hf_dataset or config.data_dir}: {'; '.join(counts)}"]
     trained_on = loaded.state.get("data", {}).get("fingerprint")
-    alike = all(getattr(config, name) == loaded.data[name] for name in SPLIT_SETTINGS)
     if trained_on is None:
-        lines.append("this checkpoint does not say what it was trained on")
+        origin = "this checkpoint does not say what it was trained on"
     elif trained_on == store.fingerprint:
-        held_out = "; the val records were held out of that training" * ("val" in splits)
-        lines.append(f"this is the data that the checkpoint was trained on{held_out}")
-    elif alike:
-        lines.append("this is not the data that the checkpoint was trained on. A record in both "
-                     "keeps its side of the split, but for texts over 64 KiB and files or folders "
-                     "named train, valid or test")  # fmt: skip
+        origin = "this is the data that the checkpoint was trained on"
+        origin += "; the val records were held out of that training" * ("val" in splits)
+    elif all(getattr(config, name) == loaded.data[name] for name in SPLIT_SETTINGS):
+        origin = ("this is not the data that the checkpoint was trained on. A record in both "
+                  "keeps its side of the split, but for texts over 64 KiB and files or folders "
+                  "named train, valid or test")  # fmt: skip
     else:
-        lines.append("warning: this is not the data that the checkpoint was trained on, and it is "
-                     "split otherwise: the checkpoint may have been trained on any of it")  # fmt: skip
-    return lines
+        origin = ("warning: this is not the data that the checkpoint was trained on, and it is "
+                  "split otherwise: the checkpoint may have been trained on any of it")  # fmt: skip
+    return f"scoring {config.hf_dataset or config.data_dir}: {'; '.join(counts)}\n{origin}"
 
 
 EVAL_LEGEND = (
@@ -7311,7 +7292,7 @@ def download(name: str, data_dir: Path, mirror: str = "") -> list[Path]:
             note(f"{name}: fetching {address}")
             torch.hub.download_url_to_file(address, str(fetched))
             unpack(fetched, files)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, gzip.zlib.error) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:
         raise UserError(f"{name}: what {address} sent is not what it should be "
                         f"({one_line(error, 80)}); run the same command again") from None  # fmt: skip
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -7352,18 +7333,28 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> Non
     report = store_report(store)
     print("\n".join(report["lines"]))
     write_json(store.folder / "report.json", report)
-    write_sample_batch(store, config.block_size)
+    data = LMDataset(store, "train", config.block_size)
+    ids = data.batch(data.fixed_ids(4)).x
+    # As a Hugging Face model takes it: labels equal ids, and the model shifts them.
+    write_json(store.folder / "sample_batch.json", {
+        "input_ids": ids.tolist(), "labels": ids.tolist(),
+        "text": [store.tokenizer.decode(row) for row in ids.tolist()],
+    })  # fmt: skip
     if config.preview:
         print(preview(store, config.preview, config.block_size))
     note(f"python plot_curves.py {store.folder} draws how long the records are")
     if config.check_model:
-        print(check_model(config.check_model, store, config.block_size))
+        print(check_model(config.check_model, store, ids))
     print(store.folder)
 
 
 def store_report(store: TokenStore) -> dict:
     """Records, tokens, speed, bytes per token and the distribution of lengths."""
-    figures, percentiles = store_figures(store), length_percentiles(store.meta["lengths"])
+    figures, lengths = store_figures(store), store.meta["lengths"]  # {tokens: records}
+    percents = (1, 5, 25, 50, 75, 95, 99, 100)
+    found = np.percentile(np.array(list(lengths), int), percents, method="inverted_cdf",
+                          weights=list(lengths.values()))  # fmt: skip
+    percentiles = dict(zip(percents, found.tolist(), strict=True))
     lines = [f"{name:<28}{value:>16,}" for name, value in figures.items()]
     lines.append("tokens in a record, by percentile:")
     lines += [f"  {p:>3}%{n:>12,}" for p, n in percentiles.items()]
@@ -7397,24 +7388,6 @@ def store_figures(store: TokenStore) -> dict[str, float]:
     }
 
 
-def length_percentiles(lengths: dict[str, int]) -> dict[int, int]:
-    """{percent: tokens}: so many percent of the records are no longer than that."""
-    sizes, counts = np.array([int(k) for k in lengths]), np.array(list(lengths.values()))
-    share = np.cumsum(counts) / counts.sum()
-    return {percent: int(sizes[np.searchsorted(share, percent / 100 - 1e-12)])
-            for percent in (1, 5, 25, 50, 75, 95, 99, 100)}  # fmt: skip
-
-
-def write_sample_batch(store: TokenStore, block_size: int, rows: int = 4) -> None:
-    """One batch as a Hugging Face model takes it: labels equal ids, the model shifts them."""
-    data = LMDataset(store, "train", block_size)
-    ids = data.batch(data.fixed_ids(rows)).x
-    write_json(store.folder / "sample_batch.json", {
-        "input_ids": ids.tolist(), "labels": ids.tolist(),
-        "text": [store.tokenizer.decode(row) for row in ids.tolist()],
-    })  # fmt: skip
-
-
 PREVIEW_TOKENS = 150, 50  # shown of a record's beginning and of its end
 
 
@@ -7444,7 +7417,7 @@ def preview(store: TokenStore, n: int, block_size: int) -> str:
     return "\n".join(lines)
 
 
-def check_model(name: str, store: TokenStore, block_size: int) -> str:
+def check_model(name: str, store: TokenStore, ids: Tensor) -> str:
     """Loss of a Hugging Face model on a batch, twice: by its own shift, and by ours.
 
     Labels go in unshifted. A model given shifted labels trains on the token after the next.
@@ -7454,8 +7427,6 @@ def check_model(name: str, store: TokenStore, block_size: int) -> str:
         model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
     except Exception as error:
         raise UserError(f"--check_model {name}: {one_line(error)}") from None
-    data = LMDataset(store, "train", block_size)
-    ids = data.batch(data.fixed_ids(4)).x
     if ids.max() >= model.config.vocab_size:
         raise UserError(f"--check_model {name}: it has {model.config.vocab_size} ids, the store "
                         f"{store.tokenizer.vocab_size}; prepare with its tokenizer")  # fmt: skip
@@ -7463,7 +7434,7 @@ def check_model(name: str, store: TokenStore, block_size: int) -> str:
         with torch.no_grad():
             out = model(input_ids=ids, labels=ids)
     except (IndexError, RuntimeError) as error:
-        raise UserError(f"--check_model {name}: {one_line(error)}; is --block_size {block_size} "
+        raise UserError(f"--check_model {name}: {one_line(error)}; is --block_size {ids.shape[1]} "
                         "longer than its context?") from None  # fmt: skip
     ours = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     shapes = f"ids {tuple(ids.shape)} -> logits {tuple(out.logits.shape)}"
@@ -7504,11 +7475,6 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
     print(target)
 
 
-def synchronize(rt: Runtime) -> None:
-    if rt.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 @dataclass
 class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, RuntimeConfig):
     """Measure speed and memory of a preset on this machine."""
@@ -7529,30 +7495,22 @@ class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, Run
 def in_turns(sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = "") -> dict:
     """Median seconds of each side, measured A B A B ..., so that a drifting machine is fair."""
     times: dict[str, list[float]] = {name: [] for name in sides}
+    synchronize = torch.get_device_module(rt.device).synchronize
     for number in tqdm(range(rounds + 2), desc=f"measuring {what}", disable=not what):
         for name, side in sides.items():
-            synchronize(rt)
+            synchronize()
             started = time.perf_counter()
             side()
-            synchronize(rt)
+            synchronize()
             if number >= 2:  # two rounds to warm up, compile and fill caches
                 times[name].append(time.perf_counter() - started)
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
 
 
-def matmul_peak(rt: Runtime, rounds: int) -> float:
-    """FLOP/s of a large square matrix product in the run's dtype."""
-    n = 8192 if rt.device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=rt.device, dtype=rt.dtype)
-    return 2 * n**3 / in_turns({"": lambda: a @ a}, rt, rounds)[""]
-
-
-def matvec_bytes_per_second(rt: Runtime, rounds: int) -> float:
-    """Bytes a second at which a product reads a matrix that is too large for the caches."""
-    n = 16384 if rt.device.type == "cuda" else 8192
-    a = torch.randn(n, n, device=rt.device, dtype=rt.dtype)
-    v = torch.randn(n, 1, device=rt.device, dtype=rt.dtype)
-    return a.nbytes / in_turns({"": lambda: a @ v}, rt, rounds)[""]
+def product_seconds(rt: Runtime, n: int, columns: int, rounds: int) -> float:
+    """Seconds of a product of an (n, n) and an (n, columns) matrix in the run's dtype."""
+    a, b = (torch.randn(n, width, device=rt.device, dtype=rt.dtype) for width in (n, columns))
+    return in_turns({"": lambda: a @ b}, rt, rounds)[""]
 
 
 def flops_per_token(model: GPT, T: int) -> float:
@@ -7563,13 +7521,6 @@ def flops_per_token(model: GPT, T: int) -> float:
     c = model.config
     used = sum(p.numel() for b in model.blocks for p in b.parameters()) + model.head.weight.numel()
     return 6 * used + 12 * c.n_layer * T * c.n_head * c.head_dim
-
-
-def random_batch(config: BenchConfig, rt: Runtime, vocab_size: int) -> Batch:
-    """This process's share of one global batch. Speed does not depend on what the tokens are."""
-    shape = config.batch_size // rt.world_size, config.block_size + 1
-    tokens = torch.randint(vocab_size, shape, device=rt.device)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
 def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
@@ -7584,7 +7535,10 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
                           grad_checkpointing=config.grad_checkpointing),
         scaler=torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16),
     )  # fmt: skip
-    batch = random_batch(config, rt, model.config.vocab_size)
+    # This process's share of a global batch; speed does not depend on what the tokens are.
+    shape = config.batch_size // rt.world_size, config.block_size + 1
+    ids = torch.randint(model.config.vocab_size, shape, device=rt.device)
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     tokens = config.batch_size * config.block_size
 
     def our_step():
@@ -7602,13 +7556,13 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
                   "hf_fp32_": hf_step(config, rt, model, torch.float32, batch)}  # fmt: skip
     seconds = in_turns(sides, rt, config.rounds, "training")
     # The ceiling is taken right after the rounds it is compared with: clocks and neighbours drift.
-    peak = matmul_peak(rt, config.rounds)
+    n = 8192 if rt.device.type == "cuda" else 2048
+    peak = 2 * n**3 / product_seconds(rt, n, n, config.rounds)
     result = {
         "train_tokens_per_s": tokens / seconds[""], "step_ms": 1e3 * seconds[""],
         "matmul_peak_flops": peak, "peak_memory_bytes": memory,
         "mfu": tokens * flops_per_token(model, config.block_size) / seconds[""] / peak,
-        "grad_accum": run.progress.grad_accum,
-        "grad_checkpointing": run.progress.grad_checkpointing,
+        **{key: getattr(run.progress, key) for key in ("grad_accum", "grad_checkpointing")},
     }  # fmt: skip
     for name, key in (("hf_", "train_ratio"), ("hf_fp32_", "train_ratio_fp32")):
         if name in seconds:
@@ -7656,9 +7610,11 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
                                              attention_mask=torch.ones_like(many))  # fmt: skip
     seconds = in_turns(sides, rt, max(1, config.rounds // 2), "decoding")
     read = sum(p.nbytes for p in ours.blocks.parameters()) + ours.head.weight.nbytes
-    limit = batch * matvec_bytes_per_second(rt, config.rounds) / read
+    side = 16384 if rt.device.type == "cuda" else 8192  # a matrix too large for the caches
+    bandwidth = side**2 * rt.dtype.itemsize / product_seconds(rt, side, 1, config.rounds)
     speed = {name: batch * n / s for name, s in seconds.items()}
-    result = {"decode_tokens_per_s": speed[""], "decode_limit_tokens_per_s": limit}
+    result = {"decode_tokens_per_s": speed[""],
+              "decode_limit_tokens_per_s": batch * bandwidth / read}  # fmt: skip
     if "hf_" in speed:
         result |= {"hf_decode_tokens_per_s": speed["hf_"],
                    "decode_ratio": speed[""] / speed["hf_"]}  # fmt: skip
@@ -7674,41 +7630,33 @@ def with_prefix(value: float, unit: str) -> str:
     return f"{value:.3g} {(prefixes[0] + unit).strip()}"
 
 
-def in_unit(unit: str) -> Callable[[float], str]:
-    return lambda value: with_prefix(value, unit)
+TOKENS_PER_S = partial(with_prefix, unit=" tok/s")
 
 
 # key of --json: (what people read, how it is written)
 BENCH_ROWS: dict[str, tuple[str, Callable]] = {
-    "params": ("parameters", in_unit("")),
+    "params": ("parameters", partial(with_prefix, unit="")),
     "device": ("device", str),
     "dtype": ("dtype", str),
     "threads": ("CPU threads", str),
-    "train_tokens_per_s": ("training", in_unit(" tok/s")),
+    "train_tokens_per_s": ("training", TOKENS_PER_S),
     "step_ms": ("one step", "{:,.1f} ms".format),
-    "matmul_peak_flops": ("matrix products at their fastest", in_unit("FLOP/s")),
+    "matmul_peak_flops": ("matrix products at their fastest", partial(with_prefix, unit="FLOP/s")),
     "mfu": ("of that, used by training (MFU)", "{:.1%}".format),
     "peak_memory_bytes": ("peak memory", lambda n: f"{n / 2**30:.2f} GiB"),
     "grad_accum": ("micro-batches a step", str),
     "grad_checkpointing": ("activations recomputed", lambda on: "yes" if on else "no"),
-    "decode_tokens_per_s": ("decoding", in_unit(" tok/s")),
-    "decode_limit_tokens_per_s": ("decoding, limit of the bandwidth", in_unit(" tok/s")),
-    "hf_train_tokens_per_s": ("training, transformers", in_unit(" tok/s")),
+    "decode_tokens_per_s": ("decoding", TOKENS_PER_S),
+    "decode_limit_tokens_per_s": ("decoding, limit of the bandwidth", TOKENS_PER_S),
+    "hf_train_tokens_per_s": ("training, transformers", TOKENS_PER_S),
     "train_ratio": ("training, times transformers", "{:.2f}".format),
-    "hf_fp32_train_tokens_per_s": ("training, transformers in fp32", in_unit(" tok/s")),
+    "hf_fp32_train_tokens_per_s": ("training, transformers in fp32", TOKENS_PER_S),
     "train_ratio_fp32": ("training, times transformers in fp32", "{:.2f}".format),
-    "hf_decode_tokens_per_s": ("decoding, transformers", in_unit(" tok/s")),
+    "hf_decode_tokens_per_s": ("decoding, transformers", TOKENS_PER_S),
     "decode_ratio": ("decoding, times transformers", "{:.2f}".format),
-    "whole_run_tokens": ("a whole run over the data", in_unit(" tokens")),
+    "whole_run_tokens": ("a whole run over the data", partial(with_prefix, unit=" tokens")),
     "whole_run_seconds": ("its time, about", lambda s: str(timedelta(seconds=round(s)))),
 }
-
-
-def bench_card(result: dict) -> str:
-    """The result of a benchmark as a table for people."""
-    unknown = () if result["whole_run_tokens"] else ("whole_run_tokens", "whole_run_seconds")
-    rows = [(*BENCH_ROWS[key], value) for key, value in result.items() if key not in unknown]
-    return "\n".join(f"{label:<38}{written(value)}" for label, written, value in rows)
 
 
 def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
@@ -7724,13 +7672,15 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     with training_precision(rt.device):
         result |= bench_training(config, rt, model)
     result |= bench_decoding(config, rt, model)
-    tokens = config.batch_size * config.block_size
-    total = config.max_steps * tokens or config.epochs * corpus_bytes(config.data_dir)
-    result["whole_run_tokens"] = total
-    result["whole_run_seconds"] = total / result["train_tokens_per_s"]
-    print(bench_card(result))
+    total = config.max_steps * config.batch_size * config.block_size
+    total = total or config.epochs * corpus_bytes(config.data_dir)
+    seconds = total / result["train_tokens_per_s"]
+    run_time = {"whole_run_tokens": total, "whole_run_seconds": seconds}
+    for key, value in (result | (run_time if total else {})).items():
+        label, written = BENCH_ROWS[key]
+        print(f"{label:<38}{written(value)}")
     if config.json:
-        write_result(config.json, result)
+        write_result(config.json, result | run_time)
 
 
 def peak_memory(rt: Runtime) -> int:
