@@ -79,7 +79,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial, wraps
 from glob import glob
-from itertools import chain, groupby, islice
+from itertools import chain, count, groupby, islice, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -3003,68 +3003,9 @@ def byte_alphabet() -> dict[str, int]:
 # files -> Records -> exact duplicates dropped -> train or val, by hash -> token store
 # ====================================================================================
 
-UTF8 = codecs.getincrementaldecoder("utf-8")
 BLOCK = 1 << 16  # characters or bytes handled at a time
 LONG_TEXT = 64 * 1024  # bytes; a longer plain text gives its last part to validation
 BYTES_PER_TOKEN = 4  # of English under BPE, for guessing how much of a file --max_tokens needs
-
-
-def open_binary(path: Path):
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
-
-
-@dataclass
-class TextFile:
-    """A UTF-8 file, read in blocks as often as needed, so that it may be longer than memory."""
-
-    path: Path
-    errors: str = "strict"  # or "replace"
-    limit: int = 0  # bytes to read (0: all)
-    replaced: int = 0  # invalid sequences that the last pass turned into U+FFFD
-
-    def blocks(self) -> Iterator[str]:
-        """The text without a byte order mark. Raises UserError with the offset of invalid bytes."""
-        decoder, offset, replaced = UTF8(self.errors), 0, 0
-        try:
-            with open_binary(self.path) as file:
-                while True:
-                    data = file.read(min(BLOCK, self.limit - offset) if self.limit else BLOCK)
-                    pending = decoder.getstate()[0]  # the beginning of a character
-                    cut_off = 0 < self.limit <= offset  # maybe inside a character: no error
-                    text = decoder.decode(data, final=not data and not cut_off)
-                    if self.errors == "replace" and "\ufffd" in text:
-                        genuine = (pending + data).count("\ufffd".encode())
-                        replaced += text.count("\ufffd") - genuine
-                    if text:
-                        yield text.removeprefix("\ufeff") if offset == len(pending) else text
-                    offset += len(data)
-                    if not data:
-                        break
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.path}: invalid UTF-8 at byte {offset - len(pending) + error.start}; "
-                "convert the file, or pass --encoding_errors replace"
-            ) from None
-        except (OSError, EOFError, gzip.zlib.error) as error:
-            raise UserError(f"cannot read {self.path}: {one_line(error)}") from None
-        self.replaced = replaced
-
-    def pieces(self, delimiter: str) -> Iterator[str]:
-        """The text between delimiters."""
-        parts: list[str] = []  # of the piece that is being read
-        tail = ""  # as much of it as may begin a delimiter that straddles two blocks
-        for block in self.blocks():
-            head, *rest = (tail + block).split(delimiter)
-            parts.append(head)
-            for piece in rest:
-                yield "".join(parts)
-                parts = [piece]
-            last = parts.pop()
-            cut = max(0, len(last) - len(delimiter) + 1)
-            tail = last[cut:]
-            parts.append(last[:cut])
-        if any(parts) or tail:
-            yield "".join([*parts, tail])
 
 
 @dataclass
@@ -3127,6 +3068,11 @@ class Report:
             raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip")
         self.skip(source, why, where)
 
+    def replaced(self, source: str, file: TextFile) -> None:
+        if file.replaced:
+            what = "invalid UTF-8 replaced by U+FFFD"
+            self.count(source, what, file.replaced, str(file.path))
+
     def advise(self, text: str) -> None:
         """A line below the table, once."""
         if text not in self.advice:
@@ -3143,6 +3089,71 @@ class Report:
         return table + self.advice
 
 
+# --- reading files ---
+
+UTF8 = codecs.getincrementaldecoder("utf-8")
+UNREADABLE = (OSError, EOFError, zlib.error)  # a missing file, or one that gzip cannot unpack
+
+
+def is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def ending(path: Path) -> str:
+    """A file's ending in lower case, without .gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def open_binary(path: Path):
+    return gzip.open(path, "rb") if is_packed(path) else open(path, "rb")
+
+
+@dataclass
+class TextFile:
+    """A UTF-8 file, read in blocks as often as needed, so that it may be longer than memory."""
+
+    path: Path
+    errors: str = "strict"  # or "replace"
+    limit: int = sys.maxsize  # bytes to read
+    replaced: int = 0  # invalid sequences that the last pass turned into U+FFFD
+
+    def blocks(self) -> Iterator[str]:
+        """The text without a byte order mark. Raises UserError with the offset of invalid bytes."""
+        decoder, offset, replaced = UTF8(self.errors), 0, 0
+        try:
+            with open_binary(self.path) as file:
+                while True:
+                    data = file.read(min(BLOCK, self.limit - offset))
+                    pending = decoder.getstate()[0]  # the beginning of a character
+                    cut_off = offset >= self.limit  # maybe inside a character: no error
+                    text = decoder.decode(data, final=not data and not cut_off)
+                    genuine = (pending + data).count("\ufffd".encode())
+                    replaced += text.count("\ufffd") - genuine
+                    if text:
+                        yield text.removeprefix("\ufeff") if offset == len(pending) else text
+                    offset += len(data)
+                    if not data:
+                        break
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.path}: invalid UTF-8 at byte {offset - len(pending) + error.start}; "
+                "convert the file, or pass --encoding_errors replace"
+            ) from None
+        except UNREADABLE as error:
+            raise UserError(f"cannot read {self.path}: {one_line(error)}") from None
+        self.replaced = replaced
+
+    def pieces(self, delimiter: str) -> Iterator[str]:
+        """The text between delimiters."""
+        blocks, rest = self.blocks(), ""
+        # As much again as is left over, so that a long piece is not searched block by block anew.
+        while more := "".join(islice(blocks, 1 + len(rest) // BLOCK)):
+            *pieces, rest = (rest + more).split(delimiter)
+            yield from pieces
+        if rest:
+            yield rest
+
+
 # --- rows of JSON and of tables become records ---
 
 # What a column may be called. A layout is a question with an answer, a dialogue, a preference
@@ -3157,9 +3168,7 @@ UNSUPPORTED = (
     "tools", "functions", "tool_calls", "function_call", "tool_call_id",
     "image", "images", "video", "videos", "audio", "audios",
 )  # fmt: skip
-KNOWN_COLUMNS = {
-    *(*QUESTIONS, *ANSWERS, *DIALOGUES, *INPUTS, *SYSTEMS, *OTHERS, *UNSUPPORTED),
-}
+KNOWN_COLUMNS = {*QUESTIONS, *ANSWERS, *DIALOGUES, *INPUTS, *SYSTEMS, *OTHERS, *UNSUPPORTED}
 LAYOUTS = (
     "text; instruction, prompt or question (with input or context, system, history) and output, "
     "completion, response or answer; messages or conversations; chosen and rejected"
@@ -3187,11 +3196,12 @@ def present(row: dict, names: tuple[str, ...]) -> str:
     return found[0] if found else ""
 
 
-def text_of(row: dict, names: tuple[str, ...]) -> str:
+def text_in(row: dict, *names: str) -> str | TextFile:
     """The text of the one column among these that is filled, "" without one."""
-    name = present({n: row[n] for n in names if row.get(n) not in (None, "")}, names)
-    value = row[name] if name else ""
-    if not isinstance(value, str):
+    row = {name: row[name] for name in names if row.get(name) not in (None, "")}
+    name = present(row, names)
+    value = row.get(name, "")
+    if not isinstance(value, str | TextFile):
         raise ValueError(f"{name!r} must be text, not {type(value).__name__}")
     return value
 
@@ -3203,6 +3213,20 @@ def refuse_unsupported(row: dict, place: str) -> None:
             raise ValueError(f"{name!r} in {place}: tool calls and media are not supported")
 
 
+def content_of(entry: dict, name: str, column: str) -> str:
+    """The text under `name` or "value", or that of its parts {type: text, text}."""
+    content = entry.get(name) if entry.get(name) is not None else entry.get("value")
+    if isinstance(content, list) and name == "content":
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text":
+                raise ValueError(f"a part of type {kind!r} in {column!r}: only text is supported")
+        return "".join(content_of(part, "text", column) for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"a message in {column!r} has no text")
+    return content
+
+
 def message_from(entry: dict, column: str) -> Message:
     """A message as {role, content} (OpenAI) or {from, value} (ShareGPT)."""
     if not isinstance(entry, dict):
@@ -3210,37 +3234,20 @@ def message_from(entry: dict, column: str) -> Message:
     refuse_unsupported(entry, repr(column))
     role = entry.get("role") or entry.get("from")
     if not isinstance(role, str) or role not in ROLES:
-        known = ", ".join(ROLES)
-        raise ValueError(f"unknown role {role!r} in {column!r} (known: {known})")
-    content = entry.get("content") if entry.get("content") is not None else entry.get("value")
-    if isinstance(content, list):
-        content = "".join(text_part(part, column) for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f"a message in {column!r} has no text")
+        raise ValueError(f"unknown role {role!r} in {column!r} (known: {', '.join(ROLES)})")
     weight = entry.get("weight")  # OpenAI's: 0 for an answer that is not to be trained
     if weight not in (None, 0, 1):
         raise ValueError(f"weight {weight!r} in {column!r} is neither 0 nor 1")
-    return Message(ROLES[role], content, trained=weight != 0)
-
-
-def text_part(part: dict, column: str) -> str:
-    """The text of one part of a message's content: {type: text, text: ...}."""
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind != "text":
-        raise ValueError(f"a part of type {kind!r} in {column!r}: only text is supported")
-    text = part.get("text") if part.get("text") is not None else part.get("value")
-    if not isinstance(text, str):
-        raise ValueError(f"a part of a message in {column!r} has no text")
-    return text
+    return Message(ROLES[role], content_of(entry, "content", column), trained=weight != 0)
 
 
 def messages_of(value, column: str, role: str = "") -> list[Message]:
     """The messages that a column holds: a list, a single one, a transcript, or text of `role`."""
     if isinstance(value, dict):
         value = [value]
+    if value == []:
+        raise ValueError(f"no messages in {column!r}")
     if isinstance(value, list):
-        if not value:
-            raise ValueError(f"no messages in {column!r}")
         return [message_from(entry, column) for entry in value]
     if not isinstance(value, str):
         raise ValueError(f"{column!r} must be text or messages, not {type(value).__name__}")
@@ -3259,25 +3266,38 @@ def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
 
     A column that repeats a part of the others (UltraFeedback's prompt) is passed over.
     """
-    parts = []
-    if asked:
-        parts.append(messages_of(row[asked], asked, "user"))
-        extra = text_of(row, INPUTS)
-        if extra and len(parts[0]) > 1:
+    columns = [(name, role) for name, role in ((asked, "user"), (talk, ""), (answer, "assistant"))
+               if name]  # fmt: skip
+    parts = [messages_of(row[name], name, role) for name, role in columns]
+    extra = text_in(row, *INPUTS) if asked else ""
+    if extra:
+        if len(parts[0]) > 1:
             raise ValueError(f"an input beside the messages of {asked!r}")
-        parts[0][-1] = parts[0][-1]._replace(input=extra)
-    if talk:
-        parts.append(messages_of(row[talk], talk))
-    if answer:
-        parts.append(messages_of(row[answer], answer, "assistant"))
+        parts[0][0] = parts[0][0]._replace(input=extra)
     body = parts.pop()
     while parts and body[0].role == "assistant" and parts[-1][-1].role != "assistant":
         body = parts.pop() + body
     for part in parts:
         if not {m.text for m in part} <= {m.text for m in body}:
-            columns = " and ".join(repr(c) for c in (asked, talk, answer) if c)
-            raise ValueError(f"{columns} hold different dialogues: drop a column")
+            names = " and ".join(repr(name) for name, _ in columns)
+            raise ValueError(f"{names} hold different dialogues: drop a column")
     return body
+
+
+def preamble_of(row: dict, body: list[Message]) -> list[Message]:
+    """What columns of their own put before a dialogue: a system text, Alpaca's history."""
+    system, has_system = text_in(row, *SYSTEMS), body[0].role == "system"
+    history = row.get("history") or []
+    if has_system and (history or system not in ("", body[0].text)):
+        raise ValueError("a system text both inside the dialogue and beside it")
+    before = [Message("system", system)] if system and not has_system else []
+    for pair in history if isinstance(history, list) else [history]:
+        match pair:
+            case [str(user), str(assistant)]:
+                before += [Message("user", user), Message("assistant", assistant)]
+            case _:
+                raise ValueError("'history' must be a list of [user, assistant] texts")
+    return before
 
 
 def turns_of(messages: list[Message]) -> list[Turn]:
@@ -3288,12 +3308,11 @@ def turns_of(messages: list[Message]) -> list[Turn]:
     """
     joined: list[Message] = []
     for role, group in groupby(messages, key=lambda m: m.role):
-        first, *more = group
-        if any(m.trained != first.trained for m in more):
+        _, texts, inputs, trained = zip(*group, strict=True)
+        if len(set(trained)) > 1:
             raise ValueError("answers of different weight in a row")
-        text = "\n\n".join(m.text for m in (first, *more))
-        extra = "\n".join(m.input for m in (first, *more) if m.input)
-        joined.append(Message(role, text, extra, first.trained))
+        extra = "\n".join(filter(None, inputs))
+        joined.append(Message(role, "\n\n".join(texts), extra, trained[0]))
     system = joined.pop(0).text if joined and joined[0].role == "system" else ""
     roles = [m.role for m in joined]
     if "system" in roles:
@@ -3302,65 +3321,11 @@ def turns_of(messages: list[Message]) -> list[Turn]:
         raise ValueError("a conversation must begin with the user's message")
     if roles[-1] != "assistant":
         raise ValueError("a conversation must end with an assistant's answer")
-    return [
-        Turn(
-            instruction_prompt(question.text, question.input, "" if n else system),
-            instruction_response(answer.text),
-            answer.trained,
-        )
-        for n, (question, answer) in enumerate(zip(joined[::2], joined[1::2], strict=True))
-    ]
-
-
-def preamble_of(row: dict, body: list[Message]) -> list[Message]:
-    """What columns of their own put before a dialogue: a system text, Alpaca's history."""
-    history = row.get("history") or []
-    pairs = isinstance(history, list) and all(
-        isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p)
-        for p in history
-    )
-    if not pairs:
-        raise ValueError("'history' must be a list of [user, assistant] texts")
-    system = text_of(row, SYSTEMS)
-    has_system = body[0].role == "system"
-    if has_system and (history or system not in ("", body[0].text)):
-        raise ValueError("a system text both inside the dialogue and beside it")
-    before = [Message("system", system)] if system and not has_system else []
-    for user, assistant in history:
-        before += [Message("user", user), Message("assistant", assistant)]
-    return before
-
-
-def record_from_row(row: dict, source: str, text_field: str, where: str) -> Record:
-    """A Record from a JSON object or a table's row in any of LAYOUTS. Raises ValueError if none."""
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
-    if text_field != "text" and row.get(text_field) is not None:  # asked for by name
-        return plain_record(row, source, text_field, where)
-    asked, talk = present(row, QUESTIONS), present(row, DIALOGUES)
-    preference = row.get("chosen") is not None  # counts, whatever other answer stands beside it
-    answer = "chosen" if preference else present(row, ANSWERS)
-    pair = preference and row.get("rejected") is not None
-    if not (pair or talk or (asked and answer)):
-        if row.get(text_field) is None:
-            names = ", ".join(map(repr, list(row)[:8])) or "none"
-            raise ValueError(f"no known layout among the fields {names}; known are {LAYOUTS}")
-        if asked or answer:
-            raise ValueError(f"{asked or answer!r} beside 'text', and no "
-                             f"{'answer' if asked else 'question'}: name one by --text_field")  # fmt: skip
-        return plain_record(row, source, text_field, where)
-    refuse_unsupported(row, "the row")
-    body = dialogue_of(row, asked, talk, answer)
-    rejected = rejected_answer(row["rejected"], body) if pair else ""
-    if row.get("label") is False:  # KTO's: an answer that people did not like
-        body[-1] = body[-1]._replace(trained=False)
-    return Record(source, turns_of(preamble_of(row, body) + body), rejected, where)
-
-
-def plain_record(row: dict, source: str, text_field: str, where: str) -> Record:
-    if not isinstance(row[text_field], str):
-        raise ValueError(f"{text_field!r} must be text, not {type(row[text_field]).__name__}")
-    return Record(source, [Turn("", row[text_field])], where=where)
+    turns = []
+    for question, answer in zip(joined[::2], joined[1::2], strict=True):
+        prompt = instruction_prompt(question.text, question.input, "" if turns else system)
+        turns.append(Turn(prompt, instruction_response(answer.text), answer.trained))
+    return turns
 
 
 def rejected_answer(value, body: list[Message]) -> str:
@@ -3373,30 +3338,57 @@ def rejected_answer(value, body: list[Message]) -> str:
     return instruction_response(last.text)
 
 
-# --- readers ---
+def record_from_row(row: dict, source: str, text_field: str, where: str) -> Record:
+    """A Record from a row in any of LAYOUTS. Raises ValueError if it has none of them."""
+    if isinstance(row, Exception):
+        raise ValueError(one_line(row, 400))
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {type(row).__name__}")
+    if None in row:  # csv's name for cells beyond the last column
+        raise ValueError("more cells than the first line names columns")
+    has_text = row.get(text_field) is not None
+    if has_text and text_field != "text":  # asked for by name
+        return Record(source, [Turn("", text_in(row, text_field))], where=where)
+    asked, talk = present(row, QUESTIONS), present(row, DIALOGUES)
+    preference = row.get("chosen") is not None  # counts, whatever other answer stands beside it
+    answer = "chosen" if preference else present(row, ANSWERS)
+    pair = preference and row.get("rejected") is not None
+    if not (pair or talk or (asked and answer)):
+        if not has_text:
+            names = ", ".join(map(repr, list(row)[:8])) or "none"
+            raise ValueError(f"no known layout among the fields {names}; known are {LAYOUTS}")
+        if asked or answer:
+            raise ValueError(f"{asked or answer!r} beside 'text', and no "
+                             f"{'answer' if asked else 'question'}: name one by --text_field")  # fmt: skip
+        return Record(source, [Turn("", text_in(row, text_field))], where=where)
+    refuse_unsupported(row, "the row")
+    body = dialogue_of(row, asked, talk, answer)
+    rejected = rejected_answer(row["rejected"], body) if pair else ""
+    if row.get("label") is False:  # KTO's: an answer that people did not like
+        body[-1] = body[-1]._replace(trained=False)
+    return Record(source, turns_of(preamble_of(row, body) + body), rejected, where)
 
 
 def records_from_rows(
-    rows: Iterable[tuple[str, object]],
-    source: str,
-    config: DataConfig,
-    report: Report,
-    decode: Callable = lambda row: row,
-) -> Iterator[Record]:
-    """Records of (where, row), each row first decoded; those of no known layout are reported."""
+    rows: Iterable[tuple[str, object]], source: str, config: DataConfig, report: Report,
+    instructions: str = "",
+) -> Iterator[Record]:  # fmt: skip
+    """Records of (where, row); a row of no known layout, or an error in its place, is reported.
+
+    instructions: the source of records that have a prompt, where that is another.
+    """
     for where, row in rows:
         try:
-            record = record_from_row(decode(row), source, config.text_field, where)
+            record = record_from_row(row, source, config.text_field, where)
         except (ValueError, RecursionError) as error:
             report.malformed(source, one_line(error, 400), where)
             continue
-        if not record.is_plain and not config.hf_dataset:
-            record.source = "instructions"
+        if instructions and not record.is_plain:
+            record.source = instructions
         context = sum(not turn.trained for turn in record.turns)
         if context:
-            report.count(
-                record.source, "answers not trained: weight 0, label false", context, where
-            )
+            what = "answers not trained: weight 0, label false"
+            report.count(record.source, what, context, where)
         if context == len(record.turns):
             report.skip(record.source, "no answer to train", where)
             continue
@@ -3406,188 +3398,134 @@ def records_from_rows(
         yield record
 
 
-def load_sms_spam(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+# --- one reader for each format: (where, row) of every row, or the error in its place ---
+
+
+def sms_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
     """SMS Spam Collection: a label, a tab, a message on each line, no quoting."""
-    file = TextFile(path, config.encoding_errors)
+    task = "classify if the SMS is spam or ham"
     for number, line in enumerate(file.pieces("\n"), 1):
-        where = f"{path}:{number}"
         label, tab, message = line.rstrip("\r").partition("\t")
-        if not line.strip():
-            report.skip("sms", "empty line", where)
-        elif not tab or not label.strip():
-            report.malformed("sms", "no tab between label and message", where)
-        else:
-            prompt = instruction_prompt("classify if the SMS is spam or ham", message)
-            answer = instruction_response(label.strip())
-            yield Record("sms", [Turn(prompt, answer)], where=where)
-    count_replaced(file, "sms", report)
+        row = dict(instruction=task, input=message, output=label.strip())
+        if not tab or not label.strip():
+            row = ValueError("no tab between label and message")
+        if line.strip():
+            yield f"{file.path}:{number}", row
 
 
-def count_replaced(file: TextFile, source: str, report: Report) -> None:
-    if file.replaced:
-        what = "invalid UTF-8 replaced by U+FFFD"
-        report.count(source, what, file.replaced, str(file.path))
-
-
-def is_json_lines(file: TextFile) -> bool:
-    """Whether the first line of a .json file is an object by itself."""
-    if not next(file.blocks(), "").lstrip().startswith("{"):
-        return False
+def json_value(text: str):
+    """What a JSON text holds, or the error in its place."""
     try:
-        return isinstance(json.loads(next(file.pieces("\n"))), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def load_json(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
-    """A JSON list of objects, or JSON Lines under whatever name."""
-    file = TextFile(path, config.encoding_errors)
-    ending = Path(path.name.lower().removesuffix(".gz")).suffix
-    if ending != ".json" or is_json_lines(file):
-        lines = enumerate(file.pieces("\n"), 1)
-        rows = ((f"{path}:{number}", line) for number, line in lines if line.strip())
-        yield from records_from_rows(rows, path.name, config, report, json.loads)
-    else:
-        entries = enumerate(json_list(file, report), 1)
-        rows = ((f"{path}: entry {number}", entry) for number, entry in entries)
-        yield from records_from_rows(rows, path.name, config, report)
-    count_replaced(file, path.name, report)
-
-
-def json_list(file: TextFile, report: Report) -> list:
-    """The entries of a file that is one JSON list; reported where it is not."""
-    try:
-        entries = json.loads("".join(file.blocks()))
-        if isinstance(entries, list):
-            return entries
-        why = f"expected a list of objects, or an object a line, not a {type(entries).__name__}"
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        why = f"not valid JSON: {one_line(error)}"
-    report.malformed(file.path.name, why, str(file.path))
-    return []
+        return error
 
 
-def load_csv(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+def json_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
+    """A JSON list of objects, or JSON Lines under whatever name."""
+    path, first = file.path, next(file.pieces("\n"), "")
+    is_object = first.lstrip().startswith("{") and isinstance(json_value(first), dict)
+    if is_object or ending(path) != ".json":
+        lines = enumerate(file.pieces("\n"), 1)
+        yield from ((f"{path}:{n}", json_value(line)) for n, line in lines if line.strip())
+        return
+    entries = json_value("".join(file.blocks()))
+    if isinstance(entries, list):
+        yield from ((f"{path}: entry {n}", entry) for n, entry in enumerate(entries, 1))
+    else:
+        what = entries if isinstance(entries, Exception) else f"found a {type(entries).__name__}"
+        why = f"expected a JSON list of objects, or an object a line: {one_line(what)}"
+        yield str(path), ValueError(why)
+
+
+def csv_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
     """A table whose first line names its columns, separated by commas, semicolons or tabs."""
-    file = TextFile(path, config.encoding_errors)
     lines = (line + "\n" for line in file.pieces("\n"))
     header = next(lines, "")
     csv.field_size_limit(2**31 - 1)
     delimiter = max(",;\t", key=header.count)
     table = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
-
-    def rows() -> Iterator[tuple[str, dict]]:
+    problem = layout_problem(table.fieldnames or [], config.text_field)
+    try:
+        if problem:
+            yield str(file.path), problem
+            return
         for row in table:
-            yield f"{path}:{table.line_num}", row
-
-    def checked(row: dict) -> dict:
-        if None in row:
-            raise ValueError("more cells than the first line names columns")
-        return row
-
-    try:
-        if has_layout(path, table.fieldnames or [], config, report):
-            yield from records_from_rows(rows(), path.name, config, report, checked)
+            yield f"{file.path}:{table.line_num}", row
     except csv.Error as error:
-        report.malformed(path.name, one_line(error), f"{path}:{table.line_num}")
-    count_replaced(file, path.name, report)
+        yield f"{file.path}:{table.line_num}", error
 
 
-def load_tsv(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
-    """The SMS collection by its labels; else a table with named columns."""
-    first = next((p for p in TextFile(path, config.encoding_errors).pieces("\n") if p.strip()), "")
-    is_sms = first.partition("\t")[0].strip() in ("ham", "spam")
-    yield from (load_sms_spam if is_sms else load_csv)(path, config, report)
+def layout_problem(columns: list[str], text_field: str) -> ValueError | None:
+    """An error where a table's columns hold no known layout."""
+    names = set(columns)
+    is_pair = names & set(QUESTIONS) and names & set(ANSWERS)
+    if is_pair or names & {text_field, "chosen", *DIALOGUES}:
+        return None
+    listed = ", ".join(map(str, columns[:12]))
+    return ValueError(f"no column {text_field!r} and no known layout among its columns ({listed}); "
+                      f"name the one that holds text with --text_field, or use {LAYOUTS}")  # fmt: skip
 
 
-def has_layout(path: Path, columns: list[str], config: DataConfig, report: Report) -> bool:
-    """Whether a table's columns hold a known layout; reported where they do not."""
-    found = {config.text_field, "chosen", *DIALOGUES} & set(columns)
-    if found or (set(QUESTIONS) & set(columns) and set(ANSWERS) & set(columns)):
-        return True
-    names = ", ".join(map(str, columns[:12]))
-    report.malformed(
-        path.name,
-        f"no column {config.text_field!r} and no known layout among its columns ({names}); "
-        f"name the one that holds text with --text_field, or use {LAYOUTS}",
-        str(path),
-    )
-    return False
-
-
-def load_parquet(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+def parquet_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
     """Rows of a parquet file, FineWeb's layout and instruction tables alike, batch by batch."""
-    parquet = optional("pyarrow.parquet", "pyarrow")
-
-    def rows() -> Iterator[tuple[str, dict]]:
-        number = 0
-        for table in file.iter_batches(256, columns=wanted):
-            for row in table.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
-
+    parquet, path = optional("pyarrow.parquet", "pyarrow"), file.path
     try:
-        source = io.BytesIO(open_binary(path).read()) if path.suffix.lower() == ".gz" else path
-        with parquet.ParquetFile(source) as file:
-            columns = file.schema_arrow.names
+        source = io.BytesIO(open_binary(path).read()) if is_packed(path) else path
+        with parquet.ParquetFile(source) as table:
+            columns = table.schema_arrow.names
+            if problem := layout_problem(columns, config.text_field):
+                yield str(path), problem
+                return
             wanted = [c for c in columns if c in KNOWN_COLUMNS or c == config.text_field]
-            if has_layout(path, columns, config, report):
-                yield from records_from_rows(rows(), path.name, config, report)
-    except (OSError, EOFError, ValueError, ArithmeticError, gzip.zlib.error) as error:
-        # pyarrow's errors derive from these
+            batches = (batch.to_pylist() for batch in table.iter_batches(256, columns=wanted))
+            for number, row in enumerate(chain.from_iterable(batches), 1):
+                yield f"{path}: row {number}", row
+    except (*UNREADABLE, ValueError, ArithmeticError) as error:  # bases of pyarrow's errors
         raise UserError(f"cannot read {path} as parquet: {one_line(error)}") from None
 
 
-def load_plain_text(path: Path, config: DataConfig, report: Report) -> Iterator[Record]:
+def plain_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
     """One record a file, or one between delimiters.
 
     Under --max_tokens a long file is a text that ends about there: the rest is not read, and
     validation takes the last part of what is.
     """
-    file = TextFile(path, config.encoding_errors)
-    size = path.stat().st_size
+    path = file.path
     if config.doc_delimiter:
-        pieces = file.pieces(unescape(config.doc_delimiter))
-        for number, text in enumerate(pieces, 1):
-            yield Record(path.name, [Turn("", text)], where=f"{path}: document {number}")
-        count_replaced(file, path.name, report)
+        for number, text in enumerate(file.pieces(unescape(config.doc_delimiter)), 1):
+            yield f"{path}: document {number}", {config.text_field: text}
         return
-    if "<|endoftext|>" in next(file.blocks(), ""):
+    beginning = [*islice(file.blocks(), 2)]  # of a short file: all
+    if "<|endoftext|>" in "".join(beginning[:1]):
         report.advise(f"{path} holds <|endoftext|>, read as plain characters: "
                       "--doc_delimiter '<|endoftext|>' makes a record of each part")  # fmt: skip
     if path.suffix.lower() in SOURCE_CODE:
         report.advise(f"{path.parent} holds source code, read as plain text, one record a file")
-    text: str | TextFile = file
-    if size <= LONG_TEXT and path.suffix.lower() != ".gz":
-        text = "".join(file.blocks())
-        count_replaced(file, path.name, report)
-    elif config.max_tokens:
-        bytes_per_token = 1 if getattr(config, "tokenizer", "") == "byte" else BYTES_PER_TOKEN
-        file.limit = max(config.max_tokens * bytes_per_token, LONG_TEXT + 1)
-        if size > file.limit and path.suffix.lower() != ".gz":
-            report.count(
-                path.name, "bytes past --max_tokens, not read", size - file.limit, str(path)
-            )
-    yield Record(path.name, [Turn("", text)], where=str(path))
+    text: str | TextFile = "".join(beginning)
+    if len(beginning) > 1:
+        text = replace(file)
+        if config.max_tokens:
+            a_token = 1 if getattr(config, "tokenizer", "") == "byte" else BYTES_PER_TOKEN
+            text.limit = max(config.max_tokens * a_token, LONG_TEXT + 1)
+            rest = path.stat().st_size - text.limit
+            if rest > 0 and not is_packed(path):
+                report.count(path.name, "bytes past --max_tokens, not read", rest, str(path))
+    yield str(path), {config.text_field: text}
 
 
 def load_hub(config: DataConfig, report: Report, rows=None) -> Iterator[Record]:
     """Rows of a Hugging Face dataset, from the Hub or a local builder, whole or as a stream."""
-    name, number = config.hf_dataset, 0
-
-    def numbered() -> Iterator[tuple[str, dict]]:
-        nonlocal number
-        for number, row in enumerate(hub_rows(config) if rows is None else rows, 1):
-            yield f"{name}: row {number}", row
-
+    name, numbers = config.hf_dataset, count(1)
+    rows = hub_rows(config) if rows is None else rows
+    numbered = ((f"{name}: row {next(numbers)}", row) for row in rows)
     try:
-        yield from records_from_rows(numbered(), name, config, report)
+        yield from records_from_rows(numbered, name, config, report)
     except UserError:
         raise
     except Exception as error:  # of pyarrow, fsspec, the network: no common base
-        raise UserError(
-            f"{name}: cannot read on after row {number}: {one_line(error, 160)}"
-        ) from None
+        why = one_line(error, 160)
+        raise UserError(f"{name}: cannot read row {next(numbers)}: {why}") from None
 
 
 def hub_rows(config: DataConfig):
@@ -3610,16 +3548,11 @@ def hub_rows(config: DataConfig):
         ) from None
 
 
-READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[Record]]] = {
-    ".json": load_json,
-    ".jsonl": load_json,
-    ".ndjson": load_json,
-    ".csv": load_csv,
-    ".tsv": load_tsv,
-    ".parquet": load_parquet,
-    ".txt": load_plain_text,
-    ".md": load_plain_text,
-}
+READERS: dict[str, Callable[[TextFile, DataConfig, Report], Iterator[tuple]]] = {
+    ".json": json_rows, ".jsonl": json_rows, ".ndjson": json_rows,
+    ".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows,
+    ".txt": plain_rows, ".md": plain_rows,
+}  # fmt: skip
 SOURCE_CODE = {".py", ".js", ".ts", ".c", ".h", ".cpp", ".cc", ".java", ".go", ".rs", ".rb", ".sh"}
 BINARY = {  # first bytes -> what to do
     b"%PDF-": "a PDF: convert it to text first, for example with pdftotext",
@@ -3631,29 +3564,34 @@ BINARY = {  # first bytes -> what to do
 
 def find_reader(path: Path):
     """(reader, "") by a file's name or by a look inside, or (None, why it cannot be read)."""
-    name = path.name.lower().removesuffix(".gz")
-    if name.startswith("smsspamcollection"):
-        return load_sms_spam, ""
-    reader = READERS.get(Path(name).suffix)
+    is_sms = path.name.lower().startswith("smsspamcollection")
+    if ending(path) == ".tsv":
+        lines = TextFile(path, "replace").pieces("\n")
+        label = next(filter(str.strip, lines), "").partition("\t")[0]
+        is_sms = is_sms or label.strip() in ("ham", "spam")
+    reader = sms_rows if is_sms else READERS.get(ending(path))
     if reader:
         return reader, ""
     try:
         with open_binary(path) as file:
             head = file.read(4096)
-        for first, why in BINARY.items():
-            if head.startswith(first):
-                return None, why
-        if b"\0" in head:
-            return None, "not text"
-        UTF8().decode(head)  # incremental: a character may be cut at the end
+        why = next((why for first, why in BINARY.items() if head.startswith(first)), "not text")
+        if why == "not text" and b"\0" not in head:
+            UTF8().decode(head)  # incremental: a character may be cut at the end
+            return plain_rows, ""
     except PermissionError as error:
-        return None, f"cannot be read: {error.strerror}"
-    except (OSError, EOFError, UnicodeDecodeError, gzip.zlib.error):
-        return None, "not text"
-    return load_plain_text, ""
+        why = f"cannot be read: {error.strerror}"
+    except (*UNREADABLE, UnicodeDecodeError):
+        why = "not text"
+    return None, why
 
 
-# --- which files, and which part of the split they say they are ---
+# --- files and roles ---
+
+
+def named_data_dir(config: DataConfig) -> bool:
+    """Whether the user asked for this --data_dir, rather than leaving it at its default."""
+    return config.data_dir != DataConfig.data_dir or "data_dir" in config.given
 
 
 def made_here(folder: Path, names: set[str]) -> str:
@@ -3670,55 +3608,44 @@ def made_here(folder: Path, names: set[str]) -> str:
     return ""
 
 
-def kind_of_data_dir(config: DataConfig) -> str:
-    """What --data_dir names: "file", "folder", or "" for a default that is not there."""
-    root = Path(config.data_dir)
-    try:
-        if root.is_file():
-            return "file"
-        if root.is_dir():
-            return "folder"
-        what = "is neither a folder nor a file" if root.exists() else "does not exist"
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise UserError(f"cannot read --data_dir {root}: {error.strerror}") from None
-    if named_data_dir(config):
-        raise UserError(f"--data_dir {root} {what}: name a folder or a file with text")
-    return ""
-
-
 def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
     """(files under --data_dir in a stable order, {what is left out: why}). Raises UserError.
 
     Links to folders are followed, each folder once; names that begin with a dot are passed over.
     """
-    root, kind = Path(config.data_dir), kind_of_data_dir(config)
-    if kind != "folder":
-        return [root] if kind else [], {}
-    files, left_out = [], {}
-    folders, links = [root], []
+    root = Path(config.data_dir)
+    try:
+        if root.is_file():
+            return [root], {}
+        if not root.is_dir():
+            what = "is neither a folder nor a file" if root.exists() else "does not exist"
+            if named_data_dir(config):
+                raise UserError(f"--data_dir {root} {what}: name a folder or a file with text")
+            return [], {}
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"cannot read --data_dir {root}: {error.strerror}") from None
+    files, left_out, folders = [], {}, deque([root])
     met = {os.path.realpath(config.processed_dir): "where token stores are kept"}
-    met.pop(os.path.realpath(root), None)
-    while folders or links:  # links last, so that a file keeps the name of its real folder
-        folder = folders.pop() if folders else links.pop(0)
+    while folders:
+        folder = folders.popleft()
         real = os.path.realpath(folder)
         try:
             entries = sorted(os.scandir(folder), key=lambda e: e.name)
-            why = made_here(folder, {e.name for e in entries}) if folder != root else ""
-            why = why or met.get(real, "")
-            if why:
+            why = made_here(folder, {e.name for e in entries}) or met.get(real)
+            if why and folder != root:
                 left_out[folder] = why
                 continue
             met[real] = "a link to a folder that is read already"
             for entry in entries:
-                path = folder / entry.name
+                path, is_link = folder / entry.name, entry.is_symlink()
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
-                    (links if entry.is_symlink() else folders).append(path)
+                if entry.is_dir():  # links last, so that a file keeps the name of its real folder
+                    (folders.append if is_link else folders.appendleft)(path)
                 elif entry.is_file():
                     files.append(path)
                 else:
-                    left_out[path] = "a broken link" if entry.is_symlink() else "not a regular file"
+                    left_out[path] = "a broken link" if is_link else "not a regular file"
         except OSError as error:
             left_out[folder] = f"cannot be read: {error.strerror}"
     return sorted(files), left_out
@@ -3729,11 +3656,6 @@ def find_files(config: DataConfig) -> list[Path]:
     return walk(config)[0]
 
 
-def named_data_dir(config: DataConfig) -> bool:
-    """Whether the user asked for this --data_dir, rather than leaving it at its default."""
-    return config.data_dir != DataConfig.data_dir or "data_dir" in config.given
-
-
 ROLE_WORDS = {
     "train": "train", "training": "train", "valid": "val", "validation": "val", "val": "val",
     "dev": "val", "test": "test",
@@ -3742,93 +3664,34 @@ ROLE_WORDS = {
 
 def role_in_name(name: str, is_folder: bool) -> str:
     """The role that a name speaks of; a folder's whole name, any word of a file's."""
-    name = name.lower()
-    words = [name] if is_folder else re.split(r"[^a-z]+", name)
+    words = [name.lower()] if is_folder else re.split(r"[^a-z]+", name.lower())
     return next((ROLE_WORDS[word] for word in words if word in ROLE_WORDS), "")
 
 
-@dataclass
-class Roles:
-    """train, val or test, where the name of a file or of its folder says so, else "".
+def roles_in(folder: Path, is_folder: bool) -> set[str]:
+    """The roles that the names of a folder's files, or of its folders, speak of."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return {role_in_name(e.name, is_folder) for e in entries if e.is_dir() == is_folder}
+    return set()
+
+
+def role_of(path: Path, is_folder: bool, roles_in: Callable = roles_in) -> str:
+    """train, val or test, where the name of a file or folder says so, else "".
 
     A name counts where its siblings on disk make a split of it: a training and a validation part,
     or a test part beside a training part. So one file of such a folder keeps its role.
     """
-
-    root: Path
-    siblings: dict[tuple[Path, bool], set[str]] = field(default_factory=dict)
-
-    def of_name(self, path: Path, is_folder: bool) -> str:
-        key = path.parent, is_folder
-        if key not in self.siblings:
-            self.siblings[key] = set()
-            with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
-                self.siblings[key] = {
-                    role_in_name(e.name, is_folder) for e in entries if e.is_dir() == is_folder
-                }
-        beside, role = self.siblings[key], role_in_name(path.name, is_folder)
-        split = {"train", "val"} <= beside or (role == "test" and "train" in beside)
-        return role if split else ""
-
-    def of_root(self) -> str:
-        """The role of what --data_dir names: a folder, or a file and the folder it stands in."""
-        root = Path(os.path.abspath(self.root))
-        if root.is_dir():
-            return self.of_name(root, True)
-        return self.of_name(root, False) or self.of_name(root.parent, True)
-
-    def of(self, path: Path) -> str:
-        """The role of a file below the root; its own name counts most, then its folder's."""
-        part, is_folder = path, False
-        while part not in (self.root, part.parent):
-            role = self.of_name(part, is_folder)
-            if role:
-                return role
-            part, is_folder = part.parent, True
-        role = self.of_root()
-        return (
-            "val" if role == "test" else role
-        )  # a test part that is named is read, not trained on
+    beside, role = roles_in(path.parent, is_folder), role_in_name(path.name, is_folder)
+    split = {"train", "val"} <= beside or (role == "test" and "train" in beside)
+    return role if split else ""
 
 
 def data_role(config: DataConfig) -> str:
-    """train, val or test where --data_dir names one part of a folder that is split, else ""."""
-    return "" if config.hf_dataset else Roles(Path(config.data_dir)).of_root()
-
-
-def toy_records() -> Iterator[Record]:
-    """A few thousand generated instructions, so that every command runs on an empty machine."""
-    rng = np.random.default_rng(0)
-    words = ["sun", "moon", "tree", "river", "stone", "cloud", "bird", "fish", "lamp", "book"]
-    phrases = {
-        "good morning": "bonjour",
-        "thank you": "merci",
-        "good night": "bonne nuit",
-        "see you soon": "a bientot",
-        "please": "s'il vous plait",
-        "yes": "oui",
-        "no": "non",
-    }
-    tasks = {
-        "Repeat the words.": lambda w: " ".join(w),
-        "Reverse the order of the words.": lambda w: " ".join(reversed(w)),
-        "Write the words in upper case.": lambda w: " ".join(w).upper(),
-        "Count the words.": lambda w: str(len(w)),
-    }
-    for _ in range(900):
-        picked = list(rng.choice(words, rng.integers(1, 5)))
-        for task, answer in tasks.items():
-            yield toy_record(task, " ".join(picked), answer(picked))
-    for a in range(20):
-        for b in range(20):
-            yield toy_record("Add the numbers.", f"{a} + {b}", str(a + b))
-    for phrase, answer in phrases.items():
-        yield toy_record("Say it in French.", phrase, answer)
-
-
-def toy_record(task: str, input: str, answer: str) -> Record:
-    turn = Turn(instruction_prompt(task, input), instruction_response(answer))
-    return Record("toy", [turn], where="toy")
+    """The role of what --data_dir names: a folder, or a file and the folder it stands in."""
+    root = Path(os.path.abspath(config.data_dir))
+    if config.hf_dataset:
+        return ""
+    return role_of(root, root.is_dir()) or (not root.is_dir() and role_of(root.parent, True)) or ""
 
 
 def part_of_split(config: DataConfig) -> str:
@@ -3836,6 +3699,28 @@ def part_of_split(config: DataConfig) -> str:
     role = data_role(config)
     side = "trains" if role == "train" else "validates"
     return role and f"{config.data_dir} is the {role} part of a split: all of it {side}"
+
+
+def toy_rows() -> Iterator[tuple]:
+    """A few thousand generated instructions, so that every command runs on an empty machine."""
+    rng = np.random.default_rng(0)
+    words = ["sun", "moon", "tree", "river", "stone", "cloud", "bird", "fish", "lamp", "book"]
+    tasks = {
+        "Repeat the words.": lambda text: text,
+        "Reverse the order of the words.": lambda text: " ".join(reversed(text.split())),
+        "Write the words in upper case.": str.upper,
+        "Count the words.": lambda text: str(len(text.split())),
+    }
+    phrases = [
+        ("good morning", "bonjour"), ("thank you", "merci"), ("good night", "bonne nuit"),
+        ("see you soon", "a bientot"), ("please", "s'il vous plait"), ("yes", "oui"), ("no", "non"),
+    ]  # fmt: skip
+    texts = [" ".join(rng.choice(words, rng.integers(1, 5))) for _ in range(900)]
+    rows = [(task, text, answer(text)) for text in texts for task, answer in tasks.items()]
+    rows += [("Add the numbers.", f"{a} + {b}", str(a + b)) for a in range(20) for b in range(20)]
+    rows += [("Say it in French.", *pair) for pair in phrases]
+    for task, text, answer in rows:
+        yield "toy", dict(instruction=task, input=text, output=answer)
 
 
 def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
@@ -3848,28 +3733,41 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
         report.skip(path.name, why, str(path))
     readers = [(path, *find_reader(path)) for path in files]
     if not any(reader for _, reader, _ in readers):
-        if not named_data_dir(config):
-            note(f"no data in {config.data_dir}: using the built-in toy corpus")
-            yield from toy_records()
-            return
-        what = f"{len(files)} files, none readable as text" if files else "no files"
-        reasons = [f"{p.name}: {why}" for p, _, why in readers if why]
-        reasons += [f"{p.name}: {why}" for p, why in left_out.items()]
-        what += f" ({'; '.join(reasons[:3])})" if reasons else ""
-        raise UserError(f"--data_dir {config.data_dir}: {what}; add .txt, .json, .jsonl, .csv, "
-                        ".parquet or an SMSSpamCollection")  # fmt: skip
-    roles = Roles(Path(config.data_dir))
+        if named_data_dir(config):
+            left_out = {path: why for path, _, why in readers} | left_out
+            raise UserError(nothing_to_read(config, len(files), left_out))
+        note(f"no data in {config.data_dir}: using the built-in toy corpus")
+        yield from records_from_rows(toy_rows(), "toy", config, report)
+        return
+    root, known_roles, whole = Path(config.data_dir), lru_cache(None)(roles_in), data_role(config)
     for path, reader, why in readers:
-        split = roles.of(path)
+        below = takewhile(lambda part: part != root, (path, *path.parents))
+        roles = (role_of(part, part != path, known_roles) for part in below)
+        # The file's own name counts most. A test part that is named is read, not trained on.
+        split = next(filter(None, roles), "") or ("val" if whole == "test" else whole)
         if reader is None or split == "test":
             report.skip(path.name, why or "test split, kept out", str(path))
             continue
+        file = TextFile(path, config.encoding_errors)
+        source, instructions = path.name, "instructions"
+        if reader is sms_rows:
+            source = instructions = "sms"
         try:
-            for record in reader(path, config, report):
+            rows = reader(file, config, report)
+            for record in records_from_rows(rows, source, config, report, instructions):
                 record.split = split
                 yield record
         except OSError as error:
             raise UserError(f"cannot read {path}: {one_line(error)}") from None
+        report.replaced(source, file)
+
+
+def nothing_to_read(config: DataConfig, n_files: int, reasons: dict[Path, str]) -> str:
+    what = f"{n_files} files, none readable as text" if n_files else "no files"
+    first = "; ".join(f"{path.name}: {why}" for path, why in [*reasons.items()][:3])
+    what += f" ({first})" if first else ""
+    return (f"--data_dir {config.data_dir}: {what}; add .txt, .json, .jsonl, .csv, .parquet or an "
+            "SMSSpamCollection")  # fmt: skip
 
 
 # --- duplicates and the split ---
@@ -3965,7 +3863,7 @@ def split_records(
         for record, fresh, (_, place, size) in zip(batch, new, hashes, strict=True):
             report.count(record.source, "records")
             if isinstance(record.response, TextFile):
-                count_replaced(record.response, record.source, report)
+                report.replaced(record.source, record.response)
             why = "" if fresh else "duplicate"
             why = why or unusable(record, size, config, pairs)
             if why:
