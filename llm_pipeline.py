@@ -2050,6 +2050,19 @@ def write_result(name: str, value) -> None:
         write_json(Path(os.path.realpath(path)), value)
 
 
+def rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
+    """The whole rows of a log up to a step. A crash may leave anything behind them: half a row,
+    zeros, bytes that are no text."""
+    kept = []
+    lines = path.read_bytes().replace(b"\0", b"\xff").decode("utf-8", "replace").splitlines()
+    for row in csv.DictReader(lines):
+        with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+            numbers = [float(value) for name, value in row.items() if value and name != "split"]
+            if None not in row.values() and numbers and int(row["step"]) <= step:
+                kept.append(row)
+    return kept
+
+
 class CSVLogger:
     """Appends rows to a CSV file, flushed at once. Reopened at `step`, later rows are dropped."""
 
@@ -2072,19 +2085,6 @@ class CSVLogger:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.file.close()
-
-
-def rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
-    """The whole rows of a log up to a step. A crash may leave anything behind them: half a row,
-    zeros, bytes that are no text."""
-    kept = []
-    lines = path.read_bytes().replace(b"\0", b"\xff").decode("utf-8", "replace").splitlines()
-    for row in csv.DictReader(lines):
-        with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
-            numbers = [float(value) for name, value in row.items() if value and name != "split"]
-            if None not in row.values() and numbers and int(row["step"]) <= step:
-                kept.append(row)
-    return kept
 
 
 COLUMNS = ("step", "epoch", "split", "loss", "timestamp", "lr", "grad_norm", "tokens_per_s")
@@ -4716,8 +4716,6 @@ def create_dataloaders(
 # ====================================================================================
 
 CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.1"
-
-
 SEAL = b"sha256:"  # the archive's zip comment: this, and the digest of all before its length
 
 
@@ -4773,19 +4771,6 @@ def check_seal(path: Path) -> None:
     require(unpacked <= size, "it claims to unpack to more than its size")
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` atomically, sealed with a checksum. Raises UserError; the old file survives."""
-    with atomic_write(path) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch hides a failed write behind its own error
-            size = sum(t.nbytes for _, t in leaves(state) if isinstance(t, Tensor))
-            raise OSError(
-                0, f"the checkpoint needs {size:,} bytes ({one_line(error, 80)})"
-            ) from None
-        seal(file)
-
-
 def leaves(value, name: str = "state") -> Iterator[tuple[str, object]]:
     """(where, value) of all that nested dictionaries and lists hold. Raises ValueError."""
     if isinstance(value, dict):
@@ -4799,7 +4784,17 @@ def leaves(value, name: str = "state") -> Iterator[tuple[str, object]]:
         yield name, value
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` atomically, sealed with a checksum. Raises UserError; the old file survives."""
+    with atomic_write(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch hides a failed write behind its own error
+            size = sum(t.nbytes for _, t in leaves(state) if isinstance(t, Tensor))
+            raise OSError(
+                0, f"the checkpoint needs {size:,} bytes ({one_line(error, 80)})"
+            ) from None
+        seal(file)
 
 
 def check_leaf(name: str, value: object) -> None:
@@ -4811,7 +4806,8 @@ def check_leaf(name: str, value: object) -> None:
     require(plain, f"{name} is not a plain tensor")
     held = value.untyped_storage().nbytes()
     require(held >= value.nbytes, f"{name} claims more elements than it has")
-    require(value.dtype in FLOATS, f"{name} holds {value.dtype}, not floating point")
+    floating = value.is_floating_point() and value.itemsize > 1  # nothing computes in eight bits
+    require(floating, f"{name} holds {value.dtype}, not floating point")
     require(torch.isfinite(value).all().item(), f"{name} holds values that are not finite")
 
 
@@ -4822,33 +4818,21 @@ SECTIONS = {"format": str, "model_config": dict, "weights": dict, "tokenizer": d
             "lora": dict | None, "base": str | None, "base_loss": float | None}  # fmt: skip
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Checksum, then the safe load, then every field: raises UserError at the first that fails.
+def checked_model_config(values: dict) -> GPTConfig:
+    """A GPTConfig from a file's claims. Raises ValueError."""
+    config = checked(GPTConfig, values)
+    require(not config.problems(), "; ".join(config.problems()))
+    return config
 
-    What is returned can be saved again as it is.
-    """
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is not a file")
-        check_seal(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        check_state(state)
-    except FileNotFoundError:
-        raise UserError(
-            f"no checkpoint at {path}: train one first (llm_pipeline.py train), or name it with --ckpt"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds more than plain data ({one_line(error, 90)})"
-                        ) from None  # fmt: skip
-    except Exception as error:  # a damaged pickle fails in any way
-        raise UserError(
-            f"{path} is not a usable checkpoint: {one_line(error, 120)}; use another one, such as "
-            "best.pth or last.pth beside it"
-        ) from None
-    return state
+
+def check_progress(state: dict) -> None:
+    """Raise ValueError unless this is a point that a run with these settings can have reached."""
+    p, batch_size = checked(Progress, state["progress"]), state["config"].get("batch_size", 1)
+    require(min(p.best_step, p.evaluated, p.misses) >= 0, "its progress counts below zero")
+    reached = max(p.best_step, p.evaluated) <= p.step <= p.total
+    require(reached, f"its progress is step {p.step} of {p.total}")
+    divides = p.grad_accum > 0 and batch_size % p.grad_accum == 0
+    require(divides, f"grad_accum {p.grad_accum} does not divide its batch_size {batch_size}")
 
 
 def check_state(state) -> None:
@@ -4880,34 +4864,38 @@ def check_state(state) -> None:
     check_progress(state)
 
 
-def checked_model_config(values: dict) -> GPTConfig:
-    """A GPTConfig from a file's claims. Raises ValueError."""
-    config = checked(GPTConfig, values)
-    require(not config.problems(), "; ".join(config.problems()))
-    return config
+def load_checkpoint(path: str | Path) -> dict:
+    """Checksum, then the safe load, then every field: raises UserError at the first that fails.
 
-
-def check_progress(state: dict) -> None:
-    """Raise ValueError unless this is a point that a run with these settings can have reached."""
-    p, batch_size = checked(Progress, state["progress"]), state["config"].get("batch_size", 1)
-    require(min(p.best_step, p.evaluated, p.misses) >= 0, "its progress counts below zero")
-    reached = max(p.best_step, p.evaluated) <= p.step <= p.total
-    require(reached, f"its progress is step {p.step} of {p.total}")
-    divides = p.grad_accum > 0 and batch_size % p.grad_accum == 0
-    require(divides, f"grad_accum {p.grad_accum} does not divide its batch_size {batch_size}")
-
-
-def restored(state: dict) -> Loaded:
-    """The model of a checkpoint, adapters beside its weights, and its tokenizer.
-
-    The weights are taken out of `state`. Raises UserError.
+    What is returned can be saved again as it is.
     """
-    shape, lora = GPTConfig(**state["model_config"]), state.get("lora")
-    model = build_model(shape, state.pop("weights"), lora)
-    tokenizer = tokenizer_from_spec(state["tokenizer"])
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise UserError("its tokenizer has more ids than its model")
-    return Loaded(model, tokenizer, state)
+    path = Path(path)
+    try:
+        # A pipe would be waited for.
+        require(path.is_file() or not path.exists(), "it is not a file")
+        check_seal(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check_state(state)
+    except FileNotFoundError:
+        raise UserError(
+            f"no checkpoint at {path}: train one first (llm_pipeline.py train), or name it with --ckpt"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: it holds more than plain data ({one_line(error, 90)})"
+                        ) from None  # fmt: skip
+    except Exception as error:  # a damaged pickle fails in any way
+        raise UserError(
+            f"{path} is not a usable checkpoint: {one_line(error, 120)}; use another one, such as "
+            "best.pth or last.pth beside it"
+        ) from None
+    return state
+
+
+def is_tied(config: GPTConfig, name: str) -> bool:
+    """Whether this entry of a state dict is another name of the token embedding."""
+    return config.tie_weights and name == "head.weight"
 
 
 def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None = None) -> GPT:
@@ -4933,9 +4921,17 @@ def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None
     return model
 
 
-def is_tied(config: GPTConfig, name: str) -> bool:
-    """Whether this entry of a state dict is another name of the token embedding."""
-    return config.tie_weights and name == "head.weight"
+def restored(state: dict) -> Loaded:
+    """The model of a checkpoint, adapters beside its weights, and its tokenizer.
+
+    The weights are taken out of `state`. Raises UserError.
+    """
+    shape, lora = GPTConfig(**state["model_config"]), state.get("lora")
+    model = build_model(shape, state.pop("weights"), lora)
+    tokenizer = tokenizer_from_spec(state["tokenizer"])
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError("its tokenizer has more ids than its model")
+    return Loaded(model, tokenizer, state)
 
 
 def model_weights(model: GPT) -> dict[str, Tensor]:
@@ -5000,6 +4996,12 @@ def save_run(run: Run, about: dict, path: Path) -> None:
     run.rt.barrier()
 
 
+def resume_policy(cls: type) -> dict[str, str]:
+    """{setting: "fixed" or "free"} on --resume, of those that are stored: not of one call alone."""
+    policy = {f.name: f.metadata.get("resume", "fixed") for f in fields(cls)}
+    return {name: kind for name, kind in policy.items() if kind != "session"}
+
+
 def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
     """What a checkpoint says of its origin: settings, tokenizer, data, versions."""
     return {
@@ -5009,26 +5011,18 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
         "tokenizer": loaded.tokenizer.spec(),
         "template": instruction_prompt("{instruction}", "{input}"),
         **{name: loaded.state.get(name) for name in ("lora", "base")},
-        "data": {
-            "fingerprint": store.fingerprint,
-            **{name: getattr(config, name) for name in SPLIT_SETTINGS},
-        },
+        "data": {name: getattr(config, name) for name in SPLIT_SETTINGS}
+        | {"fingerprint": store.fingerprint},
         "versions": {
             "torch": str(torch.__version__),
             "numpy": np.__version__,
-            "python": platform.python_version(),
+            "python": ".".join(map(str, sys.version_info[:3])),
             "device": rt.device.type,
             "dtype": str(rt.dtype),
             "threads": torch.get_num_threads(),
             "world_size": rt.world_size,
         },
     }
-
-
-def resume_policy(cls: type) -> dict[str, str]:
-    """{setting: "fixed" or "free"} on --resume, of those that are stored: not of one call alone."""
-    policy = {f.name: f.metadata.get("resume", "fixed") for f in fields(cls)}
-    return {name: kind for name, kind in policy.items() if kind != "session"}
 
 
 def check_drift(resumed: dict, about: dict) -> None:
@@ -5099,29 +5093,6 @@ class RunFolder:
         return resolve(type(config), given, stored=stored)
 
 
-@contextlib.contextmanager
-def open_run(config: FitConfig) -> Iterator[RunFolder]:
-    """Lock a run's folder, then look at what stands in it.
-
-    Raises UserError rather than let a run that is there be lost. The processes of one run share
-    the lock of the first.
-    """
-    suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
-    if config.overfit_batch:  # a sanity check, which keeps nothing
-        with tempfile.TemporaryDirectory() as nowhere:
-            yield RunFolder(Path(nowhere), suffix)
-        return
-    folder = RunFolder(Path(config.out_dir), suffix)
-    with run_lock(folder.path) if is_main() else contextlib.nullcontext():
-        if is_main():
-            folder.sweep()
-        if config.resume:
-            folder.state = state_to_resume(folder)
-        else:
-            check_new_run(folder, config.overwrite)
-        yield folder
-
-
 def state_to_resume(folder: RunFolder) -> dict | None:
     """last.pth's state, or None where no run stands in the folder. Raises UserError."""
     last, best = folder.file("last.pth"), folder.file("best.pth")
@@ -5157,6 +5128,29 @@ def check_new_run(folder: RunFolder, overwrite: bool) -> None:
             f"{folder.path} holds a run at step {progress['step']} (best validation loss "
             f"{progress['best']:.4f}): {ways}, or choose another --out_dir"
         )
+
+
+@contextlib.contextmanager
+def open_run(config: FitConfig) -> Iterator[RunFolder]:
+    """Lock a run's folder, then look at what stands in it.
+
+    Raises UserError rather than let a run that is there be lost. The processes of one run share
+    the lock of the first.
+    """
+    suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
+    if config.overfit_batch:  # a sanity check, which keeps nothing
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield RunFolder(Path(nowhere), suffix)
+        return
+    folder = RunFolder(Path(config.out_dir), suffix)
+    with run_lock(folder.path) if is_main() else contextlib.nullcontext():
+        if is_main():
+            folder.sweep()
+        if config.resume:
+            folder.state = state_to_resume(folder)
+        else:
+            check_new_run(folder, config.overwrite)
+        yield folder
 
 
 # ====================================================================================
