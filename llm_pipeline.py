@@ -2288,7 +2288,7 @@ def short_hash(value, size: int = 4) -> str:
 # ====================================================================================
 # 9. The same, faster
 #
-# Kernels of our own for CPUs, and the chunked loss.
+# Kernels for CPUs and GPUs, the chunked loss, a self-test of the device, decoding in one graph.
 # ====================================================================================
 
 
