@@ -79,7 +79,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial, wraps
 from glob import glob
-from itertools import chain, count, groupby, islice, takewhile
+from itertools import chain, count, groupby, islice, pairwise, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -3935,13 +3935,10 @@ def cuts(pattern: re.Pattern, text: str) -> list[int]:
     return [match.end() for match in pattern.finditer(text, max(0, len(text) - 4096))]
 
 
+# --- pieces and the writer ---
+
 INDEX = np.dtype([("start", "<u8"), ("length", "<u8"), ("prompt", "<u4"), ("source", "<u4")])
-STORE_FORMAT = "llm_pipeline.store.2"
 TOKEN_FILES = ("train.bin", "train.idx", "val.bin", "val.idx")
-# All that a store's folder may hold. Nothing else is ever removed.
-STORE_FILES = (*TOKEN_FILES, "seen.bin", "meta.json", "stream.json", "tokenizer.json",
-               "report.json", "sample_batch.json", "token_lengths.png")  # fmt: skip
-CHEAP = 64 * 2**20  # bytes whose checksum is verified whenever a store is opened
 
 
 @dataclass
@@ -3951,12 +3948,10 @@ class Piece:
     text: str
     split: str
     source: str
-    is_prompt: bool = False
-    first: bool = False  # begins a record: bos goes before it
-    last: bool = False  # ends the record
+    size: int = 0  # bytes of the record, in its first piece
     end: str = ""  # the special token after it, "sep" or "eos", where it ends an answer
     trained: bool = True  # whether that answer gets a row in the index
-    size: int = 0  # bytes of the record, in its first piece
+    last: bool = False  # ends the record
 
 
 def record_pieces(record: Record, split: str, size: int, config: DataConfig) -> Iterator[Piece]:
@@ -3964,27 +3959,16 @@ def record_pieces(record: Record, split: str, size: int, config: DataConfig) -> 
     source = record.source
     if record.is_plain:
         parts = split_text(record, split, size, config.val_fraction)
-        for part, blocks in groupby(parts, key=itemgetter(0)):
-            for (_, text), first, last in with_ends(blocks):
-                yield Piece(text, part, source, first=first, last=last, end="eos" * last, size=size)
-                size = 0
+        for (part, text), (following, _) in pairwise(chain(parts, [("", "")])):
+            last = part != following
+            yield Piece(text, part, source, size, end="eos" * last, last=last)
+            size = 0
         return
     # Nobody learns from what follows the last answer that is trained.
     n_turns = max((n for n, turn in enumerate(record.turns, 1) if turn.trained), default=0)
-    for turn, first, last in with_ends(record.turns[:n_turns]):
-        yield Piece(turn.prompt, split, source, is_prompt=True, first=first, size=size * first)
-        yield Piece(turn.response, split, source, last=last, end="sep", trained=turn.trained)
-
-
-def with_ends(items: Iterable) -> Iterator[tuple]:
-    """(item, is it the first, is it the last) of each item."""
-    items, first = iter(items), True
-    item = next(items, None)
-    for following in items:
-        yield item, first, False
-        item, first = following, False
-    if item is not None:
-        yield item, first, True
+    for n, turn in enumerate(record.turns[:n_turns], 1):
+        yield Piece(turn.prompt, split, source, size if n == 1 else 0)
+        yield Piece(turn.response, split, source, 0, "sep", turn.trained, last=n == n_turns)
 
 
 def as_pair(record: Record) -> list[Record]:
@@ -4005,18 +3989,17 @@ class StoreWriter:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig,
                  past: dict | None = None):  # fmt: skip
-        """past: the `figures` of a store to go on with; what its files hold beyond is cut off."""
+        """past: what `commit` said of a store to go on with; what its files hold beyond is cut."""
         past = past or {"files": {name: {"bytes": 0} for name in TOKEN_FILES}}
         self.tokenizer, self.config = tokenizer, config
         self.dtype = id_dtype(tokenizer)
         self.size = {"train": 0, "val": 0} | past.get("tokens", {})
-        self.documents = {"train": 0, "val": 0} | past.get("documents", {})
         self.sources = {name: n for n, name in enumerate(past.get("sources", []))}
         self.lengths = Counter({int(k): n for k, n in past.get("lengths", {}).items()})
         self.report = Report(config.bad_records)
         self.report.rows = {name: Counter(row) for name, row in past.get("counts", {}).items()}
         self.report.examples = {(s, why): where for s, why, where in past.get("skipped", [])}
-        self.start = self.prompt = 0  # of the record that is being written
+        self.start, self.begins = 0, True  # of the record being written; whether a new one is next
         self.files, self.hashers = {}, {}
         for name, was in past["files"].items():
             file = self.files[name] = open(folder / name, "a+b")
@@ -4032,59 +4015,52 @@ class StoreWriter:
         self.files[name].write(view)
 
     def write(self, piece: Piece, ids: np.ndarray) -> None:
-        split, source, tokenizer = piece.split, piece.source, self.tokenizer
-        if piece.first:
-            self.start, self.prompt = self.size[split], 1
+        split, source = piece.split, piece.source
+        before = [self.tokenizer.bos_id] if self.begins else []
+        after = [getattr(self.tokenizer, f"{piece.end}_id")] if piece.end else []
+        if self.begins:
+            self.start = self.size[split]
             self.report.count(source, split)
             self.report.count(source, "bytes", piece.size)
-        before = [tokenizer.bos_id] if piece.first else []
-        after = [getattr(tokenizer, f"{piece.end}_id")] if piece.end else []
         for part in (before, ids, after):
             self.append(f"{split}.bin", np.asarray(part, self.dtype))
         n_tokens = len(before) + len(ids) + len(after)
         self.report.count(source, f"{split}_tokens", n_tokens)
         self.size[split] += n_tokens
         length = self.size[split] - self.start
-        if piece.is_prompt:
-            self.prompt = length
-        elif piece.end and piece.trained:
+        if piece.end and piece.trained:
+            prompt = 1 if piece.end == "eos" else length - n_tokens  # plain text follows bos alone
             number = self.sources.setdefault(source, len(self.sources))
-            row = (self.start, length, self.prompt, number)
-            self.append(f"{split}.idx", np.array([row], INDEX))
+            self.append(f"{split}.idx", np.array([(self.start, length, prompt, number)], INDEX))
         if piece.last:
-            self.documents[split] += 1
             self.lengths[length] += 1
+        self.begins = piece.last
 
     def write_all(self, pieces: Iterable[Piece], pairs: bool = False, bar=None) -> bool:
         """Tokenize in parallel batches and write, up to --max_tokens. Returns whether it is met."""
         limit = self.config.max_tokens
-        # With a limit, little is read past it.
-        for batch in batched(pieces, 2**16, lambda p: len(p.text), BLOCK if limit else 128 * BLOCK):
+        weight = BLOCK if limit else 128 * BLOCK  # with a limit, little is read past it
+        for batch in batched(pieces, 2**16, lambda p: len(p.text), weight):
             encoded = self.tokenizer.encode_batch([piece.text for piece in batch])
-            for number, (piece, ids) in enumerate(zip(batch, encoded, strict=True), 1):
+            left = zip(batch, encoded, strict=True)
+            for piece, ids in left:
                 self.write(piece, ids)
-                done = piece.last and 0 < limit <= sum(self.size.values())
-                if done and not (pairs and sum(self.documents.values()) % 2):
-                    for left in batch[number:] if not pairs else ():
-                        if left.size:
-                            self.report.skip(left.source, "past --max_tokens", "read ahead")
+                met = piece.last and 0 < limit <= sum(self.size.values())
+                if met and not (pairs and self.lengths.total() % 2):  # never half a pair
+                    for unused, _ in left if not pairs else ():
+                        if unused.size:
+                            self.report.skip(unused.source, "past --max_tokens", "read ahead")
                     return True
             if bar is not None:
                 bar.update(sum(len(piece.text) for piece in batch))
                 bar.set_postfix(tokens=f"{sum(self.size.values()):,}", refresh=False)
         return False
 
-    def flush(self) -> None:
+    def commit(self) -> dict:
+        """Force all to disk. Returns what meta.json says of the content, plain data."""
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
-
-    def figures(self) -> dict:
-        """What meta.json says of the content, plain data."""
         return {
             "files": {name: {"bytes": file.tell(), "blake2b": self.hashers[name].hexdigest()}
                       for name, file in self.files.items()},
@@ -4092,13 +4068,25 @@ class StoreWriter:
             "counts": {name: dict(row) for name, row in self.report.rows.items()},
             "skipped": [[*key, where] for key, where in self.report.examples.items()],
             "tokens": self.size,
-            "documents": self.documents,
             "lengths": {str(k): n for k, n in sorted(self.lengths.items())},
         }  # fmt: skip
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
+
+
+# --- the store ---
+
+STORE_FORMAT = "llm_pipeline.store.2"
+# All that a store's folder may hold. Nothing else is ever removed.
+STORE_FILES = (*TOKEN_FILES, "seen.bin", "meta.json", "stream.json", "tokenizer.json",
+               "report.json", "sample_batch.json", "token_lengths.png")  # fmt: skip
+CHEAP = 64 * 2**20  # bytes whose checksum is verified whenever a store is opened
 
 
 class TokenStore:
@@ -4117,7 +4105,7 @@ class TokenStore:
             self.tokenizer = tokenizer_from_spec(self.meta["tokenizer"])
             self.map_files()
             self.check(verify)
-            for name in ("fingerprint", "seconds", "counts", "lengths", "documents", "tokens"):
+            for name in ("fingerprint", "seconds", "counts", "lengths", "tokens"):
                 self.meta[name]
             self.meta["settings"].keys()
         except UserError:
@@ -4302,11 +4290,10 @@ class StreamStore(TokenStore):
             n_records = self.meta["n_records"] + len(found)
             pieces = chain.from_iterable(record_pieces(*record, config) for record in found)
             full = writer.write_all(pieces) or n_records == (config.max_docs or -1)
-            writer.flush()
             self.n_written += 1
             state = {"stream": self.rows.state_dict(), "batches": self.n_written,
                      "n_records": n_records, "ended": full or not batch}  # fmt: skip
-            write_json(self.folder / "stream.json", writer.figures() | state)
+            write_json(self.folder / "stream.json", writer.commit() | state)
             self.read_meta()
             for line in writer.report.lines() if self.meta["ended"] else ():
                 note(line)
@@ -4315,7 +4302,7 @@ class StreamStore(TokenStore):
         """Go on after what was written before."""
         config, self.n_written = self.config, self.meta["batches"]
         self.writer = StoreWriter(self.folder, self.tokenizer, config, self.meta)
-        if self.writer.figures()["files"] != self.meta["files"]:
+        if self.writer.commit()["files"] != self.meta["files"]:
             raise UserError(f"{self.folder} is not what was written there: delete it")
         known = np.fromfile(self.folder / "seen.bin", np.uint64)
         self.seen = SeenHashes(known, partial(self.writer.append, "seen.bin"))
@@ -4568,8 +4555,7 @@ def write_store(
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True,
               disable=not is_main()) as bar:  # fmt: skip
         writer.write_all(pieces, pairs, bar)
-    writer.flush()
-    figures = writer.figures()
+    figures = writer.commit()
     writer.close()
     for line in writer.report.lines():
         note(line)
@@ -4598,7 +4584,7 @@ def open_stream(
                 nothing = {"files": {name: {"bytes": 0} for name in (*TOKEN_FILES, "seen.bin")}}
                 writer = StoreWriter(folder, tokenizer, config, nothing)
                 begin = {"stream": None, "batches": 0, "n_records": 0, "ended": False}
-                write_json(folder / "stream.json", writer.figures() | begin)
+                write_json(folder / "stream.json", writer.commit() | begin)
                 writer.close()
                 # Of what is known beforehand, but not of times: a restored file is the same.
                 parts = [
