@@ -4105,7 +4105,8 @@ class TokenStore:
             self.tokenizer = tokenizer_from_spec(self.meta["tokenizer"])
             self.map_files()
             self.check(verify)
-            for name in ("fingerprint", "seconds", "counts", "lengths", "tokens"):
+            self.fingerprint = str(self.meta["fingerprint"])  # of the content, wherever it is from
+            for name in ("seconds", "counts", "lengths", "tokens"):
                 self.meta[name]
             self.meta["settings"].keys()
         except UserError:
@@ -4141,15 +4142,14 @@ class TokenStore:
         """Every row lies inside the tokens, and the content is what was written."""
         for split, index in self.index.items():
             end = index["start"] + index["length"]
-            inside = (end <= len(self.tokens[split])) & (end >= index["start"])
-            sane = (index["prompt"] >= 1) & (index["prompt"] < index["length"])
+            sane = (end <= len(self.tokens[split])) & (end >= index["start"])
+            sane &= (index["prompt"] >= 1) & (index["prompt"] < index["length"])
             sane &= index["source"] < len(self.sources)
-            if not (inside & sane).all():
+            if not sane.all():
                 raise ValueError(f"{split}.idx points outside {split}.bin")
             for name, data in ((f"{split}.bin", self.tokens[split]), (f"{split}.idx", index)):
-                digest = hashlib.blake2b(digest_size=16)
                 if verify or data.nbytes <= CHEAP:
-                    digest.update(data.view(np.uint8).data)
+                    digest = hashlib.blake2b(data.view(np.uint8).data, digest_size=16)
                     if digest.hexdigest() != self.meta["files"][name]["blake2b"]:
                         raise ValueError(f"{name} is not what was written there")
 
@@ -4169,11 +4169,6 @@ class TokenStore:
             raise UserError(f"{self.folder}/{split}.bin holds ids outside its vocabulary; delete "
                             "the store and prepare it again")  # fmt: skip
         return ids
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the tokens and the index themselves, whatever files they came from."""
-        return str(self.meta["fingerprint"])
 
 
 SHORT_RECORD = 500  # tokens; what is compared of a longer record
@@ -4195,9 +4190,7 @@ def grams(text: str) -> np.ndarray:
 def near_duplicates(store: TokenStore) -> dict[str, tuple[int, int]]:
     """{source: (validation records with a near-twin in training, those compared)}.
 
-    Two records are near-twins if the sets of their 5-grams have a Jaccard index of at least 0.8.
-    An instruction is compared by its input or, without one, by itself; plain text by its beginning.
-    Large sources are sampled evenly.
+    Near-twins: the Jaccard index of the sets of their 5-grams is at least 0.8.
     """
     found = {}
     for number, source in enumerate(store.sources):
@@ -4208,7 +4201,10 @@ def near_duplicates(store: TokenStore) -> dict[str, tuple[int, int]]:
 
 
 def source_grams(store: TokenStore, split: str, number: int) -> Iterator[np.ndarray]:
-    """The grams of a source's records, one array each, at most TWIN_LIMITS of them."""
+    """The grams of a source's records, one array each, at most TWIN_LIMITS of them, evenly spaced.
+
+    An instruction is compared by its input or, without one, by itself; plain text by its beginning.
+    """
     index, rows = store.index[split], store.whole_records(split)
     rows = rows[index["source"][rows] == number]
     for row in rows[:: max(1, -(-len(rows) // TWIN_LIMITS[split]))]:
@@ -4241,12 +4237,14 @@ def twins(some: list[np.ndarray], others: Iterable[np.ndarray], least: float = 0
     return found
 
 
-class StreamStore(TokenStore):
-    """A token store that is written as it is needed, from a stream.
+# --- streams ---
 
-    A batch of rows at a time: stream.json then takes its place, with the sizes of the files and
-    the state of the stream. What the files hold beyond those sizes comes from a process that was
-    killed, and is cut off. The first process writes, others wait until what they need is there.
+
+class StreamStore(TokenStore):
+    """A token store that is written as it is needed, from a stream, by the first process.
+
+    A batch of rows at a time: stream.json then says the sizes of the files and the state of the
+    stream. What the files hold beyond comes from a process that was killed, and is cut off.
     """
 
     ROWS = 1024  # of a batch
@@ -4255,7 +4253,7 @@ class StreamStore(TokenStore):
         super().__init__(folder)
         self.config = config
         self.writer: StoreWriter | None = None
-        self.n_written = 0  # batches, when this process last wrote
+        self.n_written = -1  # batches, when this process last wrote
         self.mutex = threading.Lock()  # training batches may be prepared in a thread
 
     def grow(self, split: str, n_tokens: int) -> None:
@@ -4279,14 +4277,13 @@ class StreamStore(TokenStore):
         """Write the next rows of the stream, up to ROWS or about 4 MB."""
         with run_lock(self.folder.parent, f".{self.folder.name}.lock", wait=True):
             self.read_meta()
-            if self.writer is None or self.n_written != self.meta["batches"]:
+            if self.n_written != self.meta["batches"]:
                 self.open_writer()  # anew, if another run has written meanwhile
             writer, config = self.writer, self.config
-            batches = batched(self.records, self.ROWS, lambda r: len(r.response), 64 * BLOCK)
-            batch = next(batches, [])
-            found = split_records(batch, config, writer.report, self.seen)
+            rows = batched(self.records, self.ROWS, lambda r: len(r.response), 64 * BLOCK)
+            batch = next(rows, [])
             room = config.max_docs - self.meta["n_records"] if config.max_docs else None
-            found = list(islice(found, room))
+            found = list(islice(split_records(batch, config, writer.report, self.seen), room))
             n_records = self.meta["n_records"] + len(found)
             pieces = chain.from_iterable(record_pieces(*record, config) for record in found)
             full = writer.write_all(pieces) or n_records == (config.max_docs or -1)
@@ -4310,6 +4307,9 @@ class StreamStore(TokenStore):
         if self.meta["stream"]:
             self.rows.load_state_dict(self.meta["stream"])
         self.records = load_hub(config, self.writer.report, self.rows)
+
+
+# --- which store is whose ---
 
 
 def source_name(config: DataConfig) -> dict:
@@ -4366,6 +4366,23 @@ def settings_fingerprint(config: DataConfig, tokenizer: dict, pairs: bool) -> st
     return short_hash([source_name(config), store_settings(config, pairs), tokenizer, files], 16)
 
 
+def store_origin(
+    config: DataConfig, tokenizer: Tokenizer, pairs: bool, request: str | None
+) -> dict:
+    """What meta.json says of how a store is made. request: what a BPE was trained for."""
+    kinds = (DataConfig, TokenizerConfig)
+    names = [f.name for kind in kinds for f in fields(kind) if hasattr(config, f.name)]
+    return {
+        "format": STORE_FORMAT,
+        "source": source_name(config),
+        "settings": {name: getattr(config, name) for name in names},
+        "pairs": pairs,
+        "tokenizer": tokenizer.spec(),
+        "settings_fingerprint": settings_fingerprint(config, tokenizer.spec(), pairs),
+        "trained_for": request,
+    }
+
+
 def build_corpus_from_sources(
     config: DataConfig,
     tokenizer: Tokenizer | None = None,
@@ -4379,37 +4396,29 @@ def build_corpus_from_sources(
     pairs: keep preference records alone, chosen and rejected side by side, for DPO.
     Training with --streaming gets a StreamStore, which is written while it is read.
     """
-    prepared = Path(config.data_dir)
-    verify = isinstance(config, EvalConfig)
+    prepared, verify = Path(config.data_dir), isinstance(config, EvalConfig)
     if not config.hf_dataset and all((prepared / f).is_file() for f in ("meta.json", "train.bin")):
-        store = adopt_settings(config, TokenStore(prepared, verify), tokenizer)
-        if pairs and not store.meta.get("pairs"):
-            raise UserError(f"{prepared} was prepared without preference pairs: name the raw data")
-        return store
-    request = None
+        return adopted(config, TokenStore(prepared, verify), tokenizer, pairs)
+    request, named = None, folder is not None
     if tokenizer is None and config.tokenizer == "bpe":
         asked = {f.name: getattr(config, f.name) for f in fields(TokenizerConfig)}
         request = settings_fingerprint(config, asked, pairs)
         tokenizer = find_trained(request, folder or Path(config.processed_dir))
-        if tokenizer is None:
-            tokenizer = train_bpe(training_texts(config, pairs), config)
+        tokenizer = tokenizer or train_bpe(training_texts(config, pairs), config)
     tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-    named = folder is not None
     folder = folder or default_folder(config, tokenizer, pairs)
-    current = {
-        "settings_fingerprint": settings_fingerprint(config, tokenizer.spec(), pairs),
-        "trained_for": request,
-    }
-    if config.hf_dataset and config.streaming and isinstance(config, FitConfig):
-        return open_stream(config, tokenizer, folder.with_name(f"{folder.name}-stream"), current)
+    streaming = config.hf_dataset and config.streaming and isinstance(config, FitConfig)
+    if streaming:
+        folder = folder.with_name(f"{folder.name}-stream")
+    origin = store_origin(config, tokenizer, pairs, request)
     if is_main():
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
-            if not current_store(folder, current, verify):
+            if not is_current(folder, origin, verify):
                 check_store_folder(folder, config, named)
-                build_store(config, tokenizer, folder, pairs, current)
+                (begin_stream if streaming else build_store)(config, tokenizer, folder, origin)
             elif isinstance(config, PrepareConfig):
                 note("the sources and settings are unchanged: this store was made before")
-    return TokenStore(folder, verify)
+    return StreamStore(folder, config) if streaming else TokenStore(folder, verify)
 
 
 def default_folder(config: DataConfig, tokenizer: Tokenizer, pairs: bool) -> Path:
@@ -4420,14 +4429,13 @@ def default_folder(config: DataConfig, tokenizer: Tokenizer, pairs: bool) -> Pat
     return Path(config.processed_dir) / f"{name}-{spec['kind']}-{digest}"
 
 
-def current_store(folder: Path, current: dict, verify: bool = False) -> TokenStore | None:
-    """The store in a folder, unless it is missing, damaged, or made from something else."""
+def is_current(folder: Path, origin: dict, verify: bool) -> bool:
+    """Whether a folder holds a sound store, made from the same sources by the same settings."""
     try:
-        store = TokenStore(folder, verify)
+        made = TokenStore(folder, verify).meta.get("settings_fingerprint")
     except UserError:
-        return None
-    wanted = current["settings_fingerprint"]
-    return store if store.meta.get("settings_fingerprint") == wanted else None
+        return False
+    return made == origin["settings_fingerprint"]
 
 
 def find_trained(request: str, place: Path) -> Tokenizer | None:
@@ -4440,13 +4448,16 @@ def find_trained(request: str, place: Path) -> Tokenizer | None:
     return None
 
 
-def adopt_settings(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None):
+def adopted(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pairs: bool
+            ) -> TokenStore:  # fmt: skip
     """The prepared store, whose settings become the command's. UserError if it asked for others.
 
     Only settings of data and tokenizer are adopted, within the limits that flags have.
     """
     if tokenizer is not None and tokenizer.spec() != store.tokenizer.spec():
         raise UserError(f"{store.folder} was prepared with another tokenizer than the checkpoint's")
+    if pairs and not store.meta.get("pairs"):
+        raise UserError(f"{store.folder} was prepared without preference pairs: name the raw data")
     names = {f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)} - {*PLACES}
     specs = {f.name: f for f in fields(config) if f.name in names}
     settings = store.meta["settings"]
@@ -4499,22 +4510,7 @@ def remove_store(folder: Path) -> None:
         folder.rmdir()
 
 
-def store_origin(config: DataConfig, tokenizer: Tokenizer, pairs: bool, current: dict) -> dict:
-    """What meta.json says of how a store was made."""
-    kinds = (DataConfig, TokenizerConfig)
-    names = [f.name for kind in kinds for f in fields(kind) if hasattr(config, f.name)]
-    return current | {
-        "format": STORE_FORMAT,
-        "source": source_name(config),
-        "settings": {name: getattr(config, name) for name in names},
-        "pairs": pairs,
-        "tokenizer": tokenizer.spec(),
-    }
-
-
-def build_store(
-    config: DataConfig, tokenizer: Tokenizer, folder: Path, pairs: bool, current: dict
-) -> None:
+def build_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
     """Write a store in a temporary folder and rename it, so that a half-made one never shows."""
     shown, folder = folder, folder.resolve()
     temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
@@ -4522,7 +4518,7 @@ def build_store(
     remove_store(temporary)
     try:
         temporary.mkdir()
-        write_store(config, tokenizer, temporary, pairs, current)
+        write_store(config, tokenizer, temporary, origin)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
@@ -4541,64 +4537,47 @@ def restore_store(old: Path, folder: Path) -> None:
     remove_store(old)
 
 
-def write_store(
-    config: DataConfig, tokenizer: Tokenizer, folder: Path, pairs: bool, current: dict
-) -> None:
+def write_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
     """Read every record and write all of a store. Raises UserError if none is left to train on."""
-    writer = StoreWriter(folder, tokenizer, config)
+    writer, pairs = StoreWriter(folder, tokenizer, config), origin["pairs"]
     started = time.perf_counter()
-    found = read_split(config, writer.report, pairs)
-    kept = ((r, split, size) for record, split, size in found
-            for r in (as_pair(record) if pairs else [record]))  # fmt: skip
-    pieces = chain.from_iterable(record_pieces(*each, config) for each in kept)
+    pieces = (piece for record, split, size in read_split(config, writer.report, pairs)
+              for each in (as_pair(record) if pairs else [record])
+              for piece in record_pieces(each, split, size, config))  # fmt: skip
     total = sum(p.stat().st_size for p in find_files(config)) if not config.hf_dataset else 0
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True,
               disable=not is_main()) as bar:  # fmt: skip
         writer.write_all(pieces, pairs, bar)
-    figures = writer.commit()
+    content = writer.commit()
     writer.close()
     for line in writer.report.lines():
         note(line)
     if not any(writer.size.values()):
         raise UserError(f"no usable records in {config.hf_dataset or config.data_dir}"
                         f"{' (DPO needs chosen and rejected)' * pairs}")  # fmt: skip
-    meta = store_origin(config, tokenizer, pairs, current) | figures | {
-        "fingerprint": short_hash([figures["files"], tokenizer.spec()], 16),
-        "seconds": {"encoding": time.perf_counter() - started},
-    }  # fmt: skip
     if isinstance(tokenizer, BPETokenizer):
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    write_json(folder / "meta.json", meta)
+    fingerprint = short_hash([content["files"], tokenizer.spec()], 16)
+    seconds = {"encoding": time.perf_counter() - started}
+    made = {"fingerprint": fingerprint, "seconds": seconds}
+    write_json(folder / "meta.json", origin | content | made)
 
 
-def open_stream(
-    config: DataConfig, tokenizer: Tokenizer, folder: Path, current: dict
-) -> StreamStore:
-    """The store of a stream as far as it was written, or a new one."""
-    if is_main():
-        with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
-            if not current_store(folder, current):
-                check_store_folder(folder, config, named=False)
-                remove_store(folder)
-                folder.mkdir(exist_ok=True)
-                nothing = {"files": {name: {"bytes": 0} for name in (*TOKEN_FILES, "seen.bin")}}
-                writer = StoreWriter(folder, tokenizer, config, nothing)
-                begin = {"stream": None, "batches": 0, "n_records": 0, "ended": False}
-                write_json(folder / "stream.json", writer.commit() | begin)
-                writer.close()
-                # Of what is known beforehand, but not of times: a restored file is the same.
-                parts = [
-                    store_settings(config, False),
-                    tokenizer.spec(),
-                    config.hf_dataset,
-                    config.hf_config,
-                    config.hf_split,
-                    [[f.name, f.stat().st_size, file_digest(f)] for f in source_files(config)],
-                ]
-                meta = store_origin(config, tokenizer, False, current)
-                meta |= {"fingerprint": short_hash(parts, 16), "seconds": {"encoding": 0.0}}
-                write_json(folder / "meta.json", meta)
-    return StreamStore(folder, config)
+def begin_stream(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
+    """An empty store, for a StreamStore to fill."""
+    remove_store(folder)
+    folder.mkdir(exist_ok=True)
+    empty = {"files": {name: {"bytes": 0} for name in (*TOKEN_FILES, "seen.bin")}}
+    writer = StoreWriter(folder, tokenizer, config, empty)
+    begin = {"stream": None, "batches": 0, "n_records": 0, "ended": False}
+    write_json(folder / "stream.json", writer.commit() | begin)
+    writer.close()
+    # Of what is known beforehand, but not of times: a restored file is the same.
+    files = [[f.name, f.stat().st_size, file_digest(f)] for f in source_files(config)]
+    names = [config.hf_dataset, config.hf_config, config.hf_split]
+    known = [store_settings(config, False), tokenizer.spec(), *names, files]
+    made = {"fingerprint": short_hash(known, 16), "seconds": {"encoding": 0.0}}
+    write_json(folder / "meta.json", origin | made)
 
 
 def read_split(
@@ -4616,6 +4595,9 @@ def training_texts(config: DataConfig, pairs: bool) -> Iterator[str]:
         for piece in record_pieces(record, split, size, config):
             if piece.split == "train":
                 yield piece.text
+
+
+# --- datasets ---
 
 
 class StreamDataset(LMDataset):
@@ -4660,28 +4642,23 @@ def create_dataloaders(
 ) -> tuple[Loader, Loader | None]:
     """Loaders of training and validation batches; no validation loader where the split is empty."""
 
-    def make(split: str):
-        stride = config.stride if split == "train" else 0
-        shape = store, split, block_size
+    def loader(split: str) -> Loader:
+        shape, stride = (store, split, block_size), config.stride if split == "train" else 0
         if isinstance(store, StreamStore):
-            return StreamDataset(*shape, stride, config.seed, config.shuffle_buffer)
-        if isinstance(config, FinetuneConfig):
-            if config.objective == "dpo":
-                data = PreferenceDataset(*shape, config.seed, config.batch_size)
-            else:
-                data = InstructionDataset(*shape, config.seed, config.loss_on, config.batch_size)
-            if data.n_cut:
-                note(f"{split}: {data.n_cut:,} records are longer than {block_size} tokens and "
-                     "lose the middle of their prompt or the end of their response")  # fmt: skip
-            return data
-        data = LMDataset(*shape, stride, config.seed)
+            data = StreamDataset(*shape, stride, config.seed, config.shuffle_buffer)
+        elif not isinstance(config, FinetuneConfig):
+            data = LMDataset(*shape, stride, config.seed)
+        elif config.objective == "dpo":
+            data = PreferenceDataset(*shape, config.seed, config.batch_size)
+        else:
+            data = InstructionDataset(*shape, config.seed, config.loss_on, config.batch_size)
         if data.block_size < block_size:
             note(f"{split}: less than one block of tokens, windows have {data.block_size}")
-        return data
-
-    def loader(split: str) -> Loader:
+        if isinstance(data, InstructionDataset) and data.n_cut:
+            note(f"{split}: {data.n_cut:,} records are longer than {block_size} tokens and "
+                 "lose the middle of their prompt or the end of their response")  # fmt: skip
         kind = PrefetchingLoader if rt.device.type == "cuda" else Loader
-        return kind(make(split), config.batch_size, config.grad_accum, rt)
+        return kind(data, config.batch_size, config.grad_accum, rt)
 
     train = loader("train")
     try:
