@@ -80,7 +80,6 @@ from datetime import timedelta
 from functools import lru_cache, partial, wraps
 from glob import glob
 from itertools import chain, count, groupby, islice, pairwise, takewhile
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
