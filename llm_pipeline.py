@@ -6270,28 +6270,26 @@ def base_store(rt: Runtime, base: Loaded) -> TokenStore | None:
 def report_answers(config: FinetuneConfig, rt: Runtime, loaded: Loaded, data: InstructionDataset,
                    stop: StopSignal | bool) -> dict:  # fmt: skip
     """Greedy answers to held-out prompts: how many are exact, how many end by themselves."""
-    tokenizer, answers, exact, stopped = loaded.tokenizer, [], 0, 0
+    tokenizer, answers, stopped = loaded.tokenizer, [], 0
     ends = (tokenizer.sep_id, tokenizer.eos_id)
     numbers = np.flatnonzero(data.store.index["val"]["prompt"] > 1)  # plain text has no answer
-    numbers = numbers[evenly_spaced(len(numbers), config.report_samples)]
-    for number in numbers.tolist():
+    for number in numbers[evenly_spaced(len(numbers), config.report_samples)].tolist():
         if stop:
             raise Interrupted
         ids, n_prompt = data.record(number)
-        prompt = torch.from_numpy(ids[:n_prompt]).to(rt.device)
-        limit = len(ids) - n_prompt + 32
-        steps = generate(loaded.model, prompt, limit, ends, temperature=0.0)
+        prompt, wanted = ids[:n_prompt], ids[n_prompt:]
+        steps = generate(loaded.model, torch.from_numpy(prompt).to(rt.device), len(wanted) + 32,
+                         ends, temperature=0.0)  # fmt: skip
         made = [token for (token,) in steps]
         stopped += made[-1] < 0
-        texts = [tokenizer.decode(part).strip() for part in (
-            ids[:n_prompt].tolist(), ids[n_prompt:].tolist(), [t for t in made if t >= 0])]  # fmt: skip
-        answers.append(dict(zip(("prompt", "wanted", "answer"), texts, strict=True)))
-        exact += texts[1] == texts[2]
+        parts = {"prompt": prompt.tolist(), "wanted": wanted.tolist(),
+                 "answer": [token for token in made if token >= 0]}  # fmt: skip
+        answers.append({name: tokenizer.decode(part).strip() for name, part in parts.items()})
     if not answers:
         return {}
-    shown = [answers[i] for i in evenly_spaced(len(answers), 3)]
+    exact = sum(answer["wanted"] == answer["answer"] for answer in answers)
     return {"stops_by_itself": stopped / len(answers), "exact_match": exact / len(answers),
-            "answers": shown}  # fmt: skip
+            "answers": [answers[i] for i in evenly_spaced(len(answers), 3)]}  # fmt: skip
 
 
 REPORT_ROWS = {  # figure of a finetune report: (what it is, whether more is better)
@@ -6344,18 +6342,20 @@ def finetune_verdict(config: FinetuneConfig, before: dict, after: dict) -> list[
     return lines
 
 
-def shortened(text: str, limit: int = 160) -> str:
-    """One line, without its middle where it is long."""
+def shortened(text: str) -> str:
+    """One line of at most 160 characters, without its middle where it is longer."""
     text = " ".join(text.split())
-    half = (limit - 5) // 2
-    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+    return text if len(text) <= 160 else f"{text[:77]} ... {text[-77:]}"
 
 
 # ====================================================================================
 # 15. Commands
 #
-# One function for each command.
+# Each begins with its settings; those of train stand in section 1.
 # ====================================================================================
+
+
+# --- train and finetune ---
 
 
 def inherited(owner: type, name: str):
@@ -6397,12 +6397,11 @@ class FinetuneConfig(CheckpointConfig, FitConfig):
     report_samples: int = free(50, "records generated for the before/after report", low=0)
 
 
-def fast_finetune_recipe(sizes: dict, given: dict) -> dict:
-    """The same rates for a model that the checkpoint brings, with smaller steps."""
-    return FAST_RATES | dict(lr=0.008)
-
-
-FINETUNE_RECIPES = {"classic": RECIPES["classic"], "fast": fast_finetune_recipe}
+# The checkpoint brings the shape; a tuned model takes smaller steps.
+FINETUNE_RECIPES = {
+    "classic": RECIPES["classic"],
+    "fast": lambda sizes, given: FAST_RATES | dict(lr=0.008),
+}
 
 # What --overfit_batch sets, unless told otherwise.
 OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=1,
@@ -6416,24 +6415,25 @@ def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = Fa
     return first_one_first(rt, lambda: build_corpus_from_sources(config, tokenizer, pairs=pairs))
 
 
-def adopt_split(config: DataConfig, base: Loaded) -> None:
-    """Split data as the checkpoint did, so that its training records stay out of validation."""
-    for f in fields(config):
-        if f.name not in SPLIT_SETTINGS:
-            continue
-        value, theirs = getattr(config, f.name), base.data[f.name]
-        if f.name not in config.given and value == f.default:
-            setattr(config, f.name, theirs)
+def open_split_store(config: DataConfig, rt: Runtime, base: Loaded, resumed: bool = False,
+                     pairs: bool = False) -> TokenStore:  # fmt: skip
+    """The corpus, split as the base's training data was: that stays out of validation.
+
+    A resumed run has its split from its own checkpoint. Raises UserError where a prepared store
+    was split in another way.
+    """
+    names = () if resumed else SPLIT_SETTINGS
+    for name in names:
+        value, theirs = getattr(config, name), base.data[name]
+        if name not in config.given and value == getattr(type(config), name):
+            setattr(config, name, theirs)
         elif value != theirs:
-            note(f"warning: --{f.name} {value} differs from the checkpoint's {theirs}: it may have "
+            note(f"warning: --{name} {value} differs from the checkpoint's {theirs}: it may have "
                  "been trained on what is validated here")  # fmt: skip
-
-
-def check_split(config: DataConfig, base: Loaded) -> None:
-    """Refuse a prepared store that was split otherwise than the checkpoint's training data."""
+    store = open_store(config, rt, base.tokenizer, pairs)
     if not base.state.get("data") or getattr(config, "split", "") == "all":
-        return
-    for name in SPLIT_SETTINGS:
+        return store
+    for name in names:
         value, trained = getattr(config, name), base.data[name]
         if value != trained and name not in config.given:
             raise UserError(
@@ -6441,6 +6441,7 @@ def check_split(config: DataConfig, base: Loaded) -> None:
                 f"trained with {trained}: it may have been trained on what would validate here; "
                 f"prepare again with --{name} {trained}"
             )
+    return store
 
 
 def make_run(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder,
@@ -6556,8 +6557,7 @@ def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
 
 def measure_base(run: Run, folder: RunFolder) -> None:
     """Validate the base that a finetune begins with, so that its end can be compared with it."""
-    known = folder.state or {}
-    folder.about["base_loss"] = known.get("base_loss")
+    folder.about["base_loss"] = (folder.state or {}).get("base_loss")
     if isinstance(run.config, FinetuneConfig) and run.val and not folder.state:
         limit = run.config.eval_batches
         loss, stats = estimate_loss(run.model, run.val, run.objective, limit, run.stop)
@@ -6567,20 +6567,16 @@ def measure_base(run: Run, folder: RunFolder) -> None:
 
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
     """Train from scratch, from --init_from, or on from last.pth. Returns the path of best.pth."""
-    loaded = None
-    if config.init_from:
-        loaded = pretrained(config)
-        if not folder.state:
-            adopt_split(config, loaded)
     if config.recipe == "fast" and not folder.state:
         chosen = ("tokenizer", "vocab_size", "epochs", "max_steps", "dropout", "min_lr_ratio")
         note("recipe fast: " + ", ".join(f"{n} {getattr(config, n)}" for n in chosen))
-    store = open_store(config, rt, loaded and loaded.tokenizer)
-    if loaded and not folder.state:
-        check_split(config, loaded)
-    if loaded is None:
-        tokenizer = store.tokenizer
-        loaded = Loaded(GPT(model_config(config, tokenizer.vocab_size)), tokenizer, {})
+    if config.init_from:
+        loaded = pretrained(config)
+        store = open_split_store(config, rt, loaded, bool(folder.state))
+    else:
+        store = open_store(config, rt)
+        model = GPT(model_config(config, store.tokenizer.vocab_size))
+        loaded = Loaded(model, store.tokenizer, {})
     for f in fields(ModelSettings):
         setattr(config, f.name, getattr(loaded.model.config, f.name))
     if folder.state:
@@ -6625,17 +6621,12 @@ class PreferenceDataset(InstructionDataset):
         return batch
 
 
-def sequence_log_probs(losses: Callable, batch: Batch) -> Tensor:
-    """Log-probability of each sequence's targets, (B,)."""
-    return -losses(batch.x, batch.y).sum(-1)
-
-
 def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, int, dict]:
     """Direct preference optimisation (Rafailov et al., 2023, eq. 7), summed over pairs.
 
     The model is its own reward: how much likelier than under the base it makes a response.
     """
-    log_probs = sequence_log_probs(losses, batch)  # (B,): chosen, rejected, chosen, ...
+    log_probs = -losses(batch.x, batch.y).sum(-1)  # (B,): chosen, rejected, chosen, ...
     reward = config.dpo_beta * (log_probs - batch.reference)
     margin = reward[0::2] - reward[1::2]  # chosen over rejected
     stats = {
@@ -6652,33 +6643,24 @@ OBJECTIVES["dpo"] = preference_loss
 def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
                         store: TokenStore) -> dict[str, np.ndarray]:  # fmt: skip
     """Log-probability of every preference record's response under the base model, by split."""
-    found = {}
-    model.to(rt.device).eval()
+    found, losses = {}, rt.losses(model.to(rt.device).eval())
     for split in ("train", "val"):
         data = PreferenceDataset(store, split, model.config.block_size)
-        values = np.zeros(len(data) * 2, np.float32)
+        found[split] = np.zeros(len(data) * 2, np.float32)
         numbers = np.argsort(data.lengths[::2], kind="stable")
-        for ids in tqdm(batched(numbers, config.batch_size), desc=f"reference, {split}",
-                        total=-(-len(data) // config.batch_size), delay=1,
-                        disable=not rt.is_main):  # fmt: skip
-            ids = np.array(ids)
+        groups = list(map(np.array, batched(numbers, config.batch_size)))
+        for ids in tqdm(groups, desc=f"reference, {split}", delay=1, disable=not rt.is_main):
+            batch = data.batch(ids).to(rt.device)
             with torch.no_grad(), rt.autocast():
-                batch = data.batch(ids).to(rt.device)
-                row = sequence_log_probs(rt.losses(model), batch).cpu().numpy()
-            values[data.numbers(ids)] = row
-        found[split] = values
+                found[split][data.numbers(ids)] = -losses(batch.x, batch.y).sum(-1).cpu().numpy()
     return found
 
 
 def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
     """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
     base = load_model(config.ckpt, block_size=config.block_size)
-    if not folder.state:
-        adopt_split(config, base)
     pairs = config.objective == "dpo"
-    store = open_store(config, rt, base.tokenizer, pairs)
-    if not folder.state:
-        check_split(config, base)
+    store = open_split_store(config, rt, base, bool(folder.state), pairs)
     before = first_report(config, rt, base, folder, stop)
     if pairs and config.dropout is None:
         config.dropout = 0.0  # as the reference log-probabilities are computed
@@ -6725,12 +6707,24 @@ def fit_command(loop: Callable) -> Callable:
     return command
 
 
+# --- eval ---
+
+
+@dataclass
+class EvalConfig(CheckpointConfig, RuntimeConfig):
+    """Loss, perplexity, bits per byte and classification report of a checkpoint."""
+
+    dtype: str = option("float32", "of matrix products", choices=DTYPES)
+    split: str = option("val", "records to evaluate", choices=("val", "train", "all"))
+    batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
+    max_batches: int = option(0, "evenly spaced batches of each source (0: all)", low=0)
+    json: str = option("", "write the figures to this file")
+
+
 def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> dict:
     """The figures of the `eval` command; see section 14 for their names."""
     loaded = load_model(config.ckpt, block_size=config.block_size)
-    adopt_split(config, loaded)
-    store = open_store(config, rt, loaded.tokenizer)
-    check_split(config, loaded)
+    store = open_split_store(config, rt, loaded)
     note(what_is_scored(config, loaded, store))
     return evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
                                config.max_batches, stop)  # fmt: skip
@@ -6764,17 +6758,6 @@ EVAL_LEGEND = (
 )
 
 
-@dataclass
-class EvalConfig(CheckpointConfig, RuntimeConfig):
-    """Loss, perplexity, bits per byte and classification report of a checkpoint."""
-
-    dtype: str = option("float32", "of matrix products", choices=DTYPES)
-    split: str = option("val", "records to evaluate", choices=("val", "train", "all"))
-    batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
-    max_batches: int = option(0, "evenly spaced batches of each source (0: all)", low=0)
-    json: str = option("", "write the figures to this file")
-
-
 def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     result = evaluate_checkpoint(config, rt, stop)
     if rt.is_main:
@@ -6782,6 +6765,9 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
         note(EVAL_LEGEND)
         if config.json:
             write_result(config.json, result)
+
+
+# --- sample and chat ---
 
 
 @dataclass
@@ -6819,8 +6805,7 @@ def sample_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) 
     else:
         ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt).tolist()]
     ids = fit_context(ids, loaded.model.config, config.max_new_tokens, instruct)
-    steps = sampled_ids(loaded, config, rt, ids, config.seed)
-    texts = streamed_texts(steps, loaded.tokenizer, config, ids)
+    texts = generated_texts(loaded, config, rt, ids, config.seed)
     if config.num_samples == 1:
         yield from answer_text(texts) if instruct else texts
         return
@@ -6870,22 +6855,23 @@ def fit_context(ids: list[int], config: GPTConfig, max_new_tokens: int, instruct
     return fit_record(np.array(ids), np.empty(0, np.int64), room)[0].tolist()
 
 
-def sampled_ids(loaded: Loaded, config: SampleConfig, rt: Runtime, ids: list[int], seed: int,
-                cache: KVCache | None = None) -> Iterator[list[int]]:  # fmt: skip
-    """`generate` with the settings of a command."""
-    ends = (loaded.tokenizer.sep_id, loaded.tokenizer.eos_id)
-    return generate(
-        loaded.model, torch.tensor(ids, device=rt.device), config.max_new_tokens, ends,
-        config.num_samples, seed, cache, temperature=config.temperature, top_k=config.top_k,
-        top_p=config.top_p, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
+def generated_texts(loaded: Loaded, config: SampleConfig, rt: Runtime, ids: list[int], seed: int,
+                    cache: KVCache | None = None, cached: list | None = None) -> Iterator[str]:  # fmt: skip
+    """`generate` with a command's settings, as text: pieces of one sample, or several whole ones.
+
+    cached: the ids that the cache stands for; generated ids are added to it.
+    """
+    tokenizer = loaded.tokenizer
+    steps = generate(
+        loaded.model, torch.tensor(ids, device=rt.device), config.max_new_tokens,
+        (tokenizer.sep_id, tokenizer.eos_id), config.num_samples, seed, cache,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        min_p=config.min_p, repetition_penalty=config.repetition_penalty,
     )  # fmt: skip
-
-
-def streamed_texts(steps: Iterator[list[int]], tokenizer: Tokenizer, config: SampleConfig,
-                   ids: list[int]) -> Iterator[str]:  # fmt: skip
-    """Generated ids as text: the pieces of one sample, or several samples whole."""
     writers = [TextStream(tokenizer, unescape(config.stop), ids) for _ in range(config.num_samples)]
     for tokens in steps:
+        if cached is not None:
+            cached.append(tokens[0])
         pieces = [w.add(t) if t >= 0 else "" for w, t in zip(writers, tokens, strict=True)]
         if len(writers) == 1:
             yield pieces[0]
@@ -6966,8 +6952,8 @@ class Chat:
         self.turns.append((instruction, input, None))
         ids = self.context()
         self.reuse_cache(ids)
-        steps = sampled_ids(self.loaded, self.config, self.rt, ids, self.next_seed(), self.cache)
-        texts = streamed_texts(self.recorded(steps), self.loaded.tokenizer, self.config, ids)
+        texts = generated_texts(self.loaded, self.config, self.rt, ids, self.next_seed(),
+                                self.cache, self.cached)  # fmt: skip
         answer = ""
         try:
             for piece in answer_text(texts):
@@ -6987,14 +6973,11 @@ class Chat:
     def context(self) -> list[int]:
         """Ids of the conversation, without its oldest turns where it outgrows the context."""
         shape, new = self.loaded.model.config, self.config.max_new_tokens
-        dropped = 0
-        while True:
-            ids = conversation_ids(self.loaded.tokenizer, self.turns, self.system)
-            if len(ids) <= context_room(shape, new) or len(self.turns) == 1:
-                break
+        room, before = context_room(shape, new), len(self.turns)
+        rendered = partial(conversation_ids, self.loaded.tokenizer, self.turns, self.system)
+        while len(ids := rendered()) > room and len(self.turns) > 1:
             del self.turns[0]
-            dropped += 1
-        if dropped:
+        if dropped := before - len(self.turns):
             note(f"the conversation is longer than the context of {shape.block_size:,} tokens: "
                  f"its oldest {'turn is' if dropped == 1 else f'{dropped} turns are'} left out")  # fmt: skip
         return fit_context(ids, shape, new, True)
@@ -7009,11 +6992,6 @@ class Chat:
         if not reused:
             self.cache = KVCache(model.config, 1, self.rt.device, model.tok_emb.weight.dtype)
         self.cache.length, self.cached = reused, list(ids)
-
-    def recorded(self, steps: Iterator[list[int]]) -> Iterator[list[int]]:
-        for tokens in steps:
-            self.cached.append(tokens[0])
-            yield tokens
 
 
 CHAT_HELP = """\
@@ -7064,27 +7042,26 @@ def show(pieces: Iterator[str]) -> None:
     print(flush=True)
 
 
-def read_prompt() -> str:
-    try:
-        if hasattr(sys.stdin, "reconfigure"):  # a notebook's has no such method
-            sys.stdin.reconfigure(encoding="utf-8")
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the prompt on standard input is not UTF-8 (byte {error.start}): convert it first"
-        ) from None
-
-
 def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
-    loaded = load_model(config.ckpt)
+    loaded, prompt = load_model(config.ckpt), config.prompt
     for_decoding(loaded.model, rt.device, rt.dtype)
-    if config.prompt is None and sys.stdin.isatty():
+    if prompt is None and sys.stdin.isatty():
         chat_session(loaded, config, rt)
         return
-    prompt = read_prompt() if config.prompt is None else config.prompt
+    if prompt is None:
+        try:
+            if hasattr(sys.stdin, "reconfigure"):  # a notebook's has no such method
+                sys.stdin.reconfigure(encoding="utf-8")
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompt on standard input is not UTF-8 (byte {error.start}): "
+                            "convert it first") from None  # fmt: skip
     for piece in sample_text(loaded, config, rt, prompt):
         print(piece, end="", flush=True)
     print(flush=True)
+
+
+# --- prepare ---
 
 
 @dataclass
@@ -7298,6 +7275,9 @@ def check_model(name: str, store: TokenStore, ids: Tensor) -> str:
     return f"{name}: {shapes}, loss {out.loss:.4f}, by our own shift {ours:.4f}"
 
 
+# --- export ---
+
+
 @dataclass
 class ExportConfig(RuntimeConfig):
     """Write a Hugging Face folder or a GGUF file that computes what the checkpoint computes."""
@@ -7327,6 +7307,9 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
             export_model(loaded, new)
         install_export(new, target.absolute(), bool(config.gguf))
     print(target)
+
+
+# --- bench ---
 
 
 @dataclass
@@ -7513,30 +7496,6 @@ BENCH_ROWS: dict[str, tuple[str, Callable]] = {
 }
 
 
-def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
-    """Measure training and decoding beside the limits of the machine."""
-    vocab_size = config.vocab_size
-    if config.tokenizer != "bpe":
-        vocab_size = load_tokenizer(config.tokenizer).vocab_size
-    model = GPT(model_config(config, vocab_size)).to(rt.device)
-    if config.self_test:
-        self_test(model.config, rt)
-    result = {"params": model.n_params(), "device": device_name(rt), "dtype": str(rt.dtype)[6:],
-              "threads": torch.get_num_threads()}  # fmt: skip
-    with training_precision(rt.device):
-        result |= bench_training(config, rt, model)
-    result |= bench_decoding(config, rt, model)
-    total = config.max_steps * config.batch_size * config.block_size
-    total = total or config.epochs * corpus_bytes(config.data_dir)
-    seconds = total / result["train_tokens_per_s"]
-    run_time = {"whole_run_tokens": total, "whole_run_seconds": seconds}
-    for key, value in (result | (run_time if total else {})).items():
-        label, written = BENCH_ROWS[key]
-        print(f"{label:<38}{written(value)}")
-    if config.json:
-        write_result(config.json, result | run_time)
-
-
 def peak_memory(rt: Runtime) -> int:
     """Most bytes in use so far: allocated on CUDA, resident in the process on a CPU."""
     if rt.device.type == "cuda":
@@ -7564,6 +7523,30 @@ def corpus_bytes(data_dir: str) -> int:
     with contextlib.suppress(UserError, OSError, TypeError):
         return sum(p.stat().st_size for p in find_files(DataConfig(data_dir=data_dir)))
     return 0
+
+
+def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
+    """Measure training and decoding beside the limits of the machine."""
+    vocab_size = config.vocab_size
+    if config.tokenizer != "bpe":
+        vocab_size = load_tokenizer(config.tokenizer).vocab_size
+    model = GPT(model_config(config, vocab_size)).to(rt.device)
+    if config.self_test:
+        self_test(model.config, rt)
+    result = {"params": model.n_params(), "device": device_name(rt), "dtype": str(rt.dtype)[6:],
+              "threads": torch.get_num_threads()}  # fmt: skip
+    with training_precision(rt.device):
+        result |= bench_training(config, rt, model)
+    result |= bench_decoding(config, rt, model)
+    total = config.max_steps * config.batch_size * config.block_size
+    total = total or config.epochs * corpus_bytes(config.data_dir)
+    seconds = total / result["train_tokens_per_s"]
+    run_time = {"whole_run_tokens": total, "whole_run_seconds": seconds}
+    for key, value in (result | (run_time if total else {})).items():
+        label, written = BENCH_ROWS[key]
+        print(f"{label:<38}{written(value)}")
+    if config.json:
+        write_result(config.json, result | run_time)
 
 
 # ====================================================================================

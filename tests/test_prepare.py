@@ -604,7 +604,7 @@ def test_eval_after_streaming_scores_nothing_that_was_trained_on(tmp_path):
     train_loader, _, streamed = stream(path, tmp_path, "--val_fraction", 0.1)
     trained_windows(train_loader, 20)
     config = lp.parse(["eval", *map(str, hub), "--processed_dir", str(tmp_path)])[1]
-    for name in lp.SPLIT_SETTINGS:  # as `adopt_split` does
+    for name in lp.SPLIT_SETTINGS:  # as `open_split_store` does
         setattr(config, name, getattr(lp.DataConfig, name))
     scored = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
     held_out = scored.tokenizer.decode(scored.tokens["val"])
