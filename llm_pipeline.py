@@ -5706,6 +5706,15 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
 
 # --- GGUF, the format of llama.cpp and Ollama ---
 
+# type of the matrices: (its number as a file type, the largest error of a stored value as a share
+# of the largest among its 32 neighbours, that of a log-probability in nats)
+GGUF_TYPES = {
+    "f32": (0, 0.0, 0.02),
+    "f16": (1, 2**-11, 0.05),
+    "bf16": (32, 2**-8, 0.3),
+    "q8_0": (7, 1 / 254 + 2**-11, 0.5),
+}
+
 
 def gguf_tensors(model: GPT, kind: str) -> dict[str, Tensor]:
     """Our tensors under llama.cpp's names. Raises UserError on what it cannot compute."""
@@ -5751,9 +5760,6 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
     return settings
 
 
-GGUF_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-
-
 def export_gguf(loaded: Loaded, file: Path, dtype: str) -> None:
     """Write a GGUF file and check it. Norms, biases and positions stay float32."""
     gguf, config = optional("gguf"), loaded.model.config
@@ -5762,18 +5768,20 @@ def export_gguf(loaded: Loaded, file: Path, dtype: str) -> None:
     kind = interchange_kind(config)
     tensors, vocabulary = gguf_tensors(loaded.model, kind), gguf_vocabulary(loaded)
     settings = dict(
-        name=file.stem, quantization_version=gguf.GGML_QUANT_VERSION, file_type=GGUF_FILE_TYPES[dtype], context_length=config.block_size,
+        name=file.stem, quantization_version=gguf.GGML_QUANT_VERSION,
+        file_type=GGUF_TYPES[dtype][0], context_length=config.block_size,
         embedding_length=config.n_embd, block_count=config.n_layer,
         feed_forward_length=config.n_inner, head_count=config.n_head,
         head_count_kv=config.n_kv_head,
     )  # fmt: skip
     if kind == "qwen3":
-        settings |= dict(layer_norm_rms_eps=config.norm_eps, rope_freq_base=config.rope_theta)
-        settings |= dict.fromkeys(
-            ("rope_dimension_count", "key_length", "value_length"), config.head_dim
-        )
+        settings |= dict(
+            layer_norm_rms_eps=config.norm_eps, rope_freq_base=config.rope_theta,
+            rope_dimension_count=config.head_dim, key_length=config.head_dim,
+            value_length=config.head_dim,
+        )  # fmt: skip
     else:
-        settings |= dict(layer_norm_eps=config.norm_eps)
+        settings["layer_norm_eps"] = config.norm_eps
     writer = gguf.GGUFWriter(file, kind)
     for name, value in (settings | vocabulary).items():
         getattr(writer, f"add_{name}")(value)
@@ -5806,10 +5814,6 @@ def modelfile(loaded: Loaded, name: str) -> str:
             )  # fmt: skip
 
 
-# The largest error of a stored value, as a share of the largest among its 32 neighbours.
-GGUF_ROUNDING = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 254 + 2**-11}
-
-
 def check_gguf(tensors: dict[str, Tensor], file: Path, dtype: str) -> None:
     """Read the file back: every tensor must be there, as exact as its type allows."""
     gguf = optional("gguf")
@@ -5822,13 +5826,9 @@ def check_gguf(tensors: dict[str, Tensor], file: Path, dtype: str) -> None:
         scale = tensor.abs().flatten()
         if len(scale) % 32 == 0:
             scale = scale.view(-1, 32).amax(1).repeat_interleave(32)
-        if not (error <= GGUF_ROUNDING[dtype] * scale + 2**-24).all():
+        if not (error <= GGUF_TYPES[dtype][1] * scale + 2**-24).all():
             raise UserError(f"export failed its check: {name} differs by {error.max():.1e}; "
                             "try --gguf_type f32")  # fmt: skip
-
-
-# The largest difference of log-probabilities that rounding may make, in nats.
-GGUF_TOLERANCE = {"f32": 0.02, "f16": 0.05, "bf16": 0.3, "q8_0": 0.5}
 
 
 def llama_server(file: Path, n_ctx: int):
@@ -5871,8 +5871,8 @@ def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
             raise UserError(f"export failed its check: llama.cpp has other ids for {text!r}")
     prompt = [tokenizer.bos_id, *tokenizer.encode("".join(CHECK_TEXTS)).tolist()][: max(T // 2, 1)]
     greedy = dict(temperature=0, return_tokens=True, prompt=prompt)
-    tokens = ask("/completion", n_predict=min(100, T - len(prompt)), ignore_eos=True, **greedy)
-    tokens = tokens["tokens"]
+    room = min(100, T - len(prompt))
+    tokens = ask("/completion", n_predict=room, ignore_eos=True, **greedy)["tokens"]
     with torch.no_grad():
         table = model(torch.tensor([prompt + tokens]))[0].log_softmax(-1)  # (T, V)
     steps = table[len(prompt) - 1 : -1].clone()
@@ -5884,7 +5884,7 @@ def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
         for likeliest in step.get("completion_probabilities", []):  # none for half a character
             for top in likeliest["top_logprobs"]:
                 worst = max(worst, abs(top["logprob"] - table[n - 1, top["id"]].item()))
-    limit = GGUF_TOLERANCE[dtype]
+    limit = GGUF_TYPES[dtype][2]
     if not (worst <= limit and (gaps <= 2 * limit).all()):
         raise UserError("export failed its check: llama.cpp's log-probabilities differ by "
                         f"{max(worst, gaps.max().item()):.1e}")  # fmt: skip
@@ -5892,7 +5892,7 @@ def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
          f"{len(tokens)} greedy tokens are the same")  # fmt: skip
 
 
-# --- where exports are put ---
+# --- replacing an export safely ---
 
 MODELFILE_MARK = "# Ollama's recipe, written by llm_pipeline.py"
 EXPORT_FILES = {
@@ -5931,13 +5931,15 @@ def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def export_work(target: Path):
-    """An empty folder beside `target` to write an export into, locked, gone after the block.
+def replacing(target: Path, is_file: bool):
+    """An empty folder for the block to write an export into, which then goes to its place.
 
-    What a killed export left there is swept first, after its old export is back in its place.
+    Files go there one by one, a folder by two renames. Only one export of a name is at work at a
+    time. What a killed one left is swept first, after its old export is back in its place.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".export.{target.name}")
+    new = work / "new"
     try:
         for leftover in target.parent.glob(".export.*"):
             with contextlib.suppress(UserError), run_lock(leftover):  # locked: another is at work
@@ -5945,27 +5947,19 @@ def export_work(target: Path):
                 shutil.rmtree(leftover)
         with run_lock(work):
             try:
-                (work / "new").mkdir()
-                yield work / "new"
+                new.mkdir()
+                yield new
+                for file in new.iterdir() if is_file else ():
+                    os.replace(file, target.with_name(file.name))
+                if not is_file:
+                    if target.exists():
+                        target.rename(work / "old")
+                    new.rename(target)
             finally:
                 put_back(target, work)
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
-
-
-def install_export(new: Path, target: Path, is_file: bool) -> None:
-    """Move an export to its place: files one by one, a folder by two renames.
-
-    Between the two, and for files of others after them, `put_back` knows what to do.
-    """
-    if is_file:
-        for file in new.iterdir():
-            os.replace(file, target.with_name(file.name))
-        return
-    if target.exists():
-        target.rename(new.with_name("old"))
-    new.rename(target)
 
 
 def put_back(target: Path, work: Path) -> None:
@@ -7297,7 +7291,7 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
         raise UserError("--gguf and --adapter exclude each other: a GGUF file holds a whole model")
     target = Path(config.gguf or config.out_dir)
     check_replaceable(target, bool(config.gguf), config.overwrite)
-    with export_work(target.absolute()) as new:
+    with replacing(target.absolute(), bool(config.gguf)) as new:
         loaded = load_model(config.ckpt, merge=config.merge and not config.adapter)
         if config.gguf:
             export_gguf(loaded, new / target.name, config.gguf_type)
@@ -7305,7 +7299,6 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
             export_adapter(loaded, new, config.base_model)
         else:
             export_model(loaded, new)
-        install_export(new, target.absolute(), bool(config.gguf))
     print(target)
 
 
