@@ -3776,11 +3776,10 @@ class SeenHashes:
     """The set of 64-bit hashes met so far, at 8 bytes each.
 
     Kept as sorted arrays, each at least twice as long as the next: looking up is a binary search
-    in a few of them, and every hash is merged O(log n) times.
+    in a few of them, and every hash is merged O(log n) times. `log` is called with new hashes.
     """
 
     def __init__(self, known: np.ndarray = (), log: Callable[[np.ndarray], None] | None = None):
-        """log: called with each array of hashes that are new."""
         self.runs = [np.sort(known)] if len(known) else []
         self.log = log
 
@@ -3801,50 +3800,36 @@ class SeenHashes:
         return new
 
 
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
 def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
     """(identity, place, bytes): 64-bit hashes of the content and of its place in the split, and
     the size of its prompts and responses.
 
     Functions of the record and the seed alone, so that adding data never moves a record.
     """
-
-    def new_hasher():
-        return hashlib.blake2b(digest_size=16, salt=config.split_seed.to_bytes(8, "little"))
-
-    hasher, size = new_hasher(), 0
+    salt = config.split_seed.to_bytes(8, "little")
+    hasher, size = hashlib.blake2b(digest_size=16, salt=salt), 0
     for number, turn in enumerate(record.turns):
         if number or not turn.trained:
             hasher.update(b"\0\1" if turn.trained else b"\0\2")
-        prompt = turn.prompt.encode("utf-8", "surrogatepass")
-        hasher.update(prompt + b"\0")
-        size += len(prompt)
-        for block in text_blocks(turn.response):
-            data = block.encode("utf-8", "surrogatepass")
+        for data in map(encoded, chain([turn.prompt, "\0"], text_blocks(turn.response))):
             hasher.update(data)
             size += len(data)
-    hasher.update(b"\0" + record.rejected.encode("utf-8", "surrogatepass"))
-    digest = hasher.digest()
+    hasher.update(b"\0" + encoded(record.rejected))
+    identity, place = np.frombuffer(hasher.digest(), "<u8").tolist()
     if config.split_by == "prompt" and not record.is_plain:
-        asked = new_hasher()
-        asked.update(record.turns[0].prompt.encode("utf-8", "surrogatepass"))
-        place = asked.digest()[8:]
-    else:
-        place = digest[8:]
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(place, "little"), size
-
-
-def too_short(record: Record, config: DataConfig) -> bool:
-    plain = record.is_plain and isinstance(record.response, str)
-    return plain and len(record.response.strip()) < config.min_chars
+        first = hashlib.blake2b(encoded(record.turns[0].prompt), digest_size=16, salt=salt)
+        place = int.from_bytes(first.digest()[8:], "little")
+    return identity, place, size - len(record.turns)  # without the zeros between the texts
 
 
 def text_blocks(text: str | TextFile) -> Iterator[str]:
     if isinstance(text, TextFile):
-        yield from text.blocks()
-    elif len(text) <= BLOCK:
-        yield text
-    else:
-        yield from (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
+        return text.blocks()
+    return (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
 
 
 def split_records(
@@ -3863,8 +3848,7 @@ def split_records(
             report.count(record.source, "records")
             if isinstance(record.response, TextFile):
                 report.replaced(record.source, record.response)
-            why = "" if fresh else "duplicate"
-            why = why or unusable(record, size, config, pairs)
+            why = unusable(record, size, config, pairs) if fresh else "duplicate"
             if why:
                 report.skip(record.source, why, record.where)
                 continue
@@ -3875,11 +3859,11 @@ def split_records(
 
 def unusable(record: Record, size: int, config: DataConfig, pairs: bool) -> str:
     """Why a record is left out, or ""."""
-    if size == 0 or too_short(record, config):
+    text = record.response
+    is_text = record.is_plain and isinstance(text, str)
+    if size == 0 or (is_text and len(text.strip()) < config.min_chars):
         return "short or empty"
-    if pairs and record.rejected in ("", record.response):
-        return "no preference"
-    return ""
+    return "no preference" if pairs and record.rejected in ("", text) else ""
 
 
 def split_text(
@@ -3898,8 +3882,7 @@ def split_text(
 def cut_at(boundary: int, blocks: Iterable[str]) -> Iterator[tuple[str, str]]:
     """("train", text) for the first `boundary` bytes, then ("val", text); characters stay whole."""
     done = 0
-    for block in blocks:
-        data = block.encode("utf-8", "surrogatepass")
+    for data in map(encoded, blocks):
         cut = min(max(boundary - done, 0), len(data))
         while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80:
             cut += 1
@@ -3919,7 +3902,9 @@ def whole_words(blocks: Iterable[str]) -> Iterator[str]:
     carry = ""
     for block in blocks:
         block = carry + block
-        cut = next((ends[-1] for pattern in SAFE_CUTS if (ends := cuts(pattern, block))), 0)
+        near_end = max(0, len(block) - 4096)
+        found = ([*pattern.finditer(block, near_end)] for pattern in SAFE_CUTS)
+        cut = next((matches[-1].end() for matches in found if matches), 0)
         if not cut and len(block) > 64 * BLOCK:  # a text without spaces: cut it where it stands
             cut = len(block)
         if cut:
@@ -3929,9 +3914,70 @@ def whole_words(blocks: Iterable[str]) -> Iterator[str]:
         yield carry
 
 
-def cuts(pattern: re.Pattern, text: str) -> list[int]:
-    """Ends of the pattern's matches near the end of the text."""
-    return [match.end() for match in pattern.finditer(text, max(0, len(text) - 4096))]
+# --- near-duplicates ---
+
+SHORT_RECORD = 500  # tokens; what is compared of a longer record
+TWIN_LIMITS = {"val": 1000, "train": 20_000}  # records of a source that are compared at most
+
+
+def near_duplicates(store: TokenStore) -> dict[str, tuple[int, int]]:
+    """{source: (validation records with a near-twin in training, those compared)}.
+
+    Near-twins: the Jaccard index of the sets of their 5-grams is at least 0.8.
+    """
+    found = {}
+    for number, source in enumerate(store.sources):
+        val = [grams for grams in source_grams(store, "val", number) if len(grams)]
+        if val:
+            found[source] = int(twins(val, source_grams(store, "train", number)).sum()), len(val)
+    return found
+
+
+def source_grams(store: TokenStore, split: str, number: int) -> Iterator[np.ndarray]:
+    """The grams of a source's records, one array each, at most TWIN_LIMITS of them, evenly spaced.
+
+    An instruction is compared by its input or, without one, by itself; plain text by its beginning.
+    """
+    index, rows = store.index[split], store.whole_records(split)
+    rows = rows[index["source"][rows] == number]
+    for row in rows[:: max(1, -(-len(rows) // TWIN_LIMITS[split]))]:
+        start, length, prompt, _ = index[row].tolist()
+        end = prompt if prompt > 1 else length
+        ids = store.ids(split, start + 1, min(end - 1, SHORT_RECORD)).tolist()
+        text = store.tokenizer.decode(ids)
+        instruction, _, input = text.removesuffix("\n### Output:").rpartition("\n### Input: ")
+        yield grams_of(input or instruction.rpartition("### Instruction: ")[2])
+
+
+def grams_of(text: str) -> np.ndarray:
+    """Hashes of a text's character 5-grams, its case and spacing made equal: (n,) sorted uint64."""
+    data = " ".join(text.lower().split()).encode("utf-32-le", "surrogatepass")
+    points = np.frombuffer(data, np.uint32).astype(np.uint64)
+    n, hashes = max(0, len(points) - 4), np.uint64(0)
+    for place in range(5):  # a polynomial in an odd base, modulo 2^64
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + points[place : place + n]
+    return np.unique(hashes)
+
+
+def twins(some: list[np.ndarray], others: Iterable[np.ndarray]) -> np.ndarray:
+    """Which of `some` sets have a Jaccard index of at least 0.8 with one of `others`: (n,) bool.
+
+    An inverted index (element -> the sets it is in) counts what one of the others shares with all.
+    """
+    sizes = np.array([len(elements) for elements in some])
+    elements, owner = np.concatenate(some), np.repeat(np.arange(len(some)), sizes)
+    order = np.argsort(elements, kind="stable")
+    owner = owner[order]
+    known, first, count = np.unique(elements[order], return_index=True, return_counts=True)
+    found = np.zeros(len(some), bool)
+    for other in others:
+        place = np.minimum(np.searchsorted(known, other), len(known) - 1)
+        place = place[known[place] == other]
+        n = count[place]  # sets that hold each element; theirs stand in `owner` from `first` on
+        where = np.arange(n.sum()) + np.repeat(first[place] - np.cumsum(n) + n, n)
+        both = np.bincount(owner[where], minlength=len(some))
+        found |= (both > 0) & (both >= 0.8 * (sizes + len(other) - both))
+    return found
 
 
 # --- pieces and the writer ---
@@ -4168,72 +4214,6 @@ class TokenStore:
             raise UserError(f"{self.folder}/{split}.bin holds ids outside its vocabulary; delete "
                             "the store and prepare it again")  # fmt: skip
         return ids
-
-
-SHORT_RECORD = 500  # tokens; what is compared of a longer record
-TWIN_LIMITS = {"val": 1000, "train": 20_000}  # records of a source that are compared at most
-
-
-def grams(text: str) -> np.ndarray:
-    """The character 5-grams of a text, its case and spacing made equal: (n,) sorted uint64."""
-    text = " ".join(text.lower().split())
-    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
-    if len(points) < 5:
-        return points[:0]
-    hashes = points[4:]
-    for back in range(1, 5):  # a polynomial in an odd base, modulo 2^64
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + points[4 - back : len(points) - back]
-    return np.unique(hashes)
-
-
-def near_duplicates(store: TokenStore) -> dict[str, tuple[int, int]]:
-    """{source: (validation records with a near-twin in training, those compared)}.
-
-    Near-twins: the Jaccard index of the sets of their 5-grams is at least 0.8.
-    """
-    found = {}
-    for number, source in enumerate(store.sources):
-        val = [v for v in source_grams(store, "val", number) if len(v)]
-        if val:
-            found[source] = int(twins(val, source_grams(store, "train", number)).sum()), len(val)
-    return found
-
-
-def source_grams(store: TokenStore, split: str, number: int) -> Iterator[np.ndarray]:
-    """The grams of a source's records, one array each, at most TWIN_LIMITS of them, evenly spaced.
-
-    An instruction is compared by its input or, without one, by itself; plain text by its beginning.
-    """
-    index, rows = store.index[split], store.whole_records(split)
-    rows = rows[index["source"][rows] == number]
-    for row in rows[:: max(1, -(-len(rows) // TWIN_LIMITS[split]))]:
-        start, length, prompt, _ = index[row].tolist()
-        end = prompt if prompt > 1 else length
-        ids = store.ids(split, start + 1, min(end - 1, SHORT_RECORD)).tolist()
-        text = store.tokenizer.decode(ids)
-        instruction, _, input = text.removesuffix("\n### Output:").rpartition("\n### Input: ")
-        yield grams(input or instruction.rpartition("### Instruction: ")[2])
-
-
-def twins(some: list[np.ndarray], others: Iterable[np.ndarray], least: float = 0.8) -> np.ndarray:
-    """Which of `some` sets have a Jaccard index of at least `least` with one of `others`, (n,) bool.
-
-    An inverted index (element -> the sets it is in) counts what one of the others shares with all.
-    """
-    sizes = np.array([len(elements) for elements in some])
-    elements, owner = np.concatenate(some), np.repeat(np.arange(len(some)), sizes)
-    order = np.argsort(elements, kind="stable")
-    owner = owner[order]
-    known, first, count = np.unique(elements[order], return_index=True, return_counts=True)
-    found = np.zeros(len(some), bool)
-    for other in others:
-        place = np.minimum(np.searchsorted(known, other), len(known) - 1)
-        place = place[known[place] == other]
-        n = count[place]  # sets that hold each element; theirs stand in `owner` from `first` on
-        where = np.arange(n.sum()) + np.repeat(first[place] - np.cumsum(n) + n, n)
-        both = np.bincount(owner[where], minlength=len(some))
-        found |= (both > 0) & (both >= least * (sizes + len(other) - both))
-    return found
 
 
 # --- streams ---
