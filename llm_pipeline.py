@@ -6665,6 +6665,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
 
 
 def fit_command(loop: Callable) -> Callable:
+    @wraps(loop)
     def command(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> None:
         result = loop(config, rt, stop, folder)
         if stop:
@@ -6677,7 +6678,6 @@ def fit_command(loop: Callable) -> Callable:
              f"      python llm_pipeline.py {then} --ckpt {result}")  # fmt: skip
         print(result)
 
-    command.__doc__ = loop.__doc__
     return command
 
 
@@ -6725,18 +6725,14 @@ def what_is_scored(config: EvalConfig, loaded: Loaded, store: TokenStore) -> str
     return f"scoring {config.hf_dataset or config.data_dir}: {'; '.join(counts)}\n{origin}"
 
 
-EVAL_LEGEND = (
-    "Each record is scored by itself, from its beginning. The losses shown in training are over a "
-    "few batches of\nwindows (train) or padded records (finetune), and so differ a little. gzip and "
-    "unigram: bits per byte of gzip -9\nand of the best model of single bytes, on the same text."
-)
-
-
 def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     result = evaluate_checkpoint(config, rt, stop)
     if rt.is_main:
         print(evaluation_card(result))
-        note(EVAL_LEGEND)
+        note("Each record is scored by itself, from its beginning. The losses shown in training are "
+             "over a few batches of\nwindows (train) or padded records (finetune), and so differ a "
+             "little. gzip and unigram: bits per byte of gzip -9\nand of the best model of single "
+             "bytes, on the same text.")  # fmt: skip
         if config.json:
             write_result(config.json, result)
 
@@ -7193,9 +7189,6 @@ def store_figures(store: TokenStore) -> dict[str, float]:
     }
 
 
-PREVIEW_TOKENS = 150, 50  # shown of a record's beginning and of its end
-
-
 def preview(store: TokenStore, n: int, block_size: int) -> str:
     """Records token by token: position, id, state, text. A long record is shown in part.
 
@@ -7210,7 +7203,7 @@ def preview(store: TokenStore, n: int, block_size: int) -> str:
             f"record {number} of {store.sources[source]}: {length} tokens "
             "(state under --loss_on response; with all, prompts are trained too)"
         )
-        first, last = PREVIEW_TOKENS if length > sum(PREVIEW_TOKENS) else (length, 0)
+        first, last = (150, 50) if length > 200 else (length, 0)  # tokens shown of its two ends
         for i in (*range(first), *range(length - last, length)):
             if i == length - last and last:
                 lines.append(f"   ... {length - first - last:,} tokens left out")
@@ -7433,10 +7426,9 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
 
 def with_prefix(value: float, unit: str) -> str:
     """Three digits and a prefix: 20734 " tok/s" is 20.7 k tok/s."""
-    prefixes = ["", "k", "M", "G", "T", "P"]
+    prefixes = ["", *"kMGTP"]
     while abs(value) >= 999.5 and len(prefixes) > 1:
-        value = value / 1000
-        del prefixes[0]
+        value, prefixes = value / 1000, prefixes[1:]
     return f"{value:.3g} {(prefixes[0] + unit).strip()}"
 
 
