@@ -295,6 +295,7 @@ class FitConfig(OptimConfig, DataConfig, RuntimeConfig):
     shuffle_buffer: int = option(4096, "windows held for shuffling a stream", low=1)
     eval_interval: int = free(200, "steps between evaluations", low=1)
     eval_batches: int = free(50, "validation batches of an evaluation (0: all)", low=0)
+    sample_every: int = free(1, "show a short sample every N evaluations, on a terminal", low=0)
     log_interval: int = free(10, "steps between rows of metrics.csv", low=1)
     save_interval: int = free(200, "steps between saves of last.pth", low=1)
     patience: int = free(0, "stop after N evaluations without improvement (0: never)", low=0)
@@ -2090,6 +2091,17 @@ COLUMNS = ("step", "epoch", "split", "loss", "timestamp", "lr", "grad_norm", "to
 MORE_COLUMNS = {"dpo": ("reward_margin", "reward_accuracy", "chosen_loss")}  # of an objective
 
 
+def short_sample(run: Run) -> str:
+    """What the model writes at present, on one line; drawn from the same numbers every time."""
+    model, tokenizer = run.model, run.train.dataset.store.tokenizer
+    training, start = model.training, torch.tensor([tokenizer.bos_id], device=run.rt.device)
+    ends = tokenizer.eos_id, tokenizer.sep_id
+    steps = generate(model.eval(), start, 60, ends, temperature=0.8, top_k=30)
+    text = tokenizer.decode([token for (token,) in steps if token >= 0])
+    model.train(training)
+    return " / ".join(line for line in text.splitlines() if line.strip())
+
+
 class Recorder:
     """Where the first process's numbers go: metrics.csv, progress bar, Weights & Biases if asked."""
 
@@ -2104,6 +2116,8 @@ class Recorder:
         self.bar = tqdm(
             total=p.total, initial=p.step, unit="step", disable=not main, smoothing=0.05
         )
+        watched = sys.stderr.isatty() or "sample_every" in config.given
+        self.evaluations, self.samples = 0, watched and run.rt.world_size == 1
 
     def step(self, batch: Batch, loss: float, norm: float, stats: dict, seconds: float) -> None:
         """Count a step that took `seconds`; a row every log_interval."""
@@ -2121,6 +2135,10 @@ class Recorder:
     def validation(self, loss: float, stats: dict) -> None:
         self.write("val", loss, **stats)
         self.shown["val"] = f"{loss:.4f}"
+        self.evaluations += 1
+        every = self.run.config.sample_every
+        if self.samples and every and self.evaluations % every == 0:
+            note(f"step {self.run.progress.step}: {short_sample(self.run)}")
 
     def write(self, split: str, value: float, **more) -> None:
         step = self.run.progress.step
@@ -6522,11 +6540,23 @@ def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
     if base is not None:
         compared = f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
     if ended == "done":
-        return f"done: best {kind} loss {p.best:.4f} at step {p.best_step}{compared}"
+        return (f"done: best {kind} loss {p.best:.4f}{as_bits_per_byte(run)} at step {p.best_step}"
+                f"{compared}, {p.step * run.train.batch_size * run.model.config.block_size:,} "
+                "tokens seen")  # fmt: skip
     if ended == "early":
         return (f"stopped early at step {p.step}: nothing better than {p.best:.4f} since step "
                 f"{p.best_step}{compared}")  # fmt: skip
     return f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"
+
+
+def as_bits_per_byte(run: Run) -> str:
+    """The best loss over windows of text as bits per byte, which compare across tokenizers."""
+    if not run.val or not isinstance(run.val.dataset, LMDataset):
+        return ""
+    store = run.val.dataset.store
+    ids = np.asarray(store.tokens["val"][: 1 << 20])
+    per_token = store.tokenizer.token_bytes()[ids].mean()
+    return f" ({run.progress.best / math.log(2) / max(per_token, 1e-9):.3f} bits a byte)"
 
 
 def measure_base(run: Run, folder: RunFolder) -> None:

@@ -596,3 +596,12 @@ def test_resume_after_a_shrunken_micro_batch(corpus, tmp_path, monkeypatch):
             run(*command, *flags, "--out_dir", tmp_path / name).ok()
     run(*command, "--resume", "--out_dir", tmp_path / "b").ok()
     assert differences(tmp_path / "whole/last.pth", tmp_path / "b/last.pth") == []
+
+
+def test_samples_on_the_way_change_nothing(corpus, tmp_path):
+    base = ["train", *corpus, *TINY, *words("--eval_interval 4 --out_dir")]
+    shown = run(*base, tmp_path / "a", "--sample_every", "1").ok()
+    assert sum(line.startswith("step ") for line in shown.err.splitlines()) >= 3
+    quiet = run(*base, tmp_path / "b").ok()
+    assert "step 4:" not in quiet.err
+    assert largest_difference(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == 0
