@@ -5128,7 +5128,6 @@ class Family:
 
     arch: str  # ours, in ARCHS
     model_class: str
-    prefix: str  # of every tensor but the head's
     layer: str  # the prefix of a layer's tensors
     names: dict[str, str]  # our modules: theirs; the rows of several, stacked, make one of ours
     settings: dict[str, str]  # ours: their names in config.json
@@ -5185,8 +5184,7 @@ def qwen3_from_hf(hf: dict) -> dict:
 
 INTERCHANGE = {
     "gpt2": Family(
-        arch="gpt2", model_class="GPT2LMHeadModel",
-        prefix="transformer.", layer="transformer.h.{}.",
+        arch="gpt2", model_class="GPT2LMHeadModel", layer="transformer.h.{}.",
         names={
             "tok_emb": "transformer.wte", "positions": "transformer.wpe",
             "norm_f": "transformer.ln_f", "head": "lm_head",
@@ -5205,8 +5203,7 @@ INTERCHANGE = {
         same=("pos", "norm", "qk_norm", "bias"), more_to_hf=gpt2_to_hf, more_from_hf=gpt2_from_hf,
     ),
     "qwen3": Family(
-        arch="modern", model_class="Qwen3ForCausalLM",
-        prefix="model.", layer="model.layers.{}.",
+        arch="modern", model_class="Qwen3ForCausalLM", layer="model.layers.{}.",
         names={
             "tok_emb": "model.embed_tokens", "norm_f": "model.norm", "head": "lm_head",
             "norm1": "input_layernorm", "attn.proj": "self_attn.o_proj",
@@ -5323,7 +5320,7 @@ def hf_tensors(folder: Path) -> dict[str, Tensor]:
 
 def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[str, Tensor]:
     """Their tensors under our names. Raises UserError naming one that is missing or wrong."""
-    prefix = INTERCHANGE[kind].prefix
+    prefix = INTERCHANGE[kind].layer.split(".")[0] + "."  # of every tensor but the head's
     if not any(name.startswith(prefix) for name in tensors):  # a base model without its head
         tensors = {prefix + name: t for name, t in tensors.items()}
     unused = (".attn.bias", ".attn.masked_bias")  # buffers of old files
@@ -5554,15 +5551,13 @@ def chat_templates(sep: str) -> tuple[str, str]:
     def forms(text: str, input: str) -> dict[str, str]:
         system = instruction_prompt("", "", text).removesuffix(instruction_prompt(""))
         return {"system": system, "user": instruction_prompt(text, input),
-                "assistant": instruction_response(text)}  # fmt: skip
+                "assistant": instruction_response(text) + sep}  # fmt: skip
 
     jinja, go = forms("{{ text }}", "{{ m['input'] or '' }}"), forms("{{ .Content }}", "")
-    whole = r"text[:1] == ' ' and text[-1:] == '\n'"
     jinja["assistant"] = (
-        f"{{% if {whole} %}}{{{{ text }}}}{{% else %}}{jinja['assistant']}{{% endif %}}"
+        r"{% if text[:1] == ' ' and text[-1:] == '\n' %}{{ text }}"
+        f"{sep}{{% else %}}{jinja['assistant']}{{% endif %}}"
     )
-    for by_role in (jinja, go):
-        by_role["assistant"] += sep
     text = "m['content'] if m['content'] is string else m['content']|map(attribute='text')|join"
     return (
         "{{ bos_token }}{% for m in messages %}{% set text = " + text + " %}{% if false %}"
@@ -5578,11 +5573,8 @@ def chat_templates(sep: str) -> tuple[str, str]:
 def byte_library():
     """The byte tokenizer as a `tokenizers.Tokenizer` with the same 260 ids."""
     tokenizers = optional("tokenizers")
-    vocabulary = byte_alphabet()
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet(), []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
     library.decoder = tokenizers.decoders.ByteLevel()
     library.add_special_tokens(list(SPECIAL_TOKENS))
     return library
