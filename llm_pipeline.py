@@ -6600,12 +6600,11 @@ class PreferenceDataset(InstructionDataset):
     reference: (records,) log-probabilities of the responses under the base model.
     """
 
-    group = 2
+    group, reference = 2, None
 
     def __init__(self, store: TokenStore, split: str, block_size: int, seed: int = 0,
-                 batch_size: int = 1, reference: np.ndarray | None = None):  # fmt: skip
+                 batch_size: int = 1):  # fmt: skip
         super().__init__(store, split, block_size, seed, "response", batch_size)
-        self.reference = reference
 
     def n_targets(self, ids: np.ndarray) -> int:
         return len(ids)  # the loss is one of pairs
@@ -6906,13 +6905,10 @@ class TextStream:
         return self.emit(self.held + piece)
 
     def emit(self, text: str, last: bool = False) -> str:
-        keep = 0
-        if self.stop:
-            if self.stop in text:
-                text, self.stopped, last = text[: text.index(self.stop)], True, True
-            if not last:
-                ends = range(min(len(self.stop) - 1, len(text)), 0, -1)
-                keep = next((n for n in ends if text.endswith(self.stop[:n])), 0)
+        if self.stop and self.stop in text:
+            text, self.stopped, last = text[: text.index(self.stop)], True, True
+        ends = () if last else range(min(len(self.stop) - 1, len(text)), 0, -1)
+        keep = next((n for n in ends if text.endswith(self.stop[:n])), 0)
         out, self.held = text[: len(text) - keep], text[len(text) - keep :]
         self.text += out
         return out
