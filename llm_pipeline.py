@@ -3017,7 +3017,9 @@ def byte_alphabet() -> dict[str, int]:
 # ====================================================================================
 # 11. Corpus
 #
-# files -> Records -> exact duplicates dropped -> train or val, by hash -> token store
+# files -> rows -> Records -> exact duplicates dropped -> train or val, by hash -> token store.
+# Look at `record_from_row`, which reads every layout, and at `split_records`: a record's side
+# follows from the record itself, so that what was trained on never validates.
 # ====================================================================================
 
 BLOCK = 1 << 16  # characters or bytes handled at a time
@@ -3039,7 +3041,7 @@ class Record:
     """One unit of text: plain text, an instruction with its answer, or a conversation."""
 
     source: str
-    turns: list[Turn]  # at least one; readers end it with a trained one
+    turns: list[Turn]  # at least one, the last one trained
     rejected: str = ""  # of a preference pair: the other answer to the last turn
     where: str = ""  # file, or file:line
     split: str = ""  # where the file's name says so, as in wiki.train.tokens
@@ -3139,7 +3141,8 @@ class TextFile:
         decoder, offset, replaced = UTF8(self.errors), 0, 0
         try:
             with open_binary(self.path) as file:
-                while True:
+                data = None
+                while data != b"":
                     data = file.read(min(BLOCK, self.limit - offset))
                     pending = decoder.getstate()[0]  # the beginning of a character
                     cut_off = offset >= self.limit  # maybe inside a character: no error
@@ -3149,8 +3152,6 @@ class TextFile:
                     if text:
                         yield text.removeprefix("\ufeff") if offset == len(pending) else text
                     offset += len(data)
-                    if not data:
-                        break
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.path}: invalid UTF-8 at byte {offset - len(pending) + error.start}; "
@@ -3270,9 +3271,9 @@ def messages_of(value, column: str, role: str = "") -> list[Message]:
         raise ValueError(f"{column!r} must be text or messages, not {type(value).__name__}")
     if re.match(r"\s*Human:", value) and "\n\nAssistant:" in value:  # as in HH-RLHF
         _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip())
-        said = [Message("user" if who == "Human" else "assistant", text.strip())
-                for who, text in zip(parts[::2], parts[1::2], strict=True)]  # fmt: skip
-        return said if said[-1].text else said[:-1]  # a prompt ends with "Assistant:" alone
+        found = [Message("user" if who == "Human" else "assistant", text.strip())
+                 for who, text in zip(parts[::2], parts[1::2], strict=True)]  # fmt: skip
+        return found if found[-1].text else found[:-1]  # a prompt ends with "Assistant:" alone
     if not role:
         raise ValueError(f"{column!r} must be a list of {{role, content}}")
     return [Message(role, value)]
@@ -3409,13 +3410,16 @@ def records_from_rows(
         if context == len(record.turns):
             report.skip(record.source, "no answer to train", where)
             continue
-        while not record.turns[-1].trained:  # context for nothing
+        while not record.turns[-1].trained:  # nobody learns from what follows the last answer
             record.turns.pop()
             record.rejected = ""
         yield record
 
 
-# --- one reader for each format: (where, row) of every row, or the error in its place ---
+# --- one reader for each format ---
+
+# A reader yields (where, row) for every row of a file, with an error in the place of a bad one.
+# Plain text is a row, too: its only column is the one that --text_field names.
 
 
 def sms_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
@@ -3462,9 +3466,8 @@ def csv_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tup
     csv.field_size_limit(2**31 - 1)
     delimiter = max(",;\t", key=header.count)
     table = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
-    problem = layout_problem(table.fieldnames or [], config.text_field)
     try:
-        if problem:
+        if problem := layout_problem(table.fieldnames or [], config.text_field):
             yield str(file.path), problem
             return
         for row in table:
@@ -3708,7 +3711,9 @@ def data_role(config: DataConfig) -> str:
     root = Path(os.path.abspath(config.data_dir))
     if config.hf_dataset:
         return ""
-    return role_of(root, root.is_dir()) or (not root.is_dir() and role_of(root.parent, True)) or ""
+    if root.is_dir():
+        return role_of(root, True)
+    return role_of(root, False) or role_of(root.parent, True)
 
 
 def part_of_split(config: DataConfig) -> str:
@@ -3766,9 +3771,8 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
             report.skip(path.name, why or "test split, kept out", str(path))
             continue
         file = TextFile(path, config.encoding_errors)
-        source, instructions = path.name, "instructions"
-        if reader is sms_rows:
-            source = instructions = "sms"
+        is_sms = reader is sms_rows
+        source, instructions = ("sms", "") if is_sms else (path.name, "instructions")
         try:
             rows = reader(file, config, report)
             for record in records_from_rows(rows, source, config, report, instructions):
@@ -4027,11 +4031,10 @@ def record_pieces(record: Record, split: str, size: int, config: DataConfig) -> 
             yield Piece(text, part, source, size, end="eos" * last, last=last)
             size = 0
         return
-    # Nobody learns from what follows the last answer that is trained.
-    n_turns = max((n for n, turn in enumerate(record.turns, 1) if turn.trained), default=0)
-    for n, turn in enumerate(record.turns[:n_turns], 1):
+    for n, turn in enumerate(record.turns, 1):
+        last = n == len(record.turns)
         yield Piece(turn.prompt, split, source, size if n == 1 else 0)
-        yield Piece(turn.response, split, source, 0, "sep", turn.trained, last=n == n_turns)
+        yield Piece(turn.response, split, source, 0, "sep", turn.trained, last=last)
 
 
 def as_pair(record: Record) -> list[Record]:
