@@ -74,7 +74,7 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial, wraps
@@ -2724,6 +2724,9 @@ class PrefetchingLoader(Loader):
 # ====================================================================================
 
 
+SPECIAL_ROLES = ("pad", "bos", "eos", "sep")  # in the order of SPECIAL_TOKENS
+
+
 class BPETokenizer:
     """A `tokenizers.Tokenizer` behind the interface of `ByteTokenizer`.
 
@@ -2743,11 +2746,11 @@ class BPETokenizer:
         if self.vocab_size > 2**24:
             raise UserError(f"the tokenizer has ids up to {self.vocab_size - 1:,}, far beyond its "
                             f"{len(self.library.get_vocab()):,} entries")  # fmt: skip
-        for name in ("bos", "eos", "sep", "pad"):
-            number = special_ids.get(f"{name}_id")
+        for role in SPECIAL_ROLES:
+            number = special_ids.get(f"{role}_id")
             if type(number) is not int or not 0 <= number < self.vocab_size:
-                raise UserError(f"the tokenizer has no usable {name} token (got {number!r})")
-            setattr(self, f"{name}_id", number)
+                raise UserError(f"the tokenizer has no usable {role} token (got {number!r})")
+            setattr(self, f"{role}_id", number)
         library = json.loads(library_json)
         self.is_byte_level = '"ByteLevel"' in json.dumps(library.get("decoder"))
         self.twin = tiktoken_twin(library)
@@ -2790,8 +2793,7 @@ class BPETokenizer:
         sizes = np.zeros(self.vocab_size, np.int64)
         vocabulary = self.library.get_vocab()
         if self.is_byte_level:  # each byte is spelled as one character of its own alphabet
-            for token, number in vocabulary.items():
-                sizes[number] = len(token)
+            sizes[list(vocabulary.values())] = [len(token) for token in vocabulary]
         else:
             anchor = self.encode("a").tolist()
             known = len(self.decode(anchor).encode())
@@ -2803,7 +2805,7 @@ class BPETokenizer:
         return sizes
 
     def spec(self) -> dict:
-        ids = {f"{n}_id": getattr(self, f"{n}_id") for n in ("bos", "eos", "sep", "pad")}
+        ids = {f"{role}_id": getattr(self, f"{role}_id") for role in SPECIAL_ROLES}
         return {"kind": "bpe", "json": self.json, **ids}
 
 
@@ -2852,39 +2854,35 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     )
     clean = (SURROGATE.sub("\ufffd", text) for text in texts)
     in_thread(library.train_from_iterator, batched(clean, 256), trainer)
-    ids = {f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos", "sep"))}
+    ids = {f"{role}_id": number for number, role in enumerate(SPECIAL_ROLES)}
     return bpe_tokenizer(library.to_str(), **ids)
 
 
 def in_thread(function: Callable, *args):
     """Call `function` in a thread: signals are not heeded while the main thread is in a library."""
-    outcome: queue.Queue = queue.Queue()
+    outcome: Future = Future()
 
     def work():
         try:
-            outcome.put((function(*args), None))
+            outcome.set_result(function(*args))
         except BaseException as error:  # raised again below
-            outcome.put((None, error))
+            outcome.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    while True:
-        with contextlib.suppress(queue.Empty):  # a wait without end is not interrupted on Windows
-            result, error = outcome.get(timeout=1)
-            if error:
-                raise error
-            return result
+    while not outcome.done():  # a wait without end is not interrupted on Windows
+        wait([outcome], timeout=1)
+    return outcome.result()
 
 
 def tokenizer_from_spec(spec: dict) -> Tokenizer:
     """The tokenizer that a checkpoint or a store describes. Raises UserError."""
     if spec.get("kind") == "byte":
         return ByteTokenizer()
-    if spec.get("kind") != "bpe" or not isinstance(spec.get("json"), str):
+    if spec.get("kind") != "bpe":
         raise UserError(f"unknown tokenizer kind {spec.get('kind')!r}")
-    ids = {key: spec.get(key) for key in ("bos_id", "eos_id", "sep_id", "pad_id")}
-    if not all(type(number) is int for number in ids.values()):
-        raise UserError(f"the tokenizer's special tokens are not ids: {ids}")
-    return bpe_tokenizer(spec["json"], **ids)
+    ids = {f"{role}_id": spec.get(f"{role}_id") for role in SPECIAL_ROLES}
+    with tokenizer_errors("the tokenizer is not valid"):  # such as an id that is a list
+        return bpe_tokenizer(spec.get("json"), **ids)
 
 
 # Names of a vocabulary and its merges: Hugging Face's and the original GPT-2's.
@@ -2958,7 +2956,7 @@ def special_ids(library, folder: Path) -> dict[str, int]:
     return ids
 
 
-# --- tiktoken, for speed -------------------------------------------------------------
+# --- tiktoken, for speed ---
 
 
 def is_gpt2_bpe(library: dict) -> bool:
@@ -4358,11 +4356,8 @@ def settings_fingerprint(config: DataConfig, tokenizer: dict, pairs: bool) -> st
 
     tokenizer: its spec, or what is asked of one that is to be trained.
     """
-    files = []
-    for path in source_files(config):
-        stat = path.stat()
-        times = stat.st_mtime_ns, stat.st_ctime_ns
-        files.append([str(path), stat.st_size, *times, file_digest(path)])
+    files = [[str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, file_digest(path)]
+             for path in source_files(config) for stat in [path.stat()]]  # fmt: skip
     return short_hash([source_name(config), store_settings(config, pairs), tokenizer, files], 16)
 
 
@@ -4370,12 +4365,11 @@ def store_origin(
     config: DataConfig, tokenizer: Tokenizer, pairs: bool, request: str | None
 ) -> dict:
     """What meta.json says of how a store is made. request: what a BPE was trained for."""
-    kinds = (DataConfig, TokenizerConfig)
-    names = [f.name for kind in kinds for f in fields(kind) if hasattr(config, f.name)]
+    names = [f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)]
     return {
         "format": STORE_FORMAT,
         "source": source_name(config),
-        "settings": {name: getattr(config, name) for name in names},
+        "settings": {name: getattr(config, name) for name in names if hasattr(config, name)},
         "pairs": pairs,
         "tokenizer": tokenizer.spec(),
         "settings_fingerprint": settings_fingerprint(config, tokenizer.spec(), pairs),
