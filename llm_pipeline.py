@@ -4117,7 +4117,6 @@ class StoreWriter:
                     return True
             if bar is not None:
                 bar.update(sum(len(piece.text) for piece in batch))
-                bar.set_postfix(tokens=f"{sum(self.size.values()):,}", refresh=False)
         return False
 
     def commit(self) -> dict:
@@ -4398,7 +4397,9 @@ def build_corpus_from_sources(
         asked = {f.name: getattr(config, f.name) for f in fields(TokenizerConfig)}
         request = settings_fingerprint(config, asked, pairs)
         tokenizer = find_trained(request, folder or Path(config.processed_dir))
-        tokenizer = tokenizer or train_bpe(training_texts(config, pairs), config)
+        pieces = corpus_pieces(config, Report(config.bad_records), pairs)
+        texts = (piece.text for piece in pieces if piece.split == "train")
+        tokenizer = tokenizer or train_bpe(texts, config)
     tokenizer = tokenizer or load_tokenizer(config.tokenizer)
     folder = folder or default_folder(config, tokenizer, pairs)
     streaming = config.hf_dataset and config.streaming and isinstance(config, FitConfig)
@@ -4535,9 +4536,7 @@ def write_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: 
     """Read every record and write all of a store. Raises UserError if none is left to train on."""
     writer, pairs = StoreWriter(folder, tokenizer, config), origin["pairs"]
     started = time.perf_counter()
-    pieces = (piece for record, split, size in read_split(config, writer.report, pairs)
-              for each in (as_pair(record) if pairs else [record])
-              for piece in record_pieces(each, split, size, config))  # fmt: skip
+    pieces = corpus_pieces(config, writer.report, pairs)
     total = sum(p.stat().st_size for p in find_files(config)) if not config.hf_dataset else 0
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True,
               disable=not is_main()) as bar:  # fmt: skip
@@ -4551,10 +4550,10 @@ def write_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: 
                         f"{' (DPO needs chosen and rejected)' * pairs}")  # fmt: skip
     if isinstance(tokenizer, BPETokenizer):
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    fingerprint = short_hash([content["files"], tokenizer.spec()], 16)
-    seconds = {"encoding": time.perf_counter() - started}
-    made = {"fingerprint": fingerprint, "seconds": seconds}
-    write_json(folder / "meta.json", origin | content | made)
+    write_json(folder / "meta.json", origin | content | {
+        "fingerprint": short_hash([content["files"], tokenizer.spec()], 16),
+        "seconds": {"encoding": time.perf_counter() - started},
+    })  # fmt: skip
 
 
 def begin_stream(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
@@ -4574,21 +4573,12 @@ def begin_stream(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin:
     write_json(folder / "meta.json", origin | made)
 
 
-def read_split(
-    config: DataConfig, report: Report, pairs: bool = False
-) -> Iterator[tuple[Record, str, int]]:
-    """Every record to be kept, with its split and size, up to --max_docs."""
-    records = read_records(config, report)
-    found = split_records(records, config, report, SeenHashes(), pairs)
-    return islice(found, config.max_docs or None)
-
-
-def training_texts(config: DataConfig, pairs: bool) -> Iterator[str]:
-    """The text of the training split alone, for training a tokenizer."""
-    for record, split, size in read_split(config, Report(config.bad_records), pairs):
-        for piece in record_pieces(record, split, size, config):
-            if piece.split == "train":
-                yield piece.text
+def corpus_pieces(config: DataConfig, report: Report, pairs: bool) -> Iterator[Piece]:
+    """The pieces of every record to be kept, up to --max_docs. A preference makes two records."""
+    found = split_records(read_records(config, report), config, report, SeenHashes(), pairs)
+    for record, split, size in islice(found, config.max_docs or None):
+        for each in as_pair(record) if pairs else [record]:
+            yield from record_pieces(each, split, size, config)
 
 
 # --- datasets ---
