@@ -3282,9 +3282,9 @@ def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
 
     A column that repeats a part of the others (UltraFeedback's prompt) is passed over.
     """
-    columns = [(name, role) for name, role in ((asked, "user"), (talk, ""), (answer, "assistant"))
-               if name]  # fmt: skip
-    parts = [messages_of(row[name], name, role) for name, role in columns]
+    columns = {asked: "user", talk: "", answer: "assistant"}  # and the role of a text in each
+    columns.pop("", None)
+    parts = [messages_of(row[name], name, role) for name, role in columns.items()]
     extra = text_in(row, *INPUTS) if asked else ""
     if extra:
         if len(parts[0]) > 1:
@@ -3295,7 +3295,7 @@ def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
         body = parts.pop() + body
     for part in parts:
         if not {m.text for m in part} <= {m.text for m in body}:
-            names = " and ".join(repr(name) for name, _ in columns)
+            names = " and ".join(map(repr, columns))
             raise ValueError(f"{names} hold different dialogues: drop a column")
     return body
 
@@ -3442,9 +3442,11 @@ def json_value(text: str):
 
 def json_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
     """A JSON list of objects, or JSON Lines under whatever name."""
-    path, first = file.path, next(file.pieces("\n"), "")
-    is_object = first.lstrip().startswith("{") and isinstance(json_value(first), dict)
-    if is_object or ending(path) != ".json":
+    path, is_lines = file.path, ending(file.path) != ".json"
+    if not is_lines:
+        first = next(file.pieces("\n"), "")
+        is_lines = first.lstrip().startswith("{") and isinstance(json_value(first), dict)
+    if is_lines:
         lines = enumerate(file.pieces("\n"), 1)
         yield from ((f"{path}:{n}", json_value(line)) for n, line in lines if line.strip())
         return
@@ -3693,13 +3695,13 @@ def roles_in(folder: Path, is_folder: bool) -> set[str]:
     return set()
 
 
-def role_of(path: Path, is_folder: bool, roles_in: Callable = roles_in) -> str:
+def role_of(path: Path, is_folder: bool, lookup: Callable = roles_in) -> str:
     """train, val or test, where the name of a file or folder says so, else "".
 
     A name counts where its siblings on disk make a split of it: a training and a validation part,
     or a test part beside a training part. So one file of such a folder keeps its role.
     """
-    beside, role = roles_in(path.parent, is_folder), role_in_name(path.name, is_folder)
+    beside, role = lookup(path.parent, is_folder), role_in_name(path.name, is_folder)
     split = {"train", "val"} <= beside or (role == "test" and "train" in beside)
     return role if split else ""
 
@@ -3759,10 +3761,11 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
         note(f"no data in {config.data_dir}: using the built-in toy corpus")
         yield from records_from_rows(toy_rows(), "toy", config, report)
         return
-    root, known_roles, whole = Path(config.data_dir), lru_cache(None)(roles_in), data_role(config)
+    root, whole = Path(config.data_dir), data_role(config)
+    lookup = lru_cache(None)(roles_in)  # each folder is listed once
     for path, reader, why in readers:
         below = takewhile(lambda part: part != root, (path, *path.parents))
-        roles = (role_of(part, part != path, known_roles) for part in below)
+        roles = (role_of(part, part != path, lookup) for part in below)
         # The file's own name counts most. A test part that is named is read, not trained on.
         split = next(filter(None, roles), "") or ("val" if whole == "test" else whole)
         if reader is None or split == "test":
