@@ -5338,7 +5338,7 @@ def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[st
 
 
 def load_hf(name: str) -> Loaded:
-    """A Hugging Face folder or name.
+    """The model of a Hugging Face folder, or of a name on the Hub.
 
     Raises UserError for anything but GPT-2 or Qwen3 in safetensors, whole and of the right shape.
     """
@@ -5633,10 +5633,13 @@ def add_lora(model: GPT, lora: dict) -> None:
     peft.inject_adapter_in_model(settings, model)
 
 
+def adapted_layers(model: GPT) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
 def remove_lora(model: GPT, merge: bool) -> None:
-    """Take the adapters out, folded into the weights beside which they stand, or dropped."""
-    adapted = {n: layer for n, layer in model.named_modules() if hasattr(layer, "lora_A")}
-    for name, layer in adapted.items():
+    """Take the adapters out: merged into the weights, or dropped."""
+    for name, layer in adapted_layers(model).items():
         if merge:
             layer.merge()
         model.set_submodule(name, layer.get_base_layer())
@@ -5655,13 +5658,12 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
     source = loaded.state["config"].get("ckpt", "")
     base = base or (source if Path(source).is_dir() else "")
     base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
-    tensors, targets = {}, set()
-    layers = {f"{n}.weight": layer for n, layer in loaded.model.named_modules()
-              if hasattr(layer, "lora_A")}  # fmt: skip
+    tensors, targets, layers = {}, set(), adapted_layers(loaded.model)
     for ours, _, theirs, rows, _ in table_rows(kind, config):
-        if ours not in layers:
+        layer = layers.get(ours.removesuffix(".weight"))
+        if not layer:
             continue
-        a, b = (matrix["default"].weight for matrix in (layers[ours].lora_A, layers[ours].lora_B))
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         for name, part in zip(theirs, b.split(rows), strict=True):
             name = name.removesuffix(".weight")
             targets.add(name.split(".", 3)[-1] if kind == "gpt2" else name.rsplit(".", 1)[-1])
