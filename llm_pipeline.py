@@ -28,21 +28,9 @@ parts. Part I is the course, to be read from the top in one sitting:
      6 Training        gradients, the step, validation, the loop
      7 Sampling        the key/value cache, the next token, generation
 
-Part II is the workshop, which makes the course exact, fast and usable on real machines and data:
-
-     8 Runtime         devices, processes, signals, locks, atomic files, the recorder
-     9 The same, faster    kernels that stand in for the plain operations of Part I
-    10 BPE             vocabularies trained here and elsewhere
-    11 Corpus          sources -> records -> duplicates dropped -> split -> token store
-    12 Checkpoints     atomic save, verified load, what a resumed run may change
-    13 Interchange     Hugging Face, peft, GGUF
-    14 Evaluation      perplexity, classification, what a finetune gained and forgot
-    15 Commands        train, finetune, eval, sample, prepare, export, bench
-    16 Command line    settings from flags and files, help, `main`; the same from Python
-
-Exit codes: 0 done; 1 failed, with one line that says what to do; 2 bad usage, one line per
-problem; 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM with `last.pth` saved. A lost stderr
-ends nothing: what cannot be written there is dropped.
+Part II, the workshop, makes the course exact, fast and usable on real machines and data: 8 Runtime,
+9 The same, faster (kernels), 10 BPE, 11 Corpus, 12 Checkpoints, 13 Interchange, 14 Evaluation,
+15 Commands, 16 Command line.
 """
 
 from __future__ import annotations
@@ -102,7 +90,6 @@ from tqdm import tqdm
 # PART I: THE COURSE
 # ====================================================================================
 
-
 # ====================================================================================
 # 1. Settings
 #
@@ -151,12 +138,7 @@ class ModelSettings(Settings):
     n_embd: int = option(512, "width of the residual stream", low=1, high=2**16)
     head_dim: int = option(0, "width of a head (0: n_embd / n_head)", low=0, high=2**12)
     n_inner: int = option(0, "width inside the MLP (0: 4 n_embd; swiglu 8/3)", low=0, high=2**20)
-    dropout: float = option(
-        0.1,
-        "on embedding, attention and residual; masks follow grad_accum x processes",
-        low=0.0,
-        high=0.95,
-    )
+    dropout: float = option(0.1, "of activations (see --grad_accum)", low=0.0, high=0.95)
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_weights: bool = option(True, "one matrix for embedding and head")
     pos: str = option("learned", "positions", choices=("learned", "rope", "alibi"))
@@ -237,8 +219,6 @@ class DataConfig(Settings):
     streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
 
 
-# Two commands with the same values of these agree on which records validate.
-SPLIT_SETTINGS = ("split_seed", "val_fraction", "split_by")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -260,7 +240,7 @@ class OptimConfig(Settings):
     """Optimisation: batches, optimizer, learning rate."""
 
     batch_size: int = option(32, "sequences a step, over all processes", low=1, high=2**20)
-    grad_accum: int = free(1, "micro-batches a step on each process", low=1, high=2**16)
+    grad_accum: int = free(1, "micro-batches, each with its own dropout", low=1, high=2**16)
     lr: float = option(3e-4, "learning rate of AdamW", above=0.0, high=10.0)
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "muon"))
     muon_lr: float = option(0.02, "learning rate of Muon", above=0.0, high=10.0)
@@ -358,25 +338,6 @@ def fast_recipe(sizes: dict, given: dict) -> dict:
     )  # fmt: skip
 
 
-def small_corpus(sizes: dict, given: dict) -> dict:
-    """Less than 2 MB of text is read until 4 MB have gone by, six times at most.
-
-    Several passes want dropout and a rate that does not end at zero. A vocabulary in proportion
-    (where `tokenizers` is installed) makes more of a block.
-    """
-    size = sizes.get("corpus_bytes", 0)  # 0: not known, or a toy
-    if not 0 < size < 2e6:
-        return dict(dropout=0.0)
-    chosen = dict(epochs=max(sizes["epochs"], min(6, round(4e6 / size))))
-    if sizes["tokenizer"] == "byte" and sizes["bpe_at_hand"] and size >= 3e5:
-        chosen |= dict(tokenizer="bpe", vocab_size=int(size / 3.25e4) * 100)
-    passes = given.get("epochs", chosen["epochs"])
-    if given.get("max_steps"):
-        passes = given["max_steps"] * sizes["batch_size"] * sizes["block_size"] / size
-    several = passes > 1.5
-    return chosen | dict(dropout=0.2 if passes > 4 else 0.1 * several, min_lr_ratio=0.1 * several)
-
-
 # A recipe is a function of the settings so far and of those that were given. It outranks arch and preset; "classic" leaves both.
 RECIPES = {"classic": lambda sizes, given: {}, "fast": fast_recipe}
 
@@ -465,9 +426,8 @@ def derive_seed(*parts: int) -> int:
 def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """Where a pseudo-random permutation of range(n) sends each index, in O(1) memory.
 
-    A shuffled list would have to be stored, and resuming would have to shuffle it again. A Feistel
-    network over the next power of four is a permutation that can be asked for single values;
-    results beyond n walk on along their cycle (Black and Rogaway, 2002).
+    A Feistel network over the next power of four is a permutation that can be asked for single
+    values; results beyond n walk on along their cycle (Black and Rogaway, 2002).
     """
     half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -509,7 +469,6 @@ class Batch:
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
 
     def split(self, parts: int) -> list[Batch]:
-        """Micro-batches of equal size."""
         references = [None] * parts if self.reference is None else self.reference.chunk(parts)
         columns = self.x.chunk(parts), self.y.chunk(parts), references
         return [Batch(*row) for row in zip(*columns, strict=True)]
@@ -612,9 +571,8 @@ class InstructionDataset:
         self.rows = store.whole_records(split) if loss_on == "all" else answers  # of the index
         index = store.index[split][self.rows]
         if len(index) < self.group:
-            raise UserError(
-                f"the {split} split holds no {'pairs' if self.group > 1 else 'records'}"
-            )
+            what = "pairs" if self.group > 1 else "records"
+            raise UserError(f"the {split} split holds no {what}")
         prompt = index["prompt"].astype(np.int64)
         response = np.minimum(index["length"] - prompt, block_size)
         self.lengths = np.minimum(prompt, block_size + 1 - response) + response  # once cut
@@ -907,10 +865,8 @@ class CausalSelfAttention(nn.Module):
         qkv = self.qkv(x).view(B, T, -1, c.head_dim)  # (B, T, H + 2K, D)
         qk, v = qkv.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=2)
         if c.qk_norm:  # queries and keys in one go: half the operations
-            scale = torch.cat(
-                [self.q_norm.expand(c.n_head, -1), self.k_norm.expand(c.n_kv_head, -1)]
-            )
-            qk = rms_norm(qk, scale, c.norm_eps)
+            scales = self.q_norm.expand(c.n_head, -1), self.k_norm.expand(c.n_kv_head, -1)
+            qk = rms_norm(qk, torch.cat(scales), c.norm_eps)
         qk = rotate(qk, rotation).to(v.dtype).transpose(1, 2)  # (B, H + K, T, D)
         q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
         v = v.transpose(1, 2)  # (B, K, T, D)
@@ -1024,9 +980,8 @@ class GPT(nn.Module):
         if start + T > self.config.block_size and self.config.pos == "learned":
             raise ValueError(f"{start + T} tokens exceed block_size {self.config.block_size}")
         pos = torch.arange(start, start + T, device=idx.device)
-        return self.trunk(
-            idx, pos, self.mask(pos, pos if cache is None else cache.advance(T)), cache
-        )
+        mask = self.mask(pos, pos if cache is None else cache.advance(T))
+        return self.trunk(idx, pos, mask, cache)
 
     def trunk(self, idx: Tensor, pos: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         """`hidden` of tokens that stand at the positions `pos`, (T,)."""
@@ -1243,9 +1198,7 @@ class Run:
     save: Callable[[str], None] = lambda name: None  # writes "best" or "last"
     record: Recorder | None = None  # metrics.csv, the progress bar
     gradients: Callable | None = None  # `gradients`, perhaps one that survives a full memory
-    exchange: Callable[[bool], contextlib.AbstractContextManager] = lambda last: (
-        contextlib.nullcontext()
-    )
+    exchange: Callable = lambda last: contextlib.nullcontext()  # of gradients, after the last part
     scalar: Callable[[Tensor], float] = float  # of a norm that processes hold parts of
 
 
@@ -1318,25 +1271,6 @@ def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, di
     return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
 
 
-@torch.no_grad()
-def sum_over(batches: Iterable[Batch], score: Callable[[Batch], dict], rt: Runtime,
-             stop: StopSignal | bool = False) -> dict[str, float]:  # fmt: skip
-    """Sums of what `score` says of each batch, over the batches of all processes.
-
-    Every process has as many batches; one whose targets are all IGNORE stands in, and counts
-    nothing. Raises Interrupted when a stop signal comes.
-    """
-    sums = Counter()
-    for batch in batches:
-        if any(rt.sum(bool(stop))):
-            raise Interrupted
-        with rt.autocast():
-            values = score(batch)
-        real = bool((batch.y != IGNORE).any())
-        sums.update({name: float(value) if real else 0.0 for name, value in values.items()})
-    return dict(zip(sums, rt.sum(*sums.values()), strict=True))
-
-
 def estimate_loss(model: GPT, loader: Loader, objective: Objective, limit: int,
                   stop: StopSignal | bool = False) -> tuple[float, dict]:  # fmt: skip
     """Mean loss and statistics over `limit` fixed batches (0: all). Draws no random number.
@@ -1351,7 +1285,7 @@ def estimate_loss(model: GPT, loader: Loader, objective: Objective, limit: int,
     training = model.training
     model.eval()
     try:
-        sums = sum_over(loader.fixed(limit), score, loader.rt, stop)
+        sums = loader.rt.sum_over(loader.fixed(limit), score, stop)
     finally:
         model.train(training)
     n_targets = max(sums.pop("targets"), 1.0)
@@ -1363,9 +1297,8 @@ def assess(run: Run, loss: float) -> None:
     """Evaluate, record, and keep the best. Without validation data the training loss stands in."""
     p, stats = run.progress, {}
     if run.val:
-        loss, stats = estimate_loss(
-            run.model, run.val, run.objective, run.config.eval_batches, run.stop
-        )
+        limit = run.config.eval_batches
+        loss, stats = estimate_loss(run.model, run.val, run.objective, limit, run.stop)
         run.record.validation(loss, stats)
     p.evaluated, p.misses = p.step, p.misses + 1
     if loss < p.best:
@@ -1480,15 +1413,10 @@ class KVCache:
 
 
 def sample_next(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seen: Tensor | None = None,
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+    repetition_penalty: float = 1.0, seen: Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Draw the next token of each sequence: logits (B, V) -> (B,) ids.
 
     The filters apply in this order, as in transformers: repetition penalty (Keskar et al., 2019)
@@ -1528,15 +1456,9 @@ def next_logits(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
-    prompt: Tensor,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...] = (),
-    num_samples: int = 1,
-    seed: int = 0,
-    cache: KVCache | None = None,
-    **sampling,
-) -> Iterator[list[int]]:
+    model: GPT, prompt: Tensor, max_new_tokens: int, stop_ids: tuple[int, ...] = (),
+    num_samples: int = 1, seed: int = 0, cache: KVCache | None = None, **sampling,
+) -> Iterator[list[int]]:  # fmt: skip
     """Yield the next id of each sample, step by step; -1 for a sample that has stopped.
 
     prompt: (T,) ids, shared by all samples, which are drawn from one prefill.
@@ -1654,6 +1576,24 @@ class Runtime:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    @torch.no_grad()
+    def sum_over(self, batches: Iterable[Batch], score: Callable[[Batch], dict],
+                 stop: StopSignal | bool = False) -> dict[str, float]:  # fmt: skip
+        """Sums of what `score` says of each batch, over the batches of all processes.
+
+        Every process has as many batches; one whose targets are all IGNORE stands in, and counts
+        nothing. Raises Interrupted when a stop signal comes.
+        """
+        sums = Counter()
+        for batch in batches:
+            if any(self.sum(bool(stop))):
+                raise Interrupted
+            with self.autocast():
+                values = score(batch)
+            real = bool((batch.y != IGNORE).any())
+            sums.update({name: float(value) if real else 0.0 for name, value in values.items()})
+        return dict(zip(sums, self.sum(*sums.values()), strict=True))
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -3020,6 +2960,8 @@ def byte_alphabet() -> dict[str, int]:
 # follows from the record itself, so that what was trained on never validates.
 # ====================================================================================
 
+# Two commands with the same values of these agree on which records validate.
+SPLIT_SETTINGS = ("split_seed", "val_fraction", "split_by")
 BLOCK = 1 << 16  # characters or bytes handled at a time
 LONG_TEXT = 64 * 1024  # bytes; a longer plain text gives its last part to validation
 BYTES_PER_TOKEN = 4  # of English under BPE, for guessing how much of a file --max_tokens needs
@@ -5989,7 +5931,7 @@ def evaluate_perplexity(
         rows = partial(scored_rows, store, name, splits, block_size, limit)
         batches = tqdm(scored_batches(rows(), pad_id, block_size, batch_size, rt), desc=name,
                        unit="batch", delay=1, leave=False, disable=not rt.is_main)  # fmt: skip
-        sums = sum_over(batches, score, rt, stop)
+        sums = rt.sum_over(batches, score, stop)
         if sums.get("tokens"):
             sums |= text_statistics(rows(), store.tokenizer)
             total.update(sums)
@@ -6551,6 +6493,25 @@ def measure_base(run: Run, folder: RunFolder) -> None:
         loss, stats = estimate_loss(run.model, run.val, run.objective, limit, run.stop)
         run.record.validation(loss, stats)
         folder.about["base_loss"] = loss
+
+
+def small_corpus(sizes: dict, given: dict) -> dict:
+    """Less than 2 MB of text is read until 4 MB have gone by, six times at most.
+
+    Several passes want dropout and a rate that does not end at zero. A vocabulary in proportion
+    (where `tokenizers` is installed) makes more of a block.
+    """
+    size = sizes.get("corpus_bytes", 0)  # 0: not known, or a toy
+    if not 0 < size < 2e6:
+        return dict(dropout=0.0)
+    chosen = dict(epochs=max(sizes["epochs"], min(6, round(4e6 / size))))
+    if sizes["tokenizer"] == "byte" and sizes["bpe_at_hand"] and size >= 3e5:
+        chosen |= dict(tokenizer="bpe", vocab_size=int(size / 3.25e4) * 100)
+    passes = given.get("epochs", chosen["epochs"])
+    if given.get("max_steps"):
+        passes = given["max_steps"] * sizes["batch_size"] * sizes["block_size"] / size
+    several = passes > 1.5
+    return chosen | dict(dropout=0.2 if passes > 4 else 0.1 * several, min_lr_ratio=0.1 * several)
 
 
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
@@ -8039,7 +8000,12 @@ def run_command(name: str, config: Settings, stop: StopSignal) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code; never raises for what a user can fix."""
+    """Run one command; never raises for what a user can fix.
+
+    Exit codes: 0 done; 1 failed, with one line that says what to do; 2 bad usage, one line per
+    problem; 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM with `last.pth` saved. A lost
+    stderr ends nothing: what cannot be written there is dropped.
+    """
     with guarded_output():
         return run_and_report(sys.argv[1:] if argv is None else argv)
 
