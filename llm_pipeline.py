@@ -2771,11 +2771,11 @@ def tokenizer_errors(complaint: str):
         raise UserError(f"{complaint}: {one_line(error)}") from None
 
 
-def byte_level_library(model):
-    """A `tokenizers.Tokenizer` around a BPE model, with GPT-2's cutting and byte alphabet."""
+def byte_level_library(model, cut: bool = True):
+    """A `tokenizers.Tokenizer` around a BPE model, with GPT-2's byte alphabet and cutting."""
     tokenizers = optional("tokenizers")
     library = tokenizers.Tokenizer(model)
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=cut)
     library.decoder = tokenizers.decoders.ByteLevel()
     return library
 
@@ -4424,18 +4424,15 @@ def check_store_folder(folder: Path, config: DataConfig, named: bool) -> None:
     except OSError as error:
         raise UserError(f"cannot use {folder} for the store: {error.strerror}") from None
     strange = [n for n in inside if n not in STORE_FILES and not n.endswith(".tmp")]
-    if strange:
-        raise UserError(f"{folder} holds other files ({strange[0]}): name an empty folder for the "
-                        "store")  # fmt: skip
-    if not named or not inside:
-        return
-    meta = {}
+    named, meta = named and bool(inside), {}
     with contextlib.suppress(OSError, ValueError, RecursionError):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if not isinstance(meta, dict) or not str(meta.get("format")).startswith("llm_pipeline.store."):
-        raise UserError(f"{folder} holds other files (its meta.json is not a store's): name an "
-                        "empty folder for the store")  # fmt: skip
-    if meta.get("source") != source_name(config) and not getattr(config, "overwrite", False):
+    ours = isinstance(meta, dict) and str(meta.get("format")).startswith("llm_pipeline.store.")
+    if strange or (named and not ours):
+        raise UserError(f"{folder} holds other files ({(strange or inside)[0]}): name an empty "
+                        "folder for the store")  # fmt: skip
+    overwrite = getattr(config, "overwrite", False)
+    if named and meta.get("source") != source_name(config) and not overwrite:
         raise UserError(f"{folder} holds a store of other data: --overwrite it, or choose another "
                         "--out_dir")  # fmt: skip
 
@@ -5504,10 +5501,8 @@ def chat_templates(sep: str) -> tuple[str, str]:
 
 def byte_library():
     """The byte tokenizer as a `tokenizers.Tokenizer` with the same 260 ids."""
-    tokenizers = optional("tokenizers")
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet(), []))
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
-    library.decoder = tokenizers.decoders.ByteLevel()
+    model = optional("tokenizers").models.BPE(byte_alphabet(), [])
+    library = byte_level_library(model, cut=False)
     library.add_special_tokens(list(SPECIAL_TOKENS))
     return library
 
