@@ -2981,7 +2981,7 @@ class Record:
     """One unit of text: plain text, an instruction with its answer, or a conversation."""
 
     source: str
-    turns: list[Turn]  # at least one, the last one trained
+    turns: list[Turn]  # at least one; readers end it with a trained one
     rejected: str = ""  # of a preference pair: the other answer to the last turn
     where: str = ""  # file, or file:line
     split: str = ""  # where the file's name says so, as in wiki.train.tokens
@@ -3350,7 +3350,7 @@ def records_from_rows(
         if context == len(record.turns):
             report.skip(record.source, "no answer to train", where)
             continue
-        while not record.turns[-1].trained:  # nobody learns from what follows the last answer
+        while not record.turns[-1].trained:  # context for nothing
             record.turns.pop()
             record.rejected = ""
         yield record
@@ -3974,10 +3974,11 @@ def record_pieces(record: Record, split: str, size: int, config: DataConfig) -> 
             yield Piece(text, part, source, size, end="eos" * last, last=last)
             size = 0
         return
-    for n, turn in enumerate(record.turns, 1):
-        last = n == len(record.turns)
+    # Nobody learns from what follows the last answer that is trained.
+    n_turns = max((n for n, turn in enumerate(record.turns, 1) if turn.trained), default=0)
+    for n, turn in enumerate(record.turns[:n_turns], 1):
         yield Piece(turn.prompt, split, source, size if n == 1 else 0)
-        yield Piece(turn.response, split, source, 0, "sep", turn.trained, last=last)
+        yield Piece(turn.response, split, source, 0, "sep", turn.trained, last=n == n_turns)
 
 
 def as_pair(record: Record) -> list[Record]:
