@@ -19,6 +19,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}
+if hasattr(signal, "SIGHUP"):  # under nohup children would ignore it, and tests send it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "llm_pipeline.py"
 sys.path.insert(0, str(ROOT))

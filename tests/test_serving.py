@@ -65,7 +65,8 @@ def test_the_same_answers_everywhere(exported):
         out = model.generate(ids, do_sample=False, max_new_tokens=60)[0, ids.shape[1] :]
         assert tokenizer.decode(out, skip_special_tokens=True).strip() == wanted
         parsed = tokenizer.parse_response(out, prefix=tokenizer.decode(ids[0]))
-        assert parsed == {"role": "assistant", "content": wanted}
+        assert parsed["role"] == "assistant"
+        assert parsed.get("content", "") == wanted  # it leaves out an empty one
     assert stopped >= 8  # by their separators
 
 
