@@ -82,14 +82,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ====================================================================================
 # PART I: THE COURSE
-# ====================================================================================
-
 # ====================================================================================
 # 1. Settings
 #
@@ -1279,7 +1276,8 @@ def estimate_loss(model: GPT, loader: Loader, objective: Objective, limit: int,
     """
 
     def score(batch: Batch) -> dict:
-        loss, n_targets, stats = objective(loader.rt.losses(model), batch)
+        losses = loader.rt.losses(model)  # model.losses, in parts where memory is short
+        loss, n_targets, stats = objective(losses, batch)
         return {"loss": loss, "targets": n_targets} | stats
 
     training = model.training
@@ -2184,7 +2182,7 @@ def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Call
         net = torch.compile(net)
     if rt.world_size > 1:
         ids = [rt.device.index] if rt.device.type == "cuda" else None
-        net = DistributedDataParallel(net, device_ids=ids)
+        net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
     return net
 
 
