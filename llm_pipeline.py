@@ -4448,7 +4448,7 @@ def remove_store(folder: Path) -> None:
 
 def build_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
     """Write a store in a temporary folder and rename it, so that a half-made one never shows."""
-    shown, folder = folder, folder.resolve()
+    shown, folder = folder, Path(os.path.realpath(folder))
     temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
     restore_store(old, folder)
     remove_store(temporary)

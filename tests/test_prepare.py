@@ -1155,3 +1155,11 @@ def test_max_tokens_counts_what_it_left(tmp_path):
     written = sum(int(figures[f"records, {split}"]) for split in ("train", "val"))
     assert int(figures["records read"]) == written + int(figures["dropped, past --max_tokens"])
     assert 0.8 < float(figures["bytes per token"]) <= 1
+
+
+def test_a_link_to_itself_cannot_be_a_store(tmp_path):
+    (tmp_path / "a.txt").write_text("some text to keep\n" * 50)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    flags = ["--data_dir", tmp_path / "a.txt", "--out_dir", tmp_path / "loop"]
+    result = run("prepare", *flags, "--processed_dir", tmp_path / "p").fails(1, "loop")
+    assert "RuntimeError" not in result.err and (tmp_path / "loop").is_symlink()
