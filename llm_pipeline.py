@@ -4957,6 +4957,11 @@ class RunFolder:
     state: dict | None = None
     about: dict | None = None  # what checkpoints say besides weights, moments and progress
 
+    @property
+    def start_flag(self) -> str:
+        """The flag with which a new run of this kind starts from a checkpoint's weights."""
+        return "--ckpt" if self.suffix else "--init_from"
+
     def file(self, name: str) -> Path:
         return self.path / name.replace(".", f"{self.suffix}.")
 
@@ -4991,10 +4996,9 @@ def state_to_resume(folder: RunFolder) -> dict | None:
                             "right file, or choose another --out_dir")  # fmt: skip
         return state
     if best.exists():
-        start = "--ckpt" if folder.suffix else "--init_from"
         raise UserError(
             f"{best} stands without {last.name}, so there is nothing to resume: start from its "
-            f"weights with {start} {best} and another --out_dir, or replace it with --overwrite"
+            f"weights with {folder.start_flag} {best} and another --out_dir, or replace it with --overwrite"
         )
     note(f"--resume: {folder.path} holds no run, so a new one starts here, from step 0 (is that "
          "the right --out_dir?)")  # fmt: skip
@@ -6437,8 +6441,12 @@ def run_fit(run: Run, folder: RunFolder) -> str:
                 measure_base(run, folder)
                 ended = fit(run)
         except Diverged as error:
-            last, start = folder.file("last.pth"), "--ckpt" if folder.suffix else "--init_from"
-            way = f"{last} stands: {start} {last} with" if last.exists() else "start again with"
+            last = folder.file("last.pth")
+            way = (
+                f"{last} stands: {folder.start_flag} {last} with"
+                if last.exists()
+                else "start again with"
+            )
             raise UserError(f"{error}; {way} a lower --lr and another --out_dir") from None
     if ended == "signal":  # it may have come to another process
         run.stop.number = run.stop.number or signal.SIGTERM
