@@ -35,6 +35,13 @@ import torch
 import llm_pipeline as lp
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker a core. None for a single file, which would wait longer for them than it runs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    files = [path for path in config.args if not Path(path.split("::")[0]).is_dir()]
+    return 0 if cores == 1 or len(files) == len(config.args) == 1 else cores
+
+
 def words(text: str) -> list[str]:
     return text.split()
 

@@ -1,8 +1,10 @@
 """The training loop: exactness, resume, schedules, optimizers, stopping, faults in a step."""
 
+import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,12 +59,21 @@ def wide_checkpoint(tmp_path_factory, corpus) -> Path:
     return folder / "best.pth"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus) -> Path:
+    """The folder of a run of SHORT that nothing disturbed; not to be written to."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("train", *corpus, *SHORT, "--out_dir", folder).ok()
+    return folder
+
+
 # --- it learns ---
 
 
 def test_overfit_batch(tmp_path):
-    """The sanity check that the README recommends: 300 steps learn one batch by heart."""
-    flags = words("--preset cpu-debug --overfit_batch --max_steps 300 --device cpu --block_size 32")
+    """The sanity check before a long run: a hundred steps learn one batch by heart."""
+    flags = words("--preset cpu-debug --overfit_batch --max_steps 100 --lr 1e-2 --n_layer 1")
+    flags += words("--n_embd 64 --block_size 32 --device cpu")
     result = run("train", *flags, "--out_dir", tmp_path / "run", cwd=tmp_path).ok()
     line = result.out.strip().splitlines()[-1]
     assert float(line.split(" loss ")[1].split()[0]) < 0.05, line
@@ -80,19 +91,17 @@ def test_training_lowers_the_loss(corpus, tmp_path):
 # --- the same command, the same bits ---
 
 
-def test_same_command_same_bits(corpus, tmp_path):
-    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
-    run_process("train", *corpus, *SHORT, "--out_dir", tmp_path / "b").ok()
+def test_same_command_same_bits(whole, corpus, tmp_path):
+    run_process("train", *corpus, *SHORT, "--out_dir", tmp_path).ok()
     for name in ("best.pth", "last.pth"):
-        assert differences(tmp_path / "a" / name, tmp_path / "b" / name) == []
+        assert differences(whole / name, tmp_path / name) == []
     for split in ("train", "val"):
-        assert curve(tmp_path / "a", split) == curve(tmp_path / "b", split)
+        assert curve(whole, split) == curve(tmp_path, split)
 
 
-def test_another_seed_other_bits(corpus, tmp_path):
-    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
-    run("train", *corpus, *SHORT, "--seed", 7, "--out_dir", tmp_path / "b").ok()
-    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth")
+def test_another_seed_other_bits(whole, corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--seed", 7, "--out_dir", tmp_path).ok()
+    assert differences(whole / "last.pth", tmp_path / "last.pth")
 
 
 @pytest.mark.parametrize(
@@ -105,10 +114,9 @@ def test_another_seed_other_bits(corpus, tmp_path):
         "--patience 9",
     ],
 )
-def test_looking_does_not_disturb(change, corpus, tmp_path):
-    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
-    run("train", *corpus, *SHORT, *words(change), "--out_dir", tmp_path / "b").ok()
-    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
+def test_looking_does_not_disturb(change, whole, corpus, tmp_path):
+    run("train", *corpus, *SHORT, *words(change), "--out_dir", tmp_path).ok()
+    assert differences(whole / "last.pth", tmp_path / "last.pth") == []
 
 
 # --- resume, bit for bit ---
@@ -123,51 +131,41 @@ RESUMED = {
 }
 
 
-def stop_and_resume(command: list, whole: Path, split: Path, k: int, suffix: str = "") -> None:
-    """Compare a run stopped after step k and resumed with the run that was not stopped."""
-    stopped = run(*command, "--out_dir", split, "--stop_after", k).ok()
-    assert progress(split / f"last{suffix}.pth")["step"] == k, stopped.err
-    run(*command, "--out_dir", split, "--resume").ok()
-    for name in (f"last{suffix}.pth", f"best{suffix}.pth"):
-        assert differences(whole / name, split / name) == [], (k, name)
-    for part in ("train", "val"):
-        assert curve(whole, part, suffix) == curve(split, part, suffix), k
+def resumed_is_whole(command: list, folder: Path, steps: int, suffix: str = "") -> None:
+    """A run resumed from each of its steps, and one resumed once that then crosses an epoch's
+    edge, end as the run that was not stopped."""
+    whole, split = folder / "whole", folder / "split"
+    run(*command, "--out_dir", whole).ok()
+    for stops in ([1] * (steps - 1), [3]):
+        shutil.rmtree(split, ignore_errors=True)
+        for done, more in zip(itertools.accumulate(stops), stops, strict=True):
+            stopped = run(*command, "--out_dir", split, "--resume", "--stop_after", more).ok()
+            assert progress(split / f"last{suffix}.pth")["step"] == done, stopped.err
+        run(*command, "--out_dir", split, "--resume").ok()
+        for name in (f"last{suffix}.pth", f"best{suffix}.pth"):
+            assert differences(whole / name, split / name) == [], (stops, name)
+        for part in ("train", "val"):
+            assert curve(whole, part, suffix) == curve(split, part, suffix), stops
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resume_from_every_step(name, corpus, tmp_path):
-    """10 steps are two and a half epochs, so that some k stand at an epoch's edge."""
-    command = ["train", *corpus, *SHORT, *words(RESUMED[name])]
-    run(*command, "--out_dir", tmp_path / "whole").ok()
+    """10 steps are two and a half epochs, so that some stops stand at an epoch's edge."""
+    resumed_is_whole(["train", *corpus, *SHORT, *words(RESUMED[name])], tmp_path, 10)
     if name != "sliding":
-        epochs = {row["epoch"] for row in metrics(tmp_path / "whole")}
-        assert epochs == {"0", "1", "2"}
-    for k in range(1, 10):
-        stop_and_resume(command, tmp_path / "whole", tmp_path / f"{k}", k)
+        assert {row["epoch"] for row in metrics(tmp_path / "whole")} == {"0", "1", "2"}
 
 
 @pytest.mark.parametrize("flags", ["", "--method lora --lora_dropout 0.1 --loss_on response"])
 def test_resume_finetune_from_every_step(flags, corpus, wide_checkpoint, tmp_path):
     command = ["finetune", *corpus[:4], *TUNE, "--ckpt", wide_checkpoint, *words(flags)]
-    run(*command, "--out_dir", tmp_path / "whole").ok()
-    for k in range(1, 8):
-        stop_and_resume(command, tmp_path / "whole", tmp_path / f"{k}", k, "_finetune")
+    resumed_is_whole(command, tmp_path, 8, "_finetune")
 
 
-def test_one_step_a_session(corpus, tmp_path):
-    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "whole").ok()
-    for _ in range(10):
-        run("train", *corpus, *SHORT, "--resume", "--stop_after", 1, "--out_dir", tmp_path / "b")
-    run("train", *corpus, *SHORT, "--resume", "--out_dir", tmp_path / "b").ok()
-    assert differences(tmp_path / "whole/last.pth", tmp_path / "b/last.pth") == []
-    assert curve(tmp_path / "whole") == curve(tmp_path / "b")
-
-
-def test_resume_needs_no_other_flags(corpus, tmp_path):
-    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
-    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "b", "--stop_after", 4).ok()
-    run("train", "--out_dir", tmp_path / "b", "--resume").ok()
-    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
+def test_resume_needs_no_other_flags(whole, corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path, "--stop_after", 4).ok()
+    run("train", "--out_dir", tmp_path, "--resume").ok()
+    assert differences(whole / "last.pth", tmp_path / "last.pth") == []
 
 
 def test_resume_of_a_finished_run_changes_nothing(corpus, tmp_path):
@@ -181,13 +179,20 @@ def test_resume_of_a_finished_run_changes_nothing(corpus, tmp_path):
     assert curve(tmp_path) == rows
 
 
-def test_time_limit_stops_and_resumes(corpus, tmp_path):
-    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
-    flags = ["--out_dir", tmp_path / "b", "--max_minutes"]
+def test_time_limit_stops_and_resumes(whole, corpus, tmp_path):
+    flags = ["--out_dir", tmp_path, "--max_minutes"]
     run("train", *corpus, *SHORT, *flags, "1e-6").ok()
-    assert progress(tmp_path / "b/last.pth")["step"] < 10
+    assert progress(tmp_path / "last.pth")["step"] < 10
     run("train", *corpus, *SHORT, *flags, "0", "--resume").ok()
-    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
+    assert differences(whole / "last.pth", tmp_path / "last.pth") == []
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, corpus) -> Path:
+    """The folder of a run stopped at step 4; not to be written to."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run("train", *corpus, *SHORT, "--out_dir", folder, "--stop_after", 4).ok()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -205,13 +210,12 @@ def test_time_limit_stops_and_resumes(corpus, tmp_path):
         ("--split_seed 5", "split_seed"),
     ],
 )
-def test_resume_refuses_a_changed_setting_by_name(flags, name, corpus, tmp_path):
-    command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
-    run(*command, "--stop_after", 4).ok()
-    before = (tmp_path / "last.pth").read_bytes()
-    result = run(*command, *words(flags), "--resume")
+def test_resume_refuses_a_changed_setting_by_name(flags, name, stopped, corpus, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    command = ["train", *corpus, *SHORT, *words(flags), "--resume", "--out_dir", tmp_path / "run"]
+    result = run(*command)
     result.fails(result.code or 1, name)
-    assert (tmp_path / "last.pth").read_bytes() == before
+    assert (tmp_path / "run/last.pth").read_bytes() == (stopped / "last.pth").read_bytes()
 
 
 def test_resume_refuses_changed_data(tmp_path):
@@ -224,10 +228,9 @@ def test_resume_refuses_changed_data(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["torch", "threads"])
-def test_resume_warns_of_another_version(name, corpus, tmp_path):
+def test_resume_warns_of_another_version(name, stopped, corpus, tmp_path):
     command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
-    run(*command, "--stop_after", 4).ok()
-    state = lp.load_checkpoint(tmp_path / "last.pth")
+    state = lp.load_checkpoint(stopped / "last.pth")
     state["versions"][name] = "2.10.0" if name == "torch" else 64
     lp.save_checkpoint(tmp_path / "last.pth", state)
     result = run(*command, "--resume").ok()
@@ -466,12 +469,11 @@ def test_a_run_is_not_overwritten_by_accident(corpus, tmp_path):
     assert (tmp_path / "best.pth").read_bytes() == before
 
 
-def test_overwrite_starts_afresh(corpus, tmp_path):
-    run("train", *corpus, *SHORT, "--out_dir", tmp_path / "a").ok()
-    run("train", *corpus, *SHORT, "--seed", 9, "--out_dir", tmp_path / "b").ok()
-    run("train", *corpus, *SHORT, "--overwrite", "--out_dir", tmp_path / "b").ok()
-    assert differences(tmp_path / "a/best.pth", tmp_path / "b/best.pth") == []
-    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+def test_overwrite_starts_afresh(whole, corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--seed", 9, "--out_dir", tmp_path).ok()
+    run("train", *corpus, *SHORT, "--overwrite", "--out_dir", tmp_path).ok()
+    assert differences(whole / "best.pth", tmp_path / "best.pth") == []
+    assert curve(whole) == curve(tmp_path)
 
 
 def test_overwrite_that_cannot_start_loses_nothing(corpus, tmp_path):
