@@ -6114,6 +6114,11 @@ CARD = (  # columns: name, title, width, how a value is written
 )  # fmt: skip
 
 
+BESIDE = (
+    "gzip, unigram: bits a byte of gzip -9, and of the best model of single bytes, on this text"
+)
+
+
 def evaluation_card(result: dict) -> str:
     """The result of `evaluate_perplexity` as a table for people."""
     lines = [f"{'source':<18}" + "".join(f"{title:>{width}}" for _, title, width, _ in CARD)]
@@ -6123,6 +6128,21 @@ def evaluation_card(result: dict) -> str:
     for name, row in result["sources"].items():
         if "accuracy" in row:
             lines += ["", *class_card(name, row)]
+    return "\n".join(lines)
+
+
+def training_report(loaded: Loaded, store: TokenStore, rt: Runtime, batch_size: int,
+                    max_batches: int, stop: StopSignal | bool) -> str:  # fmt: skip
+    """What a training has come to, on a part of what was held out: the figures of `eval`, and the
+    model's words beside the text's own."""
+    result = evaluate_perplexity(loaded.model, store, "val", rt, batch_size, max_batches, stop)
+    lines, index = [evaluation_card(result), BESIDE, ""], store.index["val"]
+    for start, length, prompt, _ in index[evenly_spaced(len(index), 3)].tolist():
+        first = prompt if prompt > 1 else min(length // 2, 32)
+        ids = store.ids("val", start, min(length, first + 40))
+        texts = continued(loaded, rt, ids, first, 40, 0.0 if prompt > 1 else 0.8)
+        for label, name in {"given": "prompt", "truth": "wanted", "model": "answer"}.items():
+            lines.append(f"  {label:<8}{shortened(texts[name])}")
     return "\n".join(lines)
 
 
@@ -6186,26 +6206,32 @@ def base_store(rt: Runtime, base: Loaded) -> TokenStore | None:
 def report_answers(config: FinetuneConfig, rt: Runtime, loaded: Loaded, data: InstructionDataset,
                    stop: StopSignal | bool) -> dict:  # fmt: skip
     """Greedy answers to held-out prompts: how many are exact, how many end by themselves."""
-    tokenizer, answers, stopped = loaded.tokenizer, [], 0
-    ends = (tokenizer.sep_id, tokenizer.eos_id)
+    answers = []
     numbers = np.flatnonzero(data.store.index["val"]["prompt"] > 1)  # plain text has no answer
     for number in numbers[evenly_spaced(len(numbers), config.report_samples)].tolist():
         if stop:
             raise Interrupted
         ids, n_prompt = data.record(number)
-        prompt, wanted = ids[:n_prompt], ids[n_prompt:]
-        steps = generate(loaded.model, torch.from_numpy(prompt).to(rt.device), len(wanted) + 32,
-                         ends, temperature=0.0)  # fmt: skip
-        made = [token for (token,) in steps]
-        stopped += made[-1] < 0
-        parts = {"prompt": prompt.tolist(), "wanted": wanted.tolist(),
-                 "answer": [token for token in made if token >= 0]}  # fmt: skip
-        answers.append({name: tokenizer.decode(part).strip() for name, part in parts.items()})
+        answers.append(continued(loaded, rt, ids, n_prompt, len(ids) - n_prompt + 32))
     if not answers:
         return {}
     exact = sum(answer["wanted"] == answer["answer"] for answer in answers)
+    stopped = sum(answer.pop("ended") for answer in answers)
     return {"stops_by_itself": stopped / len(answers), "exact_match": exact / len(answers),
             "answers": [answers[i] for i in evenly_spaced(len(answers), 3)]}  # fmt: skip
+
+
+def continued(loaded: Loaded, rt: Runtime, ids: np.ndarray, n_prompt: int, n_new: int,
+              temperature: float = 0.0) -> dict:  # fmt: skip
+    """Texts of a record's prompt, of what follows it there, and of what the model puts there."""
+    tokenizer, prompt = loaded.tokenizer, torch.from_numpy(ids[:n_prompt].astype(np.int64))
+    ends = (tokenizer.sep_id, tokenizer.eos_id)
+    steps = generate(loaded.model, prompt.to(rt.device), n_new, ends, temperature=temperature)
+    made = [token for (token,) in steps]
+    parts = {"prompt": prompt.tolist(), "wanted": ids[n_prompt:].tolist(),
+             "answer": [token for token in made if token >= 0]}  # fmt: skip
+    texts = {name: tokenizer.decode(part).strip() for name, part in parts.items()}
+    return texts | {"ended": made[-1] < 0}
 
 
 REPORT_ROWS = {  # figure of a finetune report: (what it is, whether more is better)
@@ -6468,23 +6494,14 @@ def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
     if base is not None:
         compared = f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
     if ended == "done":
-        return (f"done: best {kind} loss {p.best:.4f}{as_bits_per_byte(run)} at step {p.best_step}"
-                f"{compared}, {p.step * run.train.batch_size * run.model.config.block_size:,} "
-                "tokens seen")  # fmt: skip
+        seconds = timedelta(seconds=round(run.record.bar.format_dict["elapsed"]))
+        tokens = p.step * run.train.batch_size * run.model.config.block_size
+        return (f"done: best {kind} loss {p.best:.4f} at step {p.best_step}{compared}; {tokens:,} "
+                f"tokens seen; this session took {seconds}")  # fmt: skip
     if ended == "early":
         return (f"stopped early at step {p.step}: nothing better than {p.best:.4f} since step "
                 f"{p.best_step}{compared}")  # fmt: skip
     return f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"
-
-
-def as_bits_per_byte(run: Run) -> str:
-    """The best loss over windows of text as bits per byte, which compare across tokenizers."""
-    if not run.val or not isinstance(run.val.dataset, LMDataset):
-        return ""
-    store = run.val.dataset.store
-    ids = np.asarray(store.tokens["val"][: 1 << 20])
-    per_token = store.tokenizer.token_bytes()[ids].mean()
-    return f" ({run.progress.best / math.log(2) / max(per_token, 1e-9):.3f} bits a byte)"
 
 
 def measure_base(run: Run, folder: RunFolder) -> None:
@@ -6532,7 +6549,12 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
         setattr(config, f.name, getattr(loaded.model.config, f.name))
     if folder.state:
         loaded.model = restored(folder.state).model
-    return run_fit(make_run(config, rt, stop, folder, loaded, store), folder)
+    run = make_run(config, rt, stop, folder, loaded, store)
+    best = run_fit(run, folder)
+    if best and run.val and not stop:  # a fortieth of the steps: less than a percent of the time
+        shape = config.batch_size, max(1, run.progress.step // 40)
+        note(training_report(load_model(best), store, rt, *shape, stop))
+    return best
 
 
 def pretrained(config: TrainConfig) -> Loaded:
@@ -6705,10 +6727,9 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     result = evaluate_checkpoint(config, rt, stop)
     if rt.is_main:
         print(evaluation_card(result))
-        note("Each record is scored by itself, from its beginning. The losses shown in training are "
-             "over a few batches of\nwindows (train) or padded records (finetune), and so differ a "
-             "little. gzip and unigram: bits per byte of gzip -9\nand of the best model of single "
-             "bytes, on the same text.")  # fmt: skip
+        note(f"{BESIDE}.\nEach record is scored by itself, from its beginning. The losses shown in "
+             "training are over a few batches\nof windows (train) or padded records (finetune), and "
+             "so differ a little.")  # fmt: skip
         if config.json:
             write_result(config.json, result)
 
