@@ -348,6 +348,31 @@ def test_two_processes_give_the_same_figures(checkpoint, texts, tmp_path):
         assert found["sources"][name]["loss"] == pytest.approx(source["loss"], rel=1e-9)
 
 
+# --- what training ends with ---
+
+
+def test_training_ends_with_figures_and_samples(texts, tmp_path):
+    """Where the part that is scored is the whole, the figures are those of `eval`."""
+    flags = [*texts[0], *MODEL, "--val_fraction", "0.4", "--out_dir", tmp_path / "run"]
+    many = ["--max_steps", 40, "--batch_size", 64]  # one batch at the end: all records of a source
+    result = run("train", *flags, *many).ok()
+    card = run("eval", "--ckpt", tmp_path / "run" / "best.pth", *texts[0], "--device", "cpu")
+    rows = {line.split()[0]: line for line in card.ok().out.splitlines() if line}
+    ending = result.err.split("\ndone: ")[1].splitlines()
+    for name in ("plain.jsonl", "sms", "total"):
+        assert rows[name] in ending, name
+    assert sum("always saying" in line for line in ending) == 1
+    truths = [line.split(None, 1)[1] for line in ending if line.startswith("  truth")]
+    responses = [" ".join(text.split()) for rows in texts[1].values() for _, text in rows]
+    assert len(truths) == 3 == sum(line.startswith("  model") for line in ending)
+    assert all(any(truth[:8] in text for text in responses) for truth in truths)
+
+
+def test_training_without_validation_ends_without_figures(texts, tmp_path):
+    flags = [*texts[0], *MODEL, "--val_fraction", "0", "--out_dir", tmp_path / "run"]
+    assert "gzip" not in run("train", *flags).ok().err
+
+
 # --- the finetune report ---
 
 
