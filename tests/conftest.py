@@ -254,12 +254,18 @@ def write_corpus(folder: Path, n: int = 24) -> Path:
     return folder
 
 
+def needs(package: str):
+    """The package; where it is not installed the test is skipped and says what to type."""
+    reason = f"needs {package}: pip install -r tests/requirements.txt"
+    return pytest.importorskip(package, reason=reason)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The real data sets; tests that need them are skipped where there are none."""
     folder = os.environ.get("LLM_PIPELINE_DATA")
     if not folder:
-        pytest.skip("LLM_PIPELINE_DATA does not name the folder of the public data sets")
+        pytest.skip("needs public data: set LLM_PIPELINE_DATA as tests/bench/README.md says")
     return Path(folder)
 
 

@@ -257,9 +257,9 @@ def test_a_prompt_that_is_not_utf8_is_refused(tiny_checkpoint, monkeypatch):
     run("sample", "--ckpt", tiny_checkpoint, "--device", "cpu").fails(1, "not UTF-8", "byte 2")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_arrow_keys_bring_back_what_was_typed(tuned_checkpoint):
-    pytest.importorskip("readline")
+    pytest.importorskip("readline", reason="this Python was built without readline")
     import pty
 
     master, slave = pty.openpty()

@@ -830,7 +830,7 @@ def mount(tmp_path):
             not shutil.which("mount")
             or subprocess.run(["mount", *argv], capture_output=True).returncode
         ):
-            pytest.skip("mounting needs root")
+            pytest.skip("mounting needs root: run the tests as root to see it")
         mounted.append(point)
         return point
 
@@ -872,7 +872,9 @@ def test_a_read_only_folder(corpus, tmp_path, started, mount):
     else:  # permissions do not bind root: a read-only mount does
         mount("--bind", str(folder), str(folder))
         if subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)]).returncode:
-            pytest.skip("cannot mount read-only")
+            pytest.skip(
+                "this system mounts nothing read-only: run the tests as another user than root"
+            )
     try:
         result = run(*started).fails(1, str(folder))
     finally:
@@ -941,7 +943,7 @@ def test_a_broken_log_is_mended(started, tmp_path):
 @pytest.mark.parametrize("command", ["train", "sample"])
 def test_stdout_that_is_full(command, corpus, tiny_checkpoint, tmp_path):
     if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
+        pytest.skip("this system has no /dev/full: run the tests on Linux")
     argv = {
         "train": ["train", *corpus, *SHORT, "--out_dir", tmp_path],
         "sample": [*words("sample --prompt x --device cpu --ckpt"), tiny_checkpoint],

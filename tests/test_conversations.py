@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run
+from conftest import needs, run
 
 import llm_pipeline as lp
 
@@ -152,7 +152,7 @@ def test_the_same_rows_in_every_kind_of_file(tmp_path, ending):
     rows = [row for row, _, _ in LAYOUTS.values()]
     path = tmp_path / f"a.{ending}"
     if ending == "parquet":
-        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
         names = ["messages", "sharegpt", "alpaca", "question", "hh-rlhf"]
         rows = [LAYOUTS[name][0] for name in names]
         parquet.write_table(pa.Table.from_pylist([dict.fromkeys(

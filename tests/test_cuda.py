@@ -17,7 +17,8 @@ from test_model import SHAPES, assert_close, gradients, make, random_ids, same_w
 
 import llm_pipeline as lp
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+NO_GPU = "needs a CUDA GPU: run tests/test_cuda.py on a machine that has one"
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 ON_CUDA = [pytest.param("cuda", marks=needs_cuda)]
 FLAGS = [*SHAPE, *words("--batch_size 4 --max_steps 12 --lr 1e-3 --log_interval 1")]
@@ -148,7 +149,7 @@ def losses(folder):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_learns_as_fp32_does(device, corpus, tmp_path, dtype):
     if device.type == "cpu" and dtype == "float16":
-        pytest.skip("fp16 is for GPUs: needs a CUDA GPU")
+        pytest.skip(NO_GPU)
     flags = [*corpus, *FLAGS, "--device", device, "--max_steps", 30, "--dropout", 0]
     for name in ("float32", dtype):
         run("train", *flags, "--dtype", name, "--out_dir", tmp_path / name).ok()

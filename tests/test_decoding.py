@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_process
+from conftest import needs, run, run_process
 
 import llm_pipeline as lp
 
@@ -105,7 +105,7 @@ def test_repetition_penalty_counts_prompt_and_output():
 
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
 def test_greedy_equals_transformers_over_200_tokens(arch):
-    transformers = pytest.importorskip("transformers")
+    transformers = needs("transformers")
     shape = dict(block_size=256, vocab_size=300)
     if arch == "gpt2":
         model = make(std=0.2, **shape)
@@ -226,7 +226,7 @@ WARPERS = [
 
 @pytest.mark.parametrize("settings", WARPERS, ids=str)
 def test_filters_are_those_of_transformers(settings):
-    pytest.importorskip("transformers")
+    needs("transformers")
     from transformers.generation import logits_process as theirs
 
     logits = torch.randn(20, 12, generator=torch.Generator().manual_seed(5)) * 2

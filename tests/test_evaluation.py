@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, PROGRAM, finish, run
+from conftest import CPU, PROGRAM, finish, needs, run
 
 import llm_pipeline as lp
 
@@ -147,7 +147,7 @@ def test_simpler_models_of_the_same_text(checkpoint, texts, tmp_path):
 
 
 def test_figures_of_a_bpe_model(texts, tmp_path):
-    pytest.importorskip("tokenizers")
+    needs("tokenizers")
     flags, records = texts
     bpe = ["--tokenizer", "bpe", "--vocab_size", "300", "--out_dir", tmp_path / "run"]
     run("train", *flags, *MODEL, *bpe).ok()
@@ -272,7 +272,7 @@ def naive_guesses(model, records, block):
 
 @pytest.mark.parametrize("block", [64, 128])  # prompts cut, and whole
 def test_classes_equal_scikit_learn(texts, tmp_path, block):
-    metrics = pytest.importorskip("sklearn.metrics")
+    metrics = needs("sklearn.metrics")
     flags, records = texts
     out = ["--block_size", block, "--out_dir", tmp_path / "run"]
     run("train", *flags, *MODEL, *out, "--seed", 5).ok()

@@ -34,7 +34,9 @@ from conftest import (
 
 import llm_pipeline as lp
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="this system cannot fork: run on Linux or a Mac"
+)
 TEN = words("--max_steps 10 --batch_size 8 --lr 1e-3 --log_interval 1 --save_interval 1")
 SHORT = [*CPU, *SHAPE, *TEN, "--eval_interval", "3"]
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
@@ -314,7 +316,7 @@ def lose_stderr(how: str) -> None:
 @pytest.mark.parametrize("how", ["pipe", "full", "none"])
 def test_a_lost_stderr_costs_no_step(how, command, whole, tmp_path):
     if how == "full" and not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
+        pytest.skip("this system has no /dev/full: run the tests on Linux")
     result = Child(*command, hook=functools.partial(lose_stderr, how)).finish()
     assert result.code == 0, result.err
     same(whole, tmp_path / "run")
@@ -373,13 +375,19 @@ def run_together(*argv, n: int = 2) -> list:
     return results
 
 
-def test_two_processes_give_the_bits_of_two_micro_batches(corpus, tmp_path):
-    base = ["train", *corpus, *SHORT, "--out_dir"]
-    run(*base, tmp_path / "one", "--grad_accum", 2).ok()
-    run_together(*base, tmp_path / "two")
+@pytest.fixture(scope="module")
+def whole_of_two(corpus, tmp_path_factory) -> Path:
+    """The folder of the run by two processes that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole-of-two")
+    run_together("train", *corpus, *SHORT, "--out_dir", folder)
+    return folder
+
+
+def test_two_processes_give_the_bits_of_two_micro_batches(whole_of_two, corpus, tmp_path):
+    run("train", *corpus, *SHORT, "--out_dir", tmp_path, "--grad_accum", 2).ok()
     for name in ("last.pth", "best.pth"):
-        assert differences(tmp_path / "one" / name, tmp_path / "two" / name) == []
-    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+        assert differences(tmp_path / name, whole_of_two / name) == []
+    one, two = curve(tmp_path), curve(whole_of_two)
     assert [step for step, _ in one] == [step for step, _ in two]  # once, by the first process
     values = [[float(loss) for _, loss in rows] for rows in (one, two)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)  # a sum over processes is in float64
@@ -492,15 +500,14 @@ def signal_one(rank: int, where: str, number: int) -> None:
 
 @pytest.mark.parametrize("where", ["step", "evaluation"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_process_stops_all(rank, where, corpus, tmp_path):
+def test_a_signal_to_one_process_stops_all(rank, where, whole_of_two, corpus, tmp_path):
     base = ["train", *corpus, *SHORT, "--out_dir"]
-    run_together(*base, tmp_path / "whole")
     hook = functools.partial(signal_one, rank, where, signal.SIGTERM)
     children = together(*base, tmp_path / "run", hook=hook)
     assert [child.finish(30).code for child in children] == [143, 143]
     assert steps_done(tmp_path / "run") < 10
     run_together(*base, tmp_path / "run", "--resume")
-    same(tmp_path / "whole", tmp_path / "run")
+    same(whole_of_two, tmp_path / "run")
 
 
 def impatient() -> None:
@@ -590,9 +597,8 @@ sys.exit(llm_pipeline.main())
 """
 
 
-def test_sigterm_to_torchrun(corpus, tmp_path):
+def test_sigterm_to_torchrun(whole_of_two, corpus, tmp_path):
     base = ["train", *corpus, *SHORT, "--out_dir"]
-    run_together(*base, tmp_path / "whole")
     (tmp_path / "wrapper.py").write_text(WRAPPER)
     argv = [*words("-m torch.distributed.run --nproc_per_node 2 --master_port"), free_port()]
     argv += [tmp_path / "wrapper.py", *base, tmp_path / "run"]
@@ -607,7 +613,7 @@ def test_sigterm_to_torchrun(corpus, tmp_path):
     assert 0 < steps_done(tmp_path / "run") < 10
     assert "saving and stopping" in result.err
     run_together(*base, tmp_path / "run", "--resume")
-    same(tmp_path / "whole", tmp_path / "run")
+    same(whole_of_two, tmp_path / "run")
 
 
 def test_one_process_alone_names_fsdp(corpus, tmp_path):

@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, run, words
+from conftest import CPU, needs, run, words
 
 import llm_pipeline as lp
 
-gguf = pytest.importorskip("gguf")
-pytest.importorskip("xllamacpp")
+gguf = needs("gguf")
+needs("xllamacpp")
 
 SHAPE = words("--n_layer 2 --n_head 4 --n_embd 64 --block_size 256 --init_std 0.08 --dropout 0")
 SHORT = [*CPU, *words("--batch_size 8 --max_steps 30 --lr 3e-3")]
@@ -141,7 +141,7 @@ def test_refused_by_name(flags, word, corpus, tmp_path):
 
 
 def test_tokenizers_that_cut_otherwise_are_refused(tuned, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = needs("tokenizers")
     folder = tmp_path / "hf"
     run("export", "--ckpt", tuned("modern", "bpe"), "--out_dir", folder).ok()
     library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

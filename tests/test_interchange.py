@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, Child, differences, finish, run, start, tensors, wait_for
+from conftest import CPU, Child, differences, finish, needs, run, start, tensors, wait_for
 
 import llm_pipeline as lp
 
-transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
+transformers = needs("transformers")
+safetensors = needs("safetensors.torch")
 
 SMALL = ["--n_layer", 2, "--n_head", 4, "--n_embd", 32, "--block_size", 64]
 SMALL += [*CPU, "--batch_size", 4, "--max_steps", 2]
@@ -639,7 +639,7 @@ def small_files_only():
 @pytest.mark.parametrize("flags", [["--out_dir", "hf"], ["--gguf", "m.gguf"]], ids=str)
 def test_a_full_disk_leaves_nothing(flags, bases, tmp_path):
     if "--gguf" in flags:
-        pytest.importorskip("gguf")
+        needs("gguf")
     flags = [flags[0], tmp_path / flags[1]]
     result = Child("export", "--ckpt", bases["gpt2"], *flags, hook=small_files_only).finish()
     assert len(result.fails(1, "cannot write").errors) == 1
@@ -683,7 +683,7 @@ def lora(request, tmp_path_factory, bases, corpus):
 
 
 def test_lora_trains_its_adapters_alone(lora):
-    pytest.importorskip("peft")
+    needs("peft")
     base, tuned, log = lora
     before, after = tensors(base, ("weights",)), tensors(tuned, ("weights",))
     plain = {name.replace(".base_layer", ""): t for name, t in after.items() if "lora_" not in name}
@@ -737,7 +737,7 @@ def test_lora_exports_merged(lora, tmp_path):
 
 
 def test_peft_loads_the_adapter_on_the_exported_base(lora, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = needs("peft")
     base, tuned, _ = lora
     root = export(tuned, tmp_path / "base", "--no_merge")
     assert all(torch.equal(t, stored(base.parent / "hf")[name]) for name, t in stored(root).items())
@@ -749,7 +749,7 @@ def test_peft_loads_the_adapter_on_the_exported_base(lora, tmp_path):
 
 def test_auto_peft_finds_the_base(lora, tmp_path):
     """Named by --base_model, or because the adapter was tuned upon that folder."""
-    peft = pytest.importorskip("peft")
+    peft = needs("peft")
     base, tuned, _ = lora
     root = base.parent / "hf"
     adapter = export(tuned, tmp_path / "adapter", "--adapter", "--base_model", root)
@@ -761,7 +761,7 @@ def test_auto_peft_finds_the_base(lora, tmp_path):
 
 
 def test_an_adapter_tuned_upon_a_folder_names_it(bases, corpus, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = needs("peft")
     flags = [*TUNE, *LORA, "--ckpt", bases["modern"].parent / "hf", "--out_dir", tmp_path / "run"]
     run("finetune", *corpus, *flags).ok()
     tuned = tmp_path / "run" / "best_finetune.pth"
@@ -771,7 +771,7 @@ def test_an_adapter_tuned_upon_a_folder_names_it(bases, corpus, tmp_path):
 
 
 def test_adapter_of_few_targets(bases, corpus, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = needs("peft")
     for arch, targets in (("gpt2", "proj"), ("gpt2", "up,down"), ("modern", "qkv")):
         work = tmp_path / f"{arch}-{targets}"
         flags = ["--lora_targets", targets, "--ckpt", bases[arch], "--out_dir", work]

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs
 
 import llm_pipeline as lp
 
@@ -263,7 +264,7 @@ def assert_equals_transformers(model, peer):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shape", [{}, dict(n_head=1), dict(n_inner=40, mlp="gelu_tanh")])
 def test_gpt2_is_transformers_gpt2(shape, tied):
-    transformers = pytest.importorskip("transformers")
+    transformers = needs("transformers")
     model = make(**shape, tie_weights=tied)
     c = model.config
     act = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[c.mlp]
@@ -290,7 +291,7 @@ def test_gpt2_is_transformers_gpt2(shape, tied):
     ids=str,
 )
 def test_modern_is_transformers_qwen3(shape, tied):
-    transformers = pytest.importorskip("transformers")
+    transformers = needs("transformers")
     model = make(**MODERN | shape, tie_weights=tied)
     c = model.config
     kind = "sliding_attention" if c.attn_window else "full_attention"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, finish, run, words
+from conftest import ROOT, finish, needs, run, words
 
 import plot_curves
 
@@ -28,7 +28,7 @@ def metrics(tmp_path):
 @pytest.fixture
 def figures(monkeypatch):
     """Every figure that is closed, by the label of its y axis, before it is closed."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot = needs("matplotlib.pyplot")
     found, close = {}, pyplot.close
 
     def keep(figure):
@@ -179,7 +179,7 @@ def test_a_folder_of_something_else(tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_made(metrics, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    needs("matplotlib")
     file = tmp_path / "file"
     file.write_text("")
     assert plot_curves.main([str(metrics), "--out_dir", str(file)]) == 1
@@ -195,7 +195,7 @@ def test_without_matplotlib(metrics, monkeypatch, capsys):
 
 
 def test_the_command(metrics):
-    pytest.importorskip("matplotlib")
+    needs("matplotlib")
     command = [sys.executable, str(ROOT / "plot_curves.py"), str(metrics)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert finish(subprocess.Popen(command, **pipes)).ok().out.count(".png\n") == 4

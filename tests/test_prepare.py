@@ -20,9 +20,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Child, differences, run, wait_for
+from conftest import TINY, Child, differences, needs, run, wait_for
 
 import llm_pipeline as lp
+
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="this system cannot fork: run on Linux or a Mac"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def datasets_are_loaded():
-    pytest.importorskip("datasets")
+    needs("datasets")
 
 
 @pytest.fixture
@@ -83,7 +87,7 @@ def test_streams_and_local_files_give_the_same_store(tmp_path, builder, tokenize
     if builder == "json":
         path = write_rows(tmp_path / "a.jsonl", [*found, found[3], {"text": " ", "id": 0}])
     elif builder == "parquet":
-        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
         path = tmp_path / "a.parquet"
         parquet.write_table(pa.Table.from_pylist([*found, found[3]]), path, row_group_size=7)
     else:
@@ -100,7 +104,7 @@ def test_streams_and_local_files_give_the_same_store(tmp_path, builder, tokenize
 
 def test_instructions_from_a_builder(tmp_path):
     """A table that holds both an instruction and its whole text is read alike everywhere."""
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
     found = [
         dict(instruction=f"Do {i}", input="", output=f"{i}", text=f"all {i}") for i in range(9)
     ]
@@ -315,19 +319,17 @@ def test_a_failed_run_leaves_the_store_before_it(tmp_path):
 # --- kills ---
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_ten_random_moments(tmp_path):
-    """Never a store that loads and is wrong; the next run starts clean."""
-    raw, out = write_rows(tmp_path / "raw/a.jsonl", rows(8000)), tmp_path / "out/st"
+def killed_at_random_moments(folder: Path, rng: random.Random, kills: int, size: int) -> None:
+    """Never a store of `size` rows that loads and is wrong; the next run starts clean."""
+    raw, out = write_rows(folder / "raw/a.jsonl", rows(size)), folder / "out/st"
     settings = [["--data_dir", raw, "--split_seed", seed] for seed in (1, 2)]
     right, started = [], time.monotonic()
     for seed, flags in enumerate(settings):
-        prepare(tmp_path / f"right{seed}", *flags).ok()
-        right.append(content(tmp_path / f"right{seed}"))
+        prepare(folder / f"right{seed}", *flags).ok()
+        right.append(content(folder / f"right{seed}"))
     takes = (time.monotonic() - started) / 2
     assert right[0] != right[1]
-    rng = random.Random(0)
-    for round in range(10):
+    for round in range(kills):
         child = os.fork()
         if child == 0:
             try:
@@ -348,7 +350,13 @@ def test_killed_at_ten_random_moments(tmp_path):
     assert not left
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_fork
+def test_killed_at_random_moments(tmp_path):
+    """A few; tests/bench/faults.py has more."""
+    killed_at_random_moments(tmp_path, random.Random(0), 3, 400)
+
+
+@needs_fork
 @pytest.mark.parametrize("first", [True, False], ids=["new", "rebuilt"])
 def test_killed_before_each_renaming(tmp_path, first):
     """The moments that chance hardly hits: between the last steps of making a store."""
@@ -640,7 +648,7 @@ def test_resumed_twice_inside_one_shuffle_segment(tmp_path, damage):
     assert differences(tmp_path / "whole/last.pth", tmp_path / "parts/last.pth") == []
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_fork
 def test_a_stream_killed_before_each_commit(tmp_path, monkeypatch):
     """The store grows by small batches here; a kill in one costs that batch and nothing else."""
     monkeypatch.setattr(lp.StreamStore, "ROWS", 5)
@@ -842,7 +850,7 @@ def test_an_edit_of_equal_size_and_time_is_noticed(tmp_path, source):
 # --- signals ---
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_a_signal_ends_prepare_and_leaves_nothing(tmp_path, number, tokenizer):
@@ -904,7 +912,7 @@ def test_a_row_for_each_trained_answer(tmp_path):
 
 @pytest.fixture(scope="module")
 def small_gpt2(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
+    transformers = needs("transformers")
     torch.manual_seed(0)
     shape = dict(vocab_size=260, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))

@@ -8,13 +8,13 @@ import time
 import urllib.request
 
 import pytest
-from conftest import CPU, run, words
+from conftest import CPU, needs, run, words
 
 import llm_pipeline as lp
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("gguf")
-pytest.importorskip("xllamacpp")
+transformers = needs("transformers")
+needs("gguf")
+needs("xllamacpp")
 
 SHAPE = words("--n_layer 2 --n_head 4 --n_embd 64 --block_size 160 --init_std 0.08 --dropout 0")
 SHORT = [*CPU, *words("--batch_size 8 --max_steps 60 --lr 3e-3")]
@@ -93,7 +93,7 @@ def post(url, request, within=60):
 def transformers_serve(exported, tmp_path):
     """The address of `transformers serve` on an exported folder."""
     for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package, reason="transformers serve needs it")
+        needs(package)
     port, log = free_port(), tmp_path / "log"
     code = "from transformers.cli.transformers import main; main()"
     flags = ["serve", str(exported[1]), *words(f"--host 127.0.0.1 --port {port} --device cpu")]

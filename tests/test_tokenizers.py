@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import needs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,7 +82,7 @@ def gpt2_plain(data):
 @pytest.fixture(scope="module")
 def reference(data):
     """tiktoken's own GPT-2, from the same files."""
-    tiktoken = pytest.importorskip("tiktoken")
+    tiktoken = needs("tiktoken")
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     with pytest.MonkeyPatch.context() as patch:
@@ -267,8 +267,8 @@ def test_both_pairs_of_names(names, data, tmp_path, gpt2):
 
 
 def test_a_hugging_face_folder(data, gpt2, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
+    transformers = needs("transformers")
+    tokenizers = needs("tokenizers")
     library = tokenizers.Tokenizer.from_str(gpt2.spec()["json"])
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=library, eos_token="<|endoftext|>", pad_token="<|mypad|>"
@@ -510,7 +510,7 @@ def test_a_folder_whose_configuration_is_broken(tmp_path, data, content, gpt2):
 
 def sentencepiece_like(fallback: bool) -> lp.BPETokenizer:
     """A BPE vocabulary as SentencePiece writes them, with or without a token for each byte."""
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = needs("tokenizers")
     decoders = tokenizers.decoders
     library = tokenizers.Tokenizer(
         tokenizers.models.BPE(byte_fallback=fallback, unk_token="<unk>", fuse_unk=True)
@@ -563,7 +563,7 @@ def test_ids_far_beyond_the_entries_are_refused(trained):
 
 
 def test_a_pattern_that_panics_is_one_line(trained, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = needs("tokenizers")
     library = tokenizers.Tokenizer.from_str(trained.json)
     pattern = tokenizers.Regex(r"(x+x+)+y")
     library.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")

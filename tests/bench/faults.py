@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import test_checkpoint as checkpoints
 import test_cli as cli
 import test_faults as faults
+import test_prepare as preparing
 import test_training as training
 import torch
 from conftest import (
@@ -109,6 +110,13 @@ def kills_at_random_moments(bench: Bench):
         held += done if holds(faults.same, bench.whole, folder) else 0
         kills += done
     return counted(held, kills)
+
+
+@check
+def kills_while_a_store_is_made(bench: Bench):
+    kills = len(bench.times(50))
+    good = holds(preparing.killed_at_random_moments, bench.fresh(), bench.rng, kills, 8000)
+    return good, f"{kills} kills"
 
 
 @check
