@@ -317,7 +317,7 @@ def test_damage_under_a_valid_seal_is_no_traceback(tiny_checkpoint, tmp_path):
     """Bits flipped and bytes cut before the checksum was made: in the archive and its pickle."""
     content, rng, path = unsealed(stored(tiny_checkpoint)), random.Random(6), tmp_path / "a.pth"
     pickled = content.index(b"data.pkl")
-    for i in range(300):
+    for i in range(100):
         changed = bytearray(content)
         ends = (pickled, pickled + 9000) if i % 2 else (len(content) - 6000, len(content) - 2)
         for _ in range(rng.randint(1, 3)):
@@ -359,7 +359,7 @@ def test_a_tensor_that_claims_more_than_it_holds(tiny_checkpoint, tmp_path):
         {"dropout": float("nan")},
         {"dropout": 2.0},
         {"pos": "rope" * 1000},
-        {"n_layer": 1024},
+        {"n_layer": 64},
         {"n_embd": 2**16, "n_head": 2, "head_dim": 2**12},
         {"block_size": 2**20, "pos": "alibi"},
         {"unknown": 1},
@@ -396,7 +396,7 @@ def lora_checkpoint(tmp_path_factory, corpus, tiny_checkpoint) -> Path:
     return folder / "best_finetune.pth"
 
 
-def lies(state: dict, rng: random.Random, share: float = 0.3):
+def lies(state: dict, rng: random.Random, share: float = 0.15):
     """(what was changed, a state): each section and each field gone, or of other type and size."""
     for section, value in state.items():
         yield f"{section} gone", {k: v for k, v in state.items() if k != section}

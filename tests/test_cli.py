@@ -720,7 +720,7 @@ def check_mutant(argv: list[str], folder, **env: str) -> str:
 
 
 @settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     database=None,
@@ -815,7 +815,7 @@ def composed(rng: random.Random) -> tuple[list[str], dict[str, str]]:
 def test_composed_command_lines(playground):
     furnish(playground)
     rng = random.Random(1)
-    for _ in range(120):
+    for _ in range(50):
         argv, env = composed(rng)
         assert check_mutant(argv, playground, **env) == "", argv
 
