@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -180,6 +181,25 @@ def child_main(argv: list[str], log: Path, env: dict, hook: Callable | None) -> 
     if hook:
         hook()
     sys.exit(lp.main(argv))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def together(*argv, n: int = 2, hook=None) -> list[Child]:
+    """The program as torchrun starts it, without torchrun's own seconds."""
+    env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [Child(*argv, hook=hook, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(n)]
+
+
+def run_together(*argv, n: int = 2) -> list[Result]:
+    """All of them to their good end; what each wrote to stdout and stderr is in `err`."""
+    results = [child.finish(120) for child in together(*argv, n=n)]
+    assert [r.code for r in results] == [0] * n, results[0].err + results[-1].err
+    return results
 
 
 def wait_for(condition: Callable, within: float = 30) -> None:

@@ -4,13 +4,11 @@ import gzip
 import json
 import math
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, PROGRAM, finish, needs, run
+from conftest import CPU, needs, run, run_together
 
 import llm_pipeline as lp
 
@@ -331,14 +329,9 @@ def test_free_text_gets_no_classes(checkpoint, texts, tmp_path):
 def test_two_processes_give_the_same_figures(checkpoint, texts, tmp_path):
     wanted = evaluate(checkpoint, texts[0], tmp_path, "--split", "all", "--batch_size", "4")
     path = tmp_path / "two.json"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        PROGRAM, "eval", "--ckpt", checkpoint, *texts[0], "--split", "all", "--batch_size", "4",
-        "--json", path, "--device", "cpu",
-    ]  # fmt: skip
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    result = finish(subprocess.Popen(list(map(str, command)), **pipes)).ok()
-    assert result.out.count("total") == 1  # one process prints
+    flags = ["--split", "all", "--batch_size", "4", "--json", path, "--device", "cpu"]
+    results = run_together("eval", "--ckpt", checkpoint, *texts[0], *flags)
+    assert sum(result.err.count("total") for result in results) == 1  # one process prints
     found = json.loads(path.read_text(encoding="utf-8"))
     assert_figures(found, {k: v for k, v in wanted.items() if k != "sources"})
     assert found["sources"].keys() == wanted["sources"].keys()

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,11 +22,14 @@ from conftest import (
     curve,
     differences,
     finish,
+    free_port,
     largest_difference,
     metrics,
     run,
+    run_together,
     start,
     tensors,
+    together,
     wait_for,
     words,
 )
@@ -355,24 +357,6 @@ def test_two_runs_may_build_the_same_store(corpus, whole, tmp_path):
 
 
 # --- several processes ---
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def together(*argv, n: int = 2, hook=None) -> list[Child]:
-    """The program as torchrun starts it, without torchrun's own seconds."""
-    env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [Child(*argv, hook=hook, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(n)]
-
-
-def run_together(*argv, n: int = 2) -> list:
-    results = [child.finish(120) for child in together(*argv, n=n)]
-    assert [r.code for r in results] == [0] * n, results[0].err + results[-1].err
-    return results
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ gguf = needs("gguf")
 needs("xllamacpp")
 
 SHAPE = words("--n_layer 2 --n_head 4 --n_embd 64 --block_size 256 --init_std 0.08 --dropout 0")
-SHORT = [*CPU, *words("--batch_size 8 --max_steps 30 --lr 3e-3")]
+SHORT = [*CPU, *words("--batch_size 4 --max_steps 12 --lr 3e-3")]
 ARCHS = {"gpt2": [], "modern": words("--arch modern --n_kv_head 2")}
 TOKENIZERS = {"bytes": [], "bpe": words("--tokenizer bpe --vocab_size 320")}
 # The largest difference of log-probabilities, in nats. llama.cpp approximates GELU by tanh, in f16.
@@ -85,7 +85,8 @@ def test_llama_cpp_computes_what_we_do(arch, tokenizer, tuned, tmp_path):
 
 
 def test_gpt2_with_the_same_gelu_is_closer(tuned, corpus, tmp_path):
-    flags = ["--mlp", "gelu_tanh", "--out_dir", tmp_path / "run"]
+    more = words("--mlp gelu_tanh --batch_size 8 --max_steps 30")
+    flags = [*more, "--out_dir", tmp_path / "run"]
     run("train", *corpus, *SHORT, *SHAPE, *flags).ok()
     result = to_gguf(tmp_path / "run" / "best.pth", tmp_path / "model.gguf").ok()
     assert float(re.search(r"agree to (\S+),", result.err)[1]) <= 1e-3
