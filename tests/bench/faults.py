@@ -115,7 +115,7 @@ def kills_at_random_moments(bench: Bench):
 @check
 def kills_while_a_store_is_made(bench: Bench):
     kills = len(bench.times(50))
-    good = holds(preparing.killed_at_random_moments, bench.fresh(), bench.rng, kills, 8000)
+    good = holds(preparing.killed_at_random_moments, bench.fresh(), bench.rng, kills, 2000)
     return good, f"{kills} kills"
 
 
