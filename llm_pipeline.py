@@ -67,7 +67,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial, wraps
 from glob import glob
-from itertools import chain, count, groupby, islice, pairwise, takewhile
+from itertools import chain, count, groupby, islice, pairwise, repeat, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -294,6 +294,7 @@ class TrainConfig(PresetConfig, TokenizerConfig, ModelSettings, FitConfig):
     """Train a GPT from scratch, or go on from a pretrained one (--init_from)."""
 
     init_from: str = free("", "start from a checkpoint or a Hugging Face folder or name")
+    minutes: float = once(0.0, "fill N minutes: sets steps, size, recipe fast", low=0.0, high=1e6)
 
 
 PRESETS = {
@@ -1557,6 +1558,9 @@ class Runtime:
     store: dist.Store | None = None  # small values that the processes share
     turns: int = 0  # how often one process has gone before the others
     rows: int = 2**30  # sequences at a time without gradients; fewer once memory has run out
+    # When the command began; as a program, with the seconds that its imports took.
+    started: float = field(default_factory=lambda: time.perf_counter()
+                           - time.process_time() * (__name__ == "__main__"))  # fmt: skip
 
     @property
     def is_main(self) -> bool:
@@ -1574,6 +1578,10 @@ class Runtime:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def of_first(self, value: float) -> float:
+        """The first process's value, in all of them."""
+        return self.sum(value * self.is_main)[0]
 
     @torch.no_grad()
     def sum_over(self, batches: Iterable[Batch], score: Callable[[Batch], dict],
@@ -6535,26 +6543,156 @@ def small_corpus(sizes: dict, given: dict) -> dict:
 
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
     """Train from scratch, from --init_from, or on from last.pth. Returns the path of best.pth."""
+    if config.minutes and not folder.state:
+        config = within_minutes(config, rt, stop, folder)
     if config.recipe == "fast" and not folder.state:
         chosen = ("tokenizer", "vocab_size", "epochs", "max_steps", "dropout", "min_lr_ratio")
         note("recipe fast: " + ", ".join(f"{n} {getattr(config, n)}" for n in chosen))
+    run = new_run(config, rt, stop, folder)
+    best = run_fit(run, folder)
+    if best and run.val and not stop:  # a fortieth of the steps: less than a percent of the time
+        shape = config.batch_size, max(1, run.progress.step // 40)
+        note(training_report(load_model(best), run.train.dataset.store, rt, *shape, stop))
+    return best
+
+
+def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> Run:
+    """A run of `train`, ready for its next step."""
     if config.init_from:
         loaded = pretrained(config)
         store = open_split_store(config, rt, loaded, bool(folder.state))
     else:
         store = open_store(config, rt)
+        set_seed(config.seed)  # whatever was measured before
         model = GPT(model_config(config, store.tokenizer.vocab_size))
         loaded = Loaded(model, store.tokenizer, {})
     for f in fields(ModelSettings):
         setattr(config, f.name, getattr(loaded.model.config, f.name))
     if folder.state:
         loaded.model = restored(folder.state).model
-    run = make_run(config, rt, stop, folder, loaded, store)
-    best = run_fit(run, folder)
-    if best and run.val and not stop:  # a fortieth of the steps: less than a percent of the time
-        shape = config.batch_size, max(1, run.progress.step // 40)
-        note(training_report(load_model(best), store, rt, *shape, stop))
-    return best
+    return make_run(config, rt, stop, folder, loaded, store)
+
+
+# --- train --minutes: a run that ends with the time ---
+
+# What it chooses from, smallest first: presets, and sizes between them.
+LADDER = (
+    dict(preset="cpu-debug", n_head=2, n_embd=64, block_size=64, batch_size=12),
+    dict(preset="cpu-debug", n_embd=128, block_size=64, batch_size=12),
+    dict(preset="cpu-debug", n_layer=4, n_embd=128, block_size=64, batch_size=12),
+    dict(preset="cpu-debug"),
+    dict(preset="cpu-debug", n_layer=4),
+    dict(preset="cpu-debug", n_layer=6, n_head=6, n_embd=384, batch_size=16),
+    dict(preset="tiny-8g"),
+    dict(preset="small-16g"),
+    dict(preset="gpt2-124m"),
+)
+# Whoever names one of these has chosen the size.
+SIZES = {"preset", "init_from", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"}
+# A size is better than the one before it from about so many tokens for each weight that multiplies
+# them (tests/bench/README.md); far from Chinchilla's 20, since these runs have few steps.
+ENOUGH = 3
+PASSES = 16  # text read more often teaches hardly anything (Muennighoff et al., 2023)
+
+
+@dataclass
+class Pace:
+    """What a run takes: seconds of its start, a step, a batch of validation, a save."""
+
+    config: TrainConfig
+    start: float
+    step: float
+    look: float
+    save: float
+    looks: float  # batches of an evaluation
+    epoch: int  # steps of a pass over the text
+    params: int  # that a token is multiplied with
+
+    def steps(self, seconds: float) -> int:
+        """How many of them, with what goes with them, end in time; at most those of all passes."""
+        assessed = self.look * self.looks + self.save  # best.pth, where it is better
+        each = self.step + assessed * (1 / self.config.eval_interval + 1 / self.epoch)
+        each += self.save / self.config.save_interval + self.look / 40  # last.pth; the report
+        return min(int((seconds - self.start - assessed - self.save) / each), PASSES * self.epoch)
+
+    def tokens(self, seconds: float) -> int:
+        return self.steps(seconds) * self.config.batch_size * self.config.block_size
+
+    def reasons(self, steps: int, sized: bool) -> str:
+        """What a number of steps comes to, and why this size if it was chosen, on one line."""
+        speed = self.config.batch_size * self.config.block_size / self.step
+        why = f"{speed:,.0f} tokens a second, {steps / self.epoch:.2g} passes over the text"
+        if steps == PASSES * self.epoch:
+            why += " (more of them teach little, so that it ends early)"
+        if sized:
+            why += f"; a larger size would see fewer than {ENOUGH:g} tokens for each weight"
+        return why
+
+
+def measured(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder,
+             seconds: float) -> Pace:  # fmt: skip
+    """The pace of a run that is thrown away, from three steps, or up to 50 in `seconds`."""
+    began = time.perf_counter()
+    run = new_run(config, rt, stop, folder)
+    start, run.progress.total = time.perf_counter() - began, 10**9
+    with contextlib.closing(run.train.steps(0, 10**9)) as batches, training_precision(rt.device):
+        step = partial(next_step, run, batches)
+        took = in_turns({"": step}, rt, 1)[""]
+        if (rounds := int(rt.of_first(min(50, seconds / took)))) > 1:
+            took = in_turns({"": step}, rt, rounds)[""]
+    look, looks = 0.0, 0.0
+    if run.val:
+        validate = partial(estimate_loss, run.model, run.val, run.objective, 1, stop)
+        look = in_turns({"": validate}, rt, 1)[""]
+        one, all_of_them = (len(run.val.dataset.fixed_ids(n * config.batch_size))
+                            for n in (1, config.eval_batches))  # fmt: skip
+        looks = all_of_them / one
+    began = time.perf_counter()
+    scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `sweep` knows
+    save_run(run, folder.about, scratch)
+    save = time.perf_counter() - began
+    if rt.is_main:
+        scratch.unlink()
+    params = flops_per_token(run.model, 0) // 6
+    seconds = map(rt.of_first, (start, took, look, save))
+    return Pace(config, *seconds, looks, run.train.steps_per_epoch, params)
+
+
+def within_minutes(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
+                   ) -> TrainConfig:  # fmt: skip
+    """The settings that end a run with its minutes: a number of steps and, where none was given, a
+    size. From there on it is the run of a command that gives these numbers, to the last bit.
+
+    Raises UserError where not one step fits.
+    """
+    given = {n: getattr(config, n) for n in config.given - {"config", "minutes", "max_steps"}}
+    given["recipe"] = config.recipe
+
+    def left() -> float:
+        return rt.of_first(60 * config.minutes - (time.perf_counter() - rt.started))
+
+    def trial(seconds: float, **more) -> Pace:
+        settings = resolve(TrainConfig, given | more | dict(self_test=False))
+        return measured(settings, rt, stop, folder, seconds)
+
+    open_store(config, rt)
+    size, ladder = {}, [{}] if given.keys() & SIZES else LADDER
+    with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
+        for rung in ladder:  # of which three steps are not worth compiling
+            tried = trial(0.0, **rung | given, compile="off", max_steps=10**6)
+            if size and tried.tokens(left()) < ENOUGH * tried.params:
+                break
+            size, steps = rung, max(1, tried.steps(left()))
+        pace = trial(1.8 * config.minutes, **size | given, max_steps=steps)
+    steps = pace.steps(left())
+    if steps < 1:
+        raise UserError(f"--minutes {config.minutes:g} is over before the first step: "
+                        f"{60 * config.minutes - left() + pace.start:.1f} s go by until there, an "
+                        f"evaluation takes {pace.look * pace.looks:.1f} s: give more")  # fmt: skip
+    chosen = {n: v for n, v in size.items() if n not in given} | dict(max_steps=steps)
+    note(f"minutes {config.minutes:g}: {' '.join(f'--{n} {v}' for n, v in chosen.items())}: "
+         + pace.reasons(steps, len(ladder) > 1))  # fmt: skip
+    return resolve(TrainConfig, chosen | given)
 
 
 def pretrained(config: TrainConfig) -> Loaded:
@@ -7304,6 +7442,12 @@ def in_turns(sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = "
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
 
 
+def next_step(run: Run, batches: Iterator[tuple[Batch, int]]) -> None:
+    """A step of a run that is measured, and thrown away."""
+    train_step(run, *next(batches))
+    run.progress.step += 1
+
+
 def product_seconds(rt: Runtime, n: int, columns: int, rounds: int) -> float:
     """Seconds of a product of an (n, n) and an (n, columns) matrix in the run's dtype."""
     a, b = (torch.randn(n, width, device=rt.device, dtype=rt.dtype) for width in (n, columns))
@@ -7337,11 +7481,7 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     ids = torch.randint(model.config.vocab_size, shape, device=rt.device)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     tokens = config.batch_size * config.block_size
-
-    def our_step():
-        train_step(run, batch, tokens)
-        run.progress.step += 1
-
+    our_step = partial(next_step, run, repeat((batch, tokens)))
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     our_step()
@@ -7533,9 +7673,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         TrainConfig, fit_command(train_loop),
-        "data_dir preset recipe tokenizer epochs max_steps batch_size lr out_dir resume",
+        "data_dir minutes preset recipe tokenizer epochs max_steps batch_size lr out_dir resume",
         """train --preset cpu-debug --recipe fast
-        train --data_dir book.txt --preset cpu-debug --recipe fast --epochs 5 --out_dir runs/book
+        train --data_dir book.txt --minutes 10 --out_dir runs/book
         train --resume --out_dir runs/book""",
     ),
     "finetune": Command(
@@ -7770,7 +7910,8 @@ def is_installed(package: str) -> bool:
 
 def table_layers(cls: type, given: dict) -> list[dict]:
     """What the tables set, lowest precedence first: arch, preset, recipe, overfit_batch."""
-    chosen = {f.name: f.default for f in fields(cls)} | given
+    implied = {"recipe": "fast"} if given.get("minutes") else {}
+    chosen = {f.name: f.default for f in fields(cls)} | implied | given
     tuning = issubclass(cls, FinetuneConfig)
     preset = PRESETS.get(chosen.get("preset"), {})
     if tuning:  # the model is the checkpoint's, the rates are finetuning's own
@@ -7782,7 +7923,7 @@ def table_layers(cls: type, given: dict) -> list[dict]:
                   "bpe_at_hand": not sizes["init_from"] and is_installed("tokenizers")}  # fmt: skip
     recipe = recipes.get(sizes.get("recipe"), RECIPES["classic"])(sizes, given)
     arch = ARCHS.get((chosen | recipe | given).get("arch"), {})
-    return [arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
+    return [implied, arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
 
 
 def resolve(cls: type, flags: dict, mark: str = "--", stored: dict | None = None):
@@ -7845,9 +7986,13 @@ def cross_checks(config) -> list[str]:
         found.append("--streaming reads a dataset: name it with --hf_dataset")
     if isinstance(config, FinetuneConfig) and config.streaming:
         found.append("finetune needs whole records: leave --streaming out")
+    if isinstance(config, TrainConfig) and config.minutes:
+        names = (n for n in ("max_steps", "overfit_batch") if n in config.given)
+        found += [f"--minutes sets the number of steps: leave --{n} out"
+                  for n in names if getattr(config, n)]  # fmt: skip
     if isinstance(config, TrainConfig) and config.streaming:
-        if not config.max_steps:
-            found.append("a stream has no epochs: give --max_steps")
+        if not config.max_steps and not config.minutes:
+            found.append("a stream has no epochs: give --max_steps or --minutes")
         if config.tokenizer == "bpe" and not config.init_from:
             found.append("--tokenizer bpe is trained on all of the text, which a stream does not "
                          "have: prepare the data first, or name a vocabulary")  # fmt: skip

@@ -4,9 +4,11 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,81 @@ def stopped(tmp_path_factory, corpus) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     run("train", *corpus, *SHORT, "--out_dir", folder, "--stop_after", 4).ok()
     return folder
+
+
+# --- a run that ends with the time ---
+
+# So little text that a few passes end long before the minutes do, whatever the machine.
+TIMED = [*CPU, *words("--batch_size 4 --minutes 5 --log_interval 1")]
+
+
+def timed_steps(err: str) -> int:
+    """The number of steps that a line on stderr says were chosen."""
+    (line,) = [line for line in err.splitlines() if line.startswith("minutes ")]
+    return int(re.search(r"--max_steps (\d+)", line)[1])
+
+
+def test_minutes_fix_the_steps(corpus, tmp_path, monkeypatch):
+    """The bits of the command that gives the number itself; cut short and resumed, the same."""
+    monkeypatch.setattr(lp, "PASSES", 2)
+    flags = [*corpus, *SHAPE, *TIMED]
+    steps = timed_steps(run("train", *flags, "--out_dir", tmp_path / "a").ok().err)
+    assert steps % lp.PASSES == 0
+    written = json.loads((tmp_path / "a/config.json").read_text())
+    assert (written["max_steps"], written["recipe"]) == (steps, "fast")
+    plain = ["--minutes", 0, "--recipe", "fast", "--max_steps", steps]
+    run("train", *flags, *plain, "--out_dir", tmp_path / "b").ok()
+    run("train", *flags, "--stop_after", 5, "--out_dir", tmp_path / "c").ok()
+    resumed = run("train", *flags, "--resume", "--out_dir", tmp_path / "c").ok()  # same minutes
+    assert "minutes 5" not in resumed.err
+    for other in "bc":
+        assert differences(tmp_path / "a/last.pth", tmp_path / other / "last.pth") == []
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+    assert not list(tmp_path.glob("a/.*.tmp"))
+
+
+def test_steps_in_time():
+    """The start, an evaluation and two saves come off the time, others off that of each step."""
+    config = lp.TrainConfig(eval_interval=10, save_interval=5)
+    pace = partial(lp.Pace, config, step=1.0, params=1)
+    assert pace(start=0, look=0, looks=0, save=0, epoch=10**9).steps(60) == 60
+    # 10 s of start, 8 + 1 + 1 s at the end; 1 s + 9 / 10 + 1 / 5 + 4 / 40 a step.
+    assert pace(start=10, look=4, looks=2, save=1, epoch=10**9).steps(60) == int(40 / 2.2)
+    assert pace(start=0, look=0, looks=0, save=0, epoch=2).steps(60) == lp.PASSES * 2
+    assert pace(start=70, look=0, looks=0, save=0, epoch=10).steps(60) < 1
+
+
+def test_minutes_choose_a_size(corpus, tmp_path, monkeypatch):
+    """The largest that sees enough tokens; what was asked for stands; it says what and why."""
+    ladder = [dict(n_layer=1, n_head=2, n_embd=width, block_size=32) for width in (16, 32, 64)]
+    monkeypatch.setattr(lp, "LADDER", ladder)
+    monkeypatch.setattr(lp, "PASSES", 1)
+    chosen = {}
+    for enough in (1e-9, 1e9):
+        monkeypatch.setattr(lp, "ENOUGH", enough)
+        out = tmp_path / str(enough)
+        result = run("train", *corpus, *TIMED, "--dropout", 0.3, "--out_dir", out).ok()
+        written = json.loads((out / "config.json").read_text())
+        assert written["dropout"] == 0.3
+        assert f"--n_embd {written['n_embd']}" in result.err
+        chosen[enough] = written["n_embd"]
+    assert chosen == {1e-9: 64, 1e9: 16}
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        ("--minutes -1", 2, "minutes must be at least 0"),
+        ("--minutes long", 2, "minutes must be a number"),
+        ("--minutes 1 --max_steps 9", 2, "leave --max_steps out"),
+        ("--minutes 1 --overfit_batch", 2, "leave --overfit_batch out"),
+        ("--minutes 1e-4", 1, "--minutes 0.0001"),
+    ],
+)
+def test_minutes_that_cannot_be(flags, code, said, corpus, tmp_path):
+    result = run("train", *corpus, *CPU, *SHAPE, *words(flags), "--out_dir", tmp_path)
+    assert len(result.fails(code, said).errors) == 1
+    assert not list(tmp_path.glob("*.pth"))
 
 
 @pytest.mark.parametrize(
