@@ -2670,7 +2670,7 @@ class PrefetchingLoader(Loader):
 # ====================================================================================
 
 
-SPECIAL_ROLES = ("pad", "bos", "eos", "sep")  # in the order of SPECIAL_TOKENS
+SPECIAL_IDS = ("pad_id", "bos_id", "eos_id", "sep_id")  # in the order of SPECIAL_TOKENS
 
 
 class BPETokenizer:
@@ -2680,7 +2680,7 @@ class BPETokenizer:
     Raises UserError for a vocabulary that cannot be used.
     """
 
-    def __init__(self, library_json: str, special_ids: dict[str, int]):
+    def __init__(self, library_json: str, **special_ids: int):
         tokenizers = optional("tokenizers")
         self.json = library_json
         with tokenizer_errors("the tokenizer is not valid"):
@@ -2690,13 +2690,12 @@ class BPETokenizer:
             self.library.no_truncation()
             self.vocab_size = max(self.library.get_vocab().values(), default=0) + 1
         if self.vocab_size > 2**24:
-            raise UserError(f"the tokenizer has ids up to {self.vocab_size - 1:,}, far beyond its "
-                            f"{len(self.library.get_vocab()):,} entries")  # fmt: skip
-        for role in SPECIAL_ROLES:
-            number = special_ids.get(f"{role}_id")
+            raise UserError(f"the tokenizer has ids up to {self.vocab_size - 1:,}: too many")
+        for name in SPECIAL_IDS:
+            number = special_ids.get(name)
             if type(number) is not int or not 0 <= number < self.vocab_size:
-                raise UserError(f"the tokenizer has no usable {role} token (got {number!r})")
-            setattr(self, f"{role}_id", number)
+                raise UserError(f"the tokenizer has no usable {name} (got {number!r})")
+            setattr(self, name, number)
         library = json.loads(library_json)
         self.is_byte_level = '"ByteLevel"' in json.dumps(library.get("decoder"))
         self.twin = tiktoken_twin(library)
@@ -2716,9 +2715,7 @@ class BPETokenizer:
 
     def encode_with_twin(self, text: str) -> np.ndarray:
         try:
-            return self.twin.encode_to_numpy(
-                text, allowed_special=frozenset(), disallowed_special=frozenset()
-            )
+            return self.twin.encode_to_numpy(text)
         except ValueError:  # its pattern gives up on a million spaces in a row
             return np.array(self.library.encode(text, add_special_tokens=False).ids, np.uint32)
 
@@ -2751,19 +2748,14 @@ class BPETokenizer:
         return sizes
 
     def spec(self) -> dict:
-        ids = {f"{role}_id": getattr(self, f"{role}_id") for role in SPECIAL_ROLES}
+        ids = {name: getattr(self, name) for name in SPECIAL_IDS}
         return {"kind": "bpe", "json": self.json, **ids}
 
 
 Tokenizer = ByteTokenizer | BPETokenizer
 POOL = ThreadPoolExecutor(os.cpu_count())  # starts its threads when first used
 SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@lru_cache(maxsize=4)
-def bpe_tokenizer(library_json: str, **special_ids: int) -> BPETokenizer:
-    """A BPETokenizer, made once: a large vocabulary takes a second."""
-    return BPETokenizer(library_json, special_ids)
+bpe_tokenizer = lru_cache(maxsize=4)(BPETokenizer)  # a large vocabulary takes a second
 
 
 @contextlib.contextmanager
@@ -2800,8 +2792,7 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     )
     clean = (SURROGATE.sub("\ufffd", text) for text in texts)
     in_thread(library.train_from_iterator, batched(clean, 256), trainer)
-    ids = {f"{role}_id": number for number, role in enumerate(SPECIAL_ROLES)}
-    return bpe_tokenizer(library.to_str(), **ids)
+    return bpe_tokenizer(library.to_str(), **{name: n for n, name in enumerate(SPECIAL_IDS)})
 
 
 def in_thread(function: Callable, *args):
@@ -2826,9 +2817,8 @@ def tokenizer_from_spec(spec: dict) -> Tokenizer:
         return ByteTokenizer()
     if spec.get("kind") != "bpe":
         raise UserError(f"unknown tokenizer kind {spec.get('kind')!r}")
-    ids = {f"{role}_id": spec.get(f"{role}_id") for role in SPECIAL_ROLES}
     with tokenizer_errors("the tokenizer is not valid"):  # such as an id that is a list
-        return bpe_tokenizer(spec.get("json"), **ids)
+        return bpe_tokenizer(spec.get("json"), **{name: spec.get(name) for name in SPECIAL_IDS})
 
 
 # Names of a vocabulary and its merges: Hugging Face's and the original GPT-2's.
@@ -2852,30 +2842,27 @@ def load_tokenizer(name: str) -> Tokenizer:
     elif pair:
         library = library_from_merges(path / pair[0], path / pair[1])
     elif path.exists():
-        raise UserError(f"{path}: no tokenizer.json, vocab.json + merges.txt or encoder.json + "
-                        "vocab.bpe in this folder")  # fmt: skip
+        raise UserError(f"{path} holds no tokenizer.json, and no vocab.json with merges.txt")
     else:
         try:
             library = tokenizers.Tokenizer.from_pretrained(name)
         except Exception as error:
-            raise UserError(
-                f"--tokenizer {name}: no such file or folder, and the Hub did not answer "
-                f"({one_line(error, 90)}); give a local folder with vocab.json and merges.txt"
-            ) from None
+            what = f"--tokenizer {name}: no such file or folder, nor on the Hub"
+            raise UserError(f"{what} ({one_line(error, 90)}); name a local folder") from None
     return bpe_tokenizer(library.to_str(), **special_ids(library, file.parent))
 
 
 def library_from_merges(vocabulary: Path, merges: Path):
     """GPT-2's two files as a `tokenizers.Tokenizer`. Raises UserError unless they fit together."""
-    tokenizers = optional("tokenizers")
-    with tokenizer_errors(f"{vocabulary} and {merges.name}"):
-        library = byte_level_library(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
+    both = f"{vocabulary} and {merges.name}"
+    with tokenizer_errors(both):
+        model = optional("tokenizers").models.BPE.from_file(str(vocabulary), str(merges))
+    library = byte_level_library(model)
     library.add_special_tokens(["<|endoftext|>"])
     n_merges = len(json.loads(library.to_str())["model"]["merges"])
     orphans = len(library.get_vocab()) - 256 - n_merges
     if orphans > 16:  # a few may be special tokens
-        raise UserError(f"{vocabulary} and {merges.name} do not belong together: {orphans:,} of "
-                        "its entries are made by no merge")  # fmt: skip
+        raise UserError(f"{both} do not belong together: no merge makes {orphans:,} of its tokens")
     return library
 
 
@@ -3012,8 +2999,7 @@ class Report:
 
     COLUMNS = ("records", "train", "val", "train_tokens", "val_tokens", "bytes")
 
-    def __init__(self, bad_records: str = "error"):
-        self.strict = bad_records == "error"
+    def __init__(self):
         self.rows: dict[str, Counter] = {}
         self.examples: dict[tuple[str, str], str] = {}  # (source, what) -> where it was met first
         self.advice: list[str] = []
@@ -3026,12 +3012,6 @@ class Report:
 
     def skip(self, source: str, why: str, where: str) -> None:
         self.count(source, f"skipped: {why}", where=where)
-
-    def malformed(self, source: str, why: str, where: str) -> None:
-        """A line, entry or file that is not what it promises: stop there, or skip and count it."""
-        if self.strict:
-            raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip")
-        self.skip(source, why, where)
 
     def replaced(self, source: str, file: TextFile) -> None:
         if file.replaced:
@@ -3099,10 +3079,8 @@ class TextFile:
                         yield text.removeprefix("\ufeff") if offset == len(pending) else text
                     offset += len(data)
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.path}: invalid UTF-8 at byte {offset - len(pending) + error.start}; "
-                "convert the file, or pass --encoding_errors replace"
-            ) from None
+            what = f"{self.path}: invalid UTF-8 at byte {offset - len(pending) + error.start}"
+            raise UserError(f"{what}; convert it, or pass --encoding_errors replace") from None
         except UNREADABLE as error:
             raise UserError(f"cannot read {self.path}: {one_line(error)}") from None
         self.replaced = replaced
@@ -3217,8 +3195,8 @@ def messages_of(value, column: str, role: str = "") -> list[Message]:
         raise ValueError(f"{column!r} must be text or messages, not {type(value).__name__}")
     if re.match(r"\s*Human:", value) and "\n\nAssistant:" in value:  # as in HH-RLHF
         _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip())
-        found = [Message("user" if who == "Human" else "assistant", text.strip())
-                 for who, text in zip(parts[::2], parts[1::2], strict=True)]  # fmt: skip
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        found = [Message(ROLES[who.lower()], text.strip()) for who, text in pairs]
         return found if found[-1].text else found[:-1]  # a prompt ends with "Assistant:" alone
     if not role:
         raise ValueError(f"{column!r} must be a list of {{role, content}}")
@@ -3256,11 +3234,9 @@ def preamble_of(row: dict, body: list[Message]) -> list[Message]:
         raise ValueError("a system text both inside the dialogue and beside it")
     before = [Message("system", system)] if system and not has_system else []
     for pair in history if isinstance(history, list) else [history]:
-        match pair:
-            case [str(user), str(assistant)]:
-                before += [Message("user", user), Message("assistant", assistant)]
-            case _:
-                raise ValueError("'history' must be a list of [user, assistant] texts")
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise ValueError("'history' must be a list of [user, assistant] texts")
+        before += map(Message, ("user", "assistant"), pair)
     return before
 
 
@@ -3322,8 +3298,8 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
             names = ", ".join(map(repr, list(row)[:8])) or "none"
             raise ValueError(f"no known layout among the fields {names}; known are {LAYOUTS}")
         if asked or answer:
-            raise ValueError(f"{asked or answer!r} beside 'text', and no "
-                             f"{'answer' if asked else 'question'}: name one by --text_field")  # fmt: skip
+            half = repr(asked or answer)
+            raise ValueError(f"{half} beside 'text' is half a pair: name one by --text_field")
         return Record(source, [Turn("", text_in(row, text_field))], where=where)
     refuse_unsupported(row, "the row")
     body = dialogue_of(row, asked, talk, answer)
@@ -3334,9 +3310,8 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
 
 
 def records_from_rows(
-    rows: Iterable[tuple[str, object]], source: str, config: DataConfig, report: Report,
-    instructions: str = "",
-) -> Iterator[Record]:  # fmt: skip
+    rows: Iterable[tuple], source: str, config: DataConfig, report: Report, instructions: str = ""
+) -> Iterator[Record]:
     """Records of (where, row); a row of no known layout, or an error in its place, is reported.
 
     instructions: the source of records that have a prompt, where that is another.
@@ -3345,7 +3320,10 @@ def records_from_rows(
         try:
             record = record_from_row(row, source, config.text_field, where)
         except (ValueError, RecursionError) as error:
-            report.malformed(source, one_line(error, 400), where)
+            why = one_line(error, 400)
+            if config.bad_records == "error":
+                raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip") from None
+            report.skip(source, why, where)
             continue
         if instructions and not record.is_plain:
             record.source = instructions
@@ -3431,8 +3409,8 @@ def layout_problem(columns: list[str], text_field: str) -> ValueError | None:
     if is_pair or names & {text_field, "chosen", *DIALOGUES}:
         return None
     listed = ", ".join(map(str, columns[:12]))
-    return ValueError(f"no column {text_field!r} and no known layout among its columns ({listed}); "
-                      f"name the one that holds text with --text_field, or use {LAYOUTS}")  # fmt: skip
+    what = f"no column {text_field!r} and no known layout among its columns ({listed})"
+    return ValueError(f"{what}; name the one that holds text with --text_field, or use {LAYOUTS}")
 
 
 def parquet_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
@@ -3466,8 +3444,8 @@ def plain_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[t
         return
     beginning = [*islice(file.blocks(), 2)]  # of a short file: all
     if "<|endoftext|>" in "".join(beginning[:1]):
-        report.advise(f"{path} holds <|endoftext|>, read as plain characters: "
-                      "--doc_delimiter '<|endoftext|>' makes a record of each part")  # fmt: skip
+        what = f"{path} holds <|endoftext|>, read as plain characters"
+        report.advise(f"{what}: --doc_delimiter '<|endoftext|>' makes a record of each part")
     if path.suffix.lower() in SOURCE_CODE:
         report.advise(f"{path.parent} holds source code, read as plain text, one record a file")
     text: str | TextFile = "".join(beginning)
@@ -3482,10 +3460,9 @@ def plain_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[t
     yield str(path), {config.text_field: text}
 
 
-def load_hub(config: DataConfig, report: Report, rows=None) -> Iterator[Record]:
-    """Rows of a Hugging Face dataset, from the Hub or a local builder, whole or as a stream."""
+def load_hub(rows: Iterable[dict], config: DataConfig, report: Report) -> Iterator[Record]:
+    """Records of a Hugging Face dataset, from the Hub or a local builder, whole or as a stream."""
     name, numbers = config.hf_dataset, count(1)
-    rows = hub_rows(config) if rows is None else rows
     numbered = ((f"{name}: row {next(numbers)}", row) for row in rows)
     try:
         yield from records_from_rows(numbered, name, config, report)
@@ -3506,14 +3483,12 @@ def hub_rows(config: DataConfig):
             config.hf_config or None,
             split=config.hf_split,
             # Local files always: the copies that `datasets` keeps are not renewed by every edit.
-            streaming=config.streaming or bool(source_files(config)),
+            streaming=config.streaming or bool(find_files(config)),
             data_files=config.hf_files or None,
         )
     except Exception as error:
-        raise UserError(
-            f"cannot load dataset {config.hf_dataset!r}: {one_line(error, 160)}; check the name "
-            "and the network, or read local files with --data_dir"
-        ) from None
+        what = f"cannot load dataset {config.hf_dataset!r}: {one_line(error, 160)}"
+        raise UserError(f"{what}; check the name and the network, or use --data_dir") from None
 
 
 READERS: dict[str, Callable[[TextFile, DataConfig, Report], Iterator[tuple]]] = {
@@ -3564,7 +3539,7 @@ def named_data_dir(config: DataConfig) -> bool:
 
 def made_here(folder: Path, names: set[str]) -> str:
     """What this program wrote into a folder that holds these names; "" if nothing."""
-    if names & {f"{kind}{end}.pth" for kind in ("best", "last") for end in ("", "_finetune")}:
+    if names & {"best.pth", "last.pth", "best_finetune.pth", "last_finetune.pth"}:
         return "a run of this program"
     if {"config.json", "model.safetensors"} <= names:
         return "an exported model"
@@ -3620,8 +3595,14 @@ def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
 
 
 def find_files(config: DataConfig) -> list[Path]:
-    """Every file that --data_dir holds. Raises UserError where it names nothing."""
-    return walk(config)[0]
+    """Every local file that the configured sources may read. UserError where there is no source."""
+    if not config.hf_dataset:
+        return walk(config)[0]
+    folder = Path(config.hf_dataset)
+    patterns = [config.hf_files, str(folder / config.hf_files)] if config.hf_files else []
+    found = {Path(f) for pattern in patterns for f in glob(pattern, recursive=True)}
+    found |= set(folder.rglob("*")) if folder.is_dir() else set()
+    return sorted(path for path in found if path.is_file())
 
 
 ROLE_WORDS = {
@@ -3643,12 +3624,13 @@ def roles_in(folder: Path, is_folder: bool) -> set[str]:
     return set()
 
 
-def role_of(path: Path, is_folder: bool, lookup: Callable = roles_in) -> str:
+def role_of(path: Path, lookup: Callable = roles_in) -> str:
     """train, val or test, where the name of a file or folder says so, else "".
 
     A name counts where its siblings on disk make a split of it: a training and a validation part,
     or a test part beside a training part. So one file of such a folder keeps its role.
     """
+    is_folder = path.is_dir()
     beside, role = lookup(path.parent, is_folder), role_in_name(path.name, is_folder)
     split = {"train", "val"} <= beside or (role == "test" and "train" in beside)
     return role if split else ""
@@ -3659,9 +3641,7 @@ def data_role(config: DataConfig) -> str:
     root = Path(os.path.abspath(config.data_dir))
     if config.hf_dataset:
         return ""
-    if root.is_dir():
-        return role_of(root, True)
-    return role_of(root, False) or role_of(root.parent, True)
+    return role_of(root) or ("" if root.is_dir() else role_of(root.parent))
 
 
 def part_of_split(config: DataConfig) -> str:
@@ -3696,7 +3676,7 @@ def toy_rows() -> Iterator[tuple]:
 def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
     """Every record of the configured sources. Raises UserError when there is none to read."""
     if config.hf_dataset:
-        yield from load_hub(config, report)
+        yield from load_hub(hub_rows(config), config, report)
         return
     files, left_out = walk(config)
     for path, why in left_out.items():
@@ -3713,7 +3693,7 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
     lookup = lru_cache(None)(roles_in)  # each folder is listed once
     for path, reader, why in readers:
         below = takewhile(lambda part: part != root, (path, *path.parents))
-        roles = (role_of(part, part != path, lookup) for part in below)
+        roles = (role_of(part, lookup) for part in below)
         # The file's own name counts most. A test part that is named is read, not trained on.
         split = next(filter(None, roles), "") or ("val" if whole == "test" else whole)
         if reader is None or split == "test":
@@ -3734,10 +3714,9 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
 
 def nothing_to_read(config: DataConfig, n_files: int, reasons: dict[Path, str]) -> str:
     what = f"{n_files} files, none readable as text" if n_files else "no files"
-    first = "; ".join(f"{path.name}: {why}" for path, why in [*reasons.items()][:3])
+    first = "; ".join(f"{path.name}: {why}" for path, why in islice(reasons.items(), 3))
     what += f" ({first})" if first else ""
-    return (f"--data_dir {config.data_dir}: {what}; add .txt, .json, .jsonl, .csv, .parquet or an "
-            "SMSSpamCollection")  # fmt: skip
+    return f"--data_dir {config.data_dir}: {what}; add .txt, .json, .jsonl, .csv or .parquet"
 
 
 # --- duplicates and the split ---
@@ -3776,8 +3755,7 @@ def encoded(text: str) -> bytes:
 
 
 def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
-    """(identity, place, bytes): 64-bit hashes of the content and of its place in the split, and
-    the size of its prompts and responses.
+    """(identity, place in the split, bytes): two 64-bit hashes and the size of all texts.
 
     Functions of the record and the seed alone, so that adding data never moves a record.
     """
@@ -3804,9 +3782,8 @@ def text_blocks(text: str | TextFile) -> Iterator[str]:
 
 
 def split_records(
-    records: Iterable[Record], config: DataConfig, report: Report, seen: SeenHashes,
-    pairs: bool = False,
-) -> Iterator[tuple[Record, str, int]]:  # fmt: skip
+    records: Iterable[Record], config: DataConfig, report: Report, seen: SeenHashes, pairs: bool
+) -> Iterator[tuple[Record, str, int]]:
     """Records without duplicates, each with its split and its size in bytes.
 
     The split is "train", "val", or "both" for a long text, whose last part validates.
@@ -3837,10 +3814,8 @@ def unusable(record: Record, size: int, config: DataConfig, pairs: bool) -> str:
     return "no preference" if pairs and record.rejected in ("", text) else ""
 
 
-def split_text(
-    record: Record, split: str, size: int, val_fraction: float
-) -> Iterator[tuple[str, str]]:
-    """Blocks of a record's response with the split of each: (split, text)."""
+def split_text(record: Record, split: str, size: int, val_fraction: float) -> Iterator[tuple]:
+    """(split, text) of each block of a record's response."""
     blocks = text_blocks(record.response)
     parts = ((split, block) for block in blocks)
     if split == "both":
@@ -4003,8 +3978,7 @@ class StoreWriter:
     tokens before the answer, source). So the last row of a record covers it whole.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig,
-                 past: dict | None = None):  # fmt: skip
+    def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig, past=None):
         """past: what `commit` said of a store to go on with; what its files hold beyond is cut."""
         past = past or {"files": {name: {"bytes": 0} for name in TOKEN_FILES}}
         self.tokenizer, self.config = tokenizer, config
@@ -4012,7 +3986,7 @@ class StoreWriter:
         self.size = {"train": 0, "val": 0} | past.get("tokens", {})
         self.sources = {name: n for n, name in enumerate(past.get("sources", []))}
         self.lengths = Counter({int(k): n for k, n in past.get("lengths", {}).items()})
-        self.report = Report(config.bad_records)
+        self.report = Report()
         self.report.rows = {name: Counter(row) for name, row in past.get("counts", {}).items()}
         self.report.examples = {(s, why): where for s, why, where in past.get("skipped", [])}
         self.start, self.begins = 0, True  # of the record being written; whether a new one is next
@@ -4026,7 +4000,7 @@ class StoreWriter:
                 hasher.update(data)
 
     def append(self, name: str, data: np.ndarray) -> None:
-        view = np.ascontiguousarray(data).view(np.uint8).data
+        view = data.view(np.uint8).data
         self.hashers[name].update(view)
         self.files[name].write(view)
 
@@ -4034,18 +4008,17 @@ class StoreWriter:
         split, source = piece.split, piece.source
         before = [self.tokenizer.bos_id] if self.begins else []
         after = [getattr(self.tokenizer, f"{piece.end}_id")] if piece.end else []
+        data = np.concatenate([before, ids, after], dtype=self.dtype, casting="unsafe")
         if self.begins:
             self.start = self.size[split]
             self.report.count(source, split)
             self.report.count(source, "bytes", piece.size)
-        for part in (before, ids, after):
-            self.append(f"{split}.bin", np.asarray(part, self.dtype))
-        n_tokens = len(before) + len(ids) + len(after)
-        self.report.count(source, f"{split}_tokens", n_tokens)
-        self.size[split] += n_tokens
+        self.append(f"{split}.bin", data)
+        self.report.count(source, f"{split}_tokens", len(data))
+        self.size[split] += len(data)
         length = self.size[split] - self.start
         if piece.end and piece.trained:
-            prompt = 1 if piece.end == "eos" else length - n_tokens  # plain text follows bos alone
+            prompt = 1 if piece.end == "eos" else length - len(data)  # plain text follows bos alone
             number = self.sources.setdefault(source, len(self.sources))
             self.append(f"{split}.idx", np.array([(self.start, length, prompt, number)], INDEX))
         if piece.last:
@@ -4073,18 +4046,19 @@ class StoreWriter:
 
     def commit(self) -> dict:
         """Force all to disk. Returns what meta.json says of the content, plain data."""
-        for file in self.files.values():
+        files = {}
+        for name, file in self.files.items():
             file.flush()
             os.fsync(file.fileno())
+            files[name] = {"bytes": file.tell(), "blake2b": self.hashers[name].hexdigest()}
         return {
-            "files": {name: {"bytes": file.tell(), "blake2b": self.hashers[name].hexdigest()}
-                      for name, file in self.files.items()},
+            "files": files,
             "sources": list(self.sources),
             "counts": {name: dict(row) for name, row in self.report.rows.items()},
             "skipped": [[*key, where] for key, where in self.report.examples.items()],
             "tokens": self.size,
             "lengths": {str(k): n for k, n in sorted(self.lengths.items())},
-        }  # fmt: skip
+        }
 
     def close(self) -> None:
         for file in self.files.values():
@@ -4127,10 +4101,8 @@ class TokenStore:
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{folder} is not a usable token store ({one_line(error)}); delete it and run "
-                "prepare again"
-            ) from None
+            what = f"{folder} is not a usable token store ({one_line(error)})"
+            raise UserError(f"{what}; delete it and run prepare again") from None
 
     def read_meta(self) -> None:
         self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
@@ -4181,8 +4153,8 @@ class TokenStore:
         else:  # one long record: without an index as long
             ids = tokens[start : start + length].astype(np.int64)
         if ids.size and ids.max() >= self.tokenizer.vocab_size:
-            raise UserError(f"{self.folder}/{split}.bin holds ids outside its vocabulary; delete "
-                            "the store and prepare it again")  # fmt: skip
+            file = f"{self.folder}/{split}.bin"
+            raise UserError(f"{file} holds ids outside its vocabulary: delete it and prepare again")
         return ids
 
 
@@ -4210,9 +4182,9 @@ class StreamStore(TokenStore):
         held = len(self.tokens[split])
         if held >= n_tokens or self.meta["ended"]:
             return
-        with self.mutex, tqdm(desc=f"reading the stream, {split}", total=n_tokens, initial=held,
-                              unit="token", unit_scale=True, delay=2, leave=False,
-                              disable=not is_main()) as bar:  # fmt: skip
+        style = dict(unit="token", unit_scale=True, delay=2, leave=False, disable=not is_main())
+        bar = tqdm(desc=f"reading the stream, {split}", total=n_tokens, initial=held, **style)
+        with self.mutex, bar:
             while len(self.tokens[split]) < n_tokens and not self.meta["ended"]:
                 if is_main():
                     self.write_batch()
@@ -4232,13 +4204,14 @@ class StreamStore(TokenStore):
             rows = batched(self.records, self.ROWS, lambda r: len(r.response), 64 * BLOCK)
             batch = next(rows, [])
             room = config.max_docs - self.meta["n_records"] if config.max_docs else None
-            found = list(islice(split_records(batch, config, writer.report, self.seen), room))
+            kept = split_records(batch, config, writer.report, self.seen, pairs=False)
+            found = list(islice(kept, room))
             n_records = self.meta["n_records"] + len(found)
             pieces = chain.from_iterable(record_pieces(*record, config) for record in found)
             full = writer.write_all(pieces) or n_records == (config.max_docs or -1)
             self.n_written += 1
-            state = {"stream": self.rows.state_dict(), "batches": self.n_written,
-                     "n_records": n_records, "ended": full or not batch}  # fmt: skip
+            state = {"stream": self.rows.state_dict(), "batches": self.n_written}
+            state |= {"n_records": n_records, "ended": full or not batch}
             write_json(self.folder / "stream.json", writer.commit() | state)
             self.read_meta()
             for line in writer.report.lines() if self.meta["ended"] else ():
@@ -4255,7 +4228,7 @@ class StreamStore(TokenStore):
         self.rows = hub_rows(config)
         if self.meta["stream"]:
             self.rows.load_state_dict(self.meta["stream"])
-        self.records = load_hub(config, self.writer.report, self.rows)
+        self.records = load_hub(self.rows, config, self.writer.report)
 
 
 # --- which store is whose ---
@@ -4269,17 +4242,6 @@ def source_name(config: DataConfig) -> dict:
     local = os.path.abspath(config.hf_dataset) if os.path.isdir(config.hf_dataset) else ""
     files = os.path.abspath(config.hf_files) if config.hf_files else ""
     return names | {"hf_dataset": local or config.hf_dataset, "hf_files": files}
-
-
-def source_files(config: DataConfig) -> list[Path]:
-    """Every local file that the configured sources may read."""
-    if not config.hf_dataset:
-        return find_files(config)
-    folder = Path(config.hf_dataset)
-    patterns = [config.hf_files, str(folder / config.hf_files)] if config.hf_files else []
-    found = {Path(f) for pattern in patterns for f in glob(pattern, recursive=True)}
-    found |= set(folder.rglob("*")) if folder.is_dir() else set()
-    return sorted(path for path in found if path.is_file())
 
 
 def file_digest(path: Path) -> str:
@@ -4307,14 +4269,12 @@ def settings_fingerprint(config: DataConfig, tokenizer: dict, pairs: bool) -> st
 
     tokenizer: its spec, or what is asked of one that is to be trained.
     """
-    files = [[str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, file_digest(path)]
-             for path in source_files(config) for stat in [path.stat()]]  # fmt: skip
+    stats = [(path, path.stat()) for path in find_files(config)]
+    files = [[str(p), s.st_size, s.st_mtime_ns, s.st_ctime_ns, file_digest(p)] for p, s in stats]
     return short_hash([source_name(config), store_settings(config, pairs), tokenizer, files], 16)
 
 
-def store_origin(
-    config: DataConfig, tokenizer: Tokenizer, pairs: bool, request: str | None
-) -> dict:
+def store_origin(config: DataConfig, spec: dict, pairs: bool, request: str | None) -> dict:
     """What meta.json says of how a store is made. request: what a BPE was trained for."""
     names = [f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)]
     return {
@@ -4322,8 +4282,8 @@ def store_origin(
         "source": source_name(config),
         "settings": {name: getattr(config, name) for name in names if hasattr(config, name)},
         "pairs": pairs,
-        "tokenizer": tokenizer.spec(),
-        "settings_fingerprint": settings_fingerprint(config, tokenizer.spec(), pairs),
+        "tokenizer": spec,
+        "settings_fingerprint": settings_fingerprint(config, spec, pairs),
         "trained_for": request,
     }
 
@@ -4349,30 +4309,30 @@ def build_corpus_from_sources(
         asked = {f.name: getattr(config, f.name) for f in fields(TokenizerConfig)}
         request = settings_fingerprint(config, asked, pairs)
         tokenizer = find_trained(request, folder or Path(config.processed_dir))
-        pieces = corpus_pieces(config, Report(config.bad_records), pairs)
+        pieces = corpus_pieces(config, Report(), pairs)
         texts = (piece.text for piece in pieces if piece.split == "train")
         tokenizer = tokenizer or train_bpe(texts, config)
     tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-    folder = folder or default_folder(config, tokenizer, pairs)
+    origin = store_origin(config, tokenizer.spec(), pairs, request)
+    folder = folder or default_folder(config, origin)
     streaming = config.hf_dataset and config.streaming and isinstance(config, FitConfig)
     if streaming:
         folder = folder.with_name(f"{folder.name}-stream")
-    origin = store_origin(config, tokenizer, pairs, request)
     if is_main():
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
             if not is_current(folder, origin, verify):
-                check_store_folder(folder, config, named)
+                check_store_folder(folder, config, origin["source"], named)
                 (begin_stream if streaming else build_store)(config, tokenizer, folder, origin)
             elif isinstance(config, PrepareConfig):
                 note("the sources and settings are unchanged: this store was made before")
     return StreamStore(folder, config) if streaming else TokenStore(folder, verify)
 
 
-def default_folder(config: DataConfig, tokenizer: Tokenizer, pairs: bool) -> Path:
+def default_folder(config: DataConfig, origin: dict) -> Path:
     """One folder for each source, tokenizer and settings."""
-    source, spec = source_name(config), tokenizer.spec()
+    source, spec = origin["source"], origin["tokenizer"]
     name = Path(source.get("data_dir") or source["hf_dataset"]).name[:40] or "data"
-    digest = short_hash([source, store_settings(config, pairs), spec])
+    digest = short_hash([source, store_settings(config, origin["pairs"]), spec])
     return Path(config.processed_dir) / f"{name}-{spec['kind']}-{digest}"
 
 
@@ -4395,8 +4355,9 @@ def find_trained(request: str, place: Path) -> Tokenizer | None:
     return None
 
 
-def adopted(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pairs: bool
-            ) -> TokenStore:  # fmt: skip
+def adopted(
+    config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pairs: bool
+) -> TokenStore:
     """The prepared store, whose settings become the command's. UserError if it asked for others.
 
     Only settings of data and tokenizer are adopted, within the limits that flags have.
@@ -4414,17 +4375,17 @@ def adopted(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, 
         raise UserError(f"{store.folder}/meta.json: {error}; prepare it again") from None
     clash = sorted(n for n in config.given & made.keys() if getattr(config, n) != made[n])
     if clash:
-        raise UserError(f"{store.folder} was prepared with another {', '.join(clash)}: leave that "
-                        "out, or prepare it again")  # fmt: skip
+        names = ", ".join(clash)
+        raise UserError(f"{store.folder} was prepared with another {names}: leave that out")
     for name, value in made.items():
         setattr(config, name, value)
     return store
 
 
-def check_store_folder(folder: Path, config: DataConfig, named: bool) -> None:
+def check_store_folder(folder: Path, config: DataConfig, source: dict, named: bool) -> None:
     """Raise UserError unless `folder` is free, or holds nothing but a store of this program.
 
-    named: the user named it; then it must be a store of the same source, or --overwrite be given.
+    named: the user named it; then it must be a store of `source`, or --overwrite be given.
     """
     try:
         inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -4432,53 +4393,21 @@ def check_store_folder(folder: Path, config: DataConfig, named: bool) -> None:
         raise UserError(f"cannot use {folder} for the store: {error.strerror}") from None
     strange = [n for n in inside if n not in STORE_FILES and not n.endswith(".tmp")]
     named, meta = named and bool(inside), {}
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    ours = isinstance(meta, dict) and str(meta.get("format")).startswith("llm_pipeline.store.")
+    with contextlib.suppress(UserError):
+        meta = read_table(folder / "meta.json", "meta.json")
+    ours = str(meta.get("format")).startswith("llm_pipeline.store.")
     if strange or (named and not ours):
-        raise UserError(f"{folder} holds other files ({(strange or inside)[0]}): name an empty "
-                        "folder for the store")  # fmt: skip
-    overwrite = getattr(config, "overwrite", False)
-    if named and meta.get("source") != source_name(config) and not overwrite:
-        raise UserError(f"{folder} holds a store of other data: --overwrite it, or choose another "
-                        "--out_dir")  # fmt: skip
-
-
-def remove_store(folder: Path) -> None:
-    """Remove a store's files, and the folder unless something else is in it."""
-    for name in STORE_FILES:
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob(".*.tmp"):  # of a write that was killed
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+        first = (strange or inside)[0]
+        raise UserError(f"{folder} holds other files ({first}): name an empty folder for the store")
+    if named and meta.get("source") != source and not getattr(config, "overwrite", False):
+        raise UserError(f"{folder} holds a store of other data: --overwrite it, or name another")
 
 
 def build_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
-    """Write a store in a temporary folder and rename it, so that a half-made one never shows."""
-    shown, folder = folder, Path(os.path.realpath(folder))
-    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
-    restore_store(old, folder)
-    remove_store(temporary)
-    try:
-        temporary.mkdir()
-        write_store(config, tokenizer, temporary, origin)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        note(f"{shown} holds this corpus as tokens, for the next run too; it is safe to delete")
-    except OSError as error:
-        raise UserError(f"cannot write the token store {folder}: {one_line(error)}") from None
-    finally:
-        restore_store(old, folder)
-        remove_store(temporary)
-
-
-def restore_store(old: Path, folder: Path) -> None:
-    """What a run that was stopped between two renamings had set aside; else it is done with."""
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    remove_store(old)
+    """Write a store that appears whole or not at all."""
+    with replacing(Path(os.path.realpath(folder)), is_file=False, kind="store") as new:
+        write_store(config, tokenizer, new, origin)
+    note(f"{folder} holds this corpus as tokens, for the next run too; it is safe to delete")
 
 
 def write_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
@@ -4486,38 +4415,38 @@ def write_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: 
     writer, pairs = StoreWriter(folder, tokenizer, config), origin["pairs"]
     started = time.perf_counter()
     pieces = corpus_pieces(config, writer.report, pairs)
-    total = sum(p.stat().st_size for p in find_files(config)) if not config.hf_dataset else 0
-    with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True,
-              disable=not is_main()) as bar:  # fmt: skip
+    total = sum(path.stat().st_size for path in find_files(config))
+    with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True) as bar:
         writer.write_all(pieces, pairs, bar)
     content = writer.commit()
     writer.close()
     for line in writer.report.lines():
         note(line)
     if not any(writer.size.values()):
-        raise UserError(f"no usable records in {config.hf_dataset or config.data_dir}"
-                        f"{' (DPO needs chosen and rejected)' * pairs}")  # fmt: skip
+        hint = " (DPO needs chosen and rejected)" * pairs
+        raise UserError(f"no usable records in {config.hf_dataset or config.data_dir}{hint}")
     if isinstance(tokenizer, BPETokenizer):
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    write_json(folder / "meta.json", origin | content | {
-        "fingerprint": short_hash([content["files"], tokenizer.spec()], 16),
-        "seconds": {"encoding": time.perf_counter() - started},
-    })  # fmt: skip
+    fingerprint = short_hash([content["files"], origin["tokenizer"]], 16)
+    made = {"fingerprint": fingerprint, "seconds": {"encoding": time.perf_counter() - started}}
+    write_json(folder / "meta.json", origin | content | made)
 
 
 def begin_stream(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
     """An empty store, for a StreamStore to fill."""
-    remove_store(folder)
     folder.mkdir(exist_ok=True)
+    killed = folder.glob(".*.tmp")  # what was being written
+    for path in (*(folder / name for name in STORE_FILES), *killed):
+        path.unlink(missing_ok=True)
     empty = {"files": {name: {"bytes": 0} for name in (*TOKEN_FILES, "seen.bin")}}
     writer = StoreWriter(folder, tokenizer, config, empty)
     begin = {"stream": None, "batches": 0, "n_records": 0, "ended": False}
     write_json(folder / "stream.json", writer.commit() | begin)
     writer.close()
     # Of what is known beforehand, but not of times: a restored file is the same.
-    files = [[f.name, f.stat().st_size, file_digest(f)] for f in source_files(config)]
+    files = [[f.name, f.stat().st_size, file_digest(f)] for f in find_files(config)]
     names = [config.hf_dataset, config.hf_config, config.hf_split]
-    known = [store_settings(config, False), tokenizer.spec(), *names, files]
+    known = [store_settings(config, False), origin["tokenizer"], *names, files]
     made = {"fingerprint": short_hash(known, 16), "seconds": {"encoding": 0.0}}
     write_json(folder / "meta.json", origin | made)
 
@@ -4541,8 +4470,9 @@ class StreamDataset(LMDataset):
     function of (seed, step). Validation takes the first windows.
     """
 
-    def __init__(self, store: StreamStore, split: str, block_size: int, stride: int, seed: int,
-                 segment: int):  # fmt: skip
+    def __init__(
+        self, store: StreamStore, split: str, block_size: int, stride: int, seed: int, segment: int
+    ):
         store.grow(split, block_size + 1)
         super().__init__(store, split, block_size, stride, seed)
         # Whatever the store has grown to already.
@@ -4588,8 +4518,8 @@ def create_dataloaders(
         if data.block_size < block_size:
             note(f"{split}: less than one block of tokens, windows have {data.block_size}")
         if isinstance(data, InstructionDataset) and data.n_cut:
-            note(f"{split}: {data.n_cut:,} records are longer than {block_size} tokens and "
-                 "lose the middle of their prompt or the end of their response")  # fmt: skip
+            what = f"{split}: {data.n_cut:,} records are longer than {block_size} tokens"
+            note(f"{what} and lose the middle of their prompt or the end of their response")
         kind = PrefetchingLoader if rt.device.type == "cuda" else Loader
         return kind(data, config.batch_size, config.grad_accum, rt)
 
@@ -5084,8 +5014,8 @@ GPT2_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_t
 
 def gpt2_to_hf(c: GPTConfig) -> dict:
     activation = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}[c.mlp]
-    return {"activation_function": activation, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
-            "n_ctx": c.block_size}  # fmt: skip
+    dropped = dict.fromkeys(("embd_pdrop", "attn_pdrop"), c.dropout)
+    return {"activation_function": activation, **dropped, "n_ctx": c.block_size}
 
 
 def gpt2_from_hf(hf: dict) -> dict:
@@ -5096,14 +5026,16 @@ def gpt2_from_hf(hf: dict) -> dict:
 
 
 def qwen3_to_hf(c: GPTConfig) -> dict:
-    window = 0 < c.attn_window < c.block_size
+    window = c.attn_window if 0 < c.attn_window < c.block_size else None
     kind = "sliding_attention" if window else "full_attention"
     return {
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "attention_dropout": 0.0, "use_sliding_window": window,
-        "sliding_window": c.attn_window if window else None,
-        "max_window_layers": 0 if window else c.n_layer, "layer_types": [kind] * c.n_layer,
-    }  # fmt: skip
+        "attention_dropout": 0.0,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": 0 if window else c.n_layer,
+        "layer_types": [kind] * c.n_layer,
+    }
 
 
 def qwen3_from_hf(hf: dict) -> dict:
@@ -5113,13 +5045,13 @@ def qwen3_from_hf(hf: dict) -> dict:
         raise UserError(f"config.json: rope_type {kind!r} is not supported, only 'default'")
     layers = hf["num_hidden_layers"]
     full = hf["max_window_layers"] if hf["use_sliding_window"] else layers
-    kinds = set(hf.get("layer_types") or ["full_attention"] * (full > 0)
-                + ["sliding_attention"] * (full < layers))  # fmt: skip
+    usual = ["full_attention"] * (full > 0) + ["sliding_attention"] * (full < layers)
+    kinds = set(hf.get("layer_types") or usual)
     if len(kinds) > 1:
         raise UserError("layers that mix full and sliding attention are not supported")
-    return {"rope_theta": float(rope.get("rope_theta", hf["rope_theta"])), "dropout": 0.0,
-            "attn_window": hf["sliding_window"] or 0 if "sliding_attention" in kinds else 0,
-            }  # fmt: skip
+    window = hf["sliding_window"] or 0 if "sliding_attention" in kinds else 0
+    theta = float(rope.get("rope_theta", hf["rope_theta"]))
+    return {"rope_theta": theta, "dropout": 0.0, "attn_window": window}
 
 
 INTERCHANGE = {
@@ -5213,15 +5145,14 @@ def hf_folder(name: str) -> Path:
         return folder
     old = folder.with_name(f".export.{folder.name}") / "old"
     if old.is_dir():
-        raise UserError(f"an export was killed while it replaced this; the old one is {old}, and "
-                        "the next export puts it back")  # fmt: skip
+        raise UserError(f"an export was killed here; {old} is restored by the next export")
     hub = optional("huggingface_hub")
     try:
         patterns = ["*.json", "*.txt", "*.safetensors"]
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        raise UserError(f"no such checkpoint or folder, and the Hub did not answer "
-                        f"({one_line(error, 90)})") from None  # fmt: skip
+        why = one_line(error, 90)
+        raise UserError(f"no such checkpoint or folder, and not from the Hub ({why})") from None
 
 
 def hf_shape(hf: dict) -> tuple[str, GPTConfig]:
@@ -5299,15 +5230,14 @@ def load_hf(name: str) -> Loaded:
         tokenizer = load_tokenizer(str(folder))
         if tokenizer.library.get_vocab() == byte_library().get_vocab():  # ours, exported
             tokenizer = ByteTokenizer()
-        if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only "
-                            f"{config.vocab_size}")  # fmt: skip
+        n_ids, room = tokenizer.vocab_size, config.vocab_size
+        if n_ids > room:
+            raise UserError(f"the tokenizer has {n_ids} ids, the model only {room}")
         templates = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
-        has_template = any("### Instruction: " in file.read_text("utf-8", "replace")
-                           for file in templates if file.is_file())  # fmt: skip
+        texts = [file.read_text("utf-8", "replace") for file in templates if file.is_file()]
     except UserError as error:
         raise UserError(str(error) if name in str(error) else f"{name}: {error}") from None
-    return Loaded(model, tokenizer, {}, has_template)
+    return Loaded(model, tokenizer, {}, has_template="### Instruction: " in "".join(texts))
 
 
 @dataclass
@@ -5357,8 +5287,8 @@ def resize_block(model: GPT, block_size: int | None) -> None:
         return
     if config.pos == "learned":
         if block_size > config.block_size:
-            raise UserError(f"--block_size {block_size}: this model has learned "
-                            f"{config.block_size} positions; choose at most that")  # fmt: skip
+            most = f"this model has learned {config.block_size} positions"
+            raise UserError(f"--block_size {block_size}: {most}; choose at most that")
         model.positions.weight = nn.Parameter(model.positions.weight[:block_size].clone())
     elif block_size > config.block_size:
         note(f"block_size {block_size} is longer than the {config.block_size} it was trained for")
@@ -5377,11 +5307,9 @@ def hf_settings(c: GPTConfig) -> dict:
     """What config.json says of this architecture. Raises UserError."""
     kind = interchange_kind(c)
     family = INTERCHANGE[kind]
-    return (
-        {"model_type": kind, "architectures": [family.model_class]}
-        | {theirs: getattr(c, ours) for ours, theirs in family.settings.items()}
-        | family.fixed | family.more_to_hf(c)
-    )  # fmt: skip
+    head = {"model_type": kind, "architectures": [family.model_class]}
+    named = {theirs: getattr(c, ours) for ours, theirs in family.settings.items()}
+    return head | named | family.fixed | family.more_to_hf(c)
 
 
 def to_hf(weights: dict[str, Tensor], config: GPTConfig, conv1d: bool = True) -> dict[str, Tensor]:
@@ -5410,16 +5338,15 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 def export_model(loaded: Loaded, folder: Path) -> None:
     """Write a Hugging Face folder and check it: UserError if a logit differs by more than 1e-4."""
-    optional("transformers")
     model, tokenizer = loaded.model.float().eval(), loaded.tokenizer
     remove_lora(model, merge=False)  # under --no_merge: the base, for an adapter to load upon
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
     ids["eos_token_id"] = sorted({tokenizer.eos_id, tokenizer.sep_id})
     settings = hf_settings(model.config) | ids | {"dtype": "float32"}
+    sampling = ids | {"do_sample": True, "temperature": 0.9, "top_k": 30}
     save_tensors(to_hf(model_weights(model), model.config), folder / "model.safetensors")
     write_json(folder / "config.json", settings)
-    write_json(folder / "generation_config.json",
-               ids | {"do_sample": True, "temperature": 0.9, "top_k": 30})  # fmt: skip
+    write_json(folder / "generation_config.json", sampling)
     export_tokenizer(loaded, folder)
     write_model_card(loaded, folder)
     check_export(model, tokenizer, folder)
@@ -5439,8 +5366,8 @@ def check_export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         ids = tokenizer.encode(text).tolist()
         if theirs(text, add_special_tokens=False)["input_ids"] != ids:
             raise UserError("export failed its check: the tokenizer written gives other ids")
-    check_logits(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-                 model, tokenizer)  # fmt: skip
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    check_logits(peer, model, tokenizer)
 
 
 def check_logits(peer, model: GPT, tokenizer: Tokenizer) -> None:
@@ -5456,11 +5383,11 @@ def check_logits(peer, model: GPT, tokenizer: Tokenizer) -> None:
 
 def write_model_card(loaded: Loaded, folder: Path) -> None:
     state, config, figures = loaded.state, loaded.model.config, ""
-    settings = "\n".join(f"| {k} | {v} |" for k, v in sorted(state.get("config", {}).items())
-                         if v not in ("", None, 0, False))  # fmt: skip
+    used = {k: v for k, v in state.get("config", {}).items() if v not in ("", None, 0, False)}
+    settings = "\n".join(f"| {k} | {v} |" for k, v in sorted(used.items()))
     if progress := state.get("progress"):
-        figures = (f"Best validation loss {progress['best']:.4f} nats a token at step "
-                   f"{progress['best_step']} of {progress['total']}.")  # fmt: skip
+        best, step, total = (progress[name] for name in ("best", "best_step", "total"))
+        figures = f"Best validation loss {best:.4f} nats a token at step {step} of {total}."
     card = (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
         f"# {interchange_kind(config)}, {loaded.model.n_params():,} parameters\n\n"
@@ -5490,8 +5417,8 @@ def chat_templates(sep: str) -> tuple[str, str]:
 
     def forms(text: str, input: str) -> dict[str, str]:
         system = instruction_prompt("", "", text).removesuffix(instruction_prompt(""))
-        return {"system": system, "user": instruction_prompt(text, input),
-                "assistant": instruction_response(text) + sep}  # fmt: skip
+        user, answer = instruction_prompt(text, input), instruction_response(text) + sep
+        return {"system": system, "user": user, "assistant": answer}
 
     jinja, go = forms("{{ text }}", "{{ m['input'] or '' }}"), forms("{{ .Content }}", "")
     jinja["assistant"] = (
@@ -5499,15 +5426,14 @@ def chat_templates(sep: str) -> tuple[str, str]:
         f"{sep}{{% else %}}{jinja['assistant']}{{% endif %}}"
     )
     text = "m['content'] if m['content'] is string else m['content']|map(attribute='text')|join"
+    begin = "{{ bos_token }}{% for m in messages %}{% set text = " + text + " %}{% if false %}"
+    cases = "".join(f"{{% elif m['role'] == '{role}' %}}{form}" for role, form in jinja.items())
+    refuse = "{% else %}{{ raise_exception('roles are system, user and assistant') }}{% endif %}"
+    ranges = "".join(f'{{{{ else if eq .Role "{role}" }}}}{form}' for role, form in go.items())
     return (
-        "{{ bos_token }}{% for m in messages %}{% set text = " + text + " %}{% if false %}"
-        + "".join(f"{{% elif m['role'] == '{role}' %}}{form}" for role, form in jinja.items())
-        + "{% else %}{{ raise_exception('roles are system, user and assistant') }}"
-        "{% endif %}{% endfor %}",
-        "{{ range .Messages }}{{ if false }}"
-        + "".join(f'{{{{ else if eq .Role "{role}" }}}}{form}' for role, form in go.items())
-        + "{{ end }}{{ end }}",
-    )  # fmt: skip
+        begin + cases + refuse + "{% endfor %}",
+        "{{ range .Messages }}{{ if false }}" + ranges + "{{ end }}{{ end }}",
+    )
 
 
 def byte_library():
@@ -5537,18 +5463,18 @@ def export_library(loaded: Loaded):
 def export_tokenizer(loaded: Loaded, folder: Path) -> None:
     tokenizer, library = loaded.tokenizer, export_library(loaded)
     library.save(str(folder / "tokenizer.json"))
-    tokens = {n: library.id_to_token(getattr(tokenizer, f"{n}_id"))
-              for n in ("bos", "eos", "pad", "sep")}  # fmt: skip
+    roles = ("bos", "eos", "pad", "sep")
+    tokens = {role: library.id_to_token(getattr(tokenizer, f"{role}_id")) for role in roles}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": loaded.model.config.block_size,
         "clean_up_tokenization_spaces": False,
-        **{f"{name}_token": token for name, token in tokens.items()},
+        **{f"{role}_token": token for role, token in tokens.items()},
     }
     if loaded.is_tuned:
         settings["chat_template"] = chat_templates(tokens["sep"])[0]
         (folder / "chat_template.jinja").write_text(settings["chat_template"], encoding="utf-8")
-        ends = "|".join(re.escape(tokens[name]) for name in ("sep", "eos"))
+        ends = "|".join(re.escape(tokens[role]) for role in ("sep", "eos"))
         settings["response_template"] = {  # how `transformers serve` finds the answer
             "defaults": {"role": "assistant"},
             "start_anchor": "### Output:",
@@ -5569,16 +5495,15 @@ def lora_settings(config: FitConfig) -> dict | None:
     targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
     if None in targets:
         raise UserError(f"--lora_targets must be among {', '.join(LORA_LAYERS)}")
-    return {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
-            "targets": targets}  # fmt: skip
+    numbers = {name: getattr(config, f"lora_{name}") for name in ("r", "alpha", "dropout")}
+    return numbers | {"targets": targets}
 
 
 def add_lora(model: GPT, lora: dict) -> None:
     """Put peft's adapters, with `lora_settings`, around the target layers."""
     peft = optional("peft")
-    settings = peft.LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"],
-                               target_modules=lora["targets"])  # fmt: skip
-    peft.inject_adapter_in_model(settings, model)
+    size = dict(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"])
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=lora["targets"], **size), model)
 
 
 def adapted_layers(model: GPT) -> dict[str, nn.Module]:
@@ -5602,11 +5527,12 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
     lora, config = loaded.state.get("lora"), loaded.model.config
     if not lora:
         raise UserError("--adapter: this checkpoint was not tuned with --method lora")
-    kind = interchange_kind(config)
+    kind, layers = interchange_kind(config), adapted_layers(loaded.model)
     source = loaded.state["config"].get("ckpt", "")
     base = base or (source if Path(source).is_dir() else "")
-    base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
-    tensors, targets, layers = {}, set(), adapted_layers(loaded.model)
+    is_local = bool(base) and Path(base).is_dir()
+    base = str(Path(base).resolve()) if is_local else base
+    tensors, targets = {}, set()
     for ours, _, theirs, rows, _ in table_rows(kind, config):
         layer = layers.get(ours.removesuffix(".weight"))
         if not layer:
@@ -5618,20 +5544,20 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
             for letter, tensor in (("A", a), ("B", part)):
                 key = f"base_model.model.{name}.lora_{letter}.weight"
                 tensors[key] = tensor.detach().float().contiguous().clone()
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"], "lora_alpha": lora["alpha"],
+        "lora_dropout": lora["dropout"], "target_modules": sorted(targets),
+        "fan_in_fan_out": kind == "gpt2", "bias": "none", "inference_mode": True,
+        "base_model_name_or_path": base or None,
+    }  # fmt: skip
     save_tensors(tensors, folder / "adapter_model.safetensors")
-    write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"],
-        "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
-        "target_modules": sorted(targets), "fan_in_fan_out": kind == "gpt2", "bias": "none",
-        "inference_mode": True, "base_model_name_or_path": base or None,
-    })  # fmt: skip
+    write_json(folder / "adapter_config.json", settings)
     write_model_card(loaded, folder)
-    if base and Path(base).is_dir():
-        auto = optional("peft").AutoPeftModelForCausalLM
-        check_logits(auto.from_pretrained(folder), loaded.model, loaded.tokenizer)
+    if is_local:
+        peer = optional("peft").AutoPeftModelForCausalLM.from_pretrained(folder)
+        check_logits(peer, loaded.model, loaded.tokenizer)
     elif not base:
-        note("peft loads it upon the base: export that with --no_merge, then this with "
-             "--base_model FOLDER, so that AutoPeftModelForCausalLM finds it")  # fmt: skip
+        note("peft needs the base: export it with --no_merge, and this with --base_model FOLDER")
 
 
 # --- GGUF, the format of llama.cpp and Ollama ---
@@ -5644,6 +5570,17 @@ GGUF_TYPES = {
     "bf16": (32, 2**-8, 0.3),
     "q8_0": (7, 1 / 254 + 2**-11, 0.5),
 }
+GGUF_SHAPE = {
+    "context_length": "block_size", "embedding_length": "n_embd", "block_count": "n_layer",
+    "feed_forward_length": "n_inner", "head_count": "n_head", "head_count_kv": "n_kv_head",
+}  # fmt: skip
+GGUF_SETTINGS = {  # methods of GGUFWriter, without "add_": our settings
+    "gpt2": {**GGUF_SHAPE, "layer_norm_eps": "norm_eps"},
+    "qwen3": {
+        **GGUF_SHAPE, "layer_norm_rms_eps": "norm_eps", "rope_freq_base": "rope_theta",
+        "rope_dimension_count": "head_dim", "key_length": "head_dim", "value_length": "head_dim",
+    },
+}  # fmt: skip
 
 
 def gguf_tensors(model: GPT, kind: str) -> dict[str, Tensor]:
@@ -5667,8 +5604,7 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
     gguf, tokenizer, library = optional("gguf"), loaded.tokenizer, export_library(loaded)
     saved = json.loads(library.to_str())
     if not isinstance(tokenizer, ByteTokenizer) and not is_gpt2_bpe(saved):
-        raise UserError("--gguf: this tokenizer cuts or normalises text otherwise than GPT-2's, "
-                        "and llama.cpp would give other ids")  # fmt: skip
+        raise UserError("--gguf: llama.cpp would cut text as GPT-2 does, unlike this tokenizer")
     special = {token["id"] for token in saved["added_tokens"]}
     tokens, types = [], []
     for i in range(loaded.model.config.vocab_size):
@@ -5677,14 +5613,15 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
         tokens.append(f"[PAD{i}]" if token is None else token)
         types.append(gguf.TokenType[kind])
     merges = [m if isinstance(m, str) else " ".join(m) for m in saved["model"]["merges"]]
-    settings = dict(
-        tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_list=tokens, token_types=types,
-        token_merges=merges or ["þ ÿ"],  # there must be one: of bytes that UTF-8 never has
-        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
-        eot_token_id=tokenizer.sep_id,  # where a tuned model stops
-        sep_token_id=tokenizer.sep_id, pad_token_id=tokenizer.pad_id,
-        add_bos_token=True, add_space_prefix=False,
-    )  # fmt: skip
+    settings = {
+        "tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2",
+        "token_list": tokens, "token_types": types,
+        "token_merges": merges or ["þ ÿ"],  # there must be one: of bytes that UTF-8 never has
+        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+        "eot_token_id": tokenizer.sep_id,  # where a tuned model stops
+        "sep_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id,
+        "add_bos_token": True, "add_space_prefix": False,
+    }  # fmt: skip
     if loaded.is_tuned:
         settings["chat_template"] = chat_templates(library.id_to_token(tokenizer.sep_id))[0]
     return settings
@@ -5692,37 +5629,25 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
 
 def export_gguf(loaded: Loaded, file: Path, dtype: str) -> None:
     """Write a GGUF file and check it. Norms, biases and positions stay float32."""
-    gguf, config = optional("gguf"), loaded.model.config
+    gguf, config, tokenizer = optional("gguf"), loaded.model.config, loaded.tokenizer
     loaded.model.float().eval()
     remove_lora(loaded.model, merge=False)
     kind = interchange_kind(config)
     tensors, vocabulary = gguf_tensors(loaded.model, kind), gguf_vocabulary(loaded)
-    settings = dict(
-        name=file.stem, quantization_version=gguf.GGML_QUANT_VERSION,
-        file_type=GGUF_TYPES[dtype][0], context_length=config.block_size,
-        embedding_length=config.n_embd, block_count=config.n_layer,
-        feed_forward_length=config.n_inner, head_count=config.n_head,
-        head_count_kv=config.n_kv_head,
-    )  # fmt: skip
-    if kind == "qwen3":
-        settings |= dict(
-            layer_norm_rms_eps=config.norm_eps, rope_freq_base=config.rope_theta,
-            rope_dimension_count=config.head_dim, key_length=config.head_dim,
-            value_length=config.head_dim,
-        )  # fmt: skip
-    else:
-        settings["layer_norm_eps"] = config.norm_eps
+    head = dict(name=file.stem, quantization_version=gguf.GGML_QUANT_VERSION)
+    head["file_type"] = GGUF_TYPES[dtype][0]
+    shape = {theirs: getattr(config, ours) for theirs, ours in GGUF_SETTINGS[kind].items()}
     writer = gguf.GGUFWriter(file, kind)
-    for name, value in (settings | vocabulary).items():
+    for name, value in (head | shape | vocabulary).items():
         getattr(writer, f"add_{name}")(value)
-    writer.add_array("tokenizer.ggml.eos_token_ids",  # Ollama's engine reads these alone
-                     sorted({loaded.tokenizer.eos_id, loaded.tokenizer.sep_id}))  # fmt: skip
+    ends = sorted({tokenizer.eos_id, tokenizer.sep_id})
+    writer.add_array("tokenizer.ggml.eos_token_ids", ends)  # Ollama's engine reads these alone
     for name, tensor in tensors.items():
         matrix = tensor.ndim == 2 and not name.startswith("position")
         number = gguf.GGMLQuantizationType[dtype.upper() if matrix else "F32"]
         if matrix and dtype == "q8_0" and tensor.shape[1] % 32:
-            raise UserError(f"--gguf_type q8_0 needs rows of a multiple of 32 values; {name} has "
-                            f"{tensor.shape[1]}: choose f16")  # fmt: skip
+            width = f"rows of {name} have {tensor.shape[1]} values, not a multiple of 32"
+            raise UserError(f"--gguf_type q8_0: {width}; choose f16")
         data = gguf.quants.quantize(tensor.contiguous().numpy(), number)
         writer.add_tensor(name, data, raw_dtype=number)
     writer.write_header_to_file()
@@ -5736,19 +5661,20 @@ def export_gguf(loaded: Loaded, file: Path, dtype: str) -> None:
 
 def modelfile(loaded: Loaded, name: str) -> str:
     """What `ollama create NAME -f Modelfile` reads."""
-    sep = export_library(loaded).id_to_token(loaded.tokenizer.sep_id)
-    template, stop = ((chat_templates(sep)[1], f'PARAMETER stop "{sep}"\n') if loaded.is_tuned
-                      else ("{{ .Prompt }}", ""))  # fmt: skip
-    return (f'{MODELFILE_MARK}\nFROM ./{name}\nTEMPLATE """{template}"""\n{stop}PARAMETER num_ctx '
-            f"{loaded.model.config.block_size}\nPARAMETER temperature 0.9\nPARAMETER top_k 30\n"
-            )  # fmt: skip
+    template, stop = "{{ .Prompt }}", ""
+    if loaded.is_tuned:
+        sep = export_library(loaded).id_to_token(loaded.tokenizer.sep_id)
+        template, stop = chat_templates(sep)[1], f'PARAMETER stop "{sep}"\n'
+    head = f'{MODELFILE_MARK}\nFROM ./{name}\nTEMPLATE """{template}"""\n{stop}'
+    n_ctx = loaded.model.config.block_size
+    return f"{head}PARAMETER num_ctx {n_ctx}\nPARAMETER temperature 0.9\nPARAMETER top_k 30\n"
 
 
 def check_gguf(tensors: dict[str, Tensor], file: Path, dtype: str) -> None:
     """Read the file back: every tensor must be there, as exact as its type allows."""
-    gguf = optional("gguf")
-    written = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1])
-               for t in gguf.GGUFReader(file).tensors}  # fmt: skip
+    gguf, written = optional("gguf"), {}
+    for t in gguf.GGUFReader(file).tensors:
+        written[t.name] = gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1])
     if written.keys() != tensors.keys():
         raise UserError("export failed its check: the file lacks tensors")
     for name, tensor in tensors.items():
@@ -5757,8 +5683,8 @@ def check_gguf(tensors: dict[str, Tensor], file: Path, dtype: str) -> None:
         if len(scale) % 32 == 0:
             scale = scale.view(-1, 32).amax(1).repeat_interleave(32)
         if not (error <= GGUF_TYPES[dtype][1] * scale + 2**-24).all():
-            raise UserError(f"export failed its check: {name} differs by {error.max():.1e}; "
-                            "try --gguf_type f32")  # fmt: skip
+            what = f"export failed its check: {name} differs by {error.max():.1e}"
+            raise UserError(f"{what}; try --gguf_type f32")
 
 
 def llama_server(file: Path, n_ctx: int):
@@ -5793,8 +5719,8 @@ def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
     except UserError as missing:
         return note(f"not compared with llama.cpp: {missing}")
     except RuntimeError as error:
-        raise UserError(f"export failed its check: llama.cpp refuses it: {one_line(error)}"
-                        ) from None  # fmt: skip
+        why = one_line(error)
+        raise UserError(f"export failed its check: llama.cpp refuses it: {why}") from None
     for text in CHECK_TEXTS:
         ids = ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
         if ids != [tokenizer.bos_id, *tokenizer.encode(text).tolist()]:
@@ -5816,13 +5742,13 @@ def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
                 worst = max(worst, abs(top["logprob"] - table[n - 1, top["id"]].item()))
     limit = GGUF_TYPES[dtype][2]
     if not (worst <= limit and (gaps <= 2 * limit).all()):
-        raise UserError("export failed its check: llama.cpp's log-probabilities differ by "
-                        f"{max(worst, gaps.max().item()):.1e}")  # fmt: skip
-    note(f"llama.cpp: log-probabilities agree to {worst:.1e}, {int((gaps == 0).sum())} of "
-         f"{len(tokens)} greedy tokens are the same")  # fmt: skip
+        what = f"llama.cpp's log-probabilities differ by {max(worst, gaps.max().item()):.1e}"
+        raise UserError(f"export failed its check: {what}")
+    same = f"{int((gaps == 0).sum())} of {len(tokens)} greedy tokens are the same"
+    note(f"llama.cpp: log-probabilities agree to {worst:.1e}, {same}")
 
 
-# --- replacing an export safely ---
+# --- replacing an export or a store safely ---
 
 MODELFILE_MARK = "# Ollama's recipe, written by llm_pipeline.py"
 EXPORT_FILES = {
@@ -5856,24 +5782,25 @@ def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
     if there and not overwrite:
         raise UserError(f"{there[0]} is there already: pass --overwrite or choose another place")
     if strange:
-        raise UserError(f"{strange[0]} is not an export of this program and stays: choose another "
-                        "place")  # fmt: skip
+        raise UserError(f"{strange[0]} is not an export of this program: choose another place")
 
 
 @contextlib.contextmanager
-def replacing(target: Path, is_file: bool):
-    """An empty folder for the block to write an export into, which then goes to its place.
+def replacing(target: Path, is_file: bool, kind: str = "export"):
+    """An empty folder for the block to write an export or a store into; it then goes to its place.
 
-    Files go there one by one, a folder by two renames. Only one export of a name is at work at a
-    time. What a killed one left is swept first, after its old export is back in its place.
+    Files go there one by one, a folder by two renames. Only one process makes the same thing at a
+    time. What a killed one left is swept first, after the old one is back in its place.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".export.{target.name}")
+    prefix = f".{kind}."
+    work = target.with_name(prefix + target.name)
     new = work / "new"
     try:
-        for leftover in target.parent.glob(".export.*"):
+        # A folder that holds nothing but its lock yet is another process's, just begun.
+        for leftover in {path.parent for path in target.parent.glob(f"{prefix}*/[!.]*")}:
             with contextlib.suppress(UserError), run_lock(leftover):  # locked: another is at work
-                put_back(target.with_name(leftover.name.removeprefix(".export.")), leftover)
+                put_back(target.with_name(leftover.name.removeprefix(prefix)), leftover)
                 shutil.rmtree(leftover)
         with run_lock(work):
             try:
@@ -5893,13 +5820,13 @@ def replacing(target: Path, is_file: bool):
 
 
 def put_back(target: Path, work: Path) -> None:
-    """Return from an old export what is no export's file, or all of it where no new one stands."""
-    old = work / "old"
+    """Return from an old folder the files of others, or all of it where no new one stands."""
+    old, ours = work / "old", STORE_FILES if work.name.startswith(".store.") else EXPORT_FILES
     if old.exists() and not target.exists():
         old.rename(target)
     elif old.exists():
         for entry in old.iterdir():
-            if entry.name not in EXPORT_FILES and not (target / entry.name).exists():
+            if entry.name not in ours and not (target / entry.name).exists():
                 entry.rename(target / entry.name)
 
 

@@ -44,7 +44,7 @@ def read(path: Path, rows, **more) -> tuple[list[lp.Record], lp.Report]:
 
 def records(path: Path, **more) -> tuple[list[lp.Record], lp.Report]:
     config = lp.DataConfig(data_dir=str(path), **more)
-    report = lp.Report(config.bad_records)
+    report = lp.Report()
     return list(lp.read_records(config, report)), report
 
 

@@ -528,7 +528,7 @@ def sentencepiece_like(fallback: bool) -> lp.BPETokenizer:
     library.train_from_iterator(texts, trainer)
     spec = json.loads(library.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
-    return lp.BPETokenizer(json.dumps(spec), dict(pad_id=2, bos_id=1, eos_id=2, sep_id=2))
+    return lp.BPETokenizer(json.dumps(spec), pad_id=2, bos_id=1, eos_id=2, sep_id=2)
 
 
 WORD_STARTS = ["the cat sees the dog", "a dog and the other cat walks far away", "sings"]
