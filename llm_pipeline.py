@@ -1527,12 +1527,11 @@ def optional(module: str, package: str = ""):
         raise UserError(f"this needs {name}: pip install {name}") from None
 
 
-def launched(name: str, default: int) -> int:
+def launched(name: str, lowest: int) -> int:
     """RANK, WORLD_SIZE or LOCAL_RANK, as torchrun sets them. Raises UserError on anything else."""
-    text = os.environ.get(name, str(default))
-    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < (name == "WORLD_SIZE"):
-        raise UserError(f"the environment has {name}={text!r}, which is not a number that torchrun "
-                        f"sets: unset {name}, or start with torchrun")  # fmt: skip
+    text = os.environ.get(name, str(lowest))
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < lowest:
+        raise UserError(f"torchrun never sets {name}={text!r}: unset it, or start with torchrun")
     return int(text)
 
 
@@ -1584,8 +1583,7 @@ class Runtime:
         return self.sum(value * self.is_main)[0]
 
     @torch.no_grad()
-    def sum_over(self, batches: Iterable[Batch], score: Callable[[Batch], dict],
-                 stop: StopSignal | bool = False) -> dict[str, float]:  # fmt: skip
+    def sum_over(self, batches: Iterable[Batch], score: Callable, stop=False) -> dict[str, float]:
         """Sums of what `score` says of each batch, over the batches of all processes.
 
         Every process has as many batches; one whose targets are all IGNORE stands in, and counts
@@ -1601,42 +1599,36 @@ class Runtime:
             sums.update({name: float(value) if real else 0.0 for name, value in values.items()})
         return dict(zip(sums, self.sum(*sums.values()), strict=True))
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
     def losses(self, model: GPT) -> Callable:
         """`model.losses` for use without gradients: of `rows` sequences at a time."""
 
-        def attempt(x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-            parts = zip(x.split(self.rows), targets.split(self.rows), strict=True)
-            found = [model.losses(*part, reduction) for part in parts]
-            return sum(found) if reduction == "sum" else torch.cat(found)
+        def losses(x: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
+            def attempt() -> Tensor:
+                parts = zip(x.split(self.rows), targets.split(self.rows), strict=True)
+                found = [model.losses(*part, reduction) for part in parts]
+                return sum(found) if reduction == "sum" else torch.cat(found)
 
-        def shrink(x: Tensor) -> str:
-            tried = min(self.rows, len(x))
-            if hasattr(model, "set_requires_gradient_sync"):  # FSDP: all processes compute together
-                raise UserError("out of GPU memory without gradients: choose a smaller "
-                                "--batch_size, or a larger --grad_accum")  # fmt: skip
-            if tried == 1:
-                raise UserError("out of GPU memory with one sequence at a time: choose a smaller "
-                                "--block_size, or --device cpu")  # fmt: skip
-            self.rows = -(-tried // 2)
-            return f"without gradients: going on with {self.rows} sequences at a time"
+            def shrink() -> str:
+                if hasattr(model, "set_requires_gradient_sync"):  # FSDP: all compute together
+                    raise UserError("out of GPU memory: lower --batch_size or raise --grad_accum")
+                tried = min(self.rows, len(x))
+                if tried == 1:
+                    raise UserError("one sequence fills the GPU: lower --block_size or use a CPU")
+                self.rows = -(-tried // 2)
+                return f"without gradients: going on with {self.rows} sequences at a time"
 
-        return lambda x, targets, reduction="none": surviving(
-            self, lambda: attempt(x, targets, reduction), lambda: shrink(x)
-        )
+            return surviving(attempt, shrink)
+
+        return losses
 
 
 @lru_cache
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 natively; emulated bf16 is slower than fp32."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        return "bf16" in Path("/proc/cpuinfo").read_text()  # avx512_bf16, amx_bf16, Arm's bf16
     except OSError:
         return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags.split("Features", 1)[-1]
 
 
 @contextlib.contextmanager
@@ -1648,21 +1640,19 @@ def runtime(config: RuntimeConfig, alone: bool = False):
     """
     rank, world_size = (0, 1) if alone else (launched("RANK", 0), launched("WORLD_SIZE", 1))
     if rank >= world_size:
-        raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={world_size}: unset both, "
-                        "or start with torchrun")  # fmt: skip
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world_size}: unset both, or use torchrun")
     name = config.device
+    mps = torch.backends.mps.is_available()
     if name == "auto":
-        mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if world_size > 1 and name.startswith("cuda:"):
-        raise UserError(f"--device {name} puts all {world_size} processes on one card: --device "
-                        "cuda gives each its own")  # fmt: skip
+        raise UserError(f"{world_size} processes, one {name}: --device cuda gives each its own")
     if name == "cuda":  # torch.cuda.set_device wants a number
         name = f"cuda:{launched('LOCAL_RANK', 0)}"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise UserError(f"--device {name}: {torch.cuda.device_count()} CUDA devices; try cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    if device.type == "mps" and not mps:
         raise UserError("--device mps is not available here; try --device cpu")
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -1680,9 +1670,8 @@ def runtime(config: RuntimeConfig, alone: bool = False):
     except RuntimeError as error:
         if not (store and re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE)):
             raise
-        raise UserError(f"another process of this run has ended or does not answer "
-                        f"({one_line(error, 90)}): what was saved stands, start all of them again "
-                        "with --resume") from None  # fmt: skip
+        why = f"another process has ended or does not answer ({one_line(error, 90)})"
+        raise UserError(f"{why}: start all of them again, with --resume") from None
     finally:
         if store:
             dist.destroy_process_group()
@@ -1697,17 +1686,15 @@ def join_processes(device: torch.device, rank: int, world_size: int) -> dist.Sto
     """Make one process group of all processes. Returns the store that they share."""
     from torch.distributed.rendezvous import rendezvous
 
+    backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     try:
         store, *_ = next(rendezvous("env://", rank, world_size, timeout=START_TIMEOUT))
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store, rank=rank, world_size=world_size, timeout=PEER_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
-        )  # fmt: skip
+        group = dict(store=store, rank=rank, world_size=world_size, timeout=PEER_TIMEOUT)
+        dist.init_process_group(backend, device_id=card, **group)
         return store
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"this process found no {world_size - 1} others ({one_line(error, 120)}): "
-                        "start all of them, with torchrun") from None  # fmt: skip
+        why = f"this process found no {world_size - 1} others ({one_line(error, 120)})"
+        raise UserError(f"{why}: start all of them, with torchrun") from None
 
 
 def first_one_first(rt: Runtime, function: Callable):
@@ -1716,11 +1703,9 @@ def first_one_first(rt: Runtime, function: Callable):
     rt.turns += 1
     key = f"turn {rt.turns}"
     while not rt.is_main:
-        try:
+        with contextlib.suppress(dist.DistStoreError):  # not yet; a lost link is another error
             rt.store.wait([key], timedelta(seconds=1))
             break
-        except dist.DistStoreError:  # not yet; a lost connection is another error
-            continue
     try:
         return function()
     finally:
@@ -1728,16 +1713,12 @@ def first_one_first(rt: Runtime, function: Callable):
             rt.store.set(key, "done")
 
 
-def spills_over() -> bool:
-    """Whether a full GPU goes on in system memory, at a crawl, instead of running out: the drivers
-    of Windows do so, under WSL2 too."""
-    return os.name == "nt" or "microsoft" in platform.release().lower()
-
-
 def cap_memory(device: torch.device, limit: float) -> None:
     """Let this process have `limit` bytes of CUDA memory; 0: all that is really there."""
     free, total = torch.cuda.mem_get_info(device)
-    limit = limit or (free if spills_over() else total)
+    # Drivers of Windows, under WSL2 too, go on in system memory, at a crawl, when a GPU is full.
+    spills = os.name == "nt" or "microsoft" in platform.release().lower()
+    limit = limit or (free if spills else total)
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
@@ -1758,16 +1739,13 @@ def training_precision(device: torch.device):
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """bf16 where the hardware has it natively, else fp16 on CUDA, else fp32."""
+    if name == "float16" and device.type == "cpu":
+        raise UserError("--dtype float16 is for GPUs; on a CPU use bfloat16 or float32")
     if name != "auto":
-        if name == "float16" and device.type == "cpu":
-            raise UserError("--dtype float16 is for GPUs; on a CPU use bfloat16 or float32")
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
-
-
-SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class StopSignal:
@@ -1785,9 +1763,10 @@ class StopSignal:
     def __enter__(self):
         self.previous = {}
         if threading.current_thread() is threading.main_thread():
-            for number in filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)):
-                if number == SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                    continue  # nohup
+            hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+            if hang_up and signal.getsignal(hang_up) == signal.SIG_IGN:
+                hang_up = None  # nohup
+            for number in filter(None, (signal.SIGINT, signal.SIGTERM, hang_up)):
                 self.previous[number] = signal.signal(number, self.handle)
             self.reader, self.writer = socket.socketpair()
             self.writer.setblocking(False)
@@ -1852,8 +1831,7 @@ class Output:
                 os.dup2(nowhere, self.stream.fileno())
                 os.close(nowhere)
             if not self.droppable:
-                raise UserError(f"stdout cannot be written ({one_line(error, 80)}): not all "
-                                "results were shown; files that were written stand") from None  # fmt: skip
+                raise UserError(f"stdout cannot be written: {one_line(error, 80)}") from None
         except (ValueError, RuntimeError):  # closed, or a signal came in the middle of a write
             if not self.droppable:
                 raise
@@ -1889,9 +1867,8 @@ def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, "a+")
     except OSError as error:
-        taken = isinstance(error, FileExistsError | NotADirectoryError)
-        why = "something that is not a folder is in the way" if taken else error.strerror
-        raise UserError(f"cannot write into {folder}: {why}; choose another place") from None
+        why = f"cannot use {folder} as a folder: {error.strerror}"
+        raise UserError(f"{why}; choose another place") from None
     with file:
         try:
             if os.name == "nt":
@@ -1904,9 +1881,7 @@ def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
 
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
-            raise UserError(
-                f"another run is using {folder}: wait for it, or choose another --out_dir"
-            ) from None
+            raise UserError(f"another run uses {folder}: wait, or name another --out_dir") from None
         yield
 
 
@@ -1915,14 +1890,12 @@ def atomic_write(path: Path):
     """Write a binary file that appears under `path` whole or not at all.
 
     A temporary file in the same folder, flushed and synced, then renamed; the folder synced too,
-    so that the new name survives a power cut. Raises UserError naming path and bytes needed.
+    so that the new name survives a power cut. Raises UserError naming path and free space.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    written = 0
     try:
         with open(temporary, "w+b") as file:
             yield file
-            written = file.tell()
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)  # atomic on POSIX and on Windows
@@ -1934,11 +1907,8 @@ def atomic_write(path: Path):
                 os.close(handle)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        size = f" after {written:,} bytes" if written else ""
-        raise UserError(
-            f"cannot write {path}{size}: {error.strerror or error} ({free:,} bytes free); "
-            "what was there before is untouched"
-        ) from None
+        why = f"{error.strerror or error} ({free:,} bytes free)"
+        raise UserError(f"cannot write {path}: {why}; an older file there stands") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -2052,16 +2022,14 @@ class Recorder:
     """Where the first process's numbers go: metrics.csv, progress bar, Weights & Biases if asked."""
 
     def __init__(self, run: Run, path: Path):
-        p, config, main = run.progress, run.config, run.rt.is_main
+        p, config, silent = run.progress, run.config, not run.rt.is_main
         self.run, self.shown, self.tokens, self.seconds = run, {}, 0, 0.0
         columns = COLUMNS + MORE_COLUMNS.get(getattr(config, "objective", ""), ())
-        self.log = CSVLogger(path, columns, p.step) if main else None
+        self.log = None if silent else CSVLogger(path, columns, p.step)
         self.tracker = None
-        if config.wandb and main:
+        if config.wandb and not silent:
             self.tracker = optional("wandb").init(project=config.wandb, config=asdict(config))
-        self.bar = tqdm(
-            total=p.total, initial=p.step, unit="step", disable=not main, smoothing=0.05
-        )
+        self.bar = tqdm(total=p.total, initial=p.step, disable=silent, unit="step", smoothing=0.05)
         watched = sys.stderr.isatty() or "sample_every" in config.given
         self.evaluations, self.samples = 0, watched and run.rt.world_size == 1
 
@@ -2103,17 +2071,15 @@ class Recorder:
             self.tracker.finish()
 
 
-@contextlib.contextmanager
 def synchronised(model: GPT, losses: Callable, last: bool):
-    """Exchange gradients between processes after the last micro-batch only."""
+    """A context that exchanges gradients between processes after the last micro-batch only."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP
         model.set_requires_gradient_sync(last)
-    waits = last or not hasattr(losses, "no_sync")  # DDP has it
-    with contextlib.nullcontext() if waits else losses.no_sync():
-        yield
+    skips = not last and hasattr(losses, "no_sync")  # DDP has it
+    return losses.no_sync() if skips else contextlib.nullcontext()
 
 
-def surviving(rt: Runtime, attempt: Callable, shrink: Callable[[], str]):
+def surviving(attempt: Callable, shrink: Callable[[], str]):
     """attempt(), again each time that CUDA memory runs out and `shrink` has made it need less.
 
     shrink: returns what it did, for a note; raises UserError where nothing is left to do.
@@ -2123,8 +2089,7 @@ def surviving(rt: Runtime, attempt: Callable, shrink: Callable[[], str]):
             return attempt()
         except torch.OutOfMemoryError:
             note(f"out of memory {shrink()}")
-        if rt.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
@@ -2137,22 +2102,20 @@ def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor,
     def shrink() -> str:
         drop_gradients(run)
         if run.rt.world_size > 1:  # the others are waiting inside a collective
-            raise UserError("out of GPU memory: --resume with a larger --grad_accum, or with "
-                            "--grad_checkpointing")  # fmt: skip
+            raise UserError("out of memory: --resume with --grad_checkpointing or --grad_accum N")
         finer = [n for n in range(2 * p.grad_accum, rows + 1) if rows % n == 0]
         if finer:
             p.grad_accum = finer[0]
         elif not p.grad_checkpointing:
             p.grad_checkpointing = run.model.grad_checkpointing = True
         else:
-            raise UserError("out of GPU memory with micro-batches of one and checkpointing: choose "
-                            "a smaller --block_size or model")  # fmt: skip
+            raise UserError("one sequence fills the GPU: lower --block_size, or shrink the model")
         if run.val:  # evaluate with the micro-batch size that fits
             run.val.grad_accum = p.grad_accum
-        return (f"at step {p.step + 1}: going on with grad_accum {p.grad_accum}, "
-                f"grad_checkpointing {p.grad_checkpointing}")  # fmt: skip
+        now = f"grad_accum {p.grad_accum}, grad_checkpointing {p.grad_checkpointing}"
+        return f"at step {p.step + 1}: going on with {now}"
 
-    return surviving(run.rt, lambda: gradients(run, batch, n_targets), shrink)
+    return surviving(lambda: gradients(run, batch, n_targets), shrink)
 
 
 class Losses(nn.Module):
@@ -4562,17 +4525,6 @@ def seal_of(file, length: int) -> bytes:
     return len(comment).to_bytes(2, "little") + comment
 
 
-def seal(file) -> None:
-    """Make the digest of a zip archive, which is open for reading and writing, its comment.
-
-    PyTorch checks no checksum when it reads, so a flipped bit would become a wrong weight. The
-    archive's own CRC32 cover its members alone, not the directory that says where they are, and
-    the zip reader that would check them is not the one that PyTorch loads with.
-    """
-    end = file.seek(-2, os.SEEK_END)  # an archive's last two bytes are its comment's size
-    file.write(seal_of(file, end))
-
-
 def is_sealed(path: Path) -> bool:
     """Whether a file ends as a checkpoint of this program does, damaged or not."""
     with open(path, "rb") as file:
@@ -4583,10 +4535,8 @@ def is_sealed(path: Path) -> bool:
 def check_seal(path: Path) -> None:
     """Raise ValueError unless the file is, to the last bit, what `save_checkpoint` wrote."""
     size = path.stat().st_size
-    end = size - 2 - len(SEAL) - 32
-    require(end > 0, "it is too short")
     with open(path, "rb") as file:
-        expected = seal_of(file, end)
+        expected = seal_of(file, max(0, size - 2 - len(SEAL) - 32))
         found = file.read()
     require(found == expected, "its checksum does not match: damaged, or not of this program")
     with zipfile.ZipFile(path) as archive:
@@ -4611,16 +4561,20 @@ def leaves(value, name: str = "state") -> Iterator[tuple[str, object]]:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` atomically, sealed with a checksum. Raises UserError; the old file survives."""
+    """Write `state` atomically, sealed with a checksum. Raises UserError; the old file survives.
+
+    PyTorch checks no checksum when it reads, so a flipped bit would become a wrong weight. The
+    archive's own CRC32 cover its members alone, not the directory that says where they are, and
+    the zip reader that would check them is not the one that PyTorch loads with.
+    """
     with atomic_write(path) as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch hides a failed write behind its own error
             size = sum(t.nbytes for _, t in leaves(state) if isinstance(t, Tensor))
-            raise OSError(
-                0, f"the checkpoint needs {size:,} bytes ({one_line(error, 80)})"
-            ) from None
-        seal(file)
+            raise OSError(0, f"it needs {size:,} bytes ({one_line(error, 80)})") from None
+        end = file.seek(-2, os.SEEK_END)  # an archive's last two bytes are its comment's size
+        file.write(seal_of(file, end))
 
 
 def check_leaf(name: str, value: object) -> None:
@@ -4670,13 +4624,10 @@ def check_state(state) -> None:
     for name, value in leaves(state):
         check_leaf(name, value)
     checked_model_config(state["model_config"])
-    cls = {"train": TrainConfig, "finetune": FinetuneConfig}[state["command"]]
-    known = {  # settings may come and go between versions of this program
-        f.name: convert(f, section[f.name])
-        for section in (state["data"], state["config"])
-        for f in fields(cls)
-        if f.name in section
-    }
+    cls, known = {"train": TrainConfig, "finetune": FinetuneConfig}[state["command"]], {}
+    for section in (state["data"], state["config"]):
+        # Settings may come and go between versions of this program.
+        known |= {f.name: convert(f, section[f.name]) for f in fields(cls) if f.name in section}
     adapters = lora_settings(cls(**known))
     require(state.get("lora") == adapters, "its adapters are not those that its settings say")
     weights = state["weights"]
@@ -4703,19 +4654,14 @@ def load_checkpoint(path: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         check_state(state)
     except FileNotFoundError:
-        raise UserError(
-            f"no checkpoint at {path}: train one first (llm_pipeline.py train), or name it with --ckpt"
-        ) from None
+        raise UserError(f"no checkpoint at {path}: train one, or name one by --ckpt") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds more than plain data ({one_line(error, 90)})"
-                        ) from None  # fmt: skip
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is refused: it holds more than plain data") from None
     except Exception as error:  # a damaged pickle fails in any way
-        raise UserError(
-            f"{path} is not a usable checkpoint: {one_line(error, 120)}; use another one, such as "
-            "best.pth or last.pth beside it"
-        ) from None
+        why = f"is not a usable checkpoint: {one_line(error, 120)}"
+        raise UserError(f"{path} {why}; use another, such as last.pth or best.pth") from None
     return state
 
 
@@ -4737,10 +4683,9 @@ def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None
     for name in sorted(expected.keys() ^ weights.keys()):
         raise UserError(f"the weights {'lack' if name in expected else 'do not belong:'} {name}")
     for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-            )
+        wanted = expected[name].shape
+        if tensor.shape != wanted:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(wanted)}")
     model.load_state_dict(weights, strict=False, assign=True)
     if config.tie_weights:
         model.head.weight = model.tok_emb.weight
@@ -4752,8 +4697,8 @@ def restored(state: dict) -> Loaded:
 
     The weights are taken out of `state`. Raises UserError.
     """
-    shape, lora = GPTConfig(**state["model_config"]), state.get("lora")
-    model = build_model(shape, state.pop("weights"), lora)
+    shape = GPTConfig(**state["model_config"])
+    model = build_model(shape, state.pop("weights"), state.get("lora"))
     tokenizer = tokenizer_from_spec(state["tokenizer"])
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError("its tokenizer has more ids than its model")
@@ -4797,8 +4742,7 @@ def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             moments = saved.get(names[p], {})
             if moments.keys() != MOMENTS[type(optimizer)]:
-                raise UserError(f"the checkpoint holds another optimizer's state, or none, for "
-                                f"{names[p]}")  # fmt: skip
+                raise UserError(f"the checkpoint has no state of this optimizer for {names[p]}")
             for key, value in moments.items():
                 if key == "step":  # AdamW keeps it beside the parameter on CUDA only
                     value = value.to(p.device) if p.device.type == "cuda" else value
@@ -4819,7 +4763,8 @@ def save_run(run: Run, about: dict, path: Path) -> None:
     }
     if run.rt.is_main:
         save_checkpoint(path, state)
-    run.rt.barrier()
+    if run.rt.world_size > 1:
+        dist.barrier()
 
 
 def resume_policy(cls: type) -> dict[str, str]:
@@ -4856,22 +4801,19 @@ def check_drift(resumed: dict, about: dict) -> None:
     then, now = resumed["config"], about["config"]
     for name in (*SPLIT_SETTINGS, "fingerprint"):
         if resumed["data"].get(name) != about["data"][name]:
-            raise UserError(f"the data is not what this run was trained on ({name} differs): "
-                            "restore it, or start a new run in another --out_dir")  # fmt: skip
+            raise UserError(f"the data differs ({name}): restore it, or use another --out_dir")
     if resumed.get("base", about["base"]) != about["base"]:
-        raise UserError("its preferences were measured against another base: name by --ckpt the "
-                        "one that it was begun with")  # fmt: skip
+        raise UserError("the run was begun with another base: name that one by --ckpt")
     policy = resume_policy(TrainConfig if about["command"] == "train" else FinetuneConfig)
     free = ("epochs", "max_steps") if now["lr_schedule"] == "constant" else ()
     fixed = [n for n in now if policy[n] == "fixed" and n not in free]
-    changed = [n for n in fixed if then.get(n) != now[n]]
+    changed = [f"{n} (from {then.get(n)} to {now[n]})" for n in fixed if then.get(n) != now[n]]
     if changed:
-        raise UserError("--resume cannot change " + "; ".join(
-            f"{n} (from {then.get(n)} to {now[n]})" for n in changed))  # fmt: skip
+        raise UserError(f"--resume cannot change {'; '.join(changed)}")
     for name, value in about["versions"].items():
-        if resumed["versions"].get(name) != value:
-            note(f"warning: {name} was {resumed['versions'].get(name)} and is {value}: results "
-                 "will agree to rounding, not bit for bit")  # fmt: skip
+        before = resumed["versions"].get(name)
+        if before != value:
+            note(f"warning: {name} was {before}, now {value}: results may differ in the last bits")
 
 
 # What a run writes into its folder, and how a file of that name shows that a run wrote it.
@@ -4930,16 +4872,12 @@ def state_to_resume(folder: RunFolder) -> dict | None:
     if last.exists():
         state = load_checkpoint(last)
         if (state["command"] == "finetune") != bool(folder.suffix):
-            raise UserError(f"{last} belongs to another command, {state['command']}: restore the "
-                            "right file, or choose another --out_dir")  # fmt: skip
+            raise UserError(f"{last} belongs to {state['command']}: choose another --out_dir")
         return state
     if best.exists():
-        raise UserError(
-            f"{best} stands without {last.name}, so there is nothing to resume: start from its "
-            f"weights with {folder.start_flag} {best} and another --out_dir, or replace it with --overwrite"
-        )
-    note(f"--resume: {folder.path} holds no run, so a new one starts here, from step 0 (is that "
-         "the right --out_dir?)")  # fmt: skip
+        ways = f"use {folder.start_flag} {best} and another --out_dir, or --overwrite"
+        raise UserError(f"there is no {last.name} to resume: {ways}")
+    note(f"--resume: {folder.path} holds no run, so a new one starts there, from step 0")
     return None
 
 
@@ -4948,16 +4886,13 @@ def check_new_run(folder: RunFolder, overwrite: bool) -> None:
     there = folder.files()
     for name, path in there.items():
         if not RUN_FILES[name](path):
-            raise UserError(f"{path} was not written by this program, and would be replaced: "
-                            "choose another --out_dir")  # fmt: skip
+            raise UserError(f"{path} is no run's, and would be replaced: use another --out_dir")
     saved = there.get("last.pth") or there.get("best.pth")
     if saved and not overwrite:
         progress = load_checkpoint(saved)["progress"]
         ways = "--resume it, --overwrite it" if "last.pth" in there else "--overwrite it"
-        raise UserError(
-            f"{folder.path} holds a run at step {progress['step']} (best validation loss "
-            f"{progress['best']:.4f}): {ways}, or choose another --out_dir"
-        )
+        found = f"a run at step {progress['step']} (best validation loss {progress['best']:.4f})"
+        raise UserError(f"{folder.path} holds {found}: {ways}, or choose another --out_dir")
 
 
 @contextlib.contextmanager
@@ -7707,8 +7642,8 @@ def convert(spec, value):
         raise ValueError(f"{spec.name} {error}") from None
     choices = choices_of(spec)
     if choices and value not in choices and not (value == "" and spec.default == ""):
-        raise ValueError(f"{spec.name} must be one of {', '.join(filter(None, choices))}, "
-                         f"not {value!r}{did_you_mean(value, choices)}")  # fmt: skip
+        rest = f"{', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
+        raise ValueError(f"{spec.name} must be one of {rest}")
     return value
 
 
@@ -7717,8 +7652,8 @@ def specs_of(cls: type) -> dict:
     return {f.name: f for f in fields(cls)}
 
 
-def choices_of(spec) -> Iterable[str]:
-    return spec.metadata.get("choices") or TABLES.get(spec.name) or ()
+def choices_of(spec) -> list[str]:
+    return list(filter(None, spec.metadata.get("choices") or TABLES.get(spec.name, ())))
 
 
 def as_bool(value) -> bool:
@@ -7785,22 +7720,17 @@ def read_table(file: Path, what: str) -> dict:
     """The one table in a .json, .toml or .yaml file. Raises UserError, beginning with `what`."""
     if file.exists() and not file.is_file():  # reading from a pipe may wait for ever
         raise UserError(f"{what} is not a file")
+    read = json.loads
+    if file.suffix in (".yaml", ".yml"):
+        read = optional("yaml", "pyyaml").safe_load
+    elif file.suffix == ".toml":
+        if sys.version_info < (3, 11):
+            raise UserError(f"{what}: TOML needs Python 3.11; use JSON or YAML")
+        read = importlib.import_module("tomllib").loads
     try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".toml":
-            if sys.version_info < (3, 11):
-                raise UserError(f"{what}: TOML needs Python 3.11; use JSON or YAML")
-            import tomllib
-
-            table = tomllib.loads(text)
-        elif file.suffix in (".yaml", ".yml"):
-            table = optional("yaml", "pyyaml").safe_load(text)
-        else:
-            table = json.loads(text)
+        table = read(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror}") from None
-    except UserError:
-        raise
     except Exception as error:  # ValueError, RecursionError; pyyaml's share no standard base
         raise UserError(f"{what} is not valid: {one_line(error)}") from None
     if not isinstance(table, dict):
@@ -7823,9 +7753,8 @@ def read_config(cls: type, path: str) -> tuple[dict, list[str]]:
         problems.append(f"--config {path}: unknown setting {name!r}{hint}")
     foreign = sorted(table.keys() & everything - own)
     if foreign:
-        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
-        note(f"--config {path}: left out {', '.join(foreign[:5])}{more}, which belong to other "
-             "commands")  # fmt: skip
+        some = ", ".join(foreign[:5]) + ", ..." * (len(foreign) > 5)
+        note(f"--config {path}: left out {some}, of other commands")
     # The config.json of a run on the toy corpus names a folder that nobody asked for.
     table = {n: v for n, v in table.items() if (n, v) != ("data_dir", DataConfig.data_dir)}
     return {name: value for name, value in table.items() if name in own}, problems
@@ -7846,22 +7775,23 @@ def table_layers(cls: type, given: dict) -> list[dict]:
     recipes = FINETUNE_RECIPES if tuning else RECIPES
     sizes = chosen | preset | given
     if cls is TrainConfig and sizes["recipe"] == "fast" and not sizes["hf_dataset"]:
-        sizes |= {"corpus_bytes": corpus_bytes(sizes["data_dir"]),
-                  "bpe_at_hand": not sizes["init_from"] and is_installed("tokenizers")}  # fmt: skip
+        sizes["corpus_bytes"] = corpus_bytes(sizes["data_dir"])
+        sizes["bpe_at_hand"] = not sizes["init_from"] and is_installed("tokenizers")
     recipe = recipes.get(sizes.get("recipe"), RECIPES["classic"])(sizes, given)
     arch = ARCHS.get((chosen | recipe | given).get("arch"), {})
     return [implied, arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
 
 
-def resolve(cls: type, flags: dict, mark: str = "--", stored: dict | None = None):
+def resolve(cls: type, flags: dict, mark="--", stored: dict | None = None, problems=()):
     """Build a `cls` from flags: defaults < arch < preset < recipe < --config file < flags.
 
     `stored`, the settings of the run that --resume goes on with ({}: there is none), stands in for
     the tables; until it is known, settings are not checked against each other. Raises UsageError
-    with one line for each problem.
+    with one line for each problem, beside the `problems` known already.
     """
     specs = specs_of(cls)
-    from_file, problems = read_config(cls, flags["config"]) if flags.get("config") else ({}, [])
+    from_file, found = read_config(cls, flags["config"]) if flags.get("config") else ({}, [])
+    problems = [*problems, *found]
     problems += [unknown_setting(cls, name, mark) for name in flags if name not in specs]
     given = {}
     for origin, source in (("config file: ", from_file), (mark, flags)):
@@ -7901,12 +7831,9 @@ def cross_checks(config) -> list[str]:
     if isinstance(config, ModelSettings):
         found += model_config(config).problems()
     if isinstance(config, OptimConfig):
-        share = config.grad_accum * launched("WORLD_SIZE", 1)
-        if config.batch_size % share:
-            found.append(
-                f"batch_size {config.batch_size} does not divide into {share} micro-batches "
-                "(grad_accum x processes)"
-            )
+        size, share = config.batch_size, config.grad_accum * launched("WORLD_SIZE", 1)
+        if size % share:
+            found.append(f"batch_size {size} is not divisible by {share} (grad_accum x processes)")
         if config.fsdp and config.compile == "on":
             found.append("--fsdp and --compile on exclude each other")
     if isinstance(config, DataConfig) and config.streaming and not config.hf_dataset:
@@ -7921,8 +7848,7 @@ def cross_checks(config) -> list[str]:
         if not config.max_steps and not config.minutes:
             found.append("a stream has no epochs: give --max_steps or --minutes")
         if config.tokenizer == "bpe" and not config.init_from:
-            found.append("--tokenizer bpe is trained on all of the text, which a stream does not "
-                         "have: prepare the data first, or name a vocabulary")  # fmt: skip
+            found.append("--tokenizer bpe needs all of the text, not a stream: prepare it first")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):
         found.append(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
     if getattr(config, "json", "") and (why_not := unfit_for_result(config.json)):
@@ -7974,13 +7900,7 @@ def parse(argv: list[str]) -> tuple[str, Settings]:
         raise UsageError(f"{wrong}{hint}")
     cls = COMMANDS[name].settings
     flags, problems = read_flags(cls, argv[1:])
-    try:
-        config = resolve(cls, flags)
-    except UsageError as error:
-        problems += str(error).split("\n")
-    if problems:
-        raise UsageError("\n".join(problems))
-    return name, config
+    return name, resolve(cls, flags, problems=problems)
 
 
 def help_text(argv: list[str]) -> str:
@@ -8005,18 +7925,14 @@ def help_text(argv: list[str]) -> str:
 
 
 def program_help() -> str:
-    commands = [f"  {name:<10}{first_line(c.settings)}" for name, c in COMMANDS.items()]
-    shortest = """train --preset cpu-debug --recipe fast
-        sample --ckpt ckpts/best.pth --prompt "Once upon a time"
-        eval --ckpt ckpts/best.pth
-        finetune --ckpt ckpts/best.pth"""
-    return "\n".join([
-        "usage: llm_pipeline.py COMMAND [--NAME VALUE ...]", "", __doc__.split("\n")[0], "",
-        "Commands:", *commands, "",
-        "The shortest path, on your text in data/raw (if it is empty, on a built-in toy corpus):",
-        *command_lines(shortest), "",
-        "COMMAND --help shows the settings to begin with, COMMAND --help_all all of them.",
-    ])  # fmt: skip
+    lines = ["usage: llm_pipeline.py COMMAND [--NAME VALUE ...]", "", __doc__.split("\n")[0]]
+    lines += ["", "Commands:"]
+    lines += [f"  {name:<10}{first_line(c.settings)}" for name, c in COMMANDS.items()]
+    lines += ["", "The shortest path, on your text in data/raw (if empty, a built-in toy corpus):"]
+    for name in ("train", "sample", "eval", "finetune"):
+        lines += command_lines(COMMANDS[name].examples)[:1]
+    lines += ["", "COMMAND --help shows the settings to begin with, --help_all all of them."]
+    return "\n".join(lines)
 
 
 def command_lines(text: str) -> list[str]:
@@ -8038,11 +7954,9 @@ def topics(cls: type) -> dict[str, list]:
 
 def flag_help(spec, limits: bool = False) -> list[str]:
     """The lines of one setting: how it is typed, what it means, its default."""
-    kind, choices = spec.type.split(" | ")[0], "|".join(filter(None, choices_of(spec)))
+    kind, choices = spec.type.split(" | ")[0], "|".join(choices_of(spec))
     value = choices or {"int": "N", "float": "X", "str": "TEXT", "bool": ""}[kind]
-    name, turns_off = (
-        (f"no_{spec.name}", "turns off: ") if spec.default is True else (spec.name, "")
-    )
+    no, turns_off = ("no_", "turns off: ") if spec.default is True else ("", "")
     has_default = kind != "bool" and spec.default not in ("", None)
     remarks = [f"default: {spec.default}"] if has_default else []
     if limits and "high" in spec.metadata:
@@ -8050,7 +7964,7 @@ def flag_help(spec, limits: bool = False) -> list[str]:
         above = "above " if "above" in spec.metadata else ""
         remarks.append(f"{above}{low:,} to {spec.metadata['high']:,}")
     text = turns_off + spec.metadata["help"] + (f" ({'; '.join(remarks)})" if remarks else "")
-    typed, body = f"  --{name} {value}".rstrip(), textwrap.wrap(text, 70)
+    typed, body = f"  --{no}{spec.name} {value}".rstrip(), textwrap.wrap(text, 70)
     first = [typed] if len(typed) > 26 else [f"{typed:<28}{body.pop(0)}"]
     return first + [" " * 28 + line for line in body]
 
@@ -8060,11 +7974,10 @@ def explanation(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     memory = r"out of memory|can't allocate memory|not enough memory|calculation overflowed|too big"
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and re.search(memory, str(error))
-    ):
-        return ("out of memory: lower --batch_size or --block_size, raise --grad_accum, or choose "
-                "a smaller model (--preset, --n_layer, --n_embd)")  # fmt: skip
+    full = isinstance(error, RuntimeError) and re.search(memory, str(error))
+    if full or isinstance(error, MemoryError):
+        ways = "lower --batch_size or --block_size, raise --grad_accum, choose a smaller --preset"
+        return f"out of memory: {ways}"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"cannot go on: {where}{error.strerror}"
@@ -8094,6 +8007,7 @@ def run_command(name: str, config: Settings, stop: StopSignal) -> None:
     sys.stdout.flush()  # a full disk shows here, while it can still be said
 
 
+@guarded_output()
 def main(argv: list[str] | None = None) -> int:
     """Run one command; never raises for what a user can fix.
 
@@ -8101,17 +8015,10 @@ def main(argv: list[str] | None = None) -> int:
     problem; 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM with `last.pth` saved. A lost
     stderr ends nothing: what cannot be written there is dropped.
     """
-    with guarded_output():
-        return run_and_report(sys.argv[1:] if argv is None else argv)
-
-
-def run_and_report(argv: list[str]) -> int:
-    """Run one command, tell of its errors. Returns the exit code."""
-    debug, stop = "--debug" in argv, StopSignal()
+    argv, stop = sys.argv[1:] if argv is None else argv, StopSignal()
     try:
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-            raise UserError(f"PyTorch {torch.__version__} is too old (its torch.load has known "
-                            "holes): pip install torch==2.13.0")  # fmt: skip
+            raise UserError(f"PyTorch {torch.__version__} is too old: pip install torch==2.13.0")
         if text := help_text(argv):
             print(text)
             return 0
@@ -8121,7 +8028,7 @@ def run_and_report(argv: list[str]) -> int:
     except KeyboardInterrupt:  # Interrupted among them
         return 128 + (stop.number or signal.SIGINT)
     except Exception as error:
-        if debug:
+        if "--debug" in argv:
             raise
         for line in explanation(error).split("\n"):
             print(f"error: {line}", file=sys.stderr)

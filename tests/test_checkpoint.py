@@ -43,7 +43,7 @@ def refused(path: Path) -> bool:
 def seal(archive: bytes) -> bytes:
     """Any archive without a comment, with the checksum that would make it acceptable."""
     file = io.BytesIO(archive)
-    lp.seal(file)
+    file.write(lp.seal_of(file, file.seek(-2, os.SEEK_END)))
     return file.getvalue()
 
 
