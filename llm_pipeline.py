@@ -1567,7 +1567,7 @@ class Runtime:
 
     def autocast(self):
         """Matrix products in `dtype`; what needs the precision stays in fp32."""
-        enabled = self.dtype != torch.float32
+        enabled = self.dtype.itemsize == 2
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     def sum(self, *values: float) -> list[float]:
@@ -1741,6 +1741,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """bf16 where the hardware has it natively, else fp16 on CUDA, else fp32."""
     if name == "float16" and device.type == "cpu":
         raise UserError("--dtype float16 is for GPUs; on a CPU use bfloat16 or float32")
+    if name == "int8" and device.type != "cpu":
+        raise UserError("--dtype int8 is for CPUs; on a GPU use bfloat16 or float16")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -2218,6 +2220,14 @@ def short_hash(value, size: int = 4) -> str:
 # ====================================================================================
 
 
+def normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms and 1 / rms, over the last dimension."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * inverse, inverse
+
+
 class FusedRMSNorm(torch.autograd.Function):
     """RMSNorm whose gradient is written out: half the passes over memory that autograd would take.
 
@@ -2226,10 +2236,7 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normal = x * inverse
+        normal, inverse = normalised(x, eps)
         ctx.save_for_backward(normal, inverse, weight)
         return (normal * weight).to(torch.promote_types(x.dtype, weight.dtype))
 
@@ -2242,6 +2249,13 @@ class FusedRMSNorm(torch.autograd.Function):
             grad = grad * weight
             mean = torch.linalg.vecdot(grad, normal).div_(normal.shape[-1]).unsqueeze(-1)
             return torch.addcmul(grad, normal, mean, value=-1).mul_(inverse), grad_weight, None
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Without gradients, not by way of autograd, which for one token costs as much as the work."""
+    if torch.is_grad_enabled():
+        return FusedRMSNorm.apply(x, weight, eps)
+    return (normalised(x, eps)[0] * weight).to(torch.promote_types(x.dtype, weight.dtype))
 
 
 def dropout_by_bytes(x: Tensor, p: float) -> Tensor:
@@ -2458,7 +2472,7 @@ def next_logits_replayed(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
 
 
 KERNELS |= {
-    ("rms_norm", "cpu"): FusedRMSNorm.apply,
+    ("rms_norm", "cpu"): fused_rms_norm,
     ("dropout", "cpu"): dropout_by_bytes,
     ("attention_sdpa", "cpu"): attention_folded,
     ("attention_sdpa", "cuda"): attention_on_cuda,
@@ -2526,37 +2540,90 @@ def loss_and_gradient(model: GPT, batch: Batch, rt: Runtime) -> tuple[float, Ten
 class DecodingLinear(nn.Module):
     """A linear layer for the few rows of decoding on a CPU. Its weight must not change afterwards.
 
-    bf16 weights are laid out once as oneDNN wants them; a single row is a matrix-vector product.
+    One row is a matrix-vector product, which takes as long as reading the weight. In fp32 that is
+    up to twice as quick along long contiguous lines, so the longer side's are made contiguous: in
+    place, for whatever else shares the weight.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight, self.bias, self.packed = linear.weight, linear.bias, None
-        kernels = torch.ops.mkldnn
-        if (
-            self.weight.dtype == torch.bfloat16
-            and hasattr(kernels, "_linear_pointwise")
-            and kernels._is_mkldnn_bf16_supported()
-        ):
-            self.packed = kernels._reorder_linear_weight(self.weight.detach())
+        self.weight, self.bias = linear.weight, linear.bias
+        rows, columns = self.weight.shape
+        if rows > columns and self.weight.dtype == torch.float32:
+            self.weight.data = self.weight.data.T.contiguous().T
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        if x.numel() == self.weight.shape[1] and x.dtype == self.weight.dtype:
-            y = torch.mv(self.weight, x.view(-1))
-            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if x.numel() != weight.shape[1] or x.dtype != weight.dtype:
+            return F.linear(x, weight, bias)
+        row = x.view(-1)
+        y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+        return y.view(*x.shape[:-1], -1)
+
+
+class PackedLinear(DecodingLinear):
+    """The same in bf16, laid out once as oneDNN wants it."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """The same in 8 bits: a row of the weight is a scale times whole numbers from -127 to 127.
+
+    PyTorch's kernel takes x and the scales in bf16, sums in fp32 and rounds to bf16, each row of x
+    by itself: a token's result does not depend on those beside it. It reads 16 columns at a time.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.columns = weight.shape[1]
+        self.missing = -self.columns % 16
+        scales = (weight.abs().amax(1) / 127).clamp(min=1e-30).to(torch.bfloat16)
+        codes = (weight / scales[:, None]).round().clamp(-127, 127)  # for the scales as rounded
+        self.register_buffer("codes", F.pad(codes, (0, self.missing)).to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """What the 8 bits stand for, in fp32."""
+        return self.codes[:, : self.columns] * self.scales[:, None].float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.columns).to(torch.bfloat16)
+        rows = F.pad(rows, (0, self.missing)) if self.missing else rows
+        y = torch._weight_int8pack_mm(rows, self.codes, self.scales)
+        y = y.float() if self.bias is None else y + self.bias  # fp32
+        return y.view(*x.shape[:-1], -1)
+
+
+def decoding_layer(dtype: torch.dtype) -> type[nn.Module]:
+    """The linear layer that decodes quickest on this CPU in `dtype`."""
+    if dtype == torch.int8:
+        return Int8Linear
+    kernels = torch.ops.mkldnn
+    packs = hasattr(kernels, "_linear_pointwise") and kernels._is_mkldnn_bf16_supported()
+    return PackedLinear if packs and dtype == torch.bfloat16 else DecodingLinear
 
 
 def for_decoding(model: GPT, device: torch.device, dtype: torch.dtype) -> GPT:
-    """This model, moved there for good: ready to generate as fast as it can, not to train."""
-    model.to(device, dtype).eval()
+    """This model, moved there for good: ready to generate as fast as it can, not to train.
+
+    int8 is for CPUs, and of linear layers alone; embeddings, norms and the cache are in fp32 then.
+    """
+    model.to(device, torch.float32 if dtype == torch.int8 else dtype).eval()
     if device.type == "cpu":
+        layer = decoding_layer(dtype)
         for module in model.modules():
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:
-                    setattr(module, name, DecodingLinear(child))
+                    setattr(module, name, layer(child))
     return model
 
 
@@ -6686,7 +6753,7 @@ def fit_command(loop: Callable) -> Callable:
 class EvalConfig(CheckpointConfig, RuntimeConfig):
     """Loss, perplexity, bits per byte and classification report of a checkpoint."""
 
-    dtype: str = option("float32", "of matrix products", choices=DTYPES)
+    dtype: str = option("float32", "of matrix products", choices=(*DTYPES, "int8"))
     split: str = option("val", "records to evaluate", choices=("val", "train", "all"))
     batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
     max_batches: int = option(0, "evenly spaced batches of each source (0: all)", low=0)
@@ -6696,6 +6763,8 @@ class EvalConfig(CheckpointConfig, RuntimeConfig):
 def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> dict:
     """The figures of the `eval` command; see section 14 for their names."""
     loaded = load_model(config.ckpt, block_size=config.block_size)
+    if rt.dtype == torch.int8:  # the layers that `sample` uses
+        for_decoding(loaded.model, rt.device, rt.dtype)
     store = open_split_store(config, rt, loaded)
     note(what_is_scored(config, loaded, store))
     return evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
@@ -6741,7 +6810,7 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
 class SampleConfig(RuntimeConfig):
     """Generate text. Without --prompt on a terminal: an interactive session."""
 
-    dtype: str = option("float32", "of weights and matrix products", choices=DTYPES)
+    dtype: str = option("float32", "of weights and matrix products", choices=(*DTYPES, "int8"))
     ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     prompt: str | None = option(None, "text to continue, or the instruction")
     input: str = option("", "the instruction's input")
@@ -7276,6 +7345,7 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
 class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, RuntimeConfig):
     """Measure speed and memory of a preset on this machine."""
 
+    dtype: str = option("auto", "of products; int8: of decoding", choices=(*DTYPES, "int8"))
     data_dir: str = option("data/raw", "the corpus whose whole run is estimated")
     epochs: int = option(5, "passes over it", low=1, high=10**6)
     max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
@@ -7408,9 +7478,10 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
         sides["hf_"] = lambda: peer.generate(many, max_new_tokens=n, do_sample=False,
                                              attention_mask=torch.ones_like(many))  # fmt: skip
     seconds = in_turns(sides, rt, max(1, config.rounds // 2), "decoding")
-    read = sum(p.nbytes for p in ours.blocks.parameters()) + ours.head.weight.nbytes
+    read = sum(t.nbytes for part in (ours.blocks, ours.head) for t in part.state_dict().values())
     side = 16384 if rt.device.type == "cuda" else 8192  # a matrix too large for the caches
-    bandwidth = side**2 * rt.dtype.itemsize / product_seconds(rt, side, 1, config.rounds)
+    wide = replace(rt, dtype=torch.float32)  # whose products are at the limit everywhere
+    bandwidth = 4 * side**2 / product_seconds(wide, side, 1, config.rounds)
     speed = {name: batch * n / s for name, s in seconds.items()}
     result = {"decode_tokens_per_s": speed[""],
               "decode_limit_tokens_per_s": batch * bandwidth / read}  # fmt: skip
@@ -7497,7 +7568,8 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     result = {"params": model.n_params(), "device": device_name(rt), "dtype": str(rt.dtype)[6:],
               "threads": torch.get_num_threads()}  # fmt: skip
     with training_precision(rt.device):
-        result |= bench_training(config, rt, model)
+        trains = replace(rt, dtype=pick_dtype("auto", rt.device)) if rt.dtype == torch.int8 else rt
+        result |= bench_training(config, trains, model)
     result |= bench_decoding(config, rt, model)
     total = config.max_steps * config.batch_size * config.block_size
     total = total or config.epochs * corpus_bytes(config.data_dir)

@@ -1,6 +1,7 @@
 """Section 7 and `sample`: against a loop without a cache, and against transformers."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -139,19 +140,79 @@ def test_greedy_equals_transformers_over_200_tokens(arch):
 # --- sampling ---
 
 
+CPU = torch.device("cpu")
+LINEARS = {"float32": lp.DecodingLinear, "bfloat16": lp.PackedLinear, "int8": lp.Int8Linear}
+
+
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("shape", [{}, MODERN])
-def test_weights_packed_for_decoding_give_the_same_logits(shape, rows):
-    model = make(**shape)
-    expected = copy.deepcopy(model).bfloat16()
-    packed = lp.for_decoding(model, torch.device("cpu"), torch.bfloat16)
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert packed.blocks[0].mlp.up.packed is not None
-    idx = prompt_of(12).expand(rows, -1)
+@pytest.mark.parametrize("shape", [{}, MODERN, dict(tie_weights=True, n_embd=24)])
+@pytest.mark.parametrize("dtype", LINEARS)
+def test_weights_laid_out_for_decoding_give_the_same_logits(dtype, shape, rows):
+    expected = make(**shape)
+    ready = lp.for_decoding(copy.deepcopy(expected), CPU, getattr(torch, dtype))
+    if dtype != "bfloat16":
+        assert type(ready.blocks[0].mlp.up) is LINEARS[dtype]
+    elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert type(ready.blocks[0].mlp.up) is lp.PackedLinear
+    if dtype == "int8":
+        for (_, layer), (_, coded) in zip(linears(expected), linears(ready), strict=True):
+            layer.weight = torch.nn.Parameter(coded.weight)
+    elif dtype == "bfloat16":
+        expected.bfloat16()
+    for length in (12, 1):  # whole matrices, and for one row alone a vector
+        idx = prompt_of(length).expand(rows, -1)
+        with torch.inference_mode():
+            a, b = ready(idx), expected(idx)
+        tolerance = 1e-5 if dtype == "float32" else 0.05
+        assert torch.allclose(a, b, atol=tolerance * b.abs().max().item())
+        assert not torch.equal(a, torch.zeros_like(a))
+
+
+def linears(model):
+    kinds = (torch.nn.Linear, *LINEARS.values())
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
+
+
+def test_a_tied_head_stays_tied_when_its_weight_is_laid_out():
+    model = lp.for_decoding(make(tie_weights=True), CPU, torch.float32)
+    assert model.head.weight is model.tok_emb.weight
+    assert model.head.weight.shape == (61, 32) and model.head.weight.T.is_contiguous()
+
+
+def test_int8_weights_are_the_nearest_codes_and_rows_are_worked_on_alone():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(40, 23)
+    with torch.no_grad():
+        linear.weight[5] = 0.0
+        linear.weight[6] *= 1e-4
+    layer = lp.Int8Linear(linear)
+    step = linear.weight.abs().amax(1, keepdim=True) / 127
+    assert ((layer.weight - linear.weight).abs() <= 0.51 * step + 2e-3 * step * 127).all()
+    error = (layer.weight - linear.weight).norm() / linear.weight.norm()
+    assert error < 0.006  # a code is off by a third of a step, a step is a 127th of the largest
+    x = torch.randn(9, 40)
     with torch.inference_mode():
-        a, b = packed(idx), expected(idx)
-    assert torch.allclose(a, b, atol=0.05 * b.abs().max().item())
-    assert not torch.equal(a, torch.zeros_like(a))
+        y = layer(x)
+        assert torch.equal(y, torch.cat([layer(x[i : i + 1]) for i in range(9)]))
+        assert torch.equal(y, layer(x.view(3, 3, 40)).view(9, 23))
+        assert torch.equal(y[::3], layer(x.view(3, 3, 40)[:, 0]))
+        torch.testing.assert_close(y, linear(x), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modern, grouped", "modern, window"])
+def test_cached_equals_naive_in_int8(name):
+    model = lp.for_decoding(make(**SHAPES[name]), CPU, torch.int8)
+    prompt = prompt_of(8)
+    made = decode(model, prompt, 40, temperature=0.0)[0]
+    context = prompt
+    for token in made:  # the likeliest of the naive loop, or as likely but for bf16's rounding
+        if len(context) > 16 and not slides(model.config):
+            context = context[-8:]
+        with torch.no_grad():
+            logits = model(context[None])[0, -1]
+        assert logits.max() - logits[token] <= 2**-6 * logits.abs().max()
+        context = torch.cat([context, torch.tensor([token])])
+    assert len(set(made)) > 5
 
 
 def test_samples_share_a_prefill_and_follow_the_seed():
@@ -296,6 +357,36 @@ def test_sample_prints_the_text_alone(checkpoints):
     assert result.out == wanted + "\n"
     two = sample(checkpoints["base"], *flags, "--num_samples", "2")
     assert two == f"{wanted}\n{wanted}\n"
+
+
+def test_int8_samples_and_scores_like_float32(checkpoints, corpus, tmp_path):
+    ckpt = checkpoints["base"]
+    flags = ["--prompt", "sun", "--temperature", "0", "--max_new_tokens", "30", "--dtype", "int8"]
+    text = sample(ckpt, *flags)
+    writer = lp.load(str(ckpt), device="cpu", dtype="int8")
+    assert writer.loaded.model.head.codes.dtype == torch.int8
+    assert text == writer.generate("sun", temperature=0.0, max_new_tokens=30) + "\n"
+    losses = {}
+    for dtype in ("float32", "int8"):
+        flags = ["--ckpt", ckpt, "--dtype", dtype, "--device", "cpu", "--json", tmp_path / dtype]
+        run("eval", *corpus, *flags).ok()
+        losses[dtype] = json.loads((tmp_path / dtype).read_text())["loss"]
+    assert 0 < abs(losses["int8"] - losses["float32"]) < 0.01
+
+
+def test_the_benchmark_decodes_in_int8_and_trains_as_usual(tmp_path):
+    shape = ["--n_layer", 1, "--n_head", 2, "--n_embd", 24, "--block_size", 16, "--batch_size", 2]
+    flags = ["--device", "cpu", "--rounds", 1, "--dtype", "int8", "--json", tmp_path / "bench.json"]
+    run("bench", *shape, *flags).ok()
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["dtype"] == "int8"
+    assert found["train_tokens_per_s"] > 0 < found["decode_limit_tokens_per_s"]
+
+
+def test_int8_is_refused_where_it_cannot_be(corpus, tmp_path):
+    with pytest.raises(lp.UserError, match="for CPUs"):
+        lp.pick_dtype("int8", torch.device("cuda"))
+    run("train", *corpus, "--dtype", "int8", "--out_dir", tmp_path / "run").fails(2, "--dtype")
 
 
 def test_sample_is_deterministic_in_the_seed(checkpoints):
