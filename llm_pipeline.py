@@ -1558,8 +1558,9 @@ class Runtime:
     turns: int = 0  # how often one process has gone before the others
     rows: int = 2**30  # sequences at a time without gradients; fewer once memory has run out
     # When the command began; as a program, with the seconds that its imports took.
-    started: float = field(default_factory=lambda: time.perf_counter()
-                           - time.process_time() * (__name__ == "__main__"))  # fmt: skip
+    started: float = field(
+        default_factory=lambda: time.perf_counter() - time.process_time() * (__name__ == "__main__")
+    )
 
     @property
     def is_main(self) -> bool:
@@ -4878,8 +4879,7 @@ def check_drift(resumed: dict, about: dict) -> None:
     if changed:
         raise UserError(f"--resume cannot change {'; '.join(changed)}")
     for name, value in about["versions"].items():
-        before = resumed["versions"].get(name)
-        if before != value:
+        if (before := resumed["versions"].get(name)) != value:
             note(f"warning: {name} was {before}, now {value}: results may differ in the last bits")
 
 
@@ -7913,9 +7913,8 @@ def cross_checks(config) -> list[str]:
     if isinstance(config, FinetuneConfig) and config.streaming:
         found.append("finetune needs whole records: leave --streaming out")
     if isinstance(config, TrainConfig) and config.minutes:
-        names = (n for n in ("max_steps", "overfit_batch") if n in config.given)
-        found += [f"--minutes sets the number of steps: leave --{n} out"
-                  for n in names if getattr(config, n)]  # fmt: skip
+        given = sorted(config.given & {"max_steps", "overfit_batch"})
+        found += [f"--minutes sets the steps: leave --{n} out" for n in given if getattr(config, n)]
     if isinstance(config, TrainConfig) and config.streaming:
         if not config.max_steps and not config.minutes:
             found.append("a stream has no epochs: give --max_steps or --minutes")
