@@ -1192,7 +1192,7 @@ class Run:
     val: Loader | None
     progress: Progress
     scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; disabled otherwise
-    stop: StopSignal | bool = False  # becomes true when a signal asks to stop
+    stop: Stop = False  # becomes true when a signal asks to stop
     save: Callable[[str], None] = lambda name: None  # writes "best" or "last"
     record: Recorder | None = None  # metrics.csv, the progress bar
     gradients: Callable | None = None  # `gradients`, perhaps one that survives a full memory
@@ -1269,8 +1269,9 @@ def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, di
     return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
 
 
-def estimate_loss(model: GPT, loader: Loader, objective: Objective, limit: int,
-                  stop: StopSignal | bool = False) -> tuple[float, dict]:  # fmt: skip
+def estimate_loss(
+    model: GPT, loader: Loader, objective: Objective, limit: int, stop: Stop = False
+) -> tuple[float, dict]:
     """Mean loss and statistics over `limit` fixed batches (0: all). Draws no random number.
 
     Raises Interrupted when a stop signal comes.
@@ -1810,6 +1811,9 @@ class StopSignal:
         if self.previous:
             signal.set_wakeup_fd(self.wakeup)
             self.writer.close()  # ends the thread
+
+
+Stop = StopSignal | bool  # true once a run is to stop
 
 
 class Output:
@@ -5846,9 +5850,14 @@ def padded_batch(sequences: list[tuple[np.ndarray, int]], pad_id: int, limit: in
 
 
 def evaluate_perplexity(
-    model: GPT, store: TokenStore, split: str, rt: Runtime, batch_size: int = 32,
-    max_batches: int = 0, stop: StopSignal | bool = False,
-) -> dict:  # fmt: skip
+    model: GPT,
+    store: TokenStore,
+    split: str,
+    rt: Runtime,
+    batch_size: int = 32,
+    max_batches: int = 0,
+    stop: Stop = False,
+) -> dict:
     """Loss, perplexity exp(min(20, loss)), bits per byte and word perplexity, per source and in all.
 
     Each record is scored by itself, after bos. Bits per byte and word perplexity count the tokens
@@ -5864,8 +5873,8 @@ def evaluate_perplexity(
     sources, total = {}, Counter()
     for name in store.sources:
         rows = partial(scored_rows, store, name, splits, block_size, limit)
-        batches = tqdm(scored_batches(rows(), pad_id, block_size, batch_size, rt), desc=name,
-                       unit="batch", delay=1, leave=False, disable=not rt.is_main)  # fmt: skip
+        batches = scored_batches(rows(), pad_id, block_size, batch_size, rt)
+        batches = tqdm(batches, desc=name, delay=1, leave=False, disable=not rt.is_main)
         sums = rt.sum_over(batches, score, stop)
         if sums.get("tokens"):
             sums |= text_statistics(rows(), store.tokenizer)
@@ -5873,8 +5882,7 @@ def evaluate_perplexity(
             sources[name] = measures(sums)
             sources[name] |= classify(model, store, name, splits, rt, batch_size, max_batches)
     if not sources:
-        raise UserError(f"the {split} split of this data holds no tokens to evaluate; --split all "
-                        "scores all of it")  # fmt: skip
+        raise UserError(f"the {split} split of this data is empty; --split all scores all of it")
     return measures(total) | {"sources": sources}
 
 
@@ -5882,12 +5890,17 @@ def text_losses(losses: Callable, token_bytes: Tensor, batch: Batch) -> dict[str
     """Sums of a batch: loss and tokens, in all and of the tokens that stand for text."""
     nll, y = losses(batch.x, batch.y).cpu().double(), batch.y.cpu()
     size = token_bytes[y.clamp(min=0)] * (y != IGNORE)
-    return {"nll": nll.sum(), "tokens": (y != IGNORE).sum(),
-            "text_nll": nll[size > 0].sum(), "bytes": size.sum()}  # fmt: skip
+    return {
+        "nll": nll.sum(),
+        "tokens": (y != IGNORE).sum(),
+        "text_nll": nll[size > 0].sum(),
+        "bytes": size.sum(),
+    }
 
 
-def scored_batches(rows: Iterable[ScoredRow], pad_id: int, limit: int, batch_size: int,
-                   rt: Runtime) -> Iterator[Batch]:  # fmt: skip
+def scored_batches(
+    rows: Iterable[ScoredRow], pad_id: int, limit: int, batch_size: int, rt: Runtime
+) -> Iterator[Batch]:
     """This process's share of the rows, in padded batches; every process yields as many."""
     for group in batched(rows, batch_size * rt.world_size):
         mine = group[rt.rank * batch_size : (rt.rank + 1) * batch_size]
@@ -5921,8 +5934,12 @@ def text_statistics(rows: Iterable[ScoredRow], tokenizer: Tokenizer) -> dict:
         expected = row.place + len(scored)
     packed += len(packer.flush())
     share = counts[counts > 0] / max(counts.sum(), 1)
-    return {"records": records, "words": words, "gzip_bits": 8.0 * packed,
-            "unigram_bits": float(-(share * np.log2(share)).sum() * counts.sum())}  # fmt: skip
+    return {
+        "records": records,
+        "words": words,
+        "gzip_bits": 8.0 * packed,
+        "unigram_bits": float(-(share * np.log2(share)).sum() * counts.sum()),
+    }
 
 
 def complete_text(tokenizer: Tokenizer, ids: list[int], before: list[int]) -> tuple[str, list]:
@@ -5938,10 +5955,11 @@ def measures(sums: dict) -> dict:
     """The figures reported for sums over some text; nan where there is nothing to divide by."""
     loss, words, size = sums["nll"] / sums["tokens"], sums["words"], sums["bytes"]
     result = {
-        "loss": loss, "ppl": math.exp(min(20.0, loss)),
+        "loss": loss,
+        "ppl": math.exp(min(20.0, loss)),
         "bits_per_byte": sums["text_nll"] / math.log(2) / size if size else math.nan,
         "word_ppl": math.exp(min(500.0, sums["text_nll"] / words)) if words else math.nan,
-    }  # fmt: skip
+    }
     if size:
         result |= {f"{n}_bits_per_byte": sums[f"{n}_bits"] / size for n in ("gzip", "unigram")}
     return result | {name: int(sums[name]) for name in ("tokens", "bytes", "words", "records")}
@@ -5964,8 +5982,9 @@ class ScoredRow(NamedTuple):
     begins: bool  # a record
 
 
-def scored_rows(store: TokenStore, source: str, splits: tuple[str, ...], block_size: int,
-                limit: int) -> Iterator[ScoredRow]:  # fmt: skip
+def scored_rows(
+    store: TokenStore, source: str, splits: tuple[str, ...], block_size: int, limit: int
+) -> Iterator[ScoredRow]:
     """Windows that score each id of a source once, but for a record's first.
 
     Windows do not overlap, but for a record's last, which reaches back for as much context as
@@ -6000,8 +6019,15 @@ def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
     return [labels[k] for k in sorted(labels)] if 1 < len(labels) <= records // 10 else []
 
 
-def classify(model: GPT, store: TokenStore, source: str, splits: tuple[str, ...], rt: Runtime,
-             batch_size: int, max_batches: int) -> dict:  # fmt: skip
+def classify(
+    model: GPT,
+    store: TokenStore,
+    source: str,
+    splits: tuple[str, ...],
+    rt: Runtime,
+    batch_size: int,
+    max_batches: int,
+) -> dict:
     """Accuracy, confusion table, and precision, recall and F1 of each class, by likelihood."""
     labels = closed_set(store, source)
     if not labels:
@@ -6018,8 +6044,9 @@ def classify(model: GPT, store: TokenStore, source: str, splits: tuple[str, ...]
         for split, (start, length, prompt, _) in batch:
             ids = store.ids(split, start, length)
             truth += [i for i, label in enumerate(labels) if np.array_equal(label, ids[prompt:])]
-            sequences += [fit_record(ids[:prompt], label, model.config.block_size + 1)
-                          for label in labels]  # fmt: skip
+            sequences += [
+                fit_record(ids[:prompt], label, model.config.block_size + 1) for label in labels
+            ]
         batch = padded_batch(sequences, store.tokenizer.pad_id, model.config.block_size)
         batch = batch.to(rt.device)
         with torch.no_grad(), rt.autocast():
@@ -6035,12 +6062,19 @@ def class_measures(table: np.ndarray, names: list[str]) -> dict:
     classes = {}
     for i, name in enumerate(names):
         right, predicted, support = int(table[i, i]), int(table[:, i].sum()), int(table[i].sum())
-        classes[name] = {"precision": right / max(predicted, 1), "recall": right / max(support, 1),
-                         "f1": 2 * right / max(predicted + support, 1), "support": support}  # fmt: skip
+        classes[name] = {
+            "precision": right / max(predicted, 1),
+            "recall": right / max(support, 1),
+            "f1": 2 * right / max(predicted + support, 1),
+            "support": support,
+        }
     total = max(int(table.sum()), 1)
-    return {"accuracy": float(table.trace() / total), "classes": classes,
-            "majority": float(table.sum(1).max() / total),
-            "confusion": {"labels": names, "true_by_predicted": table.tolist()}}  # fmt: skip
+    return {
+        "accuracy": float(table.trace() / total),
+        "classes": classes,
+        "majority": float(table.sum(1).max() / total),
+        "confusion": {"labels": names, "true_by_predicted": table.tolist()},
+    }
 
 
 CARD = (  # columns: name, title, width, how a value is written
@@ -6068,8 +6102,14 @@ def evaluation_card(result: dict) -> str:
     return "\n".join(lines)
 
 
-def training_report(loaded: Loaded, store: TokenStore, rt: Runtime, batch_size: int,
-                    max_batches: int, stop: StopSignal | bool) -> str:  # fmt: skip
+def training_report(
+    loaded: Loaded,
+    store: TokenStore,
+    rt: Runtime,
+    batch_size: int,
+    max_batches: int,
+    stop: Stop,
+) -> str:
     """What a training has come to, on a part of what was held out: the figures of `eval`, and the
     model's words beside the text's own."""
     result = evaluate_perplexity(loaded.model, store, "val", rt, batch_size, max_batches, stop)
@@ -6088,9 +6128,9 @@ def class_card(name: str, row: dict) -> list[str]:
     classes, labels = row["classes"], row["confusion"]["labels"]
     largest = max(classes, key=lambda label: classes[label]["support"])
     columns = ("precision", "recall", "f1")
-    lines = [f"{name}: accuracy {row['accuracy']:.4f}; always saying {largest!r} has "
-             f"{row['majority']:.4f}",
-             f"{'class':<16}" + "".join(f"{c:>10}" for c in (*columns, "support"))]  # fmt: skip
+    accuracy, majority = (f"{row[key]:.4f}" for key in ("accuracy", "majority"))
+    lines = [f"{name}: accuracy {accuracy}; always saying {largest!r} has {majority}"]
+    lines.append(f"{'class':<16}" + "".join(f"{c:>10}" for c in (*columns, "support")))
     for label, figures in classes.items():
         cells = "".join(f"{figures[c]:>10.4f}" for c in columns)
         lines.append(f"{label:<16}{cells}{figures['support']:>10}")
@@ -6100,8 +6140,13 @@ def class_card(name: str, row: dict) -> list[str]:
     return lines
 
 
-def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: Loaded,
-                    stop: StopSignal | bool = False) -> dict:  # fmt: skip
+def finetune_report(
+    config: FinetuneConfig,
+    rt: Runtime,
+    loaded: Loaded,
+    base: Loaded,
+    stop: Stop = False,
+) -> dict:
     """What a finetune gains and forgets: losses, and answers to held-out prompts.
 
     loss_all, loss_response: on the records it is tuned on, in nats a token. loss_base: on the
@@ -6140,8 +6185,13 @@ def base_store(rt: Runtime, base: Loaded) -> TokenStore | None:
     return store if same and len(store.tokens["val"]) > 1 else None
 
 
-def report_answers(config: FinetuneConfig, rt: Runtime, loaded: Loaded, data: InstructionDataset,
-                   stop: StopSignal | bool) -> dict:  # fmt: skip
+def report_answers(
+    config: FinetuneConfig,
+    rt: Runtime,
+    loaded: Loaded,
+    data: InstructionDataset,
+    stop: Stop,
+) -> dict:
     """Greedy answers to held-out prompts: how many are exact, how many end by themselves."""
     answers = []
     numbers = np.flatnonzero(data.store.index["val"]["prompt"] > 1)  # plain text has no answer
@@ -6154,19 +6204,31 @@ def report_answers(config: FinetuneConfig, rt: Runtime, loaded: Loaded, data: In
         return {}
     exact = sum(answer["wanted"] == answer["answer"] for answer in answers)
     stopped = sum(answer.pop("ended") for answer in answers)
-    return {"stops_by_itself": stopped / len(answers), "exact_match": exact / len(answers),
-            "answers": [answers[i] for i in evenly_spaced(len(answers), 3)]}  # fmt: skip
+    return {
+        "stops_by_itself": stopped / len(answers),
+        "exact_match": exact / len(answers),
+        "answers": [answers[i] for i in evenly_spaced(len(answers), 3)],
+    }
 
 
-def continued(loaded: Loaded, rt: Runtime, ids: np.ndarray, n_prompt: int, n_new: int,
-              temperature: float = 0.0) -> dict:  # fmt: skip
+def continued(
+    loaded: Loaded,
+    rt: Runtime,
+    ids: np.ndarray,
+    n_prompt: int,
+    n_new: int,
+    temperature: float = 0.0,
+) -> dict:
     """Texts of a record's prompt, of what follows it there, and of what the model puts there."""
     tokenizer, prompt = loaded.tokenizer, torch.from_numpy(ids[:n_prompt].astype(np.int64))
     ends = (tokenizer.sep_id, tokenizer.eos_id)
     steps = generate(loaded.model, prompt.to(rt.device), n_new, ends, temperature=temperature)
     made = [token for (token,) in steps]
-    parts = {"prompt": prompt.tolist(), "wanted": ids[n_prompt:].tolist(),
-             "answer": [token for token in made if token >= 0]}  # fmt: skip
+    parts = {
+        "prompt": prompt.tolist(),
+        "wanted": ids[n_prompt:].tolist(),
+        "answer": [token for token in made if token >= 0],
+    }
     texts = {name: tokenizer.decode(part).strip() for name, part in parts.items()}
     return texts | {"ended": made[-1] < 0}
 
@@ -6180,8 +6242,9 @@ REPORT_ROWS = {  # figure of a finetune report: (what it is, whether more is bet
 }
 
 
-def first_report(config: FinetuneConfig, rt: Runtime, base: Loaded, folder: RunFolder,
-                 stop: StopSignal) -> dict:  # fmt: skip
+def first_report(
+    config: FinetuneConfig, rt: Runtime, base: Loaded, folder: RunFolder, stop: StopSignal
+) -> dict:
     """The report of the base. A run that goes on has the one that it began with."""
     if config.overfit_batch:
         return {}
@@ -6210,14 +6273,14 @@ def finetune_verdict(config: FinetuneConfig, before: dict, after: dict) -> list[
     aim = f"loss_{config.loss_on}"
     if aim in gains and config.objective == "ntp":  # preferences may well cost likelihood
         what = REPORT_ROWS[aim][0].removeprefix("loss on ")
+        verdict = f"better on {what}, by {gains[aim]:.4f} nats a token"
+        if gains[aim] <= 0:
+            verdict = f"not better on {what} than {config.ckpt}: try a lower --lr or more data"
+        lines.append(f"verdict: {verdict}")
+    if (lost := -gains.get("loss_base", 0.0)) > 0:
         lines.append(
-            f"verdict: better on {what}, by {gains[aim]:.4f} nats a token" if gains[aim] > 0 else
-            f"verdict: not better on {what} than {config.ckpt}: try a lower --lr, fewer --epochs "
-            "or more data"
-        )  # fmt: skip
-    if gains.get("loss_base", 0.0) < 0:
-        lines.append(f"it forgot a part of what its base was trained on: {-gains['loss_base']:.4f} "
-                     "nats a token more")  # fmt: skip
+            f"it forgot some of what its base was trained on: {lost:.4f} nats a token more"
+        )
     return lines
 
 
