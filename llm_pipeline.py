@@ -6114,10 +6114,11 @@ def training_report(
     model's words beside the text's own."""
     result = evaluate_perplexity(loaded.model, store, "val", rt, batch_size, max_batches, stop)
     lines, index = [evaluation_card(result), BESIDE, ""], store.index["val"]
+    n = 120 if isinstance(store.tokenizer, ByteTokenizer) else 40  # tokens of a line of text
     for start, length, prompt, _ in index[evenly_spaced(len(index), 3)].tolist():
-        first = prompt if prompt > 1 else min(length // 2, 32)
-        ids = store.ids("val", start, min(length, first + 40))
-        texts = continued(loaded, rt, ids, first, 40, 0.0 if prompt > 1 else 0.8)
+        first = prompt if prompt > 1 else min(length // 2, n)
+        ids = store.ids("val", start, min(length, first + n))
+        texts = continued(loaded, rt, ids, first, n, 0.0 if prompt > 1 else 0.8)
         for label, name in {"given": "prompt", "truth": "wanted", "model": "answer"}.items():
             lines.append(f"  {label:<8}{shortened(texts[name])}")
     return "\n".join(lines)
