@@ -3006,7 +3006,10 @@ class Turn:
 
 @dataclass
 class Record:
-    """One unit of text: plain text, an instruction with its answer, or a conversation."""
+    """One unit of text: plain text, an instruction with its answer, or a conversation.
+
+    `prompt` and `response` are those of the last turn.
+    """
 
     source: str
     turns: list[Turn]  # at least one; readers end it with a trained one
@@ -3020,12 +3023,10 @@ class Record:
 
     @property
     def prompt(self) -> str:
-        """The last turn's."""
         return self.turns[-1].prompt
 
     @property
     def response(self) -> str | TextFile:
-        """The last turn's."""
         return self.turns[-1].response
 
 
@@ -5803,11 +5804,10 @@ def replacing(target: Path, is_file: bool, kind: str = "export"):
     work = target.with_name(prefix + target.name)
     new = work / "new"
     try:
-        # A folder that holds nothing but its lock yet is another process's, just begun.
-        for leftover in {path.parent for path in target.parent.glob(f"{prefix}*/[!.]*")}:
+        found = [*target.parent.glob(f"{prefix}*/new"), *target.parent.glob(f"{prefix}*/old")]
+        for leftover in {path.parent for path in found}:
             with contextlib.suppress(UserError), run_lock(leftover):  # locked: another is at work
-                put_back(target.with_name(leftover.name.removeprefix(prefix)), leftover)
-                shutil.rmtree(leftover)
+                clear(target.with_name(leftover.name.removeprefix(prefix)), leftover)
         with run_lock(work):
             try:
                 new.mkdir()
@@ -5819,14 +5819,15 @@ def replacing(target: Path, is_file: bool, kind: str = "export"):
                         target.rename(work / "old")
                     new.rename(target)
             finally:
-                put_back(target, work)
-                shutil.rmtree(work, ignore_errors=True)
+                clear(target, work)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
 
 
-def put_back(target: Path, work: Path) -> None:
-    """Return from an old folder the files of others, or all of it where no new one stands."""
+def clear(target: Path, work: Path) -> None:
+    """Remove what `replacing` made in `work`. The files of others in an old folder return from it,
+    and all of it where no new one stands.
+    """
     old, ours = work / "old", STORE_FILES if work.name.startswith(".store.") else EXPORT_FILES
     if old.exists() and not target.exists():
         old.rename(target)
@@ -5834,6 +5835,11 @@ def put_back(target: Path, work: Path) -> None:
         for entry in old.iterdir():
             if entry.name not in ours and not (target / entry.name).exists():
                 entry.rename(target / entry.name)
+    for made in (work / "new", old):
+        shutil.rmtree(made, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (work / ".lock").unlink()
+        work.rmdir()
 
 
 # ====================================================================================

@@ -727,6 +727,17 @@ def test_a_foreign_meta_json_protects_its_folder(tmp_path):
         assert (tmp_path / "st/meta.json").read_text() == content_
 
 
+def test_a_folder_named_like_a_leftover_stays(tmp_path):
+    """Of what may be a killed run's, only what a run makes is swept."""
+    path = write_rows(tmp_path / "a.jsonl", rows())
+    for name in (".store.mine", ".store.st"):
+        (tmp_path / name / "new").mkdir(parents=True)
+        (tmp_path / name / "notes.txt").write_text("precious")
+    prepare(tmp_path / "st", "--data_dir", path).ok()
+    for name in (".store.mine", ".store.st"):
+        assert [p.name for p in (tmp_path / name).iterdir()] == ["notes.txt"]
+
+
 def test_a_store_of_other_data_is_replaced_only_when_asked(tmp_path):
     one, other = (
         write_rows(tmp_path / name, rows(n)) for name, n in (("a.jsonl", 60), ("b.jsonl", 9))
