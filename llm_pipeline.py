@@ -6653,6 +6653,7 @@ def measured(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFold
     if rt.is_main:
         scratch.unlink()
     params = flops_per_token(run.model, 0) // 6
+    run.save = None  # which holds the run, whose memory the next one needs
     seconds = map(rt.of_first, (start, took, look, save))
     return Pace(config, *seconds, looks, run.train.steps_per_epoch, params)
 
