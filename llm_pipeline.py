@@ -2295,8 +2295,9 @@ def attention_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_dro
     return (weights @ v).view(B, H, Tq, D)
 
 
-def attention_on_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float,
-                      flash: bool = False) -> Tensor:  # fmt: skip
+def attention_on_cuda(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float, flash: bool = False
+) -> Tensor:
     """Only the flash kernel shares key heads; what it cannot do would take the slow kernel, which
     holds all scores in fp32. So keys and values are repeated wherever flash does not apply."""
     groups = q.shape[1] // k.shape[1]
@@ -2328,8 +2329,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, reduction: str, dtype: torch.dtype,
-                multiple: int) -> Tensor:  # fmt: skip
+    def forward(
+        ctx,
+        h: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        reduction: str,
+        dtype: torch.dtype,
+        multiple: int,
+    ) -> Tensor:
         ctx.early = reduction == "sum"
         ctx.how = dtype, multiple
         scale = None  # (N,) upstream gradients
@@ -2357,9 +2365,15 @@ def with_rows_of_zeros(weight: Tensor, multiple: int) -> Tensor:
     return F.pad(weight, (0, 0, 0, -len(weight) % multiple))
 
 
-def swept(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, multiple: int,
-          scale: Tensor | None, weight_grad: bool
-          ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+def swept(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    multiple: int,
+    scale: Tensor | None,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (N,), and their gradients by h and weight where `scale` (N,) says what to weigh them by.
 
     h: (N, C); weight: (V, C); targets: (N,). Matrix products are in `dtype`, with V filled up to a
@@ -2392,8 +2406,9 @@ def swept(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, multip
     return losses, grad_h, None if grad_w is None else grad_w[:V]
 
 
-def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, reduction: str,
-                      multiple: int = 1) -> Tensor:  # fmt: skip
+def chunked_head_loss(
+    h: Tensor, weight: Tensor, targets: Tensor, reduction: str, multiple: int = 1
+) -> Tensor:
     """`head_loss`, in chunks where all logits at once would take too much memory.
 
     multiple: V is filled up to one of it while products are computed.
@@ -6364,8 +6379,9 @@ def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = Fa
     return first_one_first(rt, lambda: build_corpus_from_sources(config, tokenizer, pairs=pairs))
 
 
-def open_split_store(config: DataConfig, rt: Runtime, base: Loaded, resumed: bool = False,
-                     pairs: bool = False) -> TokenStore:  # fmt: skip
+def open_split_store(
+    config: DataConfig, rt: Runtime, base: Loaded, resumed: bool = False, pairs: bool = False
+) -> TokenStore:
     """The corpus, split as the base's training data was: that stays out of validation.
 
     A resumed run has its split from its own checkpoint. Raises UserError where a prepared store
@@ -6377,8 +6393,8 @@ def open_split_store(config: DataConfig, rt: Runtime, base: Loaded, resumed: boo
         if name not in config.given and value == getattr(type(config), name):
             setattr(config, name, theirs)
         elif value != theirs:
-            note(f"warning: --{name} {value} differs from the checkpoint's {theirs}: it may have "
-                 "been trained on what is validated here")  # fmt: skip
+            what = f"--{name} {value} differs from the checkpoint's {theirs}"
+            note(f"warning: {what}: it may have been trained on what is validated here")
     store = open_store(config, rt, base.tokenizer, pairs)
     if not base.state.get("data") or getattr(config, "split", "") == "all":
         return store
@@ -6393,8 +6409,14 @@ def open_split_store(config: DataConfig, rt: Runtime, base: Loaded, resumed: boo
     return store
 
 
-def make_run(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder,
-             loaded: Loaded, store: TokenStore | None) -> Run:  # fmt: skip
+def make_run(
+    config: FitConfig,
+    rt: Runtime,
+    stop: StopSignal,
+    folder: RunFolder,
+    loaded: Loaded,
+    store: TokenStore | None,
+) -> Run:
     """Put a run together: a new one from `loaded`, or the one that the folder's state goes on."""
     folder.about, resumed = describe_run(config, rt, loaded, store), folder.state
     if resumed:
@@ -6437,11 +6459,9 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     processes is another or the flag was given."""
     progress = Progress(**resumed["progress"] | {"total": total})
     if progress.step > total:
-        raise UserError(f"the run is at step {progress.step} already: --max_steps or --epochs must "
-                        "be at least that")  # fmt: skip
+        raise UserError(f"the run is at step {progress.step} already: ask for at least as many")
     if rt.sum(progress.step)[0] != progress.step * rt.world_size:
-        raise UserError("the processes read different checkpoints: they need one --out_dir that "
-                        "all of them see")  # fmt: skip
+        raise UserError("the processes read different checkpoints: give one --out_dir to them all")
     then = resumed["versions"].get("world_size", 1)
     parts = progress.grad_accum * then
     for name in ("grad_accum", "grad_checkpointing"):
@@ -6451,8 +6471,8 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     if config.compile != resumed["config"].get("compile"):
         changes.append(f"--compile {resumed['config'].get('compile')}")
     if changes and resumed["model_config"]["dropout"] > 0:
-        note(f"warning: this run had {' and '.join(changes)}; now dropout draws other masks, so "
-             "the rest of it will be as good, but not the same")  # fmt: skip
+        was = " and ".join(changes)
+        note(f"warning: this run had {was}; dropout draws other masks now, as good as those")
     return progress
 
 
@@ -6464,9 +6484,9 @@ def run_fit(run: Run, folder: RunFolder) -> str:
             for path in folder.files().values():  # of the run that this one overwrites
                 path.unlink()
         write_json(folder.file("config.json"), folder.about["config"])
-    note(f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}, "
-         f"{run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {p.total:,} steps of "
-         f"{config.batch_size} x {shape.block_size} tokens")  # fmt: skip
+    model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
+    steps = f"{p.total:,} steps of {config.batch_size} x {shape.block_size} tokens"
+    note(f"{model}, {run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {steps}")
     metrics = folder.file("metrics.csv")
     with run.stop.held(), contextlib.closing(Recorder(run, metrics)) as run.record:
         try:
@@ -6484,11 +6504,11 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     if ended == "signal":  # it may have come to another process
         run.stop.number = run.stop.number or signal.SIGTERM
     if config.overfit_batch:
+        reached = f"loss {p.best:.4f} after {p.step} steps"
         if not p.best < 0.05:
-            raise UserError(f"could not overfit one batch: loss {p.best:.4f} after {p.step} steps; "
-                            "check the learning rate, or the model")  # fmt: skip
+            raise UserError(f"could not overfit one batch: {reached}; check the learning rate")
         if run.rt.is_main:
-            print(f"overfitted one batch: loss {p.best:.4f} after {p.step} steps; nothing is kept")
+            print(f"overfitted one batch: {reached}; nothing is kept")
         return ""
     note(how_it_ended(run, folder, ended))
     return str(folder.file("best.pth")) if ended in ("done", "early") else ""
@@ -6503,11 +6523,11 @@ def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
     if ended == "done":
         seconds = timedelta(seconds=round(run.record.bar.format_dict["elapsed"]))
         tokens = p.step * run.train.batch_size * run.model.config.block_size
-        return (f"done: best {kind} loss {p.best:.4f} at step {p.best_step}{compared}; {tokens:,} "
-                f"tokens seen; this session took {seconds}")  # fmt: skip
+        best = f"best {kind} loss {p.best:.4f} at step {p.best_step}{compared}"
+        return f"done: {best}; {tokens:,} tokens seen; this session took {seconds}"
     if ended == "early":
-        return (f"stopped early at step {p.step}: nothing better than {p.best:.4f} since step "
-                f"{p.best_step}{compared}")  # fmt: skip
+        since = f"nothing better than {p.best:.4f} since step {p.best_step}{compared}"
+        return f"stopped early at step {p.step}: {since}"
     return f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"
 
 
@@ -6628,8 +6648,9 @@ class Pace:
         return why
 
 
-def measured(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder,
-             seconds: float) -> Pace:  # fmt: skip
+def measured(
+    config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder, seconds: float
+) -> Pace:
     """The pace of a run that is thrown away, from three steps, or up to 50 in `seconds`."""
     began = time.perf_counter()
     run = new_run(config, rt, stop, folder)
@@ -6643,9 +6664,9 @@ def measured(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFold
     if run.val:
         validate = partial(estimate_loss, run.model, run.val, run.objective, 1, stop)
         look = in_turns({"": validate}, rt, 1)[""]
-        one, all_of_them = (len(run.val.dataset.fixed_ids(n * config.batch_size))
-                            for n in (1, config.eval_batches))  # fmt: skip
-        looks = all_of_them / one
+        windows = run.val.dataset.fixed_ids
+        every, one = (len(windows(n * config.batch_size)) for n in (config.eval_batches, 1))
+        looks = every / one
     began = time.perf_counter()
     scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `sweep` knows
     save_run(run, folder.about, scratch)
@@ -6658,8 +6679,9 @@ def measured(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFold
     return Pace(config, *seconds, looks, run.train.steps_per_epoch, params)
 
 
-def within_minutes(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
-                   ) -> TrainConfig:  # fmt: skip
+def within_minutes(
+    config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
+) -> TrainConfig:
     """The settings that end a run with its minutes: a number of steps and, where none was given, a
     size. From there on it is the run of a command that gives these numbers, to the last bit.
 
@@ -6686,12 +6708,14 @@ def within_minutes(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: R
         pace = trial(1.8 * config.minutes, **size | given, max_steps=steps)
     steps = pace.steps(left())
     if steps < 1:
-        raise UserError(f"--minutes {config.minutes:g} is over before the first step: "
-                        f"{60 * config.minutes - left() + pace.start:.1f} s go by until there, an "
-                        f"evaluation takes {pace.look * pace.looks:.1f} s: give more")  # fmt: skip
+        spent = 60 * config.minutes - left() + pace.start
+        raise UserError(
+            f"--minutes {config.minutes:g} is over before the first step: {spent:.1f} s go by until "
+            f"there, an evaluation takes {pace.look * pace.looks:.1f} s: give more"
+        )
     chosen = {n: v for n, v in size.items() if n not in given} | dict(max_steps=steps)
-    note(f"minutes {config.minutes:g}: {' '.join(f'--{n} {v}' for n, v in chosen.items())}: "
-         + pace.reasons(steps, len(ladder) > 1))  # fmt: skip
+    flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
+    note(f"minutes {config.minutes:g}: {flags}: {pace.reasons(steps, len(ladder) > 1)}")
     return resolve(TrainConfig, chosen | given)
 
 
@@ -6699,8 +6723,9 @@ def pretrained(config: TrainConfig) -> Loaded:
     """--init_from's model, with the settings that may be asked of it. Raises UserError."""
     loaded = load_model(config.init_from)
     own = asdict(loaded.model.config)
-    clash = [n for n in config.given & own.keys() - {"block_size", "dropout", "attn"}
-             if n != "vocab_size" and getattr(config, n) != own[n]]  # fmt: skip
+    free_to_change = {"block_size", "dropout", "attn", "vocab_size"}
+    asked = config.given & own.keys() - free_to_change
+    clash = [name for name in asked if getattr(config, name) != own[name]]
     if clash:
         raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
     if "block_size" in config.given or config.block_size < own["block_size"]:
@@ -6717,8 +6742,9 @@ class PreferenceDataset(InstructionDataset):
 
     group, reference = 2, None
 
-    def __init__(self, store: TokenStore, split: str, block_size: int, seed: int = 0,
-                 batch_size: int = 1):  # fmt: skip
+    def __init__(
+        self, store: TokenStore, split: str, block_size: int, seed: int = 0, batch_size: int = 1
+    ):
         super().__init__(store, split, block_size, seed, "response", batch_size)
 
     def n_targets(self, ids: np.ndarray) -> int:
@@ -6750,8 +6776,9 @@ def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, int
 OBJECTIVES["dpo"] = preference_loss
 
 
-def reference_log_probs(config: FinetuneConfig, rt: Runtime, model: GPT,
-                        store: TokenStore) -> dict[str, np.ndarray]:  # fmt: skip
+def reference_log_probs(
+    config: FinetuneConfig, rt: Runtime, model: GPT, store: TokenStore
+) -> dict[str, np.ndarray]:
     """Log-probability of every preference record's response under the base model, by split."""
     found, losses = {}, rt.losses(model.to(rt.device).eval())
     for split in ("train", "val"):
@@ -6809,9 +6836,10 @@ def fit_command(loop: Callable) -> Callable:
         if not result or not rt.is_main:
             return
         then = "finetune" if isinstance(config, TrainConfig) else "export"
-        note(f"next: python llm_pipeline.py eval --ckpt {result}\n"
-             f"      python llm_pipeline.py sample --ckpt {result} --prompt \"...\"\n"
-             f"      python llm_pipeline.py {then} --ckpt {result}")  # fmt: skip
+        note("next:")
+        for words in ("eval", "sample", then):
+            prompt = ' --prompt "..."' * (words == "sample")
+            note(f"  python llm_pipeline.py {words} --ckpt {result}{prompt}")
         print(result)
 
     return command
@@ -6838,15 +6866,15 @@ def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> di
         for_decoding(loaded.model, rt.device, rt.dtype)
     store = open_split_store(config, rt, loaded)
     note(what_is_scored(config, loaded, store))
-    return evaluate_perplexity(loaded.model, store, config.split, rt, config.batch_size,
-                               config.max_batches, stop)  # fmt: skip
+    size = config.batch_size, config.max_batches
+    return evaluate_perplexity(loaded.model, store, config.split, rt, *size, stop)
 
 
 def what_is_scored(config: EvalConfig, loaded: Loaded, store: TokenStore) -> str:
     """Which records `eval` scores, and whether the checkpoint was trained on any of them."""
     splits = ("train", "val") if config.split == "all" else (config.split,)
-    counts = (f"{len(store.whole_records(s)):,} {s} records, {len(store.tokens[s]):,} tokens"
-              for s in splits)  # fmt: skip
+    records = {split: len(store.whole_records(split)) for split in splits}
+    counts = (f"{n:,} {s} records, {len(store.tokens[s]):,} tokens" for s, n in records.items())
     trained_on = loaded.state.get("data", {}).get("fingerprint")
     if trained_on is None:
         origin = "this checkpoint does not say what it was trained on"
@@ -6854,12 +6882,15 @@ def what_is_scored(config: EvalConfig, loaded: Loaded, store: TokenStore) -> str
         origin = "this is the data that the checkpoint was trained on"
         origin += "; the val records were held out of that training" * ("val" in splits)
     elif all(getattr(config, name) == loaded.data[name] for name in SPLIT_SETTINGS):
-        origin = ("this is not the data that the checkpoint was trained on. A record in both "
-                  "keeps its side of the split, but for texts over 64 KiB and files or folders "
-                  "named train, valid or test")  # fmt: skip
+        origin = (
+            "this is not the data that the checkpoint was trained on. A record in both keeps its "
+            "side of the split, but for texts over 64 KiB and what is named train, valid or test"
+        )
     else:
-        origin = ("warning: this is not the data that the checkpoint was trained on, and it is "
-                  "split otherwise: the checkpoint may have been trained on any of it")  # fmt: skip
+        origin = (
+            "warning: this is not the data that the checkpoint was trained on, and it is split "
+            "otherwise: the checkpoint may have been trained on any of it"
+        )
     return f"scoring {config.hf_dataset or config.data_dir}: {'; '.join(counts)}\n{origin}"
 
 
@@ -6867,9 +6898,9 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     result = evaluate_checkpoint(config, rt, stop)
     if rt.is_main:
         print(evaluation_card(result))
-        note(f"{BESIDE}.\nEach record is scored by itself, from its beginning. The losses shown in "
-             "training are over a few batches\nof windows (train) or padded records (finetune), and "
-             "so differ a little.")  # fmt: skip
+        note(BESIDE)
+        note("Each record is scored by itself, from its beginning; the losses in training are over")
+        note("a few batches of windows (train) or padded records (finetune).")
         if config.json:
             write_result(config.json, result)
 
@@ -6962,8 +6993,15 @@ def fit_context(ids: list[int], config: GPTConfig, max_new_tokens: int, instruct
     return fit_record(np.array(ids), np.empty(0, np.int64), room)[0].tolist()
 
 
-def generated_texts(loaded: Loaded, config: SampleConfig, rt: Runtime, ids: list[int], seed: int,
-                    cache: KVCache | None = None, cached: list | None = None) -> Iterator[str]:  # fmt: skip
+def generated_texts(
+    loaded: Loaded,
+    config: SampleConfig,
+    rt: Runtime,
+    ids: list[int],
+    seed: int,
+    cache: KVCache | None = None,
+    cached: list | None = None,
+) -> Iterator[str]:
     """`generate` with a command's settings, as text: pieces of one sample, or several whole ones.
 
     cached: the ids that the cache stands for; generated ids are added to it.
@@ -7056,8 +7094,8 @@ class Chat:
         self.turns.append((instruction, input, None))
         ids = self.context()
         self.reuse_cache(ids)
-        texts = generated_texts(self.loaded, self.config, self.rt, ids, self.next_seed(),
-                                self.cache, self.cached)  # fmt: skip
+        how = self.loaded, self.config, self.rt
+        texts = generated_texts(*how, ids, self.next_seed(), self.cache, self.cached)
         answer = ""
         try:
             for piece in answer_text(texts):
@@ -7082,8 +7120,9 @@ class Chat:
         while len(ids := rendered()) > room and len(self.turns) > 1:
             del self.turns[0]
         if dropped := before - len(self.turns):
-            note(f"the conversation is longer than the context of {shape.block_size:,} tokens: "
-                 f"its oldest {'turn is' if dropped == 1 else f'{dropped} turns are'} left out")  # fmt: skip
+            left_out = "turn is" if dropped == 1 else f"{dropped} turns are"
+            what = f"the conversation is longer than the context of {shape.block_size:,} tokens"
+            note(f"{what}: its oldest {left_out} left out")
         return fit_context(ids, shape, new, True)
 
     def reuse_cache(self, ids: list[int]) -> None:
@@ -7115,8 +7154,8 @@ def chat_session(loaded: Loaded, config: SampleConfig, rt: Runtime) -> None:
     instruct = is_instruct(loaded, config)
     if instruct and config.num_samples > 1:
         raise UserError("--num_samples needs --prompt: a conversation goes on from one answer")
-    note(f"{'a conversation' if instruct else 'text to continue'}; /help lists the commands; "
-         f"--seed {config.seed} repeats this session")  # fmt: skip
+    kind = "a conversation" if instruct else "text to continue"
+    note(f"{kind}; /help lists the commands; --seed {config.seed} repeats this session")
     chat, input_text, last = Chat(loaded, config, rt), config.input, ""
     with contextlib.suppress(EOFError):
         while line := input("> ") or (last if input_text else ""):
@@ -7133,8 +7172,8 @@ def chat_session(loaded: Loaded, config: SampleConfig, rt: Runtime) -> None:
             else:
                 last = line
                 again = replace(config, seed=chat.next_seed())
-                show(chat.ask(line, input_text) if instruct
-                     else sample_text(loaded, again, rt, line))  # fmt: skip
+                answer = chat.ask(line, input_text)
+                show(answer if instruct else sample_text(loaded, again, rt, line))
                 input_text = ""
 
 
@@ -7158,8 +7197,7 @@ def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
                 sys.stdin.reconfigure(encoding="utf-8")
             prompt = sys.stdin.read()
         except UnicodeDecodeError as error:
-            raise UserError(f"the prompt on standard input is not UTF-8 (byte {error.start}): "
-                            "convert it first") from None  # fmt: skip
+            raise UserError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
     for piece in sample_text(loaded, config, rt, prompt):
         print(piece, end="", flush=True)
     print(flush=True)
@@ -7228,11 +7266,11 @@ def download(name: str, data_dir: Path, mirror: str = "") -> list[Path]:
             torch.hub.download_url_to_file(address, str(fetched))
             unpack(fetched, files)
     except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:
-        raise UserError(f"{name}: what {address} sent is not what it should be "
-                        f"({one_line(error, 80)}); run the same command again") from None  # fmt: skip
+        why = f"what {address} sent is not what it should be ({one_line(error, 80)})"
+        raise UserError(f"{name}: {why}; run the same command again") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"{name}: cannot fetch {address} into {data_dir} ({one_line(error, 80)}); "
-                        "is there a network? run the same command again") from None  # fmt: skip
+        why = f"cannot fetch {address} into {data_dir} ({one_line(error, 80)})"
+        raise UserError(f"{name}: {why}; is there a network? run it again") from None
     finally:
         socket.setdefaulttimeout(patience)
     return list(files)
@@ -7271,10 +7309,9 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> Non
     data = LMDataset(store, "train", config.block_size)
     ids = data.batch(data.fixed_ids(4)).x
     # As a Hugging Face model takes it: labels equal ids, and the model shifts them.
-    write_json(store.folder / "sample_batch.json", {
-        "input_ids": ids.tolist(), "labels": ids.tolist(),
-        "text": [store.tokenizer.decode(row) for row in ids.tolist()],
-    })  # fmt: skip
+    rows = ids.tolist()
+    batch = {"input_ids": rows, "labels": rows, "text": [store.tokenizer.decode(r) for r in rows]}
+    write_json(store.folder / "sample_batch.json", batch)
     if config.preview:
         print(preview(store, config.preview, config.block_size))
     note(f"python plot_curves.py {store.folder} draws how long the records are")
@@ -7287,17 +7324,17 @@ def store_report(store: TokenStore) -> dict:
     """Records, tokens, speed, bytes per token and the distribution of lengths."""
     figures, lengths = store_figures(store), store.meta["lengths"]  # {tokens: records}
     percents = (1, 5, 25, 50, 75, 95, 99, 100)
-    found = np.percentile(np.array(list(lengths), int), percents, method="inverted_cdf",
-                          weights=list(lengths.values()))  # fmt: skip
+    sizes, counts = np.array(list(lengths), int), list(lengths.values())
+    found = np.percentile(sizes, percents, method="inverted_cdf", weights=counts)
     percentiles = dict(zip(percents, found.tolist(), strict=True))
     lines = [f"{name:<28}{value:>16,}" for name, value in figures.items()]
     lines.append("tokens in a record, by percentile:")
     lines += [f"  {p:>3}%{n:>12,}" for p, n in percentiles.items()]
     alike = near_duplicates(store)
-    lines += [f"{source}: {n:,} of {of:,} validation records are near-duplicates of training ones"
-              for source, (n, of) in alike.items() if n]  # fmt: skip
-    return {"figures": figures, "length_percentiles": percentiles, "near_duplicates": alike,
-            "lines": lines}  # fmt: skip
+    what = "validation records are near-duplicates of training ones"
+    lines += [f"{source}: {n:,} of {of:,} {what}" for source, (n, of) in alike.items() if n]
+    shares = {"length_percentiles": percentiles, "near_duplicates": alike}
+    return {"figures": figures, **shares, "lines": lines}
 
 
 def store_figures(store: TokenStore) -> dict[str, float]:
@@ -7308,8 +7345,11 @@ def store_figures(store: TokenStore) -> dict[str, float]:
     dropped = Counter()
     for row in rows:
         dropped.update({k.removeprefix("skipped: "): n for k, n in row.items() if "skipped" in k})
-    answers = {f"trained answers, {split}": len(index) for split, index in store.index.items()
-               if len(index) > len(store.whole_records(split))}  # fmt: skip
+    answers = {
+        f"trained answers, {split}": len(index)
+        for split, index in store.index.items()
+        if len(index) > len(store.whole_records(split))
+    }
     return {
         "records read": sum(row.get("records", 0) for row in rows),
         **{f"dropped, {why}": n for why, n in dropped.items()},
@@ -7360,19 +7400,19 @@ def check_model(name: str, store: TokenStore, ids: Tensor) -> str:
     except Exception as error:
         raise UserError(f"--check_model {name}: {one_line(error)}") from None
     if ids.max() >= model.config.vocab_size:
-        raise UserError(f"--check_model {name}: it has {model.config.vocab_size} ids, the store "
-                        f"{store.tokenizer.vocab_size}; prepare with its tokenizer")  # fmt: skip
+        sizes = f"it has {model.config.vocab_size} ids, the store {store.tokenizer.vocab_size}"
+        raise UserError(f"--check_model {name}: {sizes}; prepare with its tokenizer")
     try:
         with torch.no_grad():
             out = model(input_ids=ids, labels=ids)
     except (IndexError, RuntimeError) as error:
-        raise UserError(f"--check_model {name}: {one_line(error)}; is --block_size {ids.shape[1]} "
-                        "longer than its context?") from None  # fmt: skip
+        doubt = f"is --block_size {ids.shape[1]} longer than its context?"
+        raise UserError(f"--check_model {name}: {one_line(error)}; {doubt}") from None
     ours = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     shapes = f"ids {tuple(ids.shape)} -> logits {tuple(out.logits.shape)}"
     if not abs(out.loss.item() - ours.item()) <= 1e-3 * max(1.0, ours.item()):
-        raise UserError(f"--check_model {name}: its loss is {out.loss:.4f} and should be "
-                        f"{ours:.4f}: it does not shift labels as expected")  # fmt: skip
+        found = f"its loss is {out.loss:.4f} and should be {ours:.4f}"
+        raise UserError(f"--check_model {name}: {found}: it does not shift labels as expected")
     return f"{name}: {shapes}, loss {out.loss:.4f}, by our own shift {ours:.4f}"
 
 
@@ -7546,8 +7586,9 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
         peer = hf_peer(model.config).to(rt.device).eval()
         peer.generation_config.eos_token_id = None
         many = prompt[None].expand(batch, -1)
-        sides["hf_"] = lambda: peer.generate(many, max_new_tokens=n, do_sample=False,
-                                             attention_mask=torch.ones_like(many))  # fmt: skip
+        sides["hf_"] = lambda: peer.generate(
+            many, max_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(many)
+        )
     seconds = in_turns(sides, rt, max(1, config.rounds // 2), "decoding")
     read = sum(t.nbytes for part in (ours.blocks, ours.head) for t in part.state_dict().values())
     side = 16384 if rt.device.type == "cuda" else 8192  # a matrix too large for the caches
