@@ -6608,9 +6608,9 @@ LADDER = (
 )
 # Whoever names one of these has chosen the size.
 SIZES = {"preset", "init_from", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"}
-# A size is better than the one before it from about so many tokens for each weight that multiplies
-# them (tests/bench/README.md); far from Chinchilla's 20, since these runs have few steps.
-ENOUGH = 3
+# A size is better than the one before it from about so many tokens for each weight of its blocks
+# (tests/bench/README.md); far from Chinchilla's 20, since these runs have few steps.
+ENOUGH = 2
 PASSES = 16  # text read more often teaches hardly anything (Muennighoff et al., 2023)
 
 
@@ -6625,7 +6625,7 @@ class Pace:
     save: float
     looks: float  # batches of an evaluation
     epoch: int  # steps of a pass over the text
-    params: int  # that a token is multiplied with
+    params: int  # of the blocks
 
     def steps(self, seconds: float) -> int:
         """How many of them, with what goes with them, end in time; at most those of all passes."""
@@ -6644,7 +6644,7 @@ class Pace:
         if steps == PASSES * self.epoch:
             why += " (more of them teach little, so that it ends early)"
         if sized:
-            why += f"; a larger size would see fewer than {ENOUGH:g} tokens for each weight"
+            why += f"; a larger size would see fewer than {ENOUGH:g} tokens for each weight of its blocks"
         return why
 
 
@@ -6673,7 +6673,7 @@ def measured(
     save = time.perf_counter() - began
     if rt.is_main:
         scratch.unlink()
-    params = flops_per_token(run.model, 0) // 6
+    params = sum(p.numel() for p in run.model.blocks.parameters())
     run.save = None  # which holds the run, whose memory the next one needs
     seconds = map(rt.of_first, (start, took, look, save))
     return Pace(config, *seconds, looks, run.train.steps_per_epoch, params)
