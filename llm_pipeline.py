@@ -28,9 +28,8 @@ parts. Part I is the course, to be read from the top in one sitting:
      6 Training        gradients, the step, validation, the loop
      7 Sampling        the key/value cache, the next token, generation
 
-Part II, the workshop, makes the course exact, fast and usable on real machines and data: 8 Runtime,
-9 The same, faster (kernels), 10 BPE, 11 Corpus, 12 Checkpoints, 13 Interchange, 14 Evaluation,
-15 Commands, 16 Command line.
+Part II, the workshop, makes it exact, fast and usable: 8 Runtime, 9 The same, faster, 10 BPE,
+11 Corpus, 12 Checkpoints, 13 Interchange, 14 Evaluation, 15 Commands, 16 Command line.
 """
 
 from __future__ import annotations
