@@ -293,6 +293,7 @@ class TrainConfig(PresetConfig, TokenizerConfig, ModelSettings, FitConfig):
     """Train a GPT from scratch, or go on from a pretrained one (--init_from)."""
 
     init_from: str = free("", "start from a checkpoint or a Hugging Face folder or name")
+    answer_weight: int = option(0, "whole records, answers counting N-fold (0: windows)", low=0)
     minutes: float = once(0.0, "fill N minutes: sets steps, size, recipe fast", low=0.0, high=1e6)
 
 
@@ -453,22 +454,19 @@ def evenly_spaced(n: int, limit: int) -> np.ndarray:
 
 @dataclass
 class Batch:
-    """Inputs and targets, (B, T) int64 each; targets that do not count are IGNORE.
-
-    A preference pair takes two sequences, chosen then rejected.
-    """
+    """Inputs and targets, (B, T) int64 each (of pairs: chosen, rejected, chosen, ...)."""
 
     x: Tensor
-    y: Tensor
+    y: Tensor  # IGNORE where it does not count
     reference: Tensor | None = None  # (B,) log-probabilities of the targets under the base model
+    weight: Tensor | None = None  # (B, T) how much each target counts (None: all alike)
 
     def to(self, device: torch.device) -> Batch:
-        tensors = self.x, self.y, self.reference
+        tensors = vars(self).values()
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
 
     def split(self, parts: int) -> list[Batch]:
-        references = [None] * parts if self.reference is None else self.reference.chunk(parts)
-        columns = self.x.chunk(parts), self.y.chunk(parts), references
+        columns = ([None] * parts if t is None else t.chunk(parts) for t in vars(self).values())
         return [Batch(*row) for row in zip(*columns, strict=True)]
 
 
@@ -1026,6 +1024,8 @@ Objective = Callable[[Callable, Batch], tuple[Tensor, int | Tensor, dict[str, Te
 
 def next_token_loss(losses: Callable, batch: Batch, config=None) -> tuple[Tensor, Tensor, dict]:
     """Summed cross entropy of the next token, the number of targets, and nothing else to report."""
+    if batch.weight is not None:
+        return (losses(batch.x, batch.y) * batch.weight).sum(), batch.weight.sum(), {}
     return losses(batch.x, batch.y, "sum"), (batch.y != IGNORE).sum(), {}
 
 
@@ -4551,6 +4551,32 @@ class StreamDataset(LMDataset):
         return np.arange(self.available(limit or self.segment)) * self.stride
 
 
+class RecordDataset(InstructionDataset):
+    """Whole records to pretrain on, whose (last) answer counts `weight` times as much as the rest.
+
+    Among dozens of tokens of text, the few of a label would hardly be heard.
+    Raises UserError where a record is plain text, which has no answer.
+    """
+
+    def __init__(self, store: TokenStore, split: str, block_size: int, seed: int, batch_size: int,
+                 weight: int):  # fmt: skip
+        super().__init__(store, split, block_size, seed, "all", batch_size)
+        index = store.index[split][self.rows]
+        if (index["prompt"] == 1).any():
+            raise UserError("plain text has no answers to weigh: leave out --answer_weight")
+        self.weight = weight
+        self.targets += (weight - 1) * np.minimum(index["length"] - index["prompt"], block_size)
+
+    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
+        batch = super().batch(ids, rows)
+        if self.weight > 1:
+            batch.weight = torch.ones(batch.y.shape)
+            for row, number in enumerate(ids[rows]):
+                batch.weight[row, self.record(number)[1] - 1 :] = self.weight
+            batch.weight *= batch.y != IGNORE
+        return batch
+
+
 def create_dataloaders(
     config: FitConfig, store: TokenStore, block_size: int, rt: Runtime
 ) -> tuple[Loader, Loader | None]:
@@ -4560,6 +4586,9 @@ def create_dataloaders(
         shape, stride = (store, split, block_size), config.stride if split == "train" else 0
         if isinstance(store, StreamStore):
             data = StreamDataset(*shape, stride, config.seed, config.shuffle_buffer)
+        elif not isinstance(config, FinetuneConfig) and getattr(config, "answer_weight", 0):
+            weight = config.answer_weight if split == "train" else 1
+            data = RecordDataset(*shape, config.seed, config.batch_size, weight)
         elif not isinstance(config, FinetuneConfig):
             data = LMDataset(*shape, stride, config.seed)
         elif config.objective == "dpo":
@@ -6522,7 +6551,10 @@ def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
         compared = f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
     if ended == "done":
         seconds = timedelta(seconds=round(run.record.bar.format_dict["elapsed"]))
-        tokens = p.step * run.train.batch_size * run.model.config.block_size
+        data, width = run.train.dataset, run.model.config.block_size
+        if isinstance(data, InstructionDataset):  # whole records, padding left out
+            width = data.group * data.lengths.mean()
+        tokens = round(p.step * run.train.batch_size * width)
         best = f"best {kind} loss {p.best:.4f} at step {p.best_step}{compared}"
         return f"done: {best}; {tokens:,} tokens seen; this session took {seconds}"
     if ended == "early":
@@ -6545,7 +6577,8 @@ def small_corpus(sizes: dict, given: dict) -> dict:
     """Less than 2 MB of text is read until 4 MB have gone by, six times at most.
 
     Several passes want dropout and a rate that does not end at zero. A vocabulary in proportion
-    (where `tokenizers` is installed) makes more of a block.
+    (where `tokenizers` is installed) makes more of a block. Where every record has an answer, four
+    passes over whole records whose answers weigh more make the better classifier.
     """
     size = sizes.get("corpus_bytes", 0)  # 0: not known, or a toy
     if not 0 < size < 2e6:
@@ -6553,11 +6586,24 @@ def small_corpus(sizes: dict, given: dict) -> dict:
     chosen = dict(epochs=max(sizes["epochs"], min(6, round(4e6 / size))))
     if sizes["tokenizer"] == "byte" and sizes["bpe_at_hand"] and size >= 3e5:
         chosen |= dict(tokenizer="bpe", vocab_size=int(size / 3.25e4) * 100)
+    bpe = given.get("tokenizer", chosen.get("tokenizer")) == "bpe"  # else few records fit a block
+    answers = bpe and given.get("answer_weight", 1) and only_answers(sizes["data_dir"])
+    if answers:
+        chosen |= dict(epochs=max(sizes["epochs"], min(4, chosen["epochs"])), answer_weight=10,
+                       batch_size=2 * sizes["batch_size"])  # fmt: skip
     passes = given.get("epochs", chosen["epochs"])
     if given.get("max_steps"):
         passes = given["max_steps"] * sizes["batch_size"] * sizes["block_size"] / size
     several = passes > 1.5
-    return chosen | dict(dropout=0.2 if passes > 4 else 0.1 * several, min_lr_ratio=0.1 * several)
+    dropout = 0.3 if answers and passes > 3 else 0.2 if passes > 4 else 0.1 * several
+    return chosen | dict(dropout=dropout, min_lr_ratio=0.1 * several)
+
+
+def only_answers(data_dir: str) -> bool:
+    """Whether every record of a small folder or file is a prompt with its answer."""
+    with contextlib.suppress(UserError):
+        return all(r.prompt for r in read_records(DataConfig(data_dir=data_dir), Report()))
+    return False
 
 
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
@@ -6565,7 +6611,8 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
     if config.minutes and not folder.state:
         config = within_minutes(config, rt, stop, folder)
     if config.recipe == "fast" and not folder.state:
-        chosen = ("tokenizer", "vocab_size", "epochs", "max_steps", "dropout", "min_lr_ratio")
+        chosen = ("tokenizer", "vocab_size", "epochs", "max_steps", "dropout", "min_lr_ratio",
+                  "answer_weight", "batch_size")  # fmt: skip
         note("recipe fast: " + ", ".join(f"{n} {getattr(config, n)}" for n in chosen))
     run = new_run(config, rt, stop, folder)
     best = run_fit(run, folder)

@@ -846,3 +846,21 @@ def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
     assert settings(small, tokenizer="byte", epochs=1) == ("byte", 1, 0.0, 0.0)
     assert settings(small, max_steps=100)[2:] == (0.0, 0.0)  # a part of one pass
     assert settings(small, dropout=0.3)[2] == 0.3
+
+
+def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
+    """A quarter of a page of plain text among them, and they are windows as before."""
+    rows = [dict(instruction="Say it.", input=f"word {i}", output=f"{i}") for i in range(8_000)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))  # 0.5 MB
+
+    def settings(**more):
+        flags = dict(recipe="fast", preset="cpu-debug", data_dir=str(tmp_path)) | more
+        config = lp.resolve(lp.TrainConfig, flags)
+        return config.answer_weight, config.epochs, config.dropout, config.batch_size
+
+    assert settings() == (10, 4, 0.3, 16)
+    assert settings(answer_weight=0) == (0, 6, 0.2, 8)
+    assert settings(tokenizer="byte")[0] == 0  # they would not fit into a block
+    (tmp_path / "text.txt").write_text("A line of a book.\n" * 9)
+    assert settings() == (0, 6, 0.2, 8)

@@ -130,6 +130,7 @@ RESUMED = {
     "fast": "--recipe fast",
     "modern, checkpointing": "--arch modern --grad_checkpointing --n_kv_head 1",
     "sliding": "--stride 5 --max_steps 10",
+    "answers": "--answer_weight 7 --grad_accum 2",
 }
 
 
@@ -154,7 +155,7 @@ def resumed_is_whole(command: list, folder: Path, steps: int, suffix: str = "") 
 def test_resume_from_every_step(name, corpus, tmp_path):
     """10 steps are two and a half epochs, so that some stops stand at an epoch's edge."""
     resumed_is_whole(["train", *corpus, *SHORT, *words(RESUMED[name])], tmp_path, 10)
-    if name != "sliding":
+    if name not in ("sliding", "answers"):
         assert {row["epoch"] for row in metrics(tmp_path / "whole")} == {"0", "1", "2"}
 
 
@@ -357,6 +358,34 @@ def test_padding_does_not_count(corpus):
         assert float(whole) == pytest.approx(
             sum(float(model.losses(one.x, one.y, "sum")) for one in alone), rel=1e-5
         )
+
+
+def test_answers_that_weigh_more(corpus):
+    """The loss is that of all tokens, and six times more that of the answers; each by itself."""
+    config = lp.DataConfig(data_dir=corpus[1], processed_dir=corpus[3], val_fraction=0.2)
+    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
+    model = lp.GPT(lp.GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=32)).eval()
+    weighted = lp.RecordDataset(store, "train", 64, 1, 4, weight=7)
+    ids = torch.arange(len(weighted)).numpy()
+    loss, n_targets, _ = lp.next_token_loss(model.losses, weighted.batch(ids))
+    assert n_targets == weighted.n_targets(ids)
+    halves = [lp.next_token_loss(model.losses, b)[0] for b in weighted.batch(ids[:8]).split(2)]
+    one = lp.next_token_loss(model.losses, weighted.batch(ids[:8]))[0]
+    assert sum(halves).item() == pytest.approx(one.item(), rel=1e-5)
+    parts = (
+        lp.InstructionDataset(store, "train", 64, 1, loss_on) for loss_on in ("all", "response")
+    )
+    sums = [lp.next_token_loss(model.losses, part.batch(ids))[0].item() for part in parts]
+    assert loss.item() == pytest.approx(sums[0] + 6 * sums[1], rel=1e-5)
+
+
+def test_answers_of_plain_text_cannot_weigh(tmp_path):
+    (tmp_path / "a.txt").write_text("A line of a book.\n" * 99, encoding="utf-8")
+    command = ["train", "--data_dir", tmp_path / "a.txt", *TINY, "--answer_weight", 2]
+    command += ["--processed_dir", tmp_path / "stores", "--out_dir", tmp_path / "run"]
+    said = run(*command)
+    assert (said.code, said.err.splitlines()[-1]) == (
+        1, "error: plain text has no answers to weigh: leave out --answer_weight")  # fmt: skip
 
 
 def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
