@@ -4456,7 +4456,7 @@ def check_store_folder(folder: Path, config: DataConfig, source: dict, named: bo
 
 def build_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
     """Write a store that appears whole or not at all."""
-    with replacing(Path(os.path.realpath(folder)), is_file=False, kind="store") as new:
+    with replacing(folder, is_file=False, kind="store") as new:
         write_store(config, tokenizer, new, origin)
     note(f"{folder} holds this corpus as tokens, for the next run too; it is safe to delete")
 
@@ -5841,8 +5841,10 @@ def replacing(target: Path, is_file: bool, kind: str = "export"):
     """An empty folder for the block to write an export or a store into; it then goes to its place.
 
     Files go there one by one, a folder by two renames. Only one process makes the same thing at a
-    time. What a killed one left is swept first, after the old one is back in its place.
+    time. What a killed one left is swept first, after the old one is back in its place. A folder
+    that `target` is a link to is replaced, not the link.
     """
+    target = target if is_file else Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{kind}."
     work = target.with_name(prefix + target.name)
@@ -6163,6 +6165,8 @@ def training_report(
     """What a training has come to, on a part of what was held out: the figures of `eval`, and the
     model's words beside the text's own."""
     result = evaluate_perplexity(loaded.model, store, "val", rt, batch_size, max_batches, stop)
+    if len(result["sources"]) > 12:  # a folder of many files
+        result["sources"] = {}
     lines, index = [evaluation_card(result), BESIDE, ""], store.index["val"]
     n = 120 if isinstance(store.tokenizer, ByteTokenizer) else 40  # tokens of a line of text
     for start, length, prompt, _ in index[evenly_spaced(len(index), 3)].tolist():
@@ -6336,8 +6340,10 @@ def finetune_verdict(config: FinetuneConfig, before: dict, after: dict) -> list[
 
 
 def shortened(text: str) -> str:
-    """One line of at most 160 characters, without its middle where it is longer."""
-    text = " ".join(text.split())
+    """One line of at most 160 characters, without its middle where it is longer. What a model
+    writes may be anything: characters that would steer a terminal are replaced.
+    """
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(text.split()))
     return text if len(text) <= 160 else f"{text[:77]} ... {text[-77:]}"
 
 
@@ -6608,7 +6614,9 @@ def only_answers(data_dir: str) -> bool:
 
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
     """Train from scratch, from --init_from, or on from last.pth. Returns the path of best.pth."""
-    if config.minutes and not folder.state:
+    if config.minutes and folder.state:
+        note("--resume goes on to the steps that the run began with, whatever --minutes says")
+    elif config.minutes:
         config = within_minutes(config, rt, stop, folder)
     if config.recipe == "fast" and not folder.state:
         chosen = ("tokenizer", "vocab_size", "epochs", "max_steps", "dropout", "min_lr_ratio",
@@ -6617,18 +6625,24 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
     run = new_run(config, rt, stop, folder)
     best = run_fit(run, folder)
     if best and run.val and not stop:  # a fortieth of the steps: less than a percent of the time
-        shape = config.batch_size, max(1, run.progress.step // 40)
-        note(training_report(load_model(best), run.train.dataset.store, rt, *shape, stop))
+        store = run.train.dataset.store
+        shape = config.batch_size, max(1, run.progress.step // 40 // len(store.sources))
+        note(training_report(load_model(best), store, rt, *shape, stop))
     return best
+
+
+def base_and_store(config: TrainConfig, rt: Runtime, folder: RunFolder):
+    """(--init_from's model or None, the corpus in the tokens of the run)"""
+    if not config.init_from:
+        return None, open_store(config, rt)
+    base = pretrained(config)
+    return base, open_split_store(config, rt, base, bool(folder.state))
 
 
 def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> Run:
     """A run of `train`, ready for its next step."""
-    if config.init_from:
-        loaded = pretrained(config)
-        store = open_split_store(config, rt, loaded, bool(folder.state))
-    else:
-        store = open_store(config, rt)
+    loaded, store = base_and_store(config, rt, folder)
+    if not loaded:
         set_seed(config.seed)  # whatever was measured before
         model = GPT(model_config(config, store.tokenizer.vocab_size))
         loaded = Loaded(model, store.tokenizer, {})
@@ -6679,7 +6693,12 @@ class Pace:
         assessed = self.look * self.looks + self.save  # best.pth, where it is better
         each = self.step + assessed * (1 / self.config.eval_interval + 1 / self.epoch)
         each += self.save / self.config.save_interval + self.look / 40  # last.pth; the report
-        return min(int((seconds - self.start - assessed - self.save) / each), PASSES * self.epoch)
+        return min(int((seconds - self.start - assessed - self.save) / each), self.most)
+
+    @property
+    def most(self) -> int:
+        """Steps of the passes that --epochs allows, else of as many as teach something."""
+        return (self.config.epochs if "epochs" in self.config.given else PASSES) * self.epoch
 
     def tokens(self, seconds: float) -> int:
         return self.steps(seconds) * self.config.batch_size * self.config.block_size
@@ -6687,9 +6706,13 @@ class Pace:
     def reasons(self, steps: int, sized: bool) -> str:
         """What a number of steps comes to, and why this size if it was chosen, on one line."""
         speed = self.config.batch_size * self.config.block_size / self.step
-        why = f"{speed:,.0f} tokens a second, {steps / self.epoch:.2g} passes over the text"
-        if steps == PASSES * self.epoch:
-            why += " (more of them teach little, so that it ends early)"
+        why = f"{speed:,.0f} tokens a second"
+        if not self.config.streaming:
+            why += f", {steps / self.epoch:.2g} passes over the text"
+        if steps == self.most:
+            asked = "epochs" in self.config.given
+            limit = f"--epochs {self.config.epochs}" if asked else "more of them teach little"
+            why += f" ({limit}, so that it ends early)"
         if sized:
             why += f"; a larger size would see fewer than {ENOUGH:g} tokens for each weight of its blocks"
         return why
@@ -6726,6 +6749,13 @@ def measured(
     return Pace(config, *seconds, looks, run.train.steps_per_epoch, params)
 
 
+def shareable(size: dict, given: dict, rt: Runtime) -> dict:
+    """The size with a batch, unless one is given, that micro-batches and processes can share."""
+    sizes = PRESETS[size.get("preset", TrainConfig.preset)] | size | given
+    share = sizes["grad_accum"] * rt.world_size
+    return size | dict(batch_size=-(-sizes["batch_size"] // share) * share)
+
+
 def within_minutes(
     config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
 ) -> TrainConfig:
@@ -6740,19 +6770,24 @@ def within_minutes(
     def left() -> float:
         return rt.of_first(60 * config.minutes - (time.perf_counter() - rt.started))
 
-    def trial(seconds: float, **more) -> Pace:
-        settings = resolve(TrainConfig, given | more | dict(self_test=False))
-        return measured(settings, rt, stop, folder, seconds)
+    def trial(seconds: float, size: dict, **more) -> Pace:
+        settings = resolve(TrainConfig, size | given | more | dict(self_test=False))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
+                return measured(settings, rt, stop, folder, seconds)
+        except Interrupted:
+            note("stopped while measuring: no run has begun")
+            raise
 
-    open_store(config, rt)
-    size, ladder = {}, [{}] if given.keys() & SIZES else LADDER
-    with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
-        for rung in ladder:  # of which three steps are not worth compiling
-            tried = trial(0.0, **rung | given, compile="off", max_steps=10**6)
-            if size and tried.tokens(left()) < ENOUGH * tried.params:
-                break
-            size, steps = rung, max(1, tried.steps(left()))
-        pace = trial(1.8 * config.minutes, **size | given, max_steps=steps)
+    base_and_store(config, rt, folder)
+    ladder = [{}] if given.keys() & SIZES else [shareable(r, given, rt) for r in LADDER]
+    size = None
+    for rung in ladder:  # of which three steps are not worth compiling
+        tried = trial(0.0, rung, compile="off", max_steps=10**6)
+        if size and tried.tokens(left()) < ENOUGH * tried.params:
+            break
+        size, steps = rung, max(1, tried.steps(left()))
+    pace = trial(1.8 * config.minutes, size, max_steps=steps)
     steps = pace.steps(left())
     if steps < 1:
         spent = 60 * config.minutes - left() + pace.start

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -359,6 +360,22 @@ def test_training_ends_with_figures_and_samples(texts, tmp_path):
     responses = [" ".join(text.split()) for rows in texts[1].values() for _, text in rows]
     assert len(truths) == 3 == sum(line.startswith("  model") for line in ending)
     assert all(any(truth[:8] in text for text in responses) for truth in truths)
+
+
+def test_the_end_of_training_is_short_and_safe_to_show(tmp_path):
+    """Of many files it shows the total alone; what a model writes steers no terminal."""
+    (tmp_path / "raw").mkdir()
+    for number in range(40):
+        text = f"{number}: \x1b[31mred\x07" * 9
+        (tmp_path / "raw" / f"{number}.txt").write_text(text)
+    flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "p", *MODEL]
+    few = ["--val_fraction", "0.5", "--max_steps", 2]
+    result = run("train", *flags, *few, "--out_dir", tmp_path / "run").ok()
+    ending = result.err.split("\ndone: ")[1]
+    assert "\ntotal " in ending and ".txt" not in ending
+    assert "\ufffd[31mred\ufffd" in ending
+    shown = ending.replace("\n", "")
+    assert not [c for c in shown if unicodedata.category(c) == "Cc"]
 
 
 def test_training_without_validation_ends_without_figures(texts, tmp_path):

@@ -670,6 +670,15 @@ def test_killed_while_it_replaces(bases, tmp_path):
     assert (tmp_path / "hf" / "mine.txt").read_text() == "keep me"
 
 
+def test_a_link_stays_one(bases, tmp_path):
+    """The folder that it leads to is replaced, as often as one likes."""
+    (tmp_path / "hf").symlink_to("there")
+    for _ in range(2):
+        run("export", "--ckpt", bases["gpt2"], "--out_dir", tmp_path / "hf", "--overwrite").ok()
+    assert entry_names(tmp_path) == ["hf", "there"]
+    assert (tmp_path / "hf").is_symlink() and load_peer(tmp_path / "there")
+
+
 # --- LoRA ---
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -17,10 +18,12 @@ from conftest import (
     CPU,
     SHAPE,
     TINY,
+    Child,
     curve,
     differences,
     largest_difference,
     metrics,
+    needs,
     run,
     run_process,
     tensors,
@@ -222,7 +225,7 @@ def test_minutes_fix_the_steps(corpus, tmp_path, monkeypatch):
     run("train", *flags, *plain, "--out_dir", tmp_path / "b").ok()
     run("train", *flags, "--stop_after", 5, "--out_dir", tmp_path / "c").ok()
     resumed = run("train", *flags, "--resume", "--out_dir", tmp_path / "c").ok()  # same minutes
-    assert "minutes 5" not in resumed.err
+    assert "minutes 5" not in resumed.err and "whatever --minutes says" in resumed.err
     for other in "bc":
         assert differences(tmp_path / "a/last.pth", tmp_path / other / "last.pth") == []
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
@@ -255,6 +258,33 @@ def test_minutes_choose_a_size(corpus, tmp_path, monkeypatch):
         assert f"--n_embd {written['n_embd']}" in result.err
         chosen[enough] = written["n_embd"]
     assert chosen == {1e-9: 64, 1e9: 16}
+
+
+def test_minutes_keep_to_what_is_given(corpus, tmp_path, monkeypatch):
+    """Passes and the kind of compilation; a size's batch is one that micro-batches can share."""
+    monkeypatch.setattr(lp, "LADDER", [dict(n_layer=1, n_head=2, n_embd=16, batch_size=6)])
+    flags = [*corpus, *CPU, *words("--minutes 5 --block_size 32 --grad_accum 4 --compile off")]
+    result = run("train", *flags, "--epochs", 1, "--out_dir", tmp_path).ok()
+    assert "--batch_size 8" in result.err and ", 1 passes" in result.err
+    assert "--epochs 1, so that it ends early" in result.err
+
+
+def test_minutes_read_the_corpus_as_the_base_does(corpus, tmp_path):
+    """With --init_from only in the tokens of the base; a stop while it measures says so."""
+    needs("tokenizers")
+    bpe = words("--tokenizer bpe --vocab_size 300 --max_steps 1")
+    run("train", *corpus, *CPU, *SHAPE, *bpe, "--out_dir", tmp_path / "base").ok()
+    flags = [*corpus, *CPU, "--processed_dir", tmp_path / "stores", "--out_dir", tmp_path / "run"]
+    begin = ["--init_from", tmp_path / "base/best.pth", "--minutes", 5]
+    child = Child("train", *flags, *begin, hook=interrupted_while_it_measures)
+    result = child.finish()
+    assert result.code == 130 and "no run has begun" in result.err
+    assert len(list((tmp_path / "stores").glob("*/meta.json"))) == 1
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def interrupted_while_it_measures():
+    lp.in_turns = lambda *args: signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(
