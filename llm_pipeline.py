@@ -4969,7 +4969,7 @@ class RunFolder:
         """Remove what `atomic_write` leaves of a run that was killed."""
         names = "|".join(re.escape(self.file(name).name) for name in (*RUN_FILES, "report.json"))
         for path in self.path.iterdir():
-            if re.fullmatch(rf"\.({names})\.\d+\.tmp", path.name):
+            if re.fullmatch(rf"\.+({names})(\.\d+\.tmp)+", path.name):
                 path.unlink(missing_ok=True)
 
     def resumed_settings(self, config: FitConfig) -> FitConfig:

@@ -283,6 +283,24 @@ def test_minutes_read_the_corpus_as_the_base_does(corpus, tmp_path):
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
+def test_minutes_killed_while_a_save_is_measured(corpus, tmp_path):
+    """The next run removes what is left, as large as a checkpoint."""
+    flags = [*corpus, *SHAPE, *TIMED, "--out_dir", tmp_path]
+    assert Child("train", *flags, hook=killed_at_a_replacement).finish().code == 9
+    assert len(list(tmp_path.glob(".*last.pth*"))) == 1
+    run("train", *flags, *words("--minutes 0 --max_steps 1")).ok()
+    assert not list(tmp_path.glob(".*last.pth*"))
+
+
+def killed_at_a_replacement():
+    replace = os.replace
+
+    def watched(source, target):
+        os._exit(9) if "last.pth" in str(target) else replace(source, target)
+
+    os.replace = watched
+
+
 def interrupted_while_it_measures():
     lp.in_turns = lambda *args: signal.raise_signal(signal.SIGINT)
 
