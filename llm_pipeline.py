@@ -6752,8 +6752,8 @@ def measured(
 def shareable(size: dict, given: dict, rt: Runtime) -> dict:
     """The size with a batch, unless one is given, that micro-batches and processes can share."""
     sizes = PRESETS[size.get("preset", TrainConfig.preset)] | size | given
-    share = sizes["grad_accum"] * rt.world_size
-    return size | dict(batch_size=-(-sizes["batch_size"] // share) * share)
+    missing = -sizes["batch_size"] % (sizes["grad_accum"] * rt.world_size)
+    return size | dict(batch_size=sizes["batch_size"] + missing) if missing else size
 
 
 def within_minutes(

@@ -269,6 +269,15 @@ def test_minutes_keep_to_what_is_given(corpus, tmp_path, monkeypatch):
     assert "--epochs 1, so that it ends early" in result.err
 
 
+@pytest.mark.parametrize("size", lp.LADDER, ids=str)
+def test_sizes_that_can_be_shared_stay_as_they_are(size):
+    """So that the recipe may still choose the batch of those that leave it open."""
+    one = lp.Runtime(torch.device("cpu"), torch.float32)
+    assert lp.shareable(size, {}, one) == size
+    many = lp.shareable(size, {}, lp.replace(one, world_size=8))
+    assert lp.resolve(lp.TrainConfig, many).batch_size % 8 == 0
+
+
 def test_minutes_read_the_corpus_as_the_base_does(corpus, tmp_path):
     """With --init_from only in the tokens of the base; a stop while it measures says so."""
     needs("tokenizers")
