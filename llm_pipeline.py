@@ -4921,10 +4921,11 @@ def check_drift(resumed: dict, about: dict) -> None:
             raise UserError(f"the data differs ({name}): restore it, or use another --out_dir")
     if resumed.get("base", about["base"]) != about["base"]:
         raise UserError("the run was begun with another base: name that one by --ckpt")
-    policy = resume_policy(TrainConfig if about["command"] == "train" else FinetuneConfig)
+    cls = TrainConfig if about["command"] == "train" else FinetuneConfig
     free = ("epochs", "max_steps") if now["lr_schedule"] == "constant" else ()
-    fixed = [n for n in now if policy[n] == "fixed" and n not in free]
-    changed = [f"{n} (from {then.get(n)} to {now[n]})" for n in fixed if then.get(n) != now[n]]
+    fixed = [n for n, kind in resume_policy(cls).items() if kind == "fixed" and n not in free]
+    was = {n: then.get(n, getattr(cls, n, None)) for n in fixed}  # settings that came later, too
+    changed = [f"{n} (from {was[n]} to {now[n]})" for n in fixed if was[n] != now[n]]
     if changed:
         raise UserError(f"--resume cannot change {'; '.join(changed)}")
     for name, value in about["versions"].items():

@@ -481,6 +481,16 @@ def test_a_missing_moment_is_not_invented(key, tiny_checkpoint, corpus, tmp_path
     run("train", *corpus, "--resume", "--out_dir", tmp_path).fails(1, "optimizer")
 
 
+def test_a_run_that_began_before_a_setting_existed_goes_on(corpus, tmp_path):
+    flags = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
+    run(*flags, "--stop_after", 2).ok()
+    state = lp.load_checkpoint(tmp_path / "last.pth")
+    del state["config"]["answer_weight"]
+    lp.save_checkpoint(tmp_path / "last.pth", state)
+    run(*flags, "--resume").ok()
+    run(*flags, "--resume", "--answer_weight", 2).fails(1, "answer_weight (from 0 to 2)")
+
+
 def test_adapters_without_targets_are_refused(lora_checkpoint, tmp_path):
     state = stored(lora_checkpoint)
     state["lora"]["targets"] = []
