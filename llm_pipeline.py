@@ -6600,7 +6600,8 @@ def small_corpus(sizes: dict, given: dict) -> dict:
                        batch_size=2 * sizes["batch_size"])  # fmt: skip
     passes = given.get("epochs", chosen["epochs"])
     if given.get("max_steps"):
-        passes = given["max_steps"] * sizes["batch_size"] * sizes["block_size"] / size
+        text = sizes["block_size"] * (3 if bpe else 1)  # bytes of a block, about
+        passes = given["max_steps"] * sizes["batch_size"] * text / size
     several = passes > 1.5
     dropout = 0.3 if answers and passes > 3 else 0.2 if passes > 4 else 0.1 * several
     return chosen | dict(dropout=dropout, min_lr_ratio=0.1 * several)
