@@ -845,6 +845,8 @@ def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
     assert settings(large) == ("byte", 1, 0.0, 0.0)
     assert settings(small, tokenizer="byte", epochs=1) == ("byte", 1, 0.0, 0.0)
     assert settings(small, max_steps=100)[2:] == (0.0, 0.0)  # a part of one pass
+    assert settings(small, max_steps=600)[2:] == (0.1, 0.1)  # a token is some three bytes of it
+    assert settings(small, max_steps=600, tokenizer="byte")[2:] == (0.0, 0.0)
     assert settings(small, dropout=0.3)[2] == 0.3
 
 
