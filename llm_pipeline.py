@@ -4586,8 +4586,8 @@ def create_dataloaders(
         shape, stride = (store, split, block_size), config.stride if split == "train" else 0
         if isinstance(store, StreamStore):
             data = StreamDataset(*shape, stride, config.seed, config.shuffle_buffer)
-        elif not isinstance(config, FinetuneConfig) and getattr(config, "answer_weight", 0):
-            weight = config.answer_weight if split == "train" else 1
+        elif weight := getattr(config, "answer_weight", 0):  # of `train` alone
+            weight = weight if split == "train" else 1
             data = RecordDataset(*shape, config.seed, config.batch_size, weight)
         elif not isinstance(config, FinetuneConfig):
             data = LMDataset(*shape, stride, config.seed)
