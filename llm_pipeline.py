@@ -2304,7 +2304,7 @@ def attention_on_cuda(
     if groups > 1 and q.shape[2] == 1:  # heads that share a key head stand below one another
         mask = mask.view(-1, groups, mask.shape[-1]) if mask is not None and mask.ndim > 2 else mask
         folded = q.reshape(len(q), -1, groups, q.shape[-1])
-        return F.scaled_dot_product_attention(folded, k, v, mask, p_drop).view(q.shape)
+        return F.scaled_dot_product_attention(folded, k, v, mask, p_drop).reshape(q.shape)
     if groups > 1 and not (flash and mask is None and q.dtype.itemsize == 2):
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
     return attention_sdpa.plain(q, k, v, mask, p_drop)

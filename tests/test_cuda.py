@@ -107,7 +107,7 @@ def test_the_chunked_loss_is_the_plain_one(device, dtype, reduction):
     scale = scale if reduction == "none" else torch.ones(())
     results = []
     for where, loss_of in (("cpu", lp.head_loss.plain), (device, lp.chunked_head_loss)):
-        inputs = [t.to(where).requires_grad_() for t in (h, weight)]
+        inputs = [t.clone().to(where).requires_grad_() for t in (h, weight)]
         kind = torch.device(where).type
         with torch.autocast(kind, dtype, enabled=where != "cpu" and dtype != torch.float32):
             loss = (loss_of(*inputs, y.to(where), reduction) * scale.to(where)).sum()
