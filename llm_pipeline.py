@@ -135,6 +135,7 @@ class ModelSettings(Settings):
     head_dim: int = option(0, "width of a head (0: n_embd / n_head)", low=0, high=2**12)
     n_inner: int = option(0, "width inside the MLP (0: 4 n_embd; swiglu 8/3)", low=0, high=2**20)
     dropout: float = option(0.1, "of activations (see --grad_accum)", low=0.0, high=0.95)
+    token_dropout: float = option(0.0, "of whole input tokens", low=0.0, high=0.95)
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_weights: bool = option(True, "one matrix for embedding and head")
     pos: str = option("learned", "positions", choices=("learned", "rope", "alibi"))
@@ -316,7 +317,7 @@ ARCHS = {
                    bias=False),
 }  # fmt: skip
 
-# The measured quickest rates. Only AdamW's differs between pretraining and finetuning.
+# The measured quickest rates, of 128 wide and 400 steps. Only AdamW's differs in finetuning.
 FAST_RATES = dict(
     optimizer="muon", muon_lr=0.012, muon_momentum=0.85, head_lr_scale=0.4, beta2=0.95,
     grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
@@ -324,15 +325,16 @@ FAST_RATES = dict(
 
 
 def fast_recipe(sizes: dict, given: dict) -> dict:
-    """Tuned for the fewest steps to a given loss at 0.8 to 12 M parameters on three data sets.
+    """Tuned for the fewest steps to a given loss at 0.6 to 12 M parameters on four data sets.
 
-    tests/bench/README.md has the table.
+    Wider matrices and longer runs want lower rates. tests/bench/README.md has the tables.
     """
-    n_head = sizes["n_head"]
-    return FAST_RATES | small_corpus(sizes, given) | dict(
-        arch="modern", tie_weights=False, zero_init=True, lr=0.02,
-        n_inner=2 * sizes["n_embd"], rope_theta=3.0 * sizes["block_size"],
-        n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head,
+    n_head, (plan, steps) = sizes["n_head"], plan_for_text(sizes, given)
+    rate = min(1, 128 / sizes["n_embd"]) * min(1, math.sqrt(400 / max(steps, 1)))
+    return FAST_RATES | plan | dict(
+        arch="modern", tie_weights=False, zero_init=True, n_inner=2 * sizes["n_embd"],
+        n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head, rope_theta=3.0 * sizes["block_size"],
+        lr=float(f"{0.02 * rate:.2g}"), muon_lr=float(f"{0.012 * rate:.2g}"),
     )  # fmt: skip
 
 
@@ -448,8 +450,7 @@ def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 def evenly_spaced(n: int, limit: int) -> np.ndarray:
     """Up to `limit` (0: all) of range(n), evenly spaced."""
-    chosen = n if not limit else min(limit, n)
-    return np.linspace(0, n - 1, chosen).round().astype(np.int64)
+    return np.linspace(0, n - 1, min(limit or n, n)).round().astype(np.int64)
 
 
 @dataclass
@@ -610,8 +611,7 @@ class InstructionDataset:
 
     def record(self, number: int) -> tuple[np.ndarray, int]:
         """Ids of a record, cut to the block, and how many of them are prompt."""
-        row = self.store.index[self.split][self.rows[number]]
-        start, length, prompt, _ = row.tolist()
+        start, length, prompt, _ = self.store.index[self.split][self.rows[number]].tolist()
         ids = self.store.ids(self.split, start, length)
         return fit_record(ids[:prompt], ids[prompt:], self.block_size + 1)
 
@@ -832,9 +832,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop:
     if mask is None and q.shape[-2] > 1:  # as a branch: compiled, lengths may be symbols
         causal = True
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, p_drop, is_causal=causal, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q, k, v, mask, p_drop, causal, enable_gqa=grouped)
 
 
 ATTENTION = {"manual": attention_manual, "sdpa": attention_sdpa}
@@ -982,7 +980,10 @@ class GPT(nn.Module):
     def trunk(self, idx: Tensor, pos: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         """`hidden` of tokens that stand at the positions `pos`, (T,)."""
         rotation = self.positions.rotation(pos)
-        x = self.drop(self.tok_emb(idx) + self.positions.embed(pos))
+        x = self.tok_emb(idx)
+        if self.training and (p := self.config.token_dropout):  # the others must tell what it was
+            x = x * dropout(x.new_ones(x.shape[:2]), p)[..., None]  # (Gal and Ghahramani, 2016)
+        x = self.drop(x + self.positions.embed(pos))
         for block in self.blocks:
             if self.grad_checkpointing and self.training:  # activations are computed again
                 x = checkpoint(block, x, rotation, mask, use_reentrant=False)
@@ -1210,8 +1211,7 @@ class Diverged(UserError):
 
 def trained_parameters(run: Run) -> list[nn.Parameter]:
     """As the optimizers hold them: after an evaluation, FSDP's model shows gathered ones instead."""
-    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
-    return [p for group in groups for p in group["params"]]
+    return [p for each in run.optimizers for group in each.param_groups for p in group["params"]]
 
 
 def drop_gradients(run: Run) -> None:
@@ -1363,8 +1363,7 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, limit: int = 0):
         """limit: how many tokens will be stored in all, where that is known."""
-        c = config
-        self.config = config
+        self.config = c = config
         # A learned position has no row beyond the block, so a window cannot slide past it.
         self.ring = 0 < c.attn_window < c.block_size
         self.size = c.attn_window if self.ring else min(c.block_size, limit or c.block_size)
@@ -2278,9 +2277,9 @@ def attention_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_dro
     """`attention_manual` with few, large products: on CPUs the fused kernels have no dropout and are
     slow in bf16. Query heads that share a key head stand below one another: (B K, G Tq, D).
     """
-    if q.shape[-2] == 1 or (p_drop == 0.0 and q.dtype == torch.float32):
-        return attention_sdpa.plain(q, k, v, mask, p_drop)
     (B, H, Tq, D), (K, Tk) = q.shape, k.shape[1:3]
+    if p_drop == 0.0 and (q.dtype == torch.float32 or (Tq == 1 and Tk < 64)):
+        return attention_sdpa.plain(q, k, v, mask, p_drop)
     G = H // K
     if mask is None:
         mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu(Tk - Tq + 1)
@@ -2527,7 +2526,8 @@ def self_test(shape: GPTConfig, rt: Runtime) -> None:
     if rt.device.type in TRUSTED:
         return
     T, V = min(shape.block_size, 64), min(shape.vocab_size, 5000)
-    small = replace(shape, n_layer=1, block_size=T, vocab_size=V, dropout=0.0, zero_init=False)
+    small = replace(shape, n_layer=1, block_size=T, vocab_size=V, dropout=0.0, token_dropout=0.0,
+                    zero_init=False)  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # the run's own weights are still to be drawn
         set_seed(0)
         model, tokens = GPT(small), torch.randint(V, (2, T + 1))
@@ -5347,6 +5347,9 @@ def resize_block(model: GPT, block_size: int | None) -> None:
     config.block_size = block_size
 
 
+WITHOUT_SHAPE = ("dropout", "token_dropout", "attn")  # settings that any weights go with
+
+
 def with_settings(model: GPT, **changes) -> GPT:
     """The same weights in a model with other settings that do not change their shapes."""
     return build_model(replace(model.config, **changes), model_weights(model))
@@ -6385,6 +6388,7 @@ class FinetuneConfig(CheckpointConfig, FitConfig):
     lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
     seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
     dropout: float | None = inherited(ModelSettings, "dropout")
+    token_dropout: float | None = inherited(ModelSettings, "token_dropout")
     attn: str | None = inherited(ModelSettings, "attn")
     method: str = option("full", "all weights, or peft's adapters", choices=("full", "lora"))
     lora_r: int = option(8, "rank of the adapters", low=1, high=4096)
@@ -6404,8 +6408,8 @@ FINETUNE_RECIPES = {
 }
 
 # What --overfit_batch sets, unless told otherwise.
-OVERFIT = dict(dropout=0.0, lr_schedule="constant", max_steps=300, log_interval=1,
-               eval_interval=10**9, save_interval=10**9)  # fmt: skip
+OVERFIT = dict(dropout=0.0, token_dropout=0.0, lr_schedule="constant", max_steps=300,
+               log_interval=1, eval_interval=10**9, save_interval=10**9)  # fmt: skip
 
 
 def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
@@ -6506,7 +6510,8 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     changes = [f"{parts} micro-batches a step"] * (parts != progress.grad_accum * rt.world_size)
     if config.compile != resumed["config"].get("compile"):
         changes.append(f"--compile {resumed['config'].get('compile')}")
-    if changes and resumed["model_config"]["dropout"] > 0:
+    drops = resumed["model_config"]["dropout"] or resumed["model_config"].get("token_dropout")
+    if changes and drops:
         was = " and ".join(changes)
         note(f"warning: this run had {was}; dropout draws other masks now, as good as those")
     return progress
@@ -6580,31 +6585,40 @@ def measure_base(run: Run, folder: RunFolder) -> None:
         folder.about["base_loss"] = loss
 
 
-def small_corpus(sizes: dict, given: dict) -> dict:
-    """Less than 2 MB of text is read until 4 MB have gone by, six times at most.
+def plan_for_text(sizes: dict, given: dict) -> tuple[dict, float]:
+    """What the fast recipe makes of the text at hand, and about how many steps that takes.
 
-    Several passes want dropout and a rate that does not end at zero. A vocabulary in proportion
-    (where `tokenizers` is installed) makes more of a block. Where every record has an answer, four
-    passes over whole records whose answers weigh more make the better classifier.
+    A vocabulary in proportion to the text, where `tokenizers` is installed. Four megabytes are
+    read, in six passes at most; from the second on, hidden tokens keep the model from learning the
+    text by heart. Where every record has an answer, whole records whose answers weigh more make
+    the better classifier. Of text whose size is not known there is nothing to say: 0 steps.
     """
-    size = sizes.get("corpus_bytes", 0)  # 0: not known, or a toy
-    if not 0 < size < 2e6:
-        return dict(dropout=0.0)
-    chosen = dict(epochs=max(sizes["epochs"], min(6, round(4e6 / size))))
-    if sizes["tokenizer"] == "byte" and sizes["bpe_at_hand"] and size >= 3e5:
-        chosen |= dict(tokenizer="bpe", vocab_size=int(size / 3.25e4) * 100)
-    bpe = given.get("tokenizer", chosen.get("tokenizer")) == "bpe"  # else few records fit a block
-    answers = bpe and given.get("answer_weight", 1) and only_answers(sizes["data_dir"])
-    if answers:
-        chosen |= dict(epochs=max(sizes["epochs"], min(4, chosen["epochs"])), answer_weight=10,
-                       batch_size=2 * sizes["batch_size"])  # fmt: skip
-    passes = given.get("epochs", chosen["epochs"])
-    if given.get("max_steps"):
-        text = sizes["block_size"] * (3 if bpe else 1)  # bytes of a block, about
-        passes = given["max_steps"] * sizes["batch_size"] * text / size
-    several = passes > 1.5
-    dropout = 0.3 if answers and passes > 3 else 0.2 if passes > 4 else 0.1 * several
-    return chosen | dict(dropout=dropout, min_lr_ratio=0.1 * several)
+    size = sizes.get("corpus_bytes", 0)
+    if not size:
+        return dict(dropout=0.0), given.get("max_steps", 0)
+    usual = "bpe" if sizes["bpe_at_hand"] and size >= 1e5 else "byte"
+    tokenizer = given.get("tokenizer", usual)
+    if (
+        tokenizer == "bpe"  # else few records fit a block
+        and size < 2e6
+        and given.get("answer_weight", 1)
+        and only_answers(sizes["data_dir"])
+    ):
+        plan = dict(epochs=min(10, round(3e6 / size)), vocab_size=100 * round(size / 3.4e4),
+                    batch_size=2 * sizes["batch_size"], answer_weight=30, dropout=0.3,
+                    token_dropout=0.15)  # fmt: skip
+    else:
+        plan = dict(epochs=min(6, round(4e6 / size)), vocab_size=100 * round(size / 1.1e5))
+    plan["epochs"] = max(plan["epochs"], sizes["epochs"])
+    plan["vocab_size"] = min(max(plan["vocab_size"], 300), 8192)
+    chosen = sizes | plan | given
+    known = chosen["vocab_size"] if tokenizer == "bpe" else 50_000  # GPT-2's, or like it
+    token_bytes = 1 if tokenizer == "byte" else math.log2(known) / 4  # of English, about
+    steps_of_a_pass = size / token_bytes / chosen["block_size"] / chosen["batch_size"]
+    steps = given.get("max_steps") or chosen["epochs"] * steps_of_a_pass
+    passes = steps / steps_of_a_pass
+    drops = dict(token_dropout=0.1 * (passes > 1.5), dropout=0.1 * (passes > 4.5))
+    return dict(tokenizer=tokenizer) | drops | plan, steps
 
 
 def only_answers(data_dir: str) -> bool:
@@ -6621,8 +6635,8 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
     elif config.minutes:
         config = within_minutes(config, rt, stop, folder)
     if config.recipe == "fast" and not folder.state:
-        chosen = ("tokenizer", "vocab_size", "epochs", "max_steps", "dropout", "min_lr_ratio",
-                  "answer_weight", "batch_size")  # fmt: skip
+        chosen = ("tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "lr", "muon_lr",
+                  "dropout", "token_dropout", "answer_weight")  # fmt: skip
         note("recipe fast: " + ", ".join(f"{n} {getattr(config, n)}" for n in chosen))
     run = new_run(config, rt, stop, folder)
     best = run_fit(run, folder)
@@ -6661,9 +6675,8 @@ def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolde
 LADDER = (
     dict(preset="cpu-debug", n_head=2, n_embd=64, block_size=64, batch_size=12),
     dict(preset="cpu-debug", n_embd=128, block_size=64, batch_size=12),
-    dict(preset="cpu-debug", n_layer=4, n_embd=128, block_size=64, batch_size=12),
-    dict(preset="cpu-debug"),
-    dict(preset="cpu-debug", n_layer=4),
+    dict(preset="cpu-debug", n_layer=4, n_embd=128, batch_size=16),
+    dict(preset="cpu-debug", n_layer=4, batch_size=16),
     dict(preset="cpu-debug", n_layer=6, n_head=6, n_embd=384, batch_size=16),
     dict(preset="tiny-8g"),
     dict(preset="small-16g"),
@@ -6671,10 +6684,11 @@ LADDER = (
 )
 # Whoever names one of these has chosen the size.
 SIZES = {"preset", "init_from", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"}
-# A size is better than the one before it from about so many tokens for each weight of its blocks
+# A size is better than the one before it from about so many tokens for each weight of its blocks,
+# and from a quarter of them where that one has read the text as often as it is good for
 # (tests/bench/README.md); far from Chinchilla's 20, since these runs have few steps.
-ENOUGH = 2
-PASSES = 16  # text read more often teaches hardly anything (Muennighoff et al., 2023)
+ENOUGH = 1
+PASSES = 5
 
 
 @dataclass
@@ -6702,8 +6716,13 @@ class Pace:
         """Steps of the passes that --epochs allows, else of as many as teach something."""
         return (self.config.epochs if "epochs" in self.config.given else PASSES) * self.epoch
 
-    def tokens(self, seconds: float) -> int:
-        return self.steps(seconds) * self.config.batch_size * self.config.block_size
+    def suits(self, seconds: float, smaller: Pace | None) -> bool:
+        """Whether this size makes more of the time than the one before it."""
+        if smaller is None:
+            return True
+        tokens = self.steps(seconds) * self.config.batch_size * self.config.block_size
+        idle = smaller.steps(seconds) == smaller.most
+        return tokens >= (ENOUGH / 4 if idle else ENOUGH) * self.params
 
     def reasons(self, steps: int, sized: bool) -> str:
         """What a number of steps comes to, and why this size if it was chosen, on one line."""
@@ -6716,7 +6735,7 @@ class Pace:
             limit = f"--epochs {self.config.epochs}" if asked else "more of them teach little"
             why += f" ({limit}, so that it ends early)"
         if sized:
-            why += f"; a larger size would see fewer than {ENOUGH:g} tokens for each weight of its blocks"
+            why += "; a larger size would see too few tokens for its weights"
         return why
 
 
@@ -6783,12 +6802,12 @@ def within_minutes(
 
     base_and_store(config, rt, folder)
     ladder = [{}] if given.keys() & SIZES else [shareable(r, given, rt) for r in LADDER]
-    size = None
+    best = None
     for rung in ladder:  # of which three steps are not worth compiling
         tried = trial(0.0, rung, compile="off", max_steps=10**6)
-        if size and tried.tokens(left()) < ENOUGH * tried.params:
+        if not tried.suits(left(), best):
             break
-        size, steps = rung, max(1, tried.steps(left()))
+        best, size, steps = tried, rung, max(1, tried.steps(left()))
     pace = trial(1.8 * config.minutes, size, max_steps=steps)
     steps = pace.steps(left())
     if steps < 1:
@@ -6807,14 +6826,14 @@ def pretrained(config: TrainConfig) -> Loaded:
     """--init_from's model, with the settings that may be asked of it. Raises UserError."""
     loaded = load_model(config.init_from)
     own = asdict(loaded.model.config)
-    free_to_change = {"block_size", "dropout", "attn", "vocab_size"}
-    asked = config.given & own.keys() - free_to_change
+    asked = config.given & own.keys() - {"block_size", "vocab_size", *WITHOUT_SHAPE}
     clash = [name for name in asked if getattr(config, name) != own[name]]
     if clash:
         raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
     if "block_size" in config.given or config.block_size < own["block_size"]:
         resize_block(loaded.model, config.block_size)
-    loaded.model = with_settings(loaded.model, dropout=config.dropout, attn=config.attn)
+    changes = {name: getattr(config, name) for name in WITHOUT_SHAPE}
+    loaded.model = with_settings(loaded.model, **changes)
     return loaded
 
 
@@ -6883,9 +6902,9 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     pairs = config.objective == "dpo"
     store = open_split_store(config, rt, base, bool(folder.state), pairs)
     before = first_report(config, rt, base, folder, stop)
-    if pairs and config.dropout is None:
-        config.dropout = 0.0  # as the reference log-probabilities are computed
-    changes = {n: getattr(config, n) for n in ("dropout", "attn") if getattr(config, n) is not None}
+    changes = {n: getattr(config, n) for n in WITHOUT_SHAPE if getattr(config, n) is not None}
+    if pairs:  # as the reference log-probabilities are computed, unless asked otherwise
+        changes = dict(dropout=0.0, token_dropout=0.0) | changes
     model = base.model = with_settings(base.model, **changes)  # one copy is enough
     digest = weights_digest(model) if pairs else None  # what the reference belongs to
     reference = reference_log_probs(config, rt, model, store) if pairs else {}

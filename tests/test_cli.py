@@ -830,7 +830,7 @@ def test_the_program_can_be_called_from_anywhere(tmp_path):
 
 
 def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
-    """Small text: several passes, dropout, a small vocabulary; what was asked for stands."""
+    """A vocabulary in proportion; passes over small text, dropout; what was asked for stands."""
     small, large = tmp_path / "small.txt", tmp_path / "large.txt"
     small.write_text("A line of a book.\n" * 40_000)  # 0.72 MB
     large.write_text("A line of a book.\n" * 200_000)  # 3.6 MB
@@ -839,15 +839,28 @@ def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
         config = lp.resolve(
             lp.TrainConfig, dict(recipe="fast", preset="cpu-debug", data_dir=str(path)) | more
         )
-        return config.tokenizer, config.epochs, config.dropout, config.min_lr_ratio
+        drops = config.token_dropout, config.dropout
+        return config.tokenizer, config.vocab_size, config.epochs, drops
 
-    assert settings(small) == ("bpe", 6, 0.2, 0.1)
-    assert settings(large) == ("byte", 1, 0.0, 0.0)
-    assert settings(small, tokenizer="byte", epochs=1) == ("byte", 1, 0.0, 0.0)
-    assert settings(small, max_steps=100)[2:] == (0.0, 0.0)  # a part of one pass
-    assert settings(small, max_steps=600)[2:] == (0.1, 0.1)  # a token is some three bytes of it
-    assert settings(small, max_steps=600, tokenizer="byte")[2:] == (0.0, 0.0)
-    assert settings(small, dropout=0.3)[2] == 0.3
+    assert settings(small) == ("bpe", 700, 6, (0.1, 0.1))
+    assert settings(large) == ("bpe", 3300, 1, (0.0, 0.0))
+    assert settings(small, vocab_size=900)[:2] == ("bpe", 900)
+    assert settings(small, tokenizer="byte", epochs=1)[::3] == ("byte", (0.0, 0.0))
+    assert settings(small, max_steps=100)[3] == (0.0, 0.0)  # a part of one pass
+    assert settings(small, max_steps=800)[3] == (0.1, 0.0)  # a token is some 2.4 bytes of it
+    assert settings(small, max_steps=800, tokenizer="byte")[3] == (0.0, 0.0)
+    assert settings(small, dropout=0.3)[3] == (0.1, 0.3)
+
+
+def test_the_fast_recipe_slows_down_wide_models_and_long_runs():
+    def rates(**flags):
+        config = lp.resolve(lp.TrainConfig, dict(recipe="fast", tokenizer="byte", n_head=2) | flags)
+        return config.lr, config.muon_lr
+
+    assert rates(n_embd=128, max_steps=400) == rates(n_embd=64, max_steps=9) == (0.02, 0.012)
+    assert rates(n_embd=256, max_steps=400) == (0.01, 0.006)
+    assert rates(n_embd=128, max_steps=1600) == (0.01, 0.006)
+    assert rates(n_embd=256, max_steps=1600, lr=0.3) == (0.3, 0.003)
 
 
 def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
@@ -861,8 +874,8 @@ def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
         config = lp.resolve(lp.TrainConfig, flags)
         return config.answer_weight, config.epochs, config.dropout, config.batch_size
 
-    assert settings() == (10, 4, 0.3, 16)
-    assert settings(answer_weight=0) == (0, 6, 0.2, 8)
+    assert settings() == (30, 6, 0.3, 16)
+    assert settings(answer_weight=0) == (0, 6, 0.1, 8)
     assert settings(tokenizer="byte")[0] == 0  # they would not fit into a block
     (tmp_path / "text.txt").write_text("A line of a book.\n" * 9)
-    assert settings() == (0, 6, 0.2, 8)
+    assert settings() == (0, 6, 0.1, 8)

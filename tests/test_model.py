@@ -374,13 +374,15 @@ def test_a_hopeless_target_costs_what_it_should(reduction):
 # --- the faster twins of section 9 ---
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (1, 9), (1, 90)])
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folded_attention_equals_the_textbooks(dtype, masked, heads):
+def test_folded_attention_equals_the_textbooks(dtype, masked, heads, queries, keys):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, n, 9, 8, dtype=dtype) for n in (4, heads, heads))
-    mask = torch.randn(4, 9, 9, dtype=dtype) if masked else None
+    shapes = (4, queries), (heads, keys), (heads, keys)
+    q, k, v = (torch.randn(2, *shape, 8, dtype=dtype) for shape in shapes)
+    mask = torch.randn(4, queries, keys, dtype=dtype) if masked else None
     found = lp.attention_folded(q, k, v, mask, 0.0)
     wanted = lp.attention_manual(q, k, v, mask, 0.0)
     tight = dtype == torch.float32
@@ -523,3 +525,22 @@ def test_compiled_equals_eager(name):
         loss = net(x, y, "sum")
         results.append({"loss": loss.detach()} | gradients(model, loss))
     assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("pos", ["learned", "rope"])
+def test_token_dropout_hides_whole_tokens_in_training_alone(pos):
+    """Their embeddings, not their positions; the others are scaled, so that the mean stays."""
+    model = make(pos=pos, token_dropout=0.25, block_size=512, vocab_size=61)
+    ids, seen = random_ids(model, 8, 512), []
+    model.drop.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        for mode in (False, True):
+            torch.manual_seed(0)
+            model.train(mode)(ids)
+    place = model.positions.embed(torch.arange(512))
+    whole = model.tok_emb(ids)
+    torch.testing.assert_close(seen[0], whole + place)
+    found = seen[1] - place
+    hidden = found.abs().amax(-1) < 1e-6
+    assert abs(float(hidden.float().mean()) - 0.25) < 0.03
+    torch.testing.assert_close(found[~hidden], whole[~hidden] / 0.75, rtol=1e-4, atol=1e-5)

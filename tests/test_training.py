@@ -260,6 +260,20 @@ def test_minutes_choose_a_size(corpus, tmp_path, monkeypatch):
     assert chosen == {1e-9: 64, 1e9: 16}
 
 
+def test_a_size_suits_where_it_sees_enough_or_the_smaller_one_has_nothing_left_to_read():
+    config = lp.TrainConfig(batch_size=10, block_size=10, eval_interval=10**9, save_interval=10**9)
+
+    def pace(params, step, epoch):
+        return lp.Pace(config, 0, step, 0, 0, 0, epoch, params)
+
+    params = 1000 / lp.ENOUGH  # enough in ten steps of 100 tokens
+    busy, idle = pace(1, 0.5, 10**6), pace(1, 0.5, 3)
+    assert pace(params, 1, 10**6).suits(10, busy) and pace(10**9, 1, 10**6).suits(10, None)
+    assert not pace(1.2 * params, 1, 10**6).suits(10, busy)
+    assert pace(1.2 * params, 1, 10**6).suits(10, idle)
+    assert not pace(5 * params, 1, 10**6).suits(10, idle)
+
+
 def test_minutes_keep_to_what_is_given(corpus, tmp_path, monkeypatch):
     """Passes and the kind of compilation; a size's batch is one that micro-batches can share."""
     monkeypatch.setattr(lp, "LADDER", [dict(n_layer=1, n_head=2, n_embd=16, batch_size=6)])
