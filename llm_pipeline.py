@@ -4717,7 +4717,7 @@ SECTIONS = {"format": str, "model_config": dict, "weights": dict, "tokenizer": d
 
 def checked_model_config(values: dict) -> GPTConfig:
     """A GPTConfig from a file's claims. Raises ValueError."""
-    config = checked(GPTConfig, values)
+    config = checked(GPTConfig, {"token_dropout": 0.0} | values)  # older ones know none
     require(not config.problems(), "; ".join(config.problems()))
     return config
 
@@ -8133,6 +8133,8 @@ def cross_checks(config) -> list[str]:
     if isinstance(config, TrainConfig) and config.streaming:
         if not config.max_steps and not config.minutes:
             found.append("a stream has no epochs: give --max_steps or --minutes")
+        if config.answer_weight:
+            found.append("--answer_weight needs whole records: leave --streaming out")
         if config.tokenizer == "bpe" and not config.init_from:
             found.append("--tokenizer bpe needs all of the text, not a stream: prepare it first")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):

@@ -485,7 +485,8 @@ def test_a_run_that_began_before_a_setting_existed_goes_on(corpus, tmp_path):
     flags = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
     run(*flags, "--stop_after", 2).ok()
     state = lp.load_checkpoint(tmp_path / "last.pth")
-    del state["config"]["answer_weight"]
+    del state["config"]["answer_weight"], state["config"]["token_dropout"]
+    del state["model_config"]["token_dropout"]
     lp.save_checkpoint(tmp_path / "last.pth", state)
     run(*flags, "--resume").ok()
     run(*flags, "--resume", "--answer_weight", 2).fails(1, "answer_weight (from 0 to 2)")

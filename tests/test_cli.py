@@ -187,6 +187,7 @@ def test_usage_errors_are_one_line(argv, tmp_path):
         ("eval --max_batches -1", "max_batches"),
         ("finetune --method qlora", "method"),
         ("finetune --hf_dataset json --streaming", "streaming"),
+        ("train --hf_dataset json --streaming --max_steps 5 --answer_weight 3", "answer_weight"),
         ("finetune --lora_r 0", "lora_r"),
         ("finetune --dpo_beta inf", "dpo_beta"),
         ("prepare --vocab_size 3", "vocab_size"),
