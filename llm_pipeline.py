@@ -6688,7 +6688,7 @@ SIZES = {"preset", "init_from", "n_layer", "n_head", "n_kv_head", "n_embd", "hea
 # and from a quarter of them where that one has read the text as often as it is good for
 # (tests/bench/README.md); far from Chinchilla's 20, since these runs have few steps.
 ENOUGH = 1
-PASSES = 5
+PASSES = 5  # text read more often teaches hardly anything (Muennighoff et al., 2023)
 
 
 @dataclass
