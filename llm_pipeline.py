@@ -6604,10 +6604,9 @@ def plan_for_text(sizes: dict, given: dict) -> tuple[dict, float]:
         and given.get("answer_weight", 1)
         and only_answers(sizes["data_dir"])
     ):
-        passes = min(15, round(3e6 / size))
-        plan = dict(epochs=passes, vocab_size=100 * round(size / 3.4e4), dropout=0.3,
-                    token_dropout=min(0.3, passes / 40), answer_weight=30,
-                    batch_size=2 * sizes["batch_size"])  # fmt: skip
+        plan = dict(epochs=min(10, round(3e6 / size)), vocab_size=100 * round(size / 3.4e4),
+                    batch_size=2 * sizes["batch_size"], answer_weight=30, dropout=0.3,
+                    token_dropout=0.15)  # fmt: skip
     else:
         plan = dict(epochs=min(6, round(4e6 / size)), vocab_size=100 * round(size / 1.1e5))
     plan["epochs"] = max(plan["epochs"], sizes["epochs"])
