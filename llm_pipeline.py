@@ -5350,6 +5350,11 @@ def resize_block(model: GPT, block_size: int | None) -> None:
 WITHOUT_SHAPE = ("dropout", "token_dropout", "attn")  # settings that any weights go with
 
 
+def without_shape(config) -> dict:
+    """Those of them that a command asks for, or has a default of its own for."""
+    return {n: getattr(config, n) for n in WITHOUT_SHAPE if getattr(config, n) is not None}
+
+
 def with_settings(model: GPT, **changes) -> GPT:
     """The same weights in a model with other settings that do not change their shapes."""
     return build_model(replace(model.config, **changes), model_weights(model))
@@ -6510,8 +6515,7 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     changes = [f"{parts} micro-batches a step"] * (parts != progress.grad_accum * rt.world_size)
     if config.compile != resumed["config"].get("compile"):
         changes.append(f"--compile {resumed['config'].get('compile')}")
-    drops = resumed["model_config"]["dropout"] or resumed["model_config"].get("token_dropout")
-    if changes and drops:
+    if changes and any(resumed["model_config"].get(n) for n in ("dropout", "token_dropout")):
         was = " and ".join(changes)
         note(f"warning: this run had {was}; dropout draws other masks now, as good as those")
     return progress
@@ -6832,8 +6836,7 @@ def pretrained(config: TrainConfig) -> Loaded:
         raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
     if "block_size" in config.given or config.block_size < own["block_size"]:
         resize_block(loaded.model, config.block_size)
-    changes = {name: getattr(config, name) for name in WITHOUT_SHAPE}
-    loaded.model = with_settings(loaded.model, **changes)
+    loaded.model = with_settings(loaded.model, **without_shape(config))
     return loaded
 
 
@@ -6902,7 +6905,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     pairs = config.objective == "dpo"
     store = open_split_store(config, rt, base, bool(folder.state), pairs)
     before = first_report(config, rt, base, folder, stop)
-    changes = {n: getattr(config, n) for n in WITHOUT_SHAPE if getattr(config, n) is not None}
+    changes = without_shape(config)
     if pairs:  # as the reference log-probabilities are computed, unless asked otherwise
         changes = dict(dropout=0.0, token_dropout=0.0) | changes
     model = base.model = with_settings(base.model, **changes)  # one copy is enough
