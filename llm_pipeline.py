@@ -57,6 +57,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import weakref
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -1361,16 +1362,16 @@ class KVCache:
     they hold block_size tokens, after which `generate` starts again from the last half.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, limit: int = 0):
-        """limit: how many tokens will be stored in all, where that is known."""
+    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, limit=2**40):
+        """limit: how many tokens will be stored at most. In powers of two: few shapes to compile."""
         self.config = c = config
         # A learned position has no row beyond the block, so a window cannot slide past it.
         self.ring = 0 < c.attn_window < c.block_size
-        self.size = c.attn_window if self.ring else min(c.block_size, limit or c.block_size)
+        self.size = c.attn_window if self.ring else min(c.block_size, 1 << (limit - 1).bit_length())
         shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
         self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
         self.length = 0  # tokens seen, wherever they are stored
-        self.step: StaticStep | None = None  # section 9's, on CUDA
+        self.step: StaticStep | None = None  # section 9's
 
     @property
     def full(self) -> bool:
@@ -1407,8 +1408,7 @@ class KVCache:
             values[:, :, slots] = v[:, :, -len(kept) :].to(values.dtype)
             if self.old == 0:
                 return k, v
-        n = min(self.length, self.size)
-        return keys[:, :, :n], values[:, :, :n]
+        return keys[:, :, : self.length], values[:, :, : self.length]
 
 
 def sample_next(
@@ -2278,6 +2278,8 @@ def attention_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_dro
     slow in bf16. Query heads that share a key head stand below one another: (B K, G Tq, D).
     """
     (B, H, Tq, D), (K, Tk) = q.shape, k.shape[1:3]
+    if Tq == 1 and mask is not None and torch.compiler.is_compiling():
+        return attention_in_one_loop(q, k, v, mask)
     if p_drop == 0.0 and (q.dtype == torch.float32 or (Tq == 1 and Tk < 64)):
         return attention_sdpa.plain(q, k, v, mask, p_drop)
     G = H // K
@@ -2292,6 +2294,15 @@ def attention_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_dro
     weights = scores.softmax(-1)
     weights = dropout(weights, p_drop) if p_drop else weights
     return (weights @ v).view(B, H, Tq, D)
+
+
+def attention_in_one_loop(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`attention_manual` for one query, in sums that Inductor makes a loop of: (B, K, G, Tk, D)."""
+    (B, H, _, D), K = q.shape, k.shape[1]
+    q, k, v = q.float().view(B, K, -1, 1, D) / math.sqrt(D), k[:, :, None], v[:, :, None]
+    scores = (q * k).sum(-1) + mask.expand(H, 1, -1).view(K, H // K, -1)
+    y = (scores.softmax(-1)[..., None] * v).sum(-2)
+    return y.view(B, H, 1, D).to(v.dtype)
 
 
 def attention_on_cuda(
@@ -2425,69 +2436,104 @@ def cross_entropy_in_chunks(h: Tensor, *args) -> Tensor:
     return ChunkedCrossEntropy.apply(h, *args)
 
 
-class StaticStep:
-    """`next_logits` with positions in tensors and shapes that stay: a CUDA graph can hold it.
+class Slots:
+    """A cache as a graph sees it: the place of the newest token stands in a tensor, (1,)."""
 
-    All slots of the cache are attended to, behind a mask that hides those without a token.
+    def __init__(self, pos: Tensor, keys: list[Tensor], values: list[Tensor]):
+        self.pos, self.keys, self.values = pos, keys, values
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As the cache's: store one token's keys and values, (B, K, 1, D); return all slots."""
+        keys, values = self.keys[layer], self.values[layer]
+        slot = self.pos % keys.shape[2]
+        return keys.index_copy_(2, slot, k), values.index_copy_(2, slot, v)
+
+
+def static_logits(model: GPT, token: Tensor, pos: Tensor, keys: list, values: list) -> Tensor:
+    """`next_logits` with positions in tensors and shapes that stay: a CUDA graph or a compiler can
+    hold it. All slots are attended to, behind a mask that hides those without a token.
     """
+    size = keys[0].shape[2]
+    slots = torch.arange(size, device=pos.device)
+    k_pos = pos - (pos - slots) % size  # the latest p = s mod size
+    bias = model.positions.bias(pos, k_pos)
+    bias = torch.zeros_like(k_pos, dtype=torch.float32)[None] if bias is None else bias
+    mask = bias.masked_fill(k_pos < 0, -math.inf).to(keys[0].dtype)
+    h = model.trunk(token[:, None], pos, mask, Slots(pos, keys, values))
+    return model.head(h[:, -1]).float()
+
+
+COMPILED: weakref.WeakKeyDictionary[GPT, Callable] = weakref.WeakKeyDictionary()
+
+
+def compiler_settings(model: GPT, device: torch.device):
+    """On a CPU, weights become constants, laid out once for kernels that are written for this very
+    step. Those are Inductor's own alone: with one choice nothing is timed, and the same command
+    compiles to the same bits."""
+    if model not in COMPILED or device.type != "cpu":
+        return contextlib.nullcontext()
+    import torch._inductor.config as inductor
+
+    return inductor.patch(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP")
+
+
+class StaticStep:
+    """A token's step, prepared once and then repeated: compiled, as a CUDA graph, or both."""
 
     def __init__(self, model: GPT, cache: KVCache):
-        self.model, self.keys, self.values, self.size = model, cache.keys, cache.values, cache.size
+        self.model, self.keys = model, cache.keys
         device = self.keys[0].device
         self.token = torch.zeros(len(self.keys[0]), dtype=torch.int64, device=device)
         self.pos = torch.zeros_like(self.token[:1])
-        self.graph: torch.cuda.CUDAGraph | None = None
+        step = COMPILED.get(model, static_logits)
+        self.compute = partial(step, model, self.token, self.pos, cache.keys, cache.values)
+        self.replay: Callable | None = None
 
     def __call__(self, token: Tensor, position: int) -> Tensor:
         self.token.copy_(token)
         self.pos.fill_(position)
-        if self.token.device.type != "cuda":
-            return self.compute()
-        if self.graph is None:
-            self.capture()
-        self.graph.replay()
-        return self.logits
+        if self.replay is None:
+            with compiler_settings(self.model, token.device):
+                self.compute()  # which may be repeated: it writes the same into the same slot
+            self.replay = self.captured() if token.device.type == "cuda" else self.compute
+        return self.replay()
 
-    def capture(self) -> None:
+    def captured(self) -> Callable:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries allocate when they are first called
-            self.compute()  # which may be repeated: it writes the same into the same slot
+            self.compute()
             self.compute()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog thread may question the device meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.logits = self.compute()
-        self.graph = graph
+            logits = self.compute()
 
-    def compute(self) -> Tensor:
-        slots = torch.arange(self.size, device=self.pos.device)
-        k_pos = self.pos - (self.pos - slots) % self.size  # the latest p = s mod size
-        bias = self.model.positions.bias(self.pos, k_pos)
-        bias = torch.zeros_like(k_pos, dtype=torch.float32)[None] if bias is None else bias
-        mask = bias.masked_fill(k_pos < 0, -math.inf).to(self.keys[0].dtype)
-        h = self.model.trunk(self.token[:, None], self.pos, mask, self)
-        return self.model.head(h[:, -1]).float()
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As the cache's: store one token's keys and values, (B, K, 1, D); return all slots."""
-        keys, values, slot = self.keys[layer], self.values[layer], self.pos % self.size
-        return keys.index_copy_(2, slot, k), values.index_copy_(2, slot, v)
+        return replay
 
 
 def next_logits_replayed(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
-    """One CUDA graph instead of hundreds of kernels, each launched more slowly than it runs."""
+    """One graph instead of hundreds of kernels, each launched more slowly than it runs."""
     if cache.step is None or cache.step.keys is not cache.keys:
         cache.step = StaticStep(model, cache)
     try:
         logits = cache.step(token, cache.length)
-    except RuntimeError as error:
-        note(f"going on without a CUDA graph, which takes longer: {one_line(error)}")
+    except Exception as error:  # a compiler's may be anything
+        note(f"going on without a graph, which takes longer: {one_line(error)}")
         del KERNELS["next_logits", token.device.type]
         return next_logits.plain(token, model, cache)
     cache.length += 1
     return logits
+
+
+def next_logits_on_cpu(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
+    step = next_logits_replayed if model in COMPILED else next_logits.plain
+    return step(token, model, cache)
 
 
 KERNELS |= {
@@ -2495,6 +2541,7 @@ KERNELS |= {
     ("dropout", "cpu"): dropout_by_bytes,
     ("attention_sdpa", "cpu"): attention_folded,
     ("attention_sdpa", "cuda"): attention_on_cuda,
+    ("next_logits", "cpu"): next_logits_on_cpu,
     ("next_logits", "cuda"): next_logits_replayed,
     ("head_loss", "cpu"): chunked_head_loss,
     ("head_loss", "cuda"): partial(chunked_head_loss, multiple=64),
@@ -2632,13 +2679,18 @@ def decoding_layer(dtype: torch.dtype) -> type[nn.Module]:
     return PackedLinear if packs and dtype == torch.bfloat16 else DecodingLinear
 
 
-def for_decoding(model: GPT, device: torch.device, dtype: torch.dtype) -> GPT:
+def for_decoding(
+    model: GPT, device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> GPT:
     """This model, moved there for good: ready to generate as fast as it can, not to train.
 
     int8 is for CPUs, and of linear layers alone; embeddings, norms and the cache are in fp32 then.
+    Raises UserError where `compiled` is wanted and cannot be.
     """
     model.to(device, torch.float32 if dtype == torch.int8 else dtype).eval()
-    if device.type == "cpu":
+    if compiled and can_compile(device, True):
+        COMPILED[model] = torch.compile(static_logits, fullgraph=True, dynamic=False)
+    if device.type == "cpu" and (not compiled or dtype == torch.int8):
         layer = decoding_layer(dtype)
         for module in model.modules():
             for name, child in list(module.named_children()):
@@ -7019,6 +7071,7 @@ class SampleConfig(RuntimeConfig):
     """Generate text. Without --prompt on a terminal: an interactive session."""
 
     dtype: str = option("float32", "of weights and matrix products", choices=(*DTYPES, "int8"))
+    compile: str = option("off", "torch.compile: slow to start, then quick", choices=("off", "on"))
     ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     prompt: str | None = option(None, "text to continue, or the instruction")
     input: str = option("", "the instruction's input")
@@ -7293,7 +7346,7 @@ def show(pieces: Iterator[str]) -> None:
 
 def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
     loaded, prompt = load_model(config.ckpt), config.prompt
-    for_decoding(loaded.model, rt.device, rt.dtype)
+    for_decoding(loaded.model, rt.device, rt.dtype, config.compile == "on")
     if prompt is None and sys.stdin.isatty():
         chat_session(loaded, config, rt)
         return
@@ -7686,7 +7739,7 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     """Greedy decoding of half a block after a short prompt, against the bandwidth's limit."""
     n, batch = config.block_size // 2, config.decode_batch
     prompt = torch.arange(8, device=rt.device)
-    ours = for_decoding(GPT(model.config), rt.device, rt.dtype)
+    ours = for_decoding(GPT(model.config), rt.device, rt.dtype, config.compile == "on")
     sides = {"": lambda: [None for _ in generate(ours, prompt, n, (), batch, temperature=0.0)]}
     if config.vs:
         peer = hf_peer(model.config).to(rt.device).eval()
@@ -7695,7 +7748,7 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
         sides["hf_"] = lambda: peer.generate(
             many, max_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(many)
         )
-    seconds = in_turns(sides, rt, max(1, config.rounds // 2), "decoding")
+    seconds = in_turns(sides, rt, config.rounds, "decoding")
     read = sum(t.nbytes for part in (ours.blocks, ours.head) for t in part.state_dict().values())
     side = 16384 if rt.device.type == "cuda" else 8192  # a matrix too large for the caches
     wide = replace(rt, dtype=torch.float32)  # whose products are at the limit everywhere
@@ -8361,7 +8414,8 @@ class Writer:
         self.settings = {"ckpt": ckpt} | settings
         with runtime(self.config()) as self.rt:
             self.loaded = load_model(str(ckpt))
-            for_decoding(self.loaded.model, self.rt.device, self.rt.dtype)
+            how = self.rt.device, self.rt.dtype, self.config().compile == "on"
+            for_decoding(self.loaded.model, *how)
 
     def config(self, **settings) -> SampleConfig:
         return resolve(SampleConfig, self.settings | settings, mark="")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -199,20 +200,42 @@ def test_int8_weights_are_the_nearest_codes_and_rows_are_worked_on_alone():
         torch.testing.assert_close(y, linear(x), atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "modern, grouped", "modern, window"])
-def test_cached_equals_naive_in_int8(name):
-    model = lp.for_decoding(make(**SHAPES[name]), CPU, torch.int8)
-    prompt = prompt_of(8)
-    made = decode(model, prompt, 40, temperature=0.0)[0]
+def close_to_the_likeliest(model, prompt, made):
+    """Each token is the likeliest of the naive loop, or as likely but for bf16's rounding."""
     context = prompt
-    for token in made:  # the likeliest of the naive loop, or as likely but for bf16's rounding
+    for token in made:
         if len(context) > 16 and not slides(model.config):
             context = context[-8:]
         with torch.no_grad():
             logits = model(context[None])[0, -1]
         assert logits.max() - logits[token] <= 2**-6 * logits.abs().max()
         context = torch.cat([context, torch.tensor([token])])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modern, grouped", "modern, window"])
+def test_cached_equals_naive_in_int8(name):
+    model = lp.for_decoding(make(**SHAPES[name]), CPU, torch.int8)
+    prompt = prompt_of(8)
+    made = decode(model, prompt, 40, temperature=0.0)[0]
+    close_to_the_likeliest(model, prompt, made)
     assert len(set(made)) > 5
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["gpt2", "modern, grouped, window", "alibi, window"])
+def test_a_compiled_step_decodes_the_same(name, capsys):
+    """Over a full cache and around a ring; two samples too."""
+    dtype = torch.int8 if name.startswith("modern") else torch.float32
+    model, compiled = (
+        lp.for_decoding(make(**SHAPES[name]), CPU, dtype, how) for how in (False, True)
+    )
+    count = 2 if name.startswith("alibi") else 1
+    made = decode(compiled, prompt_of(8), 40, num_samples=count, temperature=0.0)
+    if dtype == torch.int8:
+        close_to_the_likeliest(model, prompt_of(8), made[0])
+    else:
+        assert made == count * [naive(model, prompt_of(8), 40)]
+    assert not capsys.readouterr().err  # nothing went on without a graph
 
 
 def test_samples_share_a_prefill_and_follow_the_seed():

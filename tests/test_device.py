@@ -213,21 +213,25 @@ def test_a_graph_that_fails_later_ends_no_run(monkeypatch):
     monkeypatch.setattr(lp, "KERNELS", {})
     monkeypatch.setattr(lp, "can_compile", lambda device, required: True)
     monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=broken))
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
     rt, model = lp.Runtime(torch.device("cuda:0"), torch.float32), make()
-    losses = lp.distribute(model, lp.OptimConfig(compile="auto"), rt, 10_000)
     x = prompt_of(10)[None]
-    assert losses(x, x, "sum") == model.losses(x, x, "sum")
+    with torch._dynamo.config.patch(suppress_errors=False):
+        losses = lp.distribute(model, lp.OptimConfig(compile="auto"), rt, 10_000)
+        assert losses(x, x, "sum") == model.losses(x, x, "sum")
 
 
-def test_compilation_that_was_asked_for_and_fails(corpus, tmp_path, monkeypatch):
+def test_compilation_that_was_asked_for_and_fails(corpus, tiny_checkpoint, tmp_path, monkeypatch):
     def broken(*inputs):
         raise RuntimeError("fatal error: Python.h:\nNo such file")
 
     monkeypatch.setattr(torch, "compile", lambda function: broken)
-    result = run("train", *corpus, *SHORT, "--compile", "on", "--out_dir", tmp_path)
-    result.fails(1, "--compile off", "Python.h: No such file")
-    assert len(result.errors) == 1
+    for command in (
+        ["train", *corpus, *SHORT, "--out_dir", tmp_path],
+        ["sample", "--ckpt", tiny_checkpoint, "--device", "cpu", "--prompt", "a"],
+    ):
+        result = run(*command, "--compile", "on")
+        result.fails(1, "--compile off", "Python.h: No such file")
+        assert len(result.errors) == 1
 
 
 # --- memory ---
@@ -422,7 +426,7 @@ def test_a_step_that_cannot_be_captured_is_taken_plainly(static_decoding, monkey
     monkeypatch.setattr(lp.StaticStep, "__call__", fail)
     model, prompt = make(), prompt_of(5)
     assert decode(model, prompt, 20, temperature=0.0) == [naive(model, prompt, 20)]
-    assert capsys.readouterr().err.count("without a CUDA graph") == 1
+    assert capsys.readouterr().err.count("without a graph") == 1
 
 
 def test_draws_are_those_of_torch_multinomial():
