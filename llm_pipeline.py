@@ -75,7 +75,7 @@ if __name__ == "__main__":  # ctrl-c during the slow imports below: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # OpenMP's threads spin while they wait for each other; beside other work that takes the time of
     # the thread they wait for (tests/bench/beside.py). Read when torch loads; changes no result.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numpy as np
 import torch
@@ -2283,11 +2283,13 @@ def attention_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_dro
     if p_drop == 0.0 and (q.dtype == torch.float32 or (Tq == 1 and Tk < 64)):
         return attention_sdpa.plain(q, k, v, mask, p_drop)
     G = H // K
-    if mask is None:
+    if mask is None and Tq == 1:
+        mask = q.new_zeros(1, 1)
+    elif mask is None:
         mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu(Tk - Tq + 1)
     if mask.ndim > 2:
         mask = mask.expand(B, H, Tq, Tk).reshape(B * K, G * Tq, Tk)
-    else:
+    elif G > 1:
         mask = mask.repeat(G, 1)
     q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
     scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))  # (B K, G Tq, Tk)
@@ -2499,6 +2501,7 @@ class StaticStep:
         return self.replay()
 
     def captured(self) -> Callable:
+        """The step as a CUDA graph. What it returns is overwritten by the next replay."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries allocate when they are first called
@@ -2531,7 +2534,8 @@ def next_logits_replayed(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
     return logits
 
 
-def next_logits_on_cpu(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
+def next_logits_as_asked(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
+    """Where there are no CUDA graphs, a step pays to be prepared only if it is compiled."""
     step = next_logits_replayed if model in COMPILED else next_logits.plain
     return step(token, model, cache)
 
@@ -2541,7 +2545,8 @@ KERNELS |= {
     ("dropout", "cpu"): dropout_by_bytes,
     ("attention_sdpa", "cpu"): attention_folded,
     ("attention_sdpa", "cuda"): attention_on_cuda,
-    ("next_logits", "cpu"): next_logits_on_cpu,
+    ("next_logits", "cpu"): next_logits_as_asked,
+    ("next_logits", "mps"): next_logits_as_asked,
     ("next_logits", "cuda"): next_logits_replayed,
     ("head_loss", "cpu"): chunked_head_loss,
     ("head_loss", "cuda"): partial(chunked_head_loss, multiple=64),
@@ -2690,6 +2695,7 @@ def for_decoding(
     model.to(device, torch.float32 if dtype == torch.int8 else dtype).eval()
     if compiled and can_compile(device, True):
         COMPILED[model] = torch.compile(static_logits, fullgraph=True, dynamic=False)
+        note("the second token waits for the compiler, up to a minute; those after it are quick")
     if device.type == "cpu" and (not compiled or dtype == torch.int8):
         layer = decoding_layer(dtype)
         for module in model.modules():

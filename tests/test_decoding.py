@@ -235,7 +235,7 @@ def test_a_compiled_step_decodes_the_same(name, capsys):
         close_to_the_likeliest(model, prompt_of(8), made[0])
     else:
         assert made == count * [naive(model, prompt_of(8), 40)]
-    assert not capsys.readouterr().err  # nothing went on without a graph
+    assert "without a graph" not in capsys.readouterr().err
 
 
 def test_samples_share_a_prefill_and_follow_the_seed():

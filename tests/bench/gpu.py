@@ -81,6 +81,7 @@ ROWS = [
     Row("decode_1", f"bench {GPT2} --compile off", 60, decoding, "50% of the limit"),
     Row("decode_8", f"bench {GPT2} --compile off --decode_batch 8", 60, decoding,
         "50% of the limit"),
+    Row("decode_1_compiled", f"bench {GPT2} --compile on", 120, decoding, "50% of the limit"),
     Row("time_to_loss", "train --recipe fast --tokenizer byte --n_layer 6 --n_head 6 --n_embd 384 "
         "--block_size 256 --batch_size 64 --dropout 0.2 --max_steps 1000 --eval_interval 100 "
         "--eval_batches 0 --compile on", 120, time_to_loss, "60 s"),
