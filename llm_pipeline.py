@@ -2465,6 +2465,7 @@ def static_logits(model: GPT, token: Tensor, pos: Tensor, keys: list, values: li
     return model.head(h[:, -1]).float()
 
 
+# Models that `--compile on` was asked for, each with its compiled `static_logits`.
 COMPILED: weakref.WeakKeyDictionary[GPT, Callable] = weakref.WeakKeyDictionary()
 
 
@@ -2494,18 +2495,18 @@ class StaticStep:
     def __call__(self, token: Tensor, position: int) -> Tensor:
         self.token.copy_(token)
         self.pos.fill_(position)
-        if self.replay is None:
-            with compiler_settings(self.model, token.device):
-                self.compute()  # which may be repeated: it writes the same into the same slot
-            self.replay = self.captured() if token.device.type == "cuda" else self.compute
-        return self.replay()
+        if self.replay is not None:
+            return self.replay()
+        self.replay = self.captured() if token.device.type == "cuda" else self.compute
+        with compiler_settings(self.model, token.device):
+            return self.replay()
 
     def captured(self) -> Callable:
         """The step as a CUDA graph. What it returns is overwritten by the next replay."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries allocate when they are first called
-            self.compute()
+            self.compute()  # which may be repeated: it writes the same into the same slot
             self.compute()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -8418,9 +8419,10 @@ class Writer:
 
     def __init__(self, ckpt: str, settings: dict):
         self.settings = {"ckpt": ckpt} | settings
-        with runtime(self.config()) as self.rt:
+        config = self.config()
+        with runtime(config) as self.rt:
             self.loaded = load_model(str(ckpt))
-            how = self.rt.device, self.rt.dtype, self.config().compile == "on"
+            how = self.rt.device, self.rt.dtype, config.compile == "on"
             for_decoding(self.loaded.model, *how)
 
     def config(self, **settings) -> SampleConfig:
