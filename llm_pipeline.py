@@ -251,6 +251,7 @@ class OptimConfig(Settings):
     warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
     decay_fraction: float = option(0.5, "share of steps in wsd's decay", low=0.0, high=1.0)
     min_lr_ratio: float = option(0.1, "final learning rate, over lr", low=0.0, high=1.0)
+    sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
     compile: str = free("auto", "torch.compile", choices=("auto", "on", "off"))
     grad_checkpointing: bool = free(False, "recompute activations to save memory")
     fsdp: bool = free(False, "shard parameters over processes instead of copying them")
@@ -408,7 +409,6 @@ def instruction_response(output: str) -> str:
 # four see the same global batch. `rt` (section 8) says which process this is. A store (section 11) is the corpus as token ids: `tokens[split]`,
 # and `index[split]` with a row (start, length, prompt, source) for each answer to learn.
 # ====================================================================================
-
 
 IGNORE = -100  # a target that does not count; F.cross_entropy knows the same number
 
@@ -684,7 +684,6 @@ class Loader:
 # PyTorch; section 9 lends some of them faster twins.
 # ====================================================================================
 
-
 KERNELS: dict[tuple[str, str], Callable] = {}  # (operation, device type) -> its faster twin
 
 
@@ -906,12 +905,12 @@ class TransformerBlock(nn.Module):
 
 
 @operation
-def head_loss(h: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Cross entropy of softmax(h W^T) with the targets: (N,) losses, or their "sum".
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor, reduction: str, bias=None) -> Tensor:
+    """Cross entropy of softmax(h W^T + bias) with the targets: (N,) losses, or their "sum".
 
     h: (N, C); weight: (V, C); targets: (N,), those equal to IGNORE left out (loss 0).
     """
-    logits = F.linear(h, weight).float()  # (N, V)
+    logits = F.linear(h, weight, bias).float()  # (N, V)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
@@ -996,13 +995,16 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T, V) logits, in fp32: of the token after each of them."""
         return self.head(self.hidden(idx)).float()
 
-    def losses(self, idx: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
+    def losses(self, idx: Tensor, targets: Tensor, reduction="none", among=None) -> Tensor:
         """Cross entropy of each target, (B, T) and 0 where it is IGNORE, or the "sum" of them.
 
         idx, targets: (B, T). A large vocabulary's (B, T, V) logits need never exist (section 9).
+        among: ids (M,) and a bias (M,), for a softmax over these alone; targets count them.
         """
         h = self.hidden(idx).flatten(0, 1)  # (B T, C)
-        losses = head_loss(h, self.head.weight, targets.flatten(), reduction)
+        ids, bias = among or (None, None)
+        weight = self.head.weight if ids is None else F.embedding(ids, self.head.weight)
+        losses = head_loss(h, weight, targets.flatten(), reduction, bias)
         return losses if reduction == "sum" else losses.view_as(targets)
 
 
@@ -1019,7 +1021,6 @@ def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
 # What is minimised (objectives), by what rule (AdamW, Muon), and at which rate (schedules). Each is
 # a row of a table, so that the loop never asks which one it runs.
 # ====================================================================================
-
 
 Objective = Callable[[Callable, Batch], tuple[Tensor, int | Tensor, dict[str, Tensor]]]
 
@@ -2124,6 +2125,31 @@ def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor,
     return surviving(lambda: gradients(run, batch, n_targets), shrink)
 
 
+def over_sampled_ids(losses: Callable, n: int, vocab_size: int) -> Callable:
+    """`losses` by a softmax over a batch's targets and n other ids, drawn anew each time (0: all).
+
+    Each of these n stands for (V - T) / n of the V - T ids that are no targets, whose logarithm is
+    added to its logit (Jean et al., 2015). Validation has `losses` of its own, over all.
+    """
+    if not n:
+        return losses
+
+    def sampled(idx: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
+        counted = targets != IGNORE
+        rank = torch.rand(vocab_size, device=idx.device)
+        rank[targets[counted]] = 2.0  # ahead of all others
+        T = int((rank == 2.0).sum())
+        ids = rank.topk(min(T + n, vocab_size)).indices
+        bias = torch.zeros(len(ids), device=idx.device)
+        bias[T:] = math.log(max(1, vocab_size - T) / max(1, len(ids) - T))
+        place = torch.empty_like(rank, dtype=torch.int64)
+        place[ids] = torch.arange(len(ids), device=idx.device)
+        targets = torch.where(counted, place[targets * counted], IGNORE)
+        return losses(idx, targets, reduction, (ids, bias))
+
+    return sampled
+
+
 class Losses(nn.Module):
     """`model.losses` as a module's forward, which is what PyTorch compiles and distributes."""
 
@@ -2347,11 +2373,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         reduction: str,
+        bias: Tensor | None,
         dtype: torch.dtype,
         multiple: int,
     ) -> Tensor:
         ctx.early = reduction == "sum"
-        ctx.how = dtype, multiple
+        ctx.how = bias, dtype, multiple
         scale = None  # (N,) upstream gradients
         if ctx.early and any(ctx.needs_input_grad):
             scale = torch.ones((), device=h.device).expand(len(h))
@@ -2369,7 +2396,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             h, weight, targets = ctx.saved_tensors
             wanted = ctx.needs_input_grad[1]
             _, grad_h, grad_w = swept(h, weight, targets, *ctx.how, grad, wanted)
-        return grad_h, grad_w, None, None, None, None
+        return grad_h, grad_w, None, None, None, None, None
 
 
 def with_rows_of_zeros(weight: Tensor, multiple: int) -> Tensor:
@@ -2381,6 +2408,7 @@ def swept(
     h: Tensor,
     weight: Tensor,
     targets: Tensor,
+    bias: Tensor | None,
     dtype: torch.dtype,
     multiple: int,
     scale: Tensor | None,
@@ -2388,8 +2416,8 @@ def swept(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (N,), and their gradients by h and weight where `scale` (N,) says what to weigh them by.
 
-    h: (N, C); weight: (V, C); targets: (N,). Matrix products are in `dtype`, with V filled up to a
-    `multiple`; all else is in fp32.
+    h: (N, C); weight: (V, C); targets: (N,); bias: (V,) constants. Matrix products are in `dtype`,
+    with V filled up to a `multiple`; all else is in fp32.
     """
     V, low, w = len(weight), h.to(dtype), with_rows_of_zeros(weight.to(dtype), multiple)
     grad_h = None if scale is None else torch.empty_like(h)
@@ -2404,6 +2432,8 @@ def swept(
         y = y.clamp(min=0)
         torch.mm(part, w.T, out=out)
         out[:, V:] = -math.inf
+        if bias is not None:
+            out[:, :V] += bias
         torch.softmax(out, -1, torch.float32, out=p)
         # -log p of the target, by way of the likeliest token's, which cannot underflow.
         top, place = out.max(-1, keepdim=True)
@@ -2419,18 +2449,25 @@ def swept(
 
 
 def chunked_head_loss(
-    h: Tensor, weight: Tensor, targets: Tensor, reduction: str, multiple: int = 1
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reduction: str,
+    bias: Tensor | None = None,
+    multiple: int = 1,
+    whole: int = 2048,
 ) -> Tensor:
-    """`head_loss`, in chunks where all logits at once would take too much memory.
+    """`head_loss`, in chunks where V is above `whole`: all logits at once would take much memory.
 
     multiple: V is filled up to one of it while products are computed.
     """
-    if len(weight) <= 4096:
-        logits = F.linear(h, with_rows_of_zeros(weight, multiple))[:, : len(weight)].float()
+    if (V := len(weight)) <= whole:
+        logits = F.linear(h, with_rows_of_zeros(weight, multiple))[:, :V].float()
+        logits = logits if bias is None else logits + bias
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
     kind = h.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-    return cross_entropy_in_chunks(h, weight, targets, reduction, dtype, multiple)
+    return cross_entropy_in_chunks(h, weight, targets, reduction, bias, dtype, multiple)
 
 
 @operation
@@ -2550,7 +2587,7 @@ KERNELS |= {
     ("next_logits", "mps"): next_logits_as_asked,
     ("next_logits", "cuda"): next_logits_replayed,
     ("head_loss", "cpu"): chunked_head_loss,
-    ("head_loss", "cuda"): partial(chunked_head_loss, multiple=64),
+    ("head_loss", "cuda"): partial(chunked_head_loss, multiple=64, whole=4096),
     ("head_loss", "mps"): chunked_head_loss,
 }
 
@@ -6540,6 +6577,7 @@ def make_run(
         train.step, val = lambda step: first(0), None
     model.grad_checkpointing = progress.grad_checkpointing
     losses = distribute(model, config, rt, total)
+    sampled = over_sampled_ids(losses, config.sampled_softmax, model.config.vocab_size)
     optimizers = make_optimizers(model, config)
     if resumed and progress.step:
         load_optimizer_state(model, optimizers, resumed["optimizer"])
@@ -6550,7 +6588,7 @@ def make_run(
     if val:  # evaluate with the micro-batch size that fits
         val.grad_accum = progress.grad_accum
     run = Run(
-        config, rt, model, losses, objective, optimizers, train, val, progress, scaler, stop,
+        config, rt, model, sampled, objective, optimizers, train, val, progress, scaler, stop,
         gradients=surviving_gradients, exchange=partial(synchronised, model, losses),
         scalar=lambda norm: float(whole(norm)),
     )  # fmt: skip
@@ -6574,9 +6612,10 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     changes = [f"{parts} micro-batches a step"] * (parts != progress.grad_accum * rt.world_size)
     if config.compile != resumed["config"].get("compile"):
         changes.append(f"--compile {resumed['config'].get('compile')}")
-    if changes and any(resumed["model_config"].get(n) for n in ("dropout", "token_dropout")):
+    drawn = resumed["model_config"] | resumed["config"]
+    if changes and any(drawn.get(n) for n in ("dropout", "token_dropout", "sampled_softmax")):
         was = " and ".join(changes)
-        note(f"warning: this run had {was}; dropout draws other masks now, as good as those")
+        note(f"warning: this run had {was}; dropout and the like draw anew, as well as then")
     return progress
 
 
@@ -8184,6 +8223,8 @@ def cross_checks(config) -> list[str]:
         size, share = config.batch_size, config.grad_accum * launched("WORLD_SIZE", 1)
         if size % share:
             found.append(f"batch_size {size} is not divisible by {share} (grad_accum x processes)")
+        if config.sampled_softmax and getattr(config, "objective", "ntp") == "dpo":
+            found.append("dpo needs exact likelihoods: leave --sampled_softmax out")
         if config.fsdp and config.compile == "on":
             found.append("--fsdp and --compile on exclude each other")
     if isinstance(config, DataConfig) and config.streaming and not config.hf_dataset:

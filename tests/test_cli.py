@@ -189,6 +189,7 @@ def test_usage_errors_are_one_line(argv, tmp_path):
         ("finetune --hf_dataset json --streaming", "streaming"),
         ("train --hf_dataset json --streaming --max_steps 5 --answer_weight 3", "answer_weight"),
         ("finetune --lora_r 0", "lora_r"),
+        ("finetune --objective dpo --sampled_softmax 9", "sampled_softmax"),
         ("finetune --dpo_beta inf", "dpo_beta"),
         ("prepare --vocab_size 3", "vocab_size"),
         ("prepare --min_frequency 0", "min_frequency"),

@@ -371,6 +371,52 @@ def test_a_hopeless_target_costs_what_it_should(reduction):
     torch.testing.assert_close(found, wanted)
 
 
+# --- a softmax over sampled ids ---
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("vocab_size", [300, 5000])  # logits whole, and in chunks
+def test_a_softmax_over_all_ids_in_another_order_is_the_softmax(vocab_size, reduction):
+    model = make(vocab_size=vocab_size, tie_weights=False).train()
+    x, y = random_ids(model, 8), random_ids(model, 8, seed=2)
+    y[0, :7] = lp.IGNORE
+    results = []
+    for losses in (model.losses, lp.over_sampled_ids(model.losses, vocab_size, vocab_size)):
+        loss = losses(x, y, reduction)
+        results.append({"losses": loss.detach()} | gradients(model, loss.sum()))
+    assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize(("vocab_size", "n"), [(300, 100), (5000, 2500)])
+def test_sampled_ids_stand_for_the_others(vocab_size, n):
+    """Each softmax holds the targets; over many draws its denominator is that of all ids."""
+    torch.manual_seed(0)
+    h, weight = torch.randn(5, 8), torch.randn(vocab_size, 8) * 0.3
+    targets = torch.tensor([[7, lp.IGNORE, 7, 299, 0]])
+    seen = []
+
+    def losses(idx, places, reduction, among):
+        ids, bias = among
+        assert len(ids) == 3 + n and ids.unique().shape == ids.shape
+        assert torch.equal(ids[places.clamp(min=0)][places >= 0], targets[targets >= 0])
+        assert (bias[:3] == 0).all() and places[0, 1] == lp.IGNORE
+        found = lp.head_loss(h, weight[ids], places.flatten(), "none", bias)
+        plain = lp.head_loss.plain(h, weight[ids], places.flatten(), "none", bias)
+        torch.testing.assert_close(found, plain)
+        # loss = log(denominator) - logit
+        logits = (h * weight[targets.clamp(min=0)[0]]).sum(-1)
+        seen.append((found + logits).exp()[places[0] >= 0])
+
+    sampled = lp.over_sampled_ids(losses, n, vocab_size)
+    for _ in range(400):
+        sampled(targets, targets)
+    found = torch.stack(seen)
+    wanted = (h @ weight.T).exp().sum(-1)[targets[0] >= 0]
+    error = found.std(0) / 400**0.5
+    assert ((found.mean(0) - wanted).abs() < 4 * error).all()
+    assert (error < 0.02 * wanted).all()  # or the test says nothing
+
+
 # --- the faster twins of section 9 ---
 
 

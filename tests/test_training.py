@@ -124,6 +124,15 @@ def test_looking_does_not_disturb(change, whole, corpus, tmp_path):
     assert differences(whole / "last.pth", tmp_path / "last.pth") == []
 
 
+def test_a_sampled_softmax_is_for_training_alone(corpus, tmp_path):
+    """At a rate that moves no weight, validation is the same to the last bit."""
+    command = ["train", *corpus, *SHORT, *words("--lr 1e-30 --dropout 0 --log_interval 1")]
+    for n in (0, 20):
+        run(*command, "--sampled_softmax", n, "--out_dir", tmp_path / str(n)).ok()
+    assert curve(tmp_path / "0", "val") == curve(tmp_path / "20", "val")
+    assert curve(tmp_path / "0", "train") != curve(tmp_path / "20", "train")
+
+
 # --- resume, bit for bit ---
 
 RESUMED = {
@@ -134,6 +143,7 @@ RESUMED = {
     "modern, checkpointing": "--arch modern --grad_checkpointing --n_kv_head 1",
     "sliding": "--stride 5 --max_steps 10",
     "answers": "--answer_weight 7 --grad_accum 2",
+    "sampled softmax": "--sampled_softmax 20 --grad_accum 2 --dropout 0.1",
 }
 
 
