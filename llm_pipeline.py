@@ -47,7 +47,6 @@ import math
 import os
 import pickle
 import platform
-import queue
 import re
 import shutil
 import signal
@@ -251,7 +250,6 @@ class OptimConfig(Settings):
     warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
     decay_fraction: float = option(0.5, "share of steps in wsd's decay", low=0.0, high=1.0)
     min_lr_ratio: float = option(0.1, "final learning rate, over lr", low=0.0, high=1.0)
-    sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
     compile: str = free("auto", "torch.compile", choices=("auto", "on", "off"))
     grad_checkpointing: bool = free(False, "recompute activations to save memory")
     fsdp: bool = free(False, "shard parameters over processes instead of copying them")
@@ -271,6 +269,7 @@ class FitConfig(OptimConfig, DataConfig, RuntimeConfig):
     max_minutes: float = free(0.0, "stop after this many minutes (0: never)", low=0.0)
     stop_after: int = once(0, "save and stop after N steps of this session", low=0)
     stride: int = option(0, "distance between windows (0: block_size)", low=0)
+    sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
     shuffle_buffer: int = option(4096, "windows held for shuffling a stream", low=1)
     eval_interval: int = free(200, "steps between evaluations", low=1)
     eval_batches: int = free(50, "validation batches of an evaluation (0: all)", low=0)
@@ -286,8 +285,8 @@ class FitConfig(OptimConfig, DataConfig, RuntimeConfig):
 class PresetConfig(Settings):
     """Names that set many others at once: PRESETS, RECIPES and ARCHS below."""
 
-    preset: str = free("tiny-8g", "sizes that fit a machine")
-    recipe: str = free("classic", "classic: what the preset says; fast: measured quickest")
+    preset: str = option("tiny-8g", "sizes that fit a machine")
+    recipe: str = option("classic", "classic: what the preset says; fast: measured quickest")
     arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)")
 
 
@@ -340,7 +339,8 @@ def fast_recipe(sizes: dict, given: dict) -> dict:
     )  # fmt: skip
 
 
-# A recipe is a function of the settings so far and of those that were given. It outranks arch and preset; "classic" leaves both.
+# A recipe is a function of the settings so far and of those that were given. It outranks arch and
+# preset; "classic" leaves both.
 RECIPES = {"classic": lambda sizes, given: {}, "fast": fast_recipe}
 
 
@@ -406,8 +406,9 @@ def instruction_response(output: str) -> str:
 # 3. Batches
 #
 # The batch of step s is a function of (seed, s) alone: resuming costs nothing, and one process or
-# four see the same global batch. `rt` (section 8) says which process this is. A store (section 11) is the corpus as token ids: `tokens[split]`,
-# and `index[split]` with a row (start, length, prompt, source) for each answer to learn.
+# four see the same global batch. `rt` (section 8) says which process this is. A store (section 11)
+# is the corpus as token ids: `tokens[split]`, and `index[split]` with a row (start, length, prompt,
+# source) for each answer to learn.
 # ====================================================================================
 
 IGNORE = -100  # a target that does not count; F.cross_entropy knows the same number
@@ -1556,7 +1557,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     store: dist.Store | None = None  # small values that the processes share
-    turns: int = 0  # how often one process has gone before the others
+    turns: int = 0  # calls of `first_one_first` so far, which name its keys
     rows: int = 2**30  # sequences at a time without gradients; fewer once memory has run out
     # When the command began; as a program, with the seconds that its imports took.
     started: float = field(
@@ -1662,6 +1663,7 @@ def runtime(config: RuntimeConfig, alone: bool = False):
         torch.cuda.set_device(device)
         cap_memory(device, config.vram_limit_gb * 2**30)
         choose_attention(device)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1675,6 +1677,8 @@ def runtime(config: RuntimeConfig, alone: bool = False):
         why = f"another process has ended or does not answer ({one_line(error, 90)})"
         raise UserError(f"{why}: start all of them again, with --resume") from None
     finally:
+        if config.deterministic:
+            torch.use_deterministic_algorithms(was_deterministic)
         if store:
             dist.destroy_process_group()
 
@@ -1819,8 +1823,8 @@ Stop = StopSignal | bool  # true once a run is to stop
 class Output:
     """stdout or stderr, which may be lost while the program runs: a full disk, a closed terminal.
 
-    What cannot be written to stderr is dropped, since no step of a training is worth a log line.
-    Results are worth an error.
+    A failed write to stderr is dropped: no log line is worth a training run. A failed write to
+    stdout is an error, since it carries results.
     """
 
     def __init__(self, stream, droppable: bool):
@@ -1877,19 +1881,30 @@ def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
         why = f"cannot use {folder} as a folder: {error.strerror}"
         raise UserError(f"{why}; choose another place") from None
     with file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise UserError(f"another run uses {folder}: wait, or name another --out_dir") from None
+        while not lock_now(file, folder):
+            if not wait:
+                raise UserError(f"another run uses {folder}: wait, or name another --out_dir")
+            time.sleep(0.1)
         yield
+
+
+def lock_now(file, folder: Path) -> bool:
+    """Lock an open file, unless another process has done so."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        raise UserError(f"cannot lock {folder}: {error.strerror}; choose another place") from None
+    return True
 
 
 @contextlib.contextmanager
@@ -1977,11 +1992,13 @@ def rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
     """The whole rows of a log up to a step. A crash may leave anything behind them: half a row,
     zeros, bytes that are no text."""
     kept = []
-    lines = path.read_bytes().replace(b"\0", b"\xff").decode("utf-8", "replace").splitlines()
-    for row in csv.DictReader(lines):
-        with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
-            numbers = [float(value) for name, value in row.items() if value and name != "split"]
-            if None not in row.values() and numbers and int(row["step"]) <= step:
+    header, *lines = path.read_bytes().decode("utf-8", "replace").splitlines() or [""]
+    for line in lines:  # no value that `CSVLogger` writes needs quotes
+        with contextlib.suppress(ValueError, KeyError):
+            row = dict(zip(header.split(","), line.split(","), strict=True))
+            for name in row.keys() - {"split"}:
+                float(row[name] or 0)  # ValueError at half a number
+            if int(row["step"]) <= step:
                 kept.append(row)
     return kept
 
@@ -2131,7 +2148,7 @@ def over_sampled_ids(losses: Callable, n: int, vocab_size: int) -> Callable:
     Each of these n stands for (V - T) / n of the V - T ids that are no targets, whose logarithm is
     added to its logit (Jean et al., 2015). Validation has `losses` of its own, over all.
     """
-    if not n:
+    if not 0 < n < vocab_size:
         return losses
 
     def sampled(idx: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
@@ -2194,13 +2211,13 @@ def can_compile(device: torch.device, required: bool) -> bool:
     Triton or Python's headers. Raises UserError where it does not and is required."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-        return True
     except Exception as error:
         reason = f"torch.compile does not work here: {one_line(error)}"
-    if required:
-        raise UserError(f"--compile on: {reason}; --compile off does without")
-    note(f"going on without compiling, which takes longer: {reason}")
-    return False
+        if required:
+            raise UserError(f"--compile on: {reason}; --compile off does without") from None
+        note(f"going on without compiling, which takes longer: {reason}")
+        return False
+    return True
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -2282,17 +2299,20 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Without gradients, not by way of autograd, which for one token costs as much as the work."""
+    """Without gradients it goes past autograd, which for one token costs as much as the work."""
     if torch.is_grad_enabled():
         return FusedRMSNorm.apply(x, weight, eps)
     return (normalised(x, eps)[0] * weight).to(torch.promote_types(x.dtype, weight.dtype))
 
 
 def dropout_by_bytes(x: Tensor, p: float) -> Tensor:
-    """PyTorch's CPU kernel draws elements one at a time, which costs as much as the matrix products
-    around it. Here a byte decides: eight elements a draw, p rounded to a multiple of 1/256.
+    """Dropout that draws a byte for each element, eight to a random word; p is rounded
+    to a multiple of 1/256, not to 0.
+
+    PyTorch's CPU kernel draws elements one at a time, which costs as much as the matrix products
+    around it.
     """
-    kept = 256 - round(256 * p)
+    kept = 256 - max(1, round(256 * p))  # a byte is never 256
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
     keep = torch.lt(drawn, kept, out=torch.empty_like(x))  # 1 or 0, without a pass to convert it
@@ -2301,7 +2321,7 @@ def dropout_by_bytes(x: Tensor, p: float) -> Tensor:
 
 def attention_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
     """`attention_manual` with few, large products: on CPUs the fused kernels have no dropout and are
-    slow in bf16. Query heads that share a key head stand below one another: (B K, G Tq, D).
+    slow in bf16. Query heads that share a key head are stacked as rows: (B K, G Tq, D).
     """
     (B, H, Tq, D), (K, Tk) = q.shape, k.shape[1:3]
     if Tq == 1 and mask is not None and torch.compiler.is_compiling():
@@ -2336,10 +2356,10 @@ def attention_in_one_loop(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tens
 def attention_on_cuda(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float, flash: bool = False
 ) -> Tensor:
-    """Only the flash kernel shares key heads; what it cannot do would take the slow kernel, which
-    holds all scores in fp32. So keys and values are repeated wherever flash does not apply."""
+    """Only the flash kernel takes grouped key heads; without it, PyTorch would use one that holds all
+    scores in fp32. So keys and values are repeated wherever flash does not apply."""
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and q.shape[2] == 1:  # heads that share a key head stand below one another
+    if groups > 1 and q.shape[2] == 1:  # those that share a key head become its queries
         mask = mask.view(-1, groups, mask.shape[-1]) if mask is not None and mask.ndim > 2 else mask
         folded = q.reshape(len(q), -1, groups, q.shape[-1])
         return F.scaled_dot_product_attention(folded, k, v, mask, p_drop).reshape(q.shape)
@@ -2351,7 +2371,7 @@ def attention_on_cuda(
 def choose_attention(device: torch.device) -> None:
     """Flash attention needs Ampere or newer, and a build that has it: wheels for Windows do not.
 
-    Asked once, here: a question to the driver would cut a compiled graph in two.
+    Decided once, here: asking the driver inside a compiled function would break its graph.
     """
     built = torch.backends.cuda.is_flash_attention_available()
     flash = built and torch.cuda.get_device_capability(device)[0] >= 8
@@ -2367,23 +2387,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        h: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        reduction: str,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        multiple: int,
-    ) -> Tensor:
-        ctx.early = reduction == "sum"
-        ctx.how = bias, dtype, multiple
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, reduction: str, *how) -> Tensor:
+        ctx.early, ctx.how = reduction == "sum", how
         scale = None  # (N,) upstream gradients
         if ctx.early and any(ctx.needs_input_grad):
             scale = torch.ones((), device=h.device).expand(len(h))
         wanted = ctx.needs_input_grad[1]  # not where a head is frozen, under LoRA
-        losses, grad_h, grad_w = swept(h, weight, targets, *ctx.how, scale, wanted)
+        losses, grad_h, grad_w = swept(h, weight, targets, *how, scale, wanted)
         ctx.save_for_backward(*((grad_h, grad_w) if ctx.early else (h, weight, targets)))
         return losses.sum() if ctx.early else losses
 
@@ -2405,16 +2415,10 @@ def with_rows_of_zeros(weight: Tensor, multiple: int) -> Tensor:
 
 
 def swept(
-    h: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    multiple: int,
-    scale: Tensor | None,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses (N,), and their gradients by h and weight where `scale` (N,) says what to weigh them by.
+    h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    multiple: int, scale: Tensor | None, weight_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Losses (N,); where `scale` (N,) says how to weigh them, also gradients of h and weight.
 
     h: (N, C); weight: (V, C); targets: (N,); bias: (V,) constants. Matrix products are in `dtype`,
     with V filled up to a `multiple`; all else is in fp32.
@@ -2437,7 +2441,7 @@ def swept(
         torch.softmax(out, -1, torch.float32, out=p)
         # -log p of the target, by way of the likeliest token's, which cannot underflow.
         top, place = out.max(-1, keepdim=True)
-        nll = (top - out.gather(1, y)).float() - p.gather(1, place).log()
+        nll = top.float() - out.gather(1, y).float() - p.gather(1, place).log()
         losses[i : i + rows] = (nll * counted)[:, 0]
         if scale is not None:
             p.scatter_add_(1, y, torch.full_like(nll, -1.0))  # d loss / d logits
@@ -2449,14 +2453,9 @@ def swept(
 
 
 def chunked_head_loss(
-    h: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    reduction: str,
-    bias: Tensor | None = None,
-    multiple: int = 1,
-    whole: int = 2048,
-) -> Tensor:
+    h: Tensor, weight: Tensor, targets: Tensor, reduction: str, bias: Tensor | None = None,
+    multiple: int = 1, whole: int = 2048,
+) -> Tensor:  # fmt: skip
     """`head_loss`, in chunks where V is above `whole`: all logits at once would take much memory.
 
     multiple: V is filled up to one of it while products are computed.
@@ -2532,11 +2531,11 @@ class StaticStep:
     def __call__(self, token: Tensor, position: int) -> Tensor:
         self.token.copy_(token)
         self.pos.fill_(position)
-        if self.replay is not None:
-            return self.replay()
-        self.replay = self.captured() if token.device.type == "cuda" else self.compute
-        with compiler_settings(self.model, token.device):
-            return self.replay()
+        if self.replay is None:
+            with compiler_settings(self.model, token.device):  # compiles when it is first called
+                self.replay = self.captured() if token.device.type == "cuda" else self.compute
+                return self.replay()
+        return self.replay()
 
     def captured(self) -> Callable:
         """The step as a CUDA graph. What it returns is overwritten by the next replay."""
@@ -2607,7 +2606,7 @@ TRUSTED = ("cpu",)  # devices that need no test
 
 
 def self_test(shape: GPTConfig, rt: Runtime) -> None:
-    """Hold this device, with its kernels, against plain operations on the CPU.
+    """Compare this device and its kernels with plain operations on the CPU.
 
     One tiny batch through one layer of the run's architecture, in fp32 and in the run's dtype.
     Raises UserError where loss or gradients differ by more than rounding: young drivers, and
@@ -2628,7 +2627,7 @@ def self_test(shape: GPTConfig, rt: Runtime) -> None:
     for dtype, tolerance in {rt.dtype: 0.05, torch.float32: 1e-3}.items():
         found, estimate = loss_and_gradient(model, batch, replace(rt, dtype=dtype))
         error = ((estimate - gradient).norm() / gradient.norm()).item()
-        if not max(abs(found / loss - 1), error) < tolerance:  # NaN neither
+        if not (abs(found / loss - 1) < tolerance and error < tolerance):  # NaN fails, too
             raise UserError(
                 f"{rt.device} computes wrongly in {str(dtype)[6:]}: loss {found:.4f} against "
                 f"{loss:.4f} on the CPU, gradients off by {error:.1%}: try another version of "
@@ -2637,7 +2636,7 @@ def self_test(shape: GPTConfig, rt: Runtime) -> None:
 
 
 def loss_and_gradient(model: GPT, batch: Batch, rt: Runtime) -> tuple[float, Tensor]:
-    """Mean loss, and the gradient of the sum by all parameters as one vector, on the CPU."""
+    """Mean loss, and the gradient of the summed loss as one vector, on the CPU."""
     model.to(rt.device).zero_grad()
     batch = batch.to(rt.device)
     with rt.autocast():
@@ -2683,7 +2682,7 @@ class PackedLinear(DecodingLinear):
 
 
 class Int8Linear(nn.Module):
-    """The same in 8 bits: a row of the weight is a scale times whole numbers from -127 to 127.
+    """The same in 8 bits: a row of the weight is a scale times integers from -127 to 127.
 
     PyTorch's kernel takes x and the scales in bf16, sums in fp32 and rounds to bf16, each row of x
     by itself: a token's result does not depend on those beside it. It reads 16 columns at a time.
@@ -2779,34 +2778,15 @@ class PrefetchingLoader(Loader):
     """A loader whose thread prepares two batches ahead, while the GPU is at work."""
 
     def steps(self, first: int, end: int) -> Iterator[tuple[Batch, int]]:
-        ready: queue.Queue = queue.Queue(maxsize=2)
-        closed = threading.Event()
-
-        def offer(item) -> None:
-            while not closed.is_set():
-                with contextlib.suppress(queue.Full):
-                    return ready.put(item, timeout=0.1)
-
-        def work() -> None:
-            try:
-                for step in range(first, end):
-                    offer(self.step(step))
-                    if closed.is_set():
-                        return
-            except BaseException as error:  # raised again where the batch is wanted
-                offer(error)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
+        pool, ahead = ThreadPoolExecutor(1), deque()
         try:
-            for _ in range(first, end):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            for step in range(first, end + 2):
+                if step < end:
+                    ahead.append(pool.submit(self.step, step))
+                if step >= first + 2:
+                    yield ahead.popleft().result()
         finally:  # the thread ends with the run and holds no batch
-            closed.set()
-            thread.join()
+            pool.shutdown(cancel_futures=True)
 
 
 # ====================================================================================
@@ -2995,7 +2975,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         except Exception as error:
             what = f"--tokenizer {name}: no such file or folder, nor on the Hub"
             raise UserError(f"{what} ({one_line(error, 90)}); name a local folder") from None
-    return bpe_tokenizer(library.to_str(), **special_ids(library, file.parent))
+    folder = file.parent if path.exists() else None
+    return bpe_tokenizer(library.to_str(), **special_ids(library, folder))
 
 
 def library_from_merges(vocabulary: Path, merges: Path):
@@ -3012,13 +2993,13 @@ def library_from_merges(vocabulary: Path, merges: Path):
     return library
 
 
-def special_ids(library, folder: Path) -> dict[str, int]:
+def special_ids(library, folder: Path | None) -> dict[str, int]:
     """Ids of bos, eos, sep and pad in somebody else's vocabulary; missing roles fall back to eos.
 
     Looks for this program's names, then the folder's configuration, then the usual names.
     """
     declared = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in ("special_tokens_map.json", "tokenizer_config.json") if folder else ():
         with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
             declared |= json.loads((folder / name).read_text(encoding="utf-8"))
     usual = {"eos": ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>"), "bos": ("<s>",)}
@@ -3340,7 +3321,8 @@ def messages_of(value, column: str, role: str = "") -> list[Message]:
         return [message_from(entry, column) for entry in value]
     if not isinstance(value, str):
         raise ValueError(f"{column!r} must be text or messages, not {type(value).__name__}")
-    if re.match(r"\s*Human:", value) and "\n\nAssistant:" in value:  # as in HH-RLHF
+    is_transcript = re.match(r"\s*Human:", value) and "\n\nAssistant:" in value  # as in HH-RLHF
+    if is_transcript and column not in ANSWERS:
         _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip())
         pairs = zip(parts[::2], parts[1::2], strict=True)
         found = [Message(ROLES[who.lower()], text.strip()) for who, text in pairs]
@@ -3442,8 +3424,10 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
     pair = preference and row.get("rejected") is not None
     if not (pair or talk or (asked and answer)):
         if not has_text:
-            names = ", ".join(map(repr, list(row)[:8])) or "none"
-            raise ValueError(f"no known layout among the fields {names}; known are {LAYOUTS}")
+            names = ", ".join(map(str, list(row)[:12])) or "none"
+            what = f"no {text_field!r} and no known layout among the fields ({names})"
+            way = "name the one that holds text with --text_field"
+            raise ValueError(f"{what}; {way}, or use {LAYOUTS}")
         if asked or answer:
             half = repr(asked or answer)
             raise ValueError(f"{half} beside 'text' is half a pair: name one by --text_field")
@@ -3481,7 +3465,7 @@ def records_from_rows(
         if context == len(record.turns):
             report.skip(record.source, "no answer to train", where)
             continue
-        while not record.turns[-1].trained:  # context for nothing
+        while not record.turns[-1].trained:  # nothing follows that it is context for
             record.turns.pop()
             record.rejected = ""
         yield record
@@ -3539,25 +3523,17 @@ def csv_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tup
     csv.field_size_limit(2**31 - 1)
     delimiter = max(",;\t", key=header.count)
     table = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
-    try:
-        if problem := layout_problem(table.fieldnames or [], config.text_field):
-            yield str(file.path), problem
+
+    def next_row():
+        try:
+            return next(table, None)
+        except csv.Error as error:
+            return error
+
+    for row in iter(next_row, None):
+        yield f"{file.path}:{table.reader.line_num}", row
+        if not table.line_num:  # the header itself is malformed
             return
-        for row in table:
-            yield f"{file.path}:{table.line_num}", row
-    except csv.Error as error:
-        yield f"{file.path}:{table.line_num}", error
-
-
-def layout_problem(columns: list[str], text_field: str) -> ValueError | None:
-    """An error where a table's columns hold no known layout."""
-    names = set(columns)
-    is_pair = names & set(QUESTIONS) and names & set(ANSWERS)
-    if is_pair or names & {text_field, "chosen", *DIALOGUES}:
-        return None
-    listed = ", ".join(map(str, columns[:12]))
-    what = f"no column {text_field!r} and no known layout among its columns ({listed})"
-    return ValueError(f"{what}; name the one that holds text with --text_field, or use {LAYOUTS}")
 
 
 def parquet_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
@@ -3567,10 +3543,8 @@ def parquet_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator
         source = io.BytesIO(open_binary(path).read()) if is_packed(path) else path
         with parquet.ParquetFile(source) as table:
             columns = table.schema_arrow.names
-            if problem := layout_problem(columns, config.text_field):
-                yield str(path), problem
-                return
             wanted = [c for c in columns if c in KNOWN_COLUMNS or c == config.text_field]
+            wanted = wanted or columns[:12]  # to be refused by their names
             batches = (batch.to_pylist() for batch in table.iter_batches(256, columns=wanted))
             for number, row in enumerate(chain.from_iterable(batches), 1):
                 yield f"{path}: row {number}", row
@@ -3759,7 +3733,7 @@ ROLE_WORDS = {
 
 
 def role_in_name(name: str, is_folder: bool) -> str:
-    """The role that a name speaks of; a folder's whole name, any word of a file's."""
+    """The role that a name says: a folder's whole name, or any word of a file's."""
     words = [name.lower()] if is_folder else re.split(r"[^a-z]+", name.lower())
     return next((ROLE_WORDS[word] for word in words if word in ROLE_WORDS), "")
 
@@ -3774,8 +3748,8 @@ def roles_in(folder: Path, is_folder: bool) -> set[str]:
 def role_of(path: Path, lookup: Callable = roles_in) -> str:
     """train, val or test, where the name of a file or folder says so, else "".
 
-    A name counts where its siblings on disk make a split of it: a training and a validation part,
-    or a test part beside a training part. So one file of such a folder keeps its role.
+    A name counts only if its siblings form a split: a training and a validation part, or a test
+    part beside a training part. So one file of such a folder keeps its role.
     """
     is_folder = path.is_dir()
     beside, role = lookup(path.parent, is_folder), role_in_name(path.name, is_folder)
@@ -3789,13 +3763,6 @@ def data_role(config: DataConfig) -> str:
     if config.hf_dataset:
         return ""
     return role_of(root) or ("" if root.is_dir() else role_of(root.parent))
-
-
-def part_of_split(config: DataConfig) -> str:
-    """A line that says so, where --data_dir names one part of a folder that is split."""
-    role = data_role(config)
-    side = "trains" if role == "train" else "validates"
-    return role and f"{config.data_dir} is the {role} part of a split: all of it {side}"
 
 
 def toy_rows() -> Iterator[tuple]:
@@ -3849,18 +3816,15 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
         file = TextFile(path, config.encoding_errors)
         is_sms = reader is sms_rows
         source, instructions = ("sms", "") if is_sms else (path.name, "instructions")
-        try:
-            rows = reader(file, config, report)
-            for record in records_from_rows(rows, source, config, report, instructions):
-                record.split = split
-                yield record
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {one_line(error)}") from None
+        rows = reader(file, config, report)
+        for record in records_from_rows(rows, source, config, report, instructions):
+            record.split = split
+            yield record
         report.replaced(source, file)
 
 
 def nothing_to_read(config: DataConfig, n_files: int, reasons: dict[Path, str]) -> str:
-    what = f"{n_files} files, none readable as text" if n_files else "no files"
+    what = f"{n_files} file(s), none readable as text" if n_files else "no files"
     first = "; ".join(f"{path.name}: {why}" for path, why in islice(reasons.items(), 3))
     what += f" ({first})" if first else ""
     return f"--data_dir {config.data_dir}: {what}; add .txt, .json, .jsonl, .csv or .parquet"
@@ -4102,11 +4066,10 @@ def record_pieces(record: Record, split: str, size: int, config: DataConfig) -> 
             yield Piece(text, part, source, size, end="eos" * last, last=last)
             size = 0
         return
-    # Nobody learns from what follows the last answer that is trained.
-    n_turns = max((n for n, turn in enumerate(record.turns, 1) if turn.trained), default=0)
-    for n, turn in enumerate(record.turns[:n_turns], 1):
+    for n, turn in enumerate(record.turns, 1):
+        last = n == len(record.turns)
         yield Piece(turn.prompt, split, source, size if n == 1 else 0)
-        yield Piece(turn.response, split, source, 0, "sep", turn.trained, last=n == n_turns)
+        yield Piece(turn.response, split, source, 0, "sep", turn.trained, last)
 
 
 def as_pair(record: Record) -> list[Record]:
@@ -4367,6 +4330,8 @@ class StreamStore(TokenStore):
     def open_writer(self) -> None:
         """Go on after what was written before."""
         config, self.n_written = self.config, self.meta["batches"]
+        if self.writer:
+            self.writer.close()
         self.writer = StoreWriter(self.folder, self.tokenizer, config, self.meta)
         if self.writer.commit()["files"] != self.meta["files"]:
             raise UserError(f"{self.folder} is not what was written there: delete it")
@@ -4403,6 +4368,8 @@ def file_digest(path: Path) -> str:
 # Settings that say where data and stores are, but not what is in them.
 PLACES = ("data_dir", "processed_dir", "streaming", "hf_dataset", "hf_config", "hf_split",
           "hf_files")  # fmt: skip
+# What a store's meta.json keeps, and what a command that reads the store takes from there.
+STORED = [f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)]
 
 
 def store_settings(config: DataConfig, pairs: bool) -> dict:
@@ -4422,12 +4389,11 @@ def settings_fingerprint(config: DataConfig, tokenizer: dict, pairs: bool) -> st
 
 
 def store_origin(config: DataConfig, spec: dict, pairs: bool, request: str | None) -> dict:
-    """What meta.json says of how a store is made. request: what a BPE was trained for."""
-    names = [f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)]
+    """What meta.json says of how a store is made. request: fingerprint of a BPE's training."""
     return {
         "format": STORE_FORMAT,
         "source": source_name(config),
-        "settings": {name: getattr(config, name) for name in names if hasattr(config, name)},
+        "settings": {name: getattr(config, name) for name in STORED if hasattr(config, name)},
         "pairs": pairs,
         "tokenizer": spec,
         "settings_fingerprint": settings_fingerprint(config, spec, pairs),
@@ -4435,11 +4401,13 @@ def store_origin(config: DataConfig, spec: dict, pairs: bool, request: str | Non
     }
 
 
+def is_store(data_dir: str) -> bool:
+    """Whether a folder is a store that was prepared before."""
+    return all((Path(data_dir) / name).is_file() for name in ("meta.json", "train.bin"))
+
+
 def build_corpus_from_sources(
-    config: DataConfig,
-    tokenizer: Tokenizer | None = None,
-    folder: Path | None = None,
-    pairs: bool = False,
+    config: DataConfig, tokenizer: Tokenizer | None = None, folder: Path | None = None, pairs=False
 ) -> TokenStore:
     """The token store of the configured sources: opened if it is prepared and current, else built.
 
@@ -4448,9 +4416,9 @@ def build_corpus_from_sources(
     pairs: keep preference records alone, chosen and rejected side by side, for DPO.
     Training with --streaming gets a StreamStore, which is written while it is read.
     """
-    prepared, verify = Path(config.data_dir), isinstance(config, EvalConfig)
-    if not config.hf_dataset and all((prepared / f).is_file() for f in ("meta.json", "train.bin")):
-        return adopted(config, TokenStore(prepared, verify), tokenizer, pairs)
+    verify = isinstance(config, EvalConfig)
+    if not config.hf_dataset and is_store(config.data_dir):
+        return adopted(config, TokenStore(Path(config.data_dir), verify), tokenizer, pairs)
     request, named = None, folder is not None
     if tokenizer is None and config.tokenizer == "bpe":
         asked = {f.name: getattr(config, f.name) for f in fields(TokenizerConfig)}
@@ -4465,14 +4433,18 @@ def build_corpus_from_sources(
     streaming = config.hf_dataset and config.streaming and isinstance(config, FitConfig)
     if streaming:
         folder = folder.with_name(f"{folder.name}-stream")
+    store = None
     if is_main():
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
-            if not is_current(folder, origin, verify):
+            store = current_store(folder, origin, verify)
+            if not store:
                 check_store_folder(folder, config, origin["source"], named)
                 (begin_stream if streaming else build_store)(config, tokenizer, folder, origin)
             elif isinstance(config, PrepareConfig):
                 note("the sources and settings are unchanged: this store was made before")
-    return StreamStore(folder, config) if streaming else TokenStore(folder, verify)
+    if streaming:
+        return StreamStore(folder, config)
+    return store or TokenStore(folder, verify)
 
 
 def default_folder(config: DataConfig, origin: dict) -> Path:
@@ -4483,13 +4455,13 @@ def default_folder(config: DataConfig, origin: dict) -> Path:
     return Path(config.processed_dir) / f"{name}-{spec['kind']}-{digest}"
 
 
-def is_current(folder: Path, origin: dict, verify: bool) -> bool:
-    """Whether a folder holds a sound store, made from the same sources by the same settings."""
-    try:
-        made = TokenStore(folder, verify).meta.get("settings_fingerprint")
-    except UserError:
-        return False
-    return made == origin["settings_fingerprint"]
+def current_store(folder: Path, origin: dict, verify: bool) -> TokenStore | None:
+    """A folder's sound store, if it was made from the same sources by the same settings."""
+    with contextlib.suppress(UserError):
+        store = TokenStore(folder, verify)
+        if store.meta.get("settings_fingerprint") == origin["settings_fingerprint"]:
+            return store
+    return None
 
 
 def find_trained(request: str, place: Path) -> Tokenizer | None:
@@ -4513,8 +4485,7 @@ def adopted(
         raise UserError(f"{store.folder} was prepared with another tokenizer than the checkpoint's")
     if pairs and not store.meta.get("pairs"):
         raise UserError(f"{store.folder} was prepared without preference pairs: name the raw data")
-    names = {f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)} - {*PLACES}
-    specs = {f.name: f for f in fields(config) if f.name in names}
+    specs = {f.name: f for f in fields(config) if f.name in STORED and f.name not in PLACES}
     settings = store.meta["settings"]
     try:
         made = {name: convert(specs[name], settings[name]) for name in specs if name in settings}
@@ -4611,7 +4582,7 @@ def corpus_pieces(config: DataConfig, report: Report, pairs: bool) -> Iterator[P
 
 class StreamDataset(LMDataset):
     """Windows of a stream's store, in its order: segment s of `segment` windows is permuted by
-    (seed, s). When the stream has ended, it goes round again.
+    (seed, s). At the end of the stream it begins again.
 
     The store grows as far as a batch needs, so that a batch is what it is for any other store: a
     function of (seed, step). Validation takes the first windows.
@@ -4650,7 +4621,7 @@ class StreamDataset(LMDataset):
 class RecordDataset(InstructionDataset):
     """Whole records to pretrain on, whose (last) answer counts `weight` times as much as the rest.
 
-    Among dozens of tokens of text, the few of a label would hardly be heard.
+    Else the few tokens of a label would count for little beside the dozens of its text.
     Raises UserError where a record is plain text, which has no answer.
     """
 
@@ -4682,7 +4653,7 @@ def create_dataloaders(
         shape, stride = (store, split, block_size), config.stride if split == "train" else 0
         if isinstance(store, StreamStore):
             data = StreamDataset(*shape, stride, config.seed, config.shuffle_buffer)
-        elif weight := getattr(config, "answer_weight", 0):  # of `train` alone
+        elif weight := getattr(config, "answer_weight", 0):  # a setting of `train` alone
             weight = weight if split == "train" else 1
             data = RecordDataset(*shape, config.seed, config.batch_size, weight)
         elif not isinstance(config, FinetuneConfig):
@@ -4692,7 +4663,7 @@ def create_dataloaders(
         else:
             data = InstructionDataset(*shape, config.seed, config.loss_on, config.batch_size)
         if data.block_size < block_size:
-            note(f"{split}: less than one block of tokens, windows have {data.block_size}")
+            note(f"{split}: fewer tokens than one block; windows have {data.block_size}")
         if isinstance(data, InstructionDataset) and data.n_cut:
             what = f"{split}: {data.n_cut:,} records are longer than {block_size} tokens"
             note(f"{what} and lose the middle of their prompt or the end of their response")
@@ -4755,9 +4726,8 @@ def check_seal(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     stored = all(e.compress_type == zipfile.ZIP_STORED for e in entries)
-    require(stored, "it is compressed, which torch.save never does")
-    unpacked = sum(e.file_size for e in entries)
-    require(unpacked <= size, "it claims to unpack to more than its size")
+    plain = stored and sum(e.file_size for e in entries) <= size
+    require(plain, "it is compressed, or claims to unpack to more than its size")
 
 
 def leaves(value, name: str = "state") -> Iterator[tuple[str, object]]:
@@ -4807,7 +4777,7 @@ def check_leaf(name: str, value: object) -> None:
 # What a checkpoint holds. Checkpoints of earlier versions lack what may be None.
 SECTIONS = {"format": str, "model_config": dict, "weights": dict, "tokenizer": dict,
             "config": dict, "progress": dict, "optimizer": dict, "data": dict, "versions": dict,
-            "command": str, "template": str, "scaler": dict, "stream": dict,
+            "command": str, "scaler": dict,
             "lora": dict | None, "base": str | None, "base_loss": float | None}  # fmt: skip
 
 
@@ -4861,7 +4831,7 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     path = Path(path)
     try:
-        # A pipe would be waited for.
+        # Opening a pipe would block.
         require(path.is_file() or not path.exists(), "it is not a file")
         check_seal(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -4972,7 +4942,6 @@ def save_run(run: Run, about: dict, path: Path) -> None:
         "optimizer": optimizer_state(run.model, run.optimizers),
         "scaler": run.scaler.state_dict(),
         "progress": asdict(run.progress),
-        "stream": {},  # for versions that kept a stream's position here
     }
     if run.rt.is_main:
         save_checkpoint(path, state)
@@ -4993,7 +4962,6 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
         "config": {name: getattr(config, name) for name in resume_policy(type(config))},
         "model_config": asdict(loaded.model.config),
         "tokenizer": loaded.tokenizer.spec(),
-        "template": instruction_prompt("{instruction}", "{input}"),
         **{name: loaded.state.get(name) for name in ("lora", "base")},
         "data": {name: getattr(config, name) for name in SPLIT_SETTINGS}
         | {"fingerprint": store.fingerprint},
@@ -5099,7 +5067,9 @@ def check_new_run(folder: RunFolder, overwrite: bool) -> None:
     there = folder.files()
     for name, path in there.items():
         if not RUN_FILES[name](path):
-            raise UserError(f"{path} is no run's, and would be replaced: use another --out_dir")
+            raise UserError(
+                f"{path} was not written by a run and would be lost: use another --out_dir"
+            )
     saved = there.get("last.pth") or there.get("best.pth")
     if saved and not overwrite:
         progress = load_checkpoint(saved)["progress"]
@@ -5126,7 +5096,7 @@ def open_run(config: FitConfig) -> Iterator[RunFolder]:
             folder.sweep()
         if config.resume:
             folder.state = state_to_resume(folder)
-        else:
+        if not folder.state:
             check_new_run(folder, config.overwrite)
         yield folder
 
@@ -5261,7 +5231,9 @@ def interchange_kind(c: GPTConfig) -> str:
         }
     odd = [f"{name}={getattr(c, name)}" for name, fits in possible.items() if not fits]
     if odd:
-        raise UserError(f"no Hugging Face class holds {', '.join(odd)} beside --arch {arch}")
+        raise UserError(
+            f"no Hugging Face class has {', '.join(odd)} with the rest of --arch {arch}"
+        )
     return kind
 
 
@@ -5316,7 +5288,7 @@ def hf_shape(hf: dict) -> tuple[str, GPTConfig]:
     try:
         shape = ARCHS[family.arch] | {ours: hf[theirs] for ours, theirs in family.settings.items()}
         shape |= family.more_from_hf(hf)
-        specs = {f.name: f for f in fields(GPTConfig)}
+        specs = specs_of(GPTConfig)
         shape = {name: convert(specs[name], value) for name, value in shape.items()}
         return kind, checked_model_config(asdict(GPTConfig(**shape)))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -5338,7 +5310,7 @@ def hf_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[str, Tensor]:
-    """Their tensors under our names. Raises UserError naming one that is missing or wrong."""
+    """Their tensors under our names. UserError or ValueError names one that is missing or wrong."""
     prefix = INTERCHANGE[kind].layer.split(".")[0] + "."  # of every tensor but the head's
     if not any(name.startswith(prefix) for name in tensors):  # a base model without its head
         tensors = {prefix + name: t for name, t in tensors.items()}
@@ -5355,10 +5327,7 @@ def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[st
             wanted = (size, *shape[1:])[:: -1 if transposed else 1]
             if part.shape != wanted:
                 raise UserError(f"{name} has shape {tuple(part.shape)}, not {wanted}")
-            if not part.dtype.is_floating_point or part.dtype.itemsize < 2:
-                raise UserError(f"{name} holds {part.dtype}: quantised models are not read")
-            if not part.isfinite().all():
-                raise UserError(f"{name} holds values that are not finite")
+            check_leaf(name, part)
             parts.append((part.T if transposed else part).float())
         weights[ours] = (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
     if left:
@@ -5375,7 +5344,7 @@ def load_hf(name: str) -> Loaded:
         folder = hf_folder(name)
         kind, config = hf_shape(read_table(folder / "config.json", "config.json"))
         model = build_model(config, from_hf(hf_tensors(folder), kind, config))
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder.absolute()))
         if tokenizer.library.get_vocab() == byte_library().get_vocab():  # ours, exported
             tokenizer = ByteTokenizer()
         n_ids, room = tokenizer.vocab_size, config.vocab_size
@@ -5383,7 +5352,7 @@ def load_hf(name: str) -> Loaded:
             raise UserError(f"the tokenizer has {n_ids} ids, the model only {room}")
         templates = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
         texts = [file.read_text("utf-8", "replace") for file in templates if file.is_file()]
-    except UserError as error:
+    except (UserError, ValueError) as error:
         raise UserError(str(error) if name in str(error) else f"{name}: {error}") from None
     return Loaded(model, tokenizer, {}, has_template="### Instruction: " in "".join(texts))
 
@@ -5447,7 +5416,7 @@ WITHOUT_SHAPE = ("dropout", "token_dropout", "attn")  # settings that any weight
 
 
 def without_shape(config) -> dict:
-    """Those of them that a command asks for, or has a default of its own for."""
+    """Those of WITHOUT_SHAPE that a command sets."""
     return {n: getattr(config, n) for n in WITHOUT_SHAPE if getattr(config, n) is not None}
 
 
@@ -5478,7 +5447,7 @@ def to_hf(weights: dict[str, Tensor], config: GPTConfig, conv1d: bool = True) ->
 
 
 def transformers_library():
-    """transformers, without its remarks on what is meant to be so."""
+    """transformers, with its warnings silenced."""
     library = optional("transformers")
     library.logging.set_verbosity_error()
     return library
@@ -5931,10 +5900,9 @@ def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
     else:
         empty = target.is_dir() and not any(target.iterdir())
         there = [target] if target.exists() and not empty else []
-        card, weights = target / "README.md", {*target.glob("*.safetensors"), *target.glob("*.pt*")}
+        card, weights = target / "README.md", [*target.glob("*.safetensors"), *target.glob("*.pt*")]
         ours = card.is_file() and "llm_pipeline.py" in card.read_text("utf-8", "replace")
-        others = {file for file in weights if file.name not in EXPORT_FILES}
-        strange = there if others or not ours else []
+        strange = [] if ours and EXPORT_FILES.issuperset(f.name for f in weights) else there
     if there and not overwrite:
         raise UserError(f"{there[0]} is there already: pass --overwrite or choose another place")
     if strange:
@@ -6007,20 +5975,14 @@ def padded_batch(sequences: list[tuple[np.ndarray, int]], pad_id: int, limit: in
 
 
 def evaluate_perplexity(
-    model: GPT,
-    store: TokenStore,
-    split: str,
-    rt: Runtime,
-    batch_size: int = 32,
-    max_batches: int = 0,
-    stop: Stop = False,
+    model: GPT, store: TokenStore, split: str, rt: Runtime, batch_size=32, max_batches=0
 ) -> dict:
     """Loss, perplexity exp(min(20, loss)), bits per byte and word perplexity, per source and in all.
 
     Each record is scored by itself, after bos. Bits per byte and word perplexity count the tokens
     that stand for text; a plain text's eos is how texts are joined and is not scored. Where a
     source's responses form a small closed set, they are also ranked by likelihood, as a
-    classifier would. Raises Interrupted when a stop signal comes.
+    classifier would.
     """
     model.to(rt.device).eval()
     splits = ("train", "val") if split == "all" else (split,)
@@ -6032,7 +5994,7 @@ def evaluate_perplexity(
         rows = partial(scored_rows, store, name, splits, block_size, limit)
         batches = scored_batches(rows(), pad_id, block_size, batch_size, rt)
         batches = tqdm(batches, desc=name, delay=1, leave=False, disable=not rt.is_main)
-        sums = rt.sum_over(batches, score, stop)
+        sums = rt.sum_over(batches, score)
         if sums.get("tokens"):
             sums |= text_statistics(rows(), store.tokenizer)
             total.update(sums)
@@ -6177,16 +6139,11 @@ def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
 
 
 def classify(
-    model: GPT,
-    store: TokenStore,
-    source: str,
-    splits: tuple[str, ...],
-    rt: Runtime,
-    batch_size: int,
-    max_batches: int,
-) -> dict:
+    model: GPT, store: TokenStore, source: str, splits: tuple[str, ...], rt: Runtime,
+    batch_size: int, max_batches: int,
+) -> dict:  # fmt: skip
     """Accuracy, confusion table, and precision, recall and F1 of each class, by likelihood."""
-    labels = closed_set(store, source)
+    labels, block_size = closed_set(store, source), model.config.block_size
     if not labels:
         return {}
     table = np.zeros((len(labels), len(labels)), int)  # [true, predicted]
@@ -6201,11 +6158,8 @@ def classify(
         for split, (start, length, prompt, _) in batch:
             ids = store.ids(split, start, length)
             truth += [i for i, label in enumerate(labels) if np.array_equal(label, ids[prompt:])]
-            sequences += [
-                fit_record(ids[:prompt], label, model.config.block_size + 1) for label in labels
-            ]
-        batch = padded_batch(sequences, store.tokenizer.pad_id, model.config.block_size)
-        batch = batch.to(rt.device)
+            sequences += [fit_record(ids[:prompt], label, block_size + 1) for label in labels]
+        batch = padded_batch(sequences, store.tokenizer.pad_id, block_size).to(rt.device)
         with torch.no_grad(), rt.autocast():
             losses = rt.losses(model)(batch.x, batch.y).cpu().double().sum(-1)
         guesses = losses.view(len(truth), len(labels)).argmin(-1)
@@ -6242,9 +6196,7 @@ CARD = (  # columns: name, title, width, how a value is written
 )  # fmt: skip
 
 
-BESIDE = (
-    "gzip, unigram: bits a byte of gzip -9, and of the best model of single bytes, on this text"
-)
+BESIDE = "gzip, unigram: bits a byte of gzip -9 and of the best single-byte model, on this text"
 
 
 def evaluation_card(result: dict) -> str:
@@ -6260,16 +6212,11 @@ def evaluation_card(result: dict) -> str:
 
 
 def training_report(
-    loaded: Loaded,
-    store: TokenStore,
-    rt: Runtime,
-    batch_size: int,
-    max_batches: int,
-    stop: Stop,
+    loaded: Loaded, store: TokenStore, rt: Runtime, batch_size: int, max_batches: int
 ) -> str:
     """What a training has come to, on a part of what was held out: the figures of `eval`, and the
     model's words beside the text's own."""
-    result = evaluate_perplexity(loaded.model, store, "val", rt, batch_size, max_batches, stop)
+    result = evaluate_perplexity(loaded.model, store, "val", rt, batch_size, max_batches)
     if len(result["sources"]) > 12:  # a folder of many files
         result["sources"] = {}
     lines, index = [evaluation_card(result), BESIDE, ""], store.index["val"]
@@ -6289,29 +6236,24 @@ def class_card(name: str, row: dict) -> list[str]:
     largest = max(classes, key=lambda label: classes[label]["support"])
     columns = ("precision", "recall", "f1")
     accuracy, majority = (f"{row[key]:.4f}" for key in ("accuracy", "majority"))
-    lines = [f"{name}: accuracy {accuracy}; always saying {largest!r} has {majority}"]
+    lines = [f"{name}: accuracy {accuracy}; always predicting {largest!r} gives {majority}"]
     lines.append(f"{'class':<16}" + "".join(f"{c:>10}" for c in (*columns, "support")))
     for label, figures in classes.items():
         cells = "".join(f"{figures[c]:>10.4f}" for c in columns)
-        lines.append(f"{label:<16}{cells}{figures['support']:>10}")
-    lines.append(f"{'true / predicted':<16}" + "".join(f"{label[:9]:>10}" for label in labels))
+        lines.append(f"{shortened(label)[:15]:<16}{cells}{figures['support']:>10}")
+    lines.append(
+        f"{'true / predicted':<16}" + "".join(f"{shortened(label)[:9]:>10}" for label in labels)
+    )
     for label, counts in zip(labels, row["confusion"]["true_by_predicted"], strict=True):
-        lines.append(f"{label:<16}" + "".join(f"{n:>10}" for n in counts))
+        lines.append(f"{shortened(label)[:15]:<16}" + "".join(f"{n:>10}" for n in counts))
     return lines
 
 
-def finetune_report(
-    config: FinetuneConfig,
-    rt: Runtime,
-    loaded: Loaded,
-    base: Loaded,
-    stop: Stop = False,
-) -> dict:
+def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: Loaded) -> dict:
     """What a finetune gains and forgets: losses, and answers to held-out prompts.
 
     loss_all, loss_response: on the records it is tuned on, in nats a token. loss_base: on the
     validation text of the data its base was trained on, where that is still at hand.
-    Raises Interrupted when a stop signal comes.
     """
     model = loaded.model.to(rt.device).eval()
     block_size, store = model.config.block_size, open_store(config, rt, loaded.tokenizer)
@@ -6324,9 +6266,9 @@ def finetune_report(
     report = {}
     for name, data in datasets.items():
         loader = Loader(data, config.batch_size, config.grad_accum, rt)
-        report[name], _ = estimate_loss(model, loader, next_token_loss, 20, stop)
+        report[name], _ = estimate_loss(model, loader, next_token_loss, 20)
     if config.report_samples and "loss_response" in datasets:
-        report |= report_answers(config, rt, loaded, datasets["loss_response"], stop)
+        report |= report_answers(config, rt, loaded, datasets["loss_response"])
     return report
 
 
@@ -6346,18 +6288,12 @@ def base_store(rt: Runtime, base: Loaded) -> TokenStore | None:
 
 
 def report_answers(
-    config: FinetuneConfig,
-    rt: Runtime,
-    loaded: Loaded,
-    data: InstructionDataset,
-    stop: Stop,
+    config: FinetuneConfig, rt: Runtime, loaded: Loaded, data: InstructionDataset
 ) -> dict:
     """Greedy answers to held-out prompts: how many are exact, how many end by themselves."""
     answers = []
     numbers = np.flatnonzero(data.store.index["val"]["prompt"] > 1)  # plain text has no answer
     for number in numbers[evenly_spaced(len(numbers), config.report_samples)].tolist():
-        if stop:
-            raise Interrupted
         ids, n_prompt = data.record(number)
         answers.append(continued(loaded, rt, ids, n_prompt, len(ids) - n_prompt + 32))
     if not answers:
@@ -6372,12 +6308,7 @@ def report_answers(
 
 
 def continued(
-    loaded: Loaded,
-    rt: Runtime,
-    ids: np.ndarray,
-    n_prompt: int,
-    n_new: int,
-    temperature: float = 0.0,
+    loaded: Loaded, rt: Runtime, ids: np.ndarray, n_prompt: int, n_new: int, temperature=0.0
 ) -> dict:
     """Texts of a record's prompt, of what follows it there, and of what the model puts there."""
     tokenizer, prompt = loaded.tokenizer, torch.from_numpy(ids[:n_prompt].astype(np.int64))
@@ -6402,9 +6333,7 @@ REPORT_ROWS = {  # figure of a finetune report: (what it is, whether more is bet
 }
 
 
-def first_report(
-    config: FinetuneConfig, rt: Runtime, base: Loaded, folder: RunFolder, stop: StopSignal
-) -> dict:
+def first_report(config: FinetuneConfig, rt: Runtime, base: Loaded, folder: RunFolder) -> dict:
     """The report of the base. A run that goes on has the one that it began with."""
     if config.overfit_batch:
         return {}
@@ -6412,7 +6341,7 @@ def first_report(
     if folder.state:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return dict(json.loads(path.read_text(encoding="utf-8"))["before"])
-    report = finetune_report(config, rt, base, base, stop)
+    report = finetune_report(config, rt, base, base)
     if rt.is_main:
         write_json(path, {"before": report})
     return report
@@ -6438,9 +6367,7 @@ def finetune_verdict(config: FinetuneConfig, before: dict, after: dict) -> list[
             verdict = f"not better on {what} than {config.ckpt}: try a lower --lr or more data"
         lines.append(f"verdict: {verdict}")
     if (lost := -gains.get("loss_base", 0.0)) > 0:
-        lines.append(
-            f"it forgot some of what its base was trained on: {lost:.4f} nats a token more"
-        )
+        lines.append(f"it forgot some of its base's training data: {lost:.4f} nats a token more")
     return lines
 
 
@@ -6470,7 +6397,7 @@ def inherited(owner: type, name: str):
 
 @dataclass
 class CheckpointConfig(DataConfig):
-    """Checkpoint: where a command starts. What it says of itself holds unless told otherwise."""
+    """Checkpoint: where a command starts. Its own settings hold unless a flag overrides them."""
 
     ckpt: str = free("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     block_size: int | None = inherited(ModelSettings, "block_size")
@@ -6483,8 +6410,8 @@ class CheckpointConfig(DataConfig):
 class FinetuneConfig(CheckpointConfig, FitConfig):
     """Tune a checkpoint, or a Hugging Face model, on instruction records or preferences."""
 
-    preset: str = free("", "batch_size and grad_accum of a training preset")
-    recipe: str = free("classic", "classic: AdamW; fast: Muon at tuned rates")
+    preset: str = option("", "batch_size and grad_accum of a training preset")
+    recipe: str = option("classic", "classic: AdamW; fast: Muon at tuned rates")
     epochs: int = option(3, "passes over the training data", low=1, high=10**6)
     lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
     seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
@@ -6515,8 +6442,9 @@ OVERFIT = dict(dropout=0.0, token_dropout=0.0, lr_schedule="constant", max_steps
 
 def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
     """The corpus as a token store, built by the first process."""
-    if part := part_of_split(config):
-        note(part)
+    if role := data_role(config):
+        side = "trains" if role == "train" else "validates"
+        note(f"{config.data_dir} is the {role} part of a split: all of it {side}")
     return first_one_first(rt, lambda: build_corpus_from_sources(config, tokenizer, pairs=pairs))
 
 
@@ -6542,21 +6470,14 @@ def open_split_store(
     for name in names:
         value, trained = getattr(config, name), base.data[name]
         if value != trained and name not in config.given:
-            raise UserError(
-                f"{config.data_dir} was prepared with --{name} {value}, but the checkpoint was "
-                f"trained with {trained}: it may have been trained on what would validate here; "
-                f"prepare again with --{name} {trained}"
-            )
+            why = f"was prepared with --{name} {value}, the checkpoint trained with {trained}"
+            what = f"or it may be validated on what it was trained on: use --{name} {trained}"
+            raise UserError(f"{config.data_dir} {why}: prepare it again, {what}")
     return store
 
 
 def make_run(
-    config: FitConfig,
-    rt: Runtime,
-    stop: StopSignal,
-    folder: RunFolder,
-    loaded: Loaded,
-    store: TokenStore | None,
+    config: FitConfig, rt: Runtime, stop: Stop, folder: RunFolder, loaded: Loaded, store: TokenStore
 ) -> Run:
     """Put a run together: a new one from `loaded`, or the one that the folder's state goes on."""
     folder.about, resumed = describe_run(config, rt, loaded, store), folder.state
@@ -6579,7 +6500,8 @@ def make_run(
     losses = distribute(model, config, rt, total)
     sampled = over_sampled_ids(losses, config.sampled_softmax, model.config.vocab_size)
     optimizers = make_optimizers(model, config)
-    if resumed and progress.step:
+    skipped = resumed and resumed["scaler"] and not resumed["optimizer"]  # every step, in fp16
+    if resumed and progress.step and not skipped:
         load_optimizer_state(model, optimizers, resumed["optimizer"])
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if resumed and resumed["scaler"]:
@@ -6601,7 +6523,9 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     processes is another or the flag was given."""
     progress = Progress(**resumed["progress"] | {"total": total})
     if progress.step > total:
-        raise UserError(f"the run is at step {progress.step} already: ask for at least as many")
+        raise UserError(
+            f"the run is at step {progress.step} already: give --max_steps or --epochs that reach it"
+        )
     if rt.sum(progress.step)[0] != progress.step * rt.world_size:
         raise UserError("the processes read different checkpoints: give one --out_dir to them all")
     then = resumed["versions"].get("world_size", 1)
@@ -6615,7 +6539,7 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     drawn = resumed["model_config"] | resumed["config"]
     if changes and any(drawn.get(n) for n in ("dropout", "token_dropout", "sampled_softmax")):
         was = " and ".join(changes)
-        note(f"warning: this run had {was}; dropout and the like draw anew, as well as then")
+        note(f"warning: this run had {was}; it draws other masks and ids now, as good as those")
     return progress
 
 
@@ -6638,12 +6562,8 @@ def run_fit(run: Run, folder: RunFolder) -> str:
                 ended = fit(run)
         except Diverged as error:
             last = folder.file("last.pth")
-            way = (
-                f"{last} stands: {folder.start_flag} {last} with"
-                if last.exists()
-                else "start again with"
-            )
-            raise UserError(f"{error}; {way} a lower --lr and another --out_dir") from None
+            way = f"go on by {folder.start_flag} {last}" if last.exists() else "start again"
+            raise UserError(f"{error}; {way} with a lower --lr and another --out_dir") from None
     if ended == "signal":  # it may have come to another process
         run.stop.number = run.stop.number or signal.SIGTERM
     if config.overfit_batch:
@@ -6693,19 +6613,17 @@ def plan_for_text(sizes: dict, given: dict) -> tuple[dict, float]:
     A vocabulary in proportion to the text, where `tokenizers` is installed. Four megabytes are
     read, in six passes at most; from the second on, hidden tokens keep the model from learning the
     text by heart. Where every record has an answer, whole records whose answers weigh more make
-    the better classifier. Of text whose size is not known there is nothing to say: 0 steps.
+    the better classifier. On a CPU the softmax of a large vocabulary is sampled. Of text whose size
+    is not known there is nothing more to say: 0 steps.
     """
     size = sizes.get("corpus_bytes", 0)
-    if not size:
-        return dict(dropout=0.0), given.get("max_steps", 0)
-    usual = "bpe" if sizes["bpe_at_hand"] and size >= 1e5 else "byte"
+    usual = "bpe" if size >= 1e5 and sizes["bpe_at_hand"] else "byte"
     tokenizer = given.get("tokenizer", usual)
-    if (
-        tokenizer == "bpe"  # else few records fit a block
-        and size < 2e6
-        and given.get("answer_weight", 1)
-        and only_answers(sizes["data_dir"])
-    ):
+    if not size:
+        known = likely_vocabulary(tokenizer, 0)
+        return dict(dropout=0.0, sampled_softmax=sampled(known, sizes)), given.get("max_steps", 0)
+    weighed = tokenizer == "bpe" and size < 2e6 and given.get("answer_weight", 1)
+    if weighed and only_answers(sizes["data_dir"]):  # in bytes, few records would fit a block
         plan = dict(epochs=min(10, round(3e6 / size)), vocab_size=100 * round(size / 3.4e4),
                     batch_size=2 * sizes["batch_size"], answer_weight=30, dropout=0.3,
                     token_dropout=0.15)  # fmt: skip
@@ -6714,18 +6632,49 @@ def plan_for_text(sizes: dict, given: dict) -> tuple[dict, float]:
     plan["epochs"] = max(plan["epochs"], sizes["epochs"])
     plan["vocab_size"] = min(max(plan["vocab_size"], 300), 8192)
     chosen = sizes | plan | given
-    known = chosen["vocab_size"] if tokenizer == "bpe" else 50_000  # GPT-2's, or like it
-    token_bytes = 1 if tokenizer == "byte" else math.log2(known) / 4  # of English, about
-    steps_of_a_pass = size / token_bytes / chosen["block_size"] / chosen["batch_size"]
+    known = likely_vocabulary(tokenizer, chosen["vocab_size"])
+    plan["sampled_softmax"] = sampled(known, sizes)
+    tokens = size / bytes_per_token(known)
+    steps_of_a_pass = tokens / chosen["block_size"] / chosen["batch_size"]
     steps = given.get("max_steps") or chosen["epochs"] * steps_of_a_pass
     passes = steps / steps_of_a_pass
     drops = dict(token_dropout=0.1 * (passes > 1.5), dropout=0.1 * (passes > 4.5))
     return dict(tokenizer=tokenizer) | drops | plan, steps
 
 
-def only_answers(data_dir: str) -> bool:
-    """Whether every record of a small folder or file is a prompt with its answer."""
+def likely_vocabulary(tokenizer: str, vocab_size: int) -> int:
+    """How many ids a tokenizer has: bytes, a trained BPE, or else GPT-2's and the like."""
+    return {"byte": 260, "bpe": vocab_size}.get(tokenizer, 50_000)
+
+
+def bytes_per_token(vocab_size: int) -> float:
+    """About, of English text."""
+    return 1.0 if vocab_size == 260 else math.log2(vocab_size) / 4
+
+
+def sampled(vocab_size: int, sizes: dict) -> int:
+    """How many ids stand for the others in the fast recipe's softmax (0: it is whole)."""
+    gpu = (
+        torch.accelerator.is_available() if sizes["device"] == "auto" else sizes["device"] != "cpu"
+    )
+    return vocab_size // 4 if vocab_size >= 8000 and not gpu else 0
+
+
+def store_tokenizer(data_dir: str) -> dict:
+    """The settings of a tokenizer that a store has been made with."""
     with contextlib.suppress(UserError):
+        if is_store(data_dir):
+            settings = TokenStore(Path(data_dir)).meta["settings"]
+            return {name: settings[name] for name in ("tokenizer", "vocab_size")}
+    return {}
+
+
+def only_answers(data_dir: str) -> bool:
+    """Whether every record of a small folder, file or store is a prompt with its answer."""
+    with contextlib.suppress(UserError):
+        if is_store(data_dir):
+            index = TokenStore(Path(data_dir)).index.values()
+            return all((rows["prompt"] > 1).all() for rows in index)  # bos alone: plain text
         return all(r.prompt for r in read_records(DataConfig(data_dir=data_dir), Report()))
     return False
 
@@ -6737,15 +6686,16 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
     elif config.minutes:
         config = within_minutes(config, rt, stop, folder)
     if config.recipe == "fast" and not folder.state:
-        chosen = ("tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "lr", "muon_lr",
-                  "dropout", "token_dropout", "answer_weight")  # fmt: skip
+        chosen = ["tokenizer", *["vocab_size"] * (config.tokenizer == "bpe"), "epochs", "max_steps",
+                  "batch_size", "lr", "muon_lr", "dropout", "token_dropout", "answer_weight",
+                  "sampled_softmax"]  # fmt: skip
         note("recipe fast: " + ", ".join(f"{n} {getattr(config, n)}" for n in chosen))
     run = new_run(config, rt, stop, folder)
     best = run_fit(run, folder)
     if best and run.val and not stop:  # a fortieth of the steps: less than a percent of the time
         store = run.train.dataset.store
         shape = config.batch_size, max(1, run.progress.step // 40 // len(store.sources))
-        note(training_report(load_model(best), store, rt, *shape, stop))
+        note(training_report(load_model(best), store, rt, *shape))
     return best
 
 
@@ -6834,8 +6784,7 @@ class Pace:
             why += f", {steps / self.epoch:.2g} passes over the text"
         if steps == self.most:
             asked = "epochs" in self.config.given
-            limit = f"--epochs {self.config.epochs}" if asked else "more of them teach little"
-            why += f" ({limit}, so that it ends early)"
+            why += " (all that --epochs allows)" if asked else " (more of them teach little)"
         if sized:
             why += "; a larger size would see too few tokens for its weights"
         return why
@@ -7002,7 +6951,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     base = load_model(config.ckpt, block_size=config.block_size)
     pairs = config.objective == "dpo"
     store = open_split_store(config, rt, base, bool(folder.state), pairs)
-    before = first_report(config, rt, base, folder, stop)
+    before = first_report(config, rt, base, folder)
     changes = without_shape(config)
     if pairs:  # as the reference log-probabilities are computed, unless asked otherwise
         changes = dict(dropout=0.0, token_dropout=0.0) | changes
@@ -7024,7 +6973,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
         loader.dataset.reference = reference.get(loader.dataset.split)
     best = run_fit(run, folder)
     if best and not stop:
-        after = finetune_report(config, rt, load_model(best), base, stop)
+        after = finetune_report(config, rt, load_model(best), base)
         if rt.is_main:
             write_json(folder.file("report.json"), {"before": before, "after": after})
         note("\n".join(finetune_verdict(config, before, after)))
@@ -7071,7 +7020,7 @@ def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> di
     store = open_split_store(config, rt, loaded)
     note(what_is_scored(config, loaded, store))
     size = config.batch_size, config.max_batches
-    return evaluate_perplexity(loaded.model, store, config.split, rt, *size, stop)
+    return evaluate_perplexity(loaded.model, store, config.split, rt, *size)
 
 
 def what_is_scored(config: EvalConfig, loaded: Loaded, store: TokenStore) -> str:
@@ -7088,7 +7037,7 @@ def what_is_scored(config: EvalConfig, loaded: Loaded, store: TokenStore) -> str
     elif all(getattr(config, name) == loaded.data[name] for name in SPLIT_SETTINGS):
         origin = (
             "this is not the data that the checkpoint was trained on. A record in both keeps its "
-            "side of the split, but for texts over 64 KiB and what is named train, valid or test"
+            "side of the split, except texts over 64 KiB and files named train, valid or test"
         )
     else:
         origin = (
@@ -7199,14 +7148,9 @@ def fit_context(ids: list[int], config: GPTConfig, max_new_tokens: int, instruct
 
 
 def generated_texts(
-    loaded: Loaded,
-    config: SampleConfig,
-    rt: Runtime,
-    ids: list[int],
-    seed: int,
-    cache: KVCache | None = None,
-    cached: list | None = None,
-) -> Iterator[str]:
+    loaded: Loaded, config: SampleConfig, rt: Runtime, ids: list[int], seed: int,
+    cache: KVCache | None = None, cached: list | None = None,
+) -> Iterator[str]:  # fmt: skip
     """`generate` with a command's settings, as text: pieces of one sample, or several whole ones.
 
     cached: the ids that the cache stands for; generated ids are added to it.
@@ -7676,7 +7620,7 @@ class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, Run
 
 
 def in_turns(sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = "") -> dict:
-    """Median seconds of each side, measured A B A B ..., so that a drifting machine is fair."""
+    """Median seconds of each side, measured A B A B ..., so that drift affects them alike."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     synchronize = torch.get_device_module(rt.device).synchronize
     for number in tqdm(range(rounds + 2), desc=f"measuring {what}", disable=not what):
@@ -7861,15 +7805,17 @@ def device_name(rt: Runtime) -> str:
     if rt.device.type == "cuda":
         return torch.cuda.get_device_name(rt.device)
     with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        if found:
+        if found := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()):
             return found[1]
     return rt.device.type
 
 
 def corpus_bytes(data_dir: str) -> int:
-    """About how many bytes of text a folder or file holds; 0 where it cannot be said."""
+    """About how many bytes of text a folder, file or store holds; 0 if unknown."""
     with contextlib.suppress(UserError, OSError, TypeError):
+        if is_store(data_dir):
+            counts = TokenStore(Path(data_dir)).meta["counts"]
+            return sum(row.get("bytes", 0) for row in counts.values())
         return sum(p.stat().st_size for p in find_files(DataConfig(data_dir=data_dir)))
     return 0
 
@@ -7889,9 +7835,12 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
         result |= bench_training(config, trains, model)
     result |= bench_decoding(config, rt, model)
     total = config.max_steps * config.batch_size * config.block_size
-    total = total or config.epochs * corpus_bytes(config.data_dir)
+    size = corpus_bytes(config.data_dir) / bytes_per_token(vocab_size)
+    total = total or round(config.epochs * size)
     seconds = total / result["train_tokens_per_s"]
     run_time = {"whole_run_tokens": total, "whole_run_seconds": seconds}
+    if not rt.is_main:
+        return
     for key, value in (result | (run_time if total else {})).items():
         label, written = BENCH_ROWS[key]
         print(f"{label:<38}{written(value)}")
@@ -8030,7 +7979,7 @@ def convert(spec, value):
     except ValueError as error:
         raise ValueError(f"{spec.name} {error}") from None
     choices = choices_of(spec)
-    if choices and value not in choices and not (value == "" and spec.default == ""):
+    if choices and value not in (*choices, spec.default):
         rest = f"{', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
         raise ValueError(f"{spec.name} must be one of {rest}")
     return value
@@ -8101,7 +8050,9 @@ def checked(cls: type, values: dict):
     """An instance of a dataclass from what a file claims. Raises ValueError naming the field."""
     specs = specs_of(cls)
     if set(values) != set(specs):
-        raise ValueError(f"its settings differ: {sorted(map(str, set(values) ^ set(specs)))[:9]}")
+        raise ValueError(
+            f"unknown or missing settings: {sorted(map(str, set(values) ^ set(specs)))[:9]}"
+        )
     return cls(**{name: convert(specs[name], value) for name, value in values.items()})
 
 
@@ -8136,7 +8087,7 @@ def read_config(cls: type, path: str) -> tuple[dict, list[str]]:
     except UserError as error:
         return {}, [str(error)]
     problems = []
-    for name in table.keys() - everything:
+    for name in [name for name in table if name not in everything]:
         nested = isinstance(table[name], dict)
         hint = "; settings are flat, not nested" if nested else did_you_mean(name, own)
         problems.append(f"--config {path}: unknown setting {name!r}{hint}")
@@ -8166,6 +8117,7 @@ def table_layers(cls: type, given: dict) -> list[dict]:
     if cls is TrainConfig and sizes["recipe"] == "fast" and not sizes["hf_dataset"]:
         sizes["corpus_bytes"] = corpus_bytes(sizes["data_dir"])
         sizes["bpe_at_hand"] = not sizes["init_from"] and is_installed("tokenizers")
+        given = store_tokenizer(sizes["data_dir"]) | given
     recipe = recipes.get(sizes.get("recipe"), RECIPES["classic"])(sizes, given)
     arch = ARCHS.get((chosen | recipe | given).get("arch"), {})
     return [implied, arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
@@ -8184,7 +8136,7 @@ def resolve(cls: type, flags: dict, mark="--", stored: dict | None = None, probl
     problems += [unknown_setting(cls, name, mark) for name in flags if name not in specs]
     given = {}
     for origin, source in (("config file: ", from_file), (mark, flags)):
-        for name in source.keys() & specs.keys():
+        for name in filter(specs.__contains__, source):
             try:
                 given[name] = convert(specs[name], source[name])
             except ValueError as error:  # a cross check below sees the default instead
@@ -8223,14 +8175,14 @@ def cross_checks(config) -> list[str]:
         size, share = config.batch_size, config.grad_accum * launched("WORLD_SIZE", 1)
         if size % share:
             found.append(f"batch_size {size} is not divisible by {share} (grad_accum x processes)")
-        if config.sampled_softmax and getattr(config, "objective", "ntp") == "dpo":
-            found.append("dpo needs exact likelihoods: leave --sampled_softmax out")
         if config.fsdp and config.compile == "on":
             found.append("--fsdp and --compile on exclude each other")
     if isinstance(config, DataConfig) and config.streaming and not config.hf_dataset:
         found.append("--streaming reads a dataset: name it with --hf_dataset")
     if isinstance(config, FinetuneConfig) and config.streaming:
         found.append("finetune needs whole records: leave --streaming out")
+    if getattr(config, "objective", "ntp") == "dpo" and config.sampled_softmax:
+        found.append("dpo needs exact likelihoods: leave --sampled_softmax out")
     if isinstance(config, TrainConfig) and config.minutes:
         given = sorted(config.given & {"max_steps", "overfit_batch"})
         found += [f"--minutes sets the steps: leave --{n} out" for n in given if getattr(config, n)]
@@ -8484,4 +8436,5 @@ def load(ckpt: str = "ckpts/best.pth", **settings) -> Writer:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported: it can be caught
     sys.exit(main())

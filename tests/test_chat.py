@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -255,6 +257,41 @@ def test_several_samples_of_a_conversation_are_refused(tuned_checkpoint, monkeyp
 def test_a_prompt_that_is_not_utf8_is_refused(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="latin-1"))
     run("sample", "--ckpt", tiny_checkpoint, "--device", "cpu").fails(1, "not UTF-8", "byte 2")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_ctrl_c_ends_an_answer_and_not_the_session(tiny_checkpoint):
+    import pty
+
+    master, slave = pty.openpty()
+    command = [sys.executable, PROGRAM, "sample", "--ckpt", tiny_checkpoint, "--device", "cpu",
+               "--temperature", "0", "--max_new_tokens", "1000000"]  # fmt: skip
+    process = subprocess.Popen(list(map(str, command)), stdin=slave, stdout=slave,
+                               stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    os.close(slave)
+    shown = b""
+
+    def read_until(found, within=60):
+        nonlocal shown
+        end = time.monotonic() + within
+        while not found() and time.monotonic() < end:
+            if select.select([master], [], [], 1)[0]:
+                shown += os.read(master, 4096)
+        assert found(), shown
+
+    try:
+        read_until(lambda: b"> " in shown)
+        os.write(master, b"sun\r")
+        read_until(lambda: len(shown) > 500)  # in the middle of an answer
+        shown = b""
+        process.send_signal(signal.SIGINT)
+        read_until(lambda: shown.endswith(b"> "))
+        os.write(master, b"\r")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")

@@ -254,7 +254,7 @@ REFUSED = {
     "a broken history": (
         dict(instruction="Hi", output="x", history=[["a"]]), "'history' must be"
     ),
-    "unknown columns": (dict(question="Hi", solution="x"), "'question', 'solution'"),
+    "unknown columns": (dict(question="Hi", solution="x"), "(question, solution)"),
 }  # fmt: skip
 
 
@@ -273,10 +273,16 @@ def test_refusals(tmp_path, what):
     assert word in what and n == 2
 
 
+def test_an_answer_that_looks_like_a_transcript_is_an_answer(tmp_path):
+    answer = "Human: Hi!\n\nAssistant: Hello!"
+    (record,), _ = read(tmp_path / "a.jsonl", [{"instruction": "Write a chat.", "output": answer}])
+    assert turns(record) == [(lp.instruction_prompt("Write a chat."), f" {answer}\n")]
+
+
 def test_a_refusal_lists_what_is_known(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"words": "x"}\n')
     result = run("prepare", "--data_dir", tmp_path / "a.jsonl", "--out_dir", tmp_path / "st")
-    result.fails(1, "'words'", "question", "messages", "conversations", "chosen", "text")
+    result.fails(1, "(words)", "question", "messages", "conversations", "chosen", "text")
     (tmp_path / "a.csv").write_text("id,words\n1,x\n")
     result = run("prepare", "--data_dir", tmp_path / "a.csv", "--out_dir", tmp_path / "st")
     result.fails(1, "a.csv", "id, words", "question", "messages", "--text_field")

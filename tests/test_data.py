@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -495,7 +496,7 @@ GOOD = jsonl(SHAPES["text"])
         ("a.json", "", "JSON"),
         ("a.json", "[5]", "entry 1"),
         ("a.json", '[{"text": "a"}, {"text": 5}]', "entry 2"),
-        ("a.json", '[{"words": "a"}]', "'words'"),
+        ("a.json", '[{"words": "a"}]', "(words)"),
         ("a.json", "[" + "9" * 5000 + "]", "a.json"),
         ("a.jsonl", GOOD + '{"text": \n' + GOOD, ":31"),
         ("a.jsonl", GOOD + "[" * 100_000, ":31"),
@@ -533,7 +534,7 @@ def test_an_empty_folder(tmp_path):
     (tmp_path / "raw").mkdir()
     refused(tmp_path, "raw", "no files")
     write(tmp_path / "raw/a.bin", b"\0\1\2")
-    refused(tmp_path, "raw", "1 files, none readable")
+    refused(tmp_path, "raw", "1 file(s), none readable")
 
 
 def test_files_without_text(tmp_path):
@@ -551,6 +552,20 @@ def test_a_parquet_without_the_column(tmp_path):
     refused(tmp_path, "a.parquet", "row 1", "int")
     parquet.write_table(pa.table({"text": ["good", None]}), tmp_path / "raw/a.parquet")
     refused(tmp_path, "a.parquet", "row 2")
+
+
+def test_a_malformed_row_of_a_table_is_skipped_alone(tmp_path):
+    write(tmp_path / "raw/a.csv", 'text\nalpha\n"bad"x\nbeta\n"worse"y\ngamma\n')
+    flags = "--data_dir", tmp_path / "raw", "--bad_records", "skip", "--out_dir", tmp_path / "st"
+    result = run("prepare", *flags).ok()
+    assert re.search(r"skipped: .*expected after.*: 2 \(first: .*a\.csv:3\)", result.err), (
+        result.err
+    )
+    store = lp.TokenStore(tmp_path / "st")
+    texts = b"".join(
+        bytes(store.tokens[s][store.tokens[s] < 256].astype("u1")) for s in store.tokens
+    )
+    assert sorted([texts.count(word) for word in (b"alpha", b"beta", b"gamma")]) == [1, 1, 1]
 
 
 def test_bad_records_skip(tmp_path):

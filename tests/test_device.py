@@ -327,14 +327,16 @@ def test_wrong_results_stop_a_run_before_it_begins(untrusted, corpus, tmp_path, 
     run(*command, "--no_self_test").ok()
 
 
-def test_wrong_gradients_are_noticed_too(untrusted, monkeypatch):
-    def wrong(h, weight, targets, reduction):
-        loss = lp.head_loss.plain(h, weight, targets, reduction)
-        return 1.1 * loss - 0.1 * loss.detach()
+@pytest.mark.parametrize(("factor", "said"), [(1.1, r"10\.0%"), (math.nan, "nan%")])
+def test_wrong_gradients_are_noticed_too(untrusted, monkeypatch, factor, said):
+    def wrong(*args):
+        loss = lp.head_loss.plain(*args)
+        loss.register_hook(lambda gradient: factor * gradient)
+        return loss
 
     monkeypatch.setitem(lp.KERNELS, ("head_loss", "cpu"), wrong)
     shape = lp.GPTConfig(n_layer=1, n_head=2, n_embd=32)
-    with pytest.raises(lp.UserError, match=r"gradients off by 10\.0%"):
+    with pytest.raises(lp.UserError, match=f"gradients off by {said}"):
         lp.self_test(shape, lp.Runtime(torch.device("cpu"), torch.float32))
 
 

@@ -355,7 +355,7 @@ def test_training_ends_with_figures_and_samples(texts, tmp_path):
     ending = result.err.split("\ndone: ")[1].splitlines()
     for name in ("plain.jsonl", "sms", "total"):
         assert rows[name] in ending, name
-    assert sum("always saying" in line for line in ending) == 1
+    assert sum("always predicting" in line for line in ending) == 1
     truths = [line.split(None, 1)[1] for line in ending if line.startswith("  truth")]
     responses = [" ".join(text.split()) for rows in texts[1].values() for _, text in rows]
     assert len(truths) == 3 == sum(line.startswith("  model") for line in ending)

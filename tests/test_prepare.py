@@ -896,8 +896,7 @@ def slow_reading(mark: Path) -> None:
 
 def test_a_row_for_each_trained_answer(tmp_path):
     """Over the same tokens; the last row of a record covers it whole."""
-    turns = [lp.Turn("Q1:", " a\n"), lp.Turn("Q2:", " bb\n", trained=False), lp.Turn("Q3:", " c\n"),
-             lp.Turn("Q4:", " never\n", trained=False)]  # fmt: skip
+    turns = [lp.Turn("Q1:", " a\n"), lp.Turn("Q2:", " bb\n", trained=False), lp.Turn("Q3:", " c\n")]
     found = [lp.Record("chat", turns), lp.Record("plain", [lp.Turn("", "text")])]
     config, tokenizer = lp.DataConfig(), lp.ByteTokenizer()
     writer = lp.StoreWriter(tmp_path, tokenizer, config)

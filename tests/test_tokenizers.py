@@ -493,6 +493,15 @@ def test_a_vocabulary_without_an_end_of_text(tmp_path):
     refuse(tmp_path, tmp_path, "end-of-text")
 
 
+def test_a_name_on_the_hub_takes_nothing_from_the_current_folder(tmp_path, monkeypatch, gpt2):
+    tokenizers = needs("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "a"}')
+    library = tokenizers.Tokenizer.from_str(gpt2.json)
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", lambda name: library)
+    assert lp.load_tokenizer("gpt2").eos_id == gpt2.eos_id
+
+
 @pytest.mark.parametrize("content", ["5", "[1]", "null", "{", '{"eos_token": 5}', '"x"'])
 def test_a_folder_whose_configuration_is_broken(tmp_path, data, content, gpt2):
     """The vocabulary names its end of text itself, so the broken file does no harm."""

@@ -184,6 +184,10 @@ def test_resume_needs_no_other_flags(whole, corpus, tmp_path):
     assert differences(whole / "last.pth", tmp_path / "last.pth") == []
 
 
+def test_resume_takes_no_other_preset(stopped):
+    run("train", "--out_dir", stopped, "--resume", "--preset", "small-16g").fails(1, "preset (from")
+
+
 def test_resume_of_a_finished_run_changes_nothing(corpus, tmp_path):
     command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
     run(*command).ok()
@@ -290,7 +294,7 @@ def test_minutes_keep_to_what_is_given(corpus, tmp_path, monkeypatch):
     flags = [*corpus, *CPU, *words("--minutes 5 --block_size 32 --grad_accum 4 --compile off")]
     result = run("train", *flags, "--epochs", 1, "--out_dir", tmp_path).ok()
     assert "--batch_size 8" in result.err and ", 1 passes" in result.err
-    assert "--epochs 1, so that it ends early" in result.err
+    assert "(all that --epochs allows)" in result.err
 
 
 @pytest.mark.parametrize("size", lp.LADDER, ids=str)
