@@ -6657,7 +6657,7 @@ def sampled(vocab_size: int, sizes: dict) -> int:
     gpu = (
         torch.accelerator.is_available() if sizes["device"] == "auto" else sizes["device"] != "cpu"
     )
-    return vocab_size // 4 if vocab_size >= 8000 and not gpu else 0
+    return min(vocab_size // 4, 4096) if vocab_size >= 8000 and not gpu else 0
 
 
 def store_tokenizer(data_dir: str) -> dict:

@@ -17,6 +17,7 @@ from conftest import (
     SHAPE,
     TINY,
     differences,
+    needs,
     run,
     run_process,
     words,
@@ -852,6 +853,26 @@ def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
     assert settings(small, max_steps=800)[3] == (0.1, 0.0)  # a token is some 2.4 bytes of it
     assert settings(small, max_steps=800, tokenizer="byte")[3] == (0.0, 0.0)
     assert settings(small, dropout=0.3)[3] == (0.1, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "n"),
+    [
+        (dict(tokenizer="byte"), 0),
+        (dict(tokenizer="bpe", vocab_size=4000), 0),
+        (dict(tokenizer="bpe", vocab_size=8192), 2048),
+        (dict(tokenizer="gpt2"), 4096),
+        (dict(tokenizer="gpt2", device="cuda"), 0),
+        (dict(tokenizer="gpt2", hf_dataset="text", streaming=True, max_steps=9), 4096),
+        (dict(tokenizer="gpt2", sampled_softmax=7), 7),
+    ],
+)
+def test_the_fast_recipe_samples_the_softmax_of_a_large_vocabulary_on_a_cpu(tmp_path, flags, n):
+    (tmp_path / "a.txt").write_text("A line of a book.\n" * 10_000)
+    for package in ("tokenizers", "datasets"):
+        needs(package)
+    base = dict(recipe="fast", device="cpu", data_dir=str(tmp_path))
+    assert lp.resolve(lp.TrainConfig, base | flags).sampled_softmax == n
 
 
 def test_the_fast_recipe_slows_down_wide_models_and_long_runs():
