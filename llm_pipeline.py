@@ -48,6 +48,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1000,7 +1001,7 @@ class GPT(nn.Module):
         """Cross entropy of each target, (B, T) and 0 where it is IGNORE, or the "sum" of them.
 
         idx, targets: (B, T). A large vocabulary's (B, T, V) logits need never exist (section 9).
-        among: ids (M,) and a bias (M,), for a softmax over these alone; targets count them.
+        among: ids (M,) and a bias (M,): the softmax is over these, and targets are places in them.
         """
         h = self.hidden(idx).flatten(0, 1)  # (B T, C)
         ids, bias = among or (None, None)
@@ -3424,6 +3425,8 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
     pair = preference and row.get("rejected") is not None
     if not (pair or talk or (asked and answer)):
         if not has_text:
+            if text_field in row:
+                raise ValueError(f"{text_field!r} is null")
             names = ", ".join(map(str, list(row)[:12])) or "none"
             what = f"no {text_field!r} and no known layout among the fields ({names})"
             way = "name the one that holds text with --text_field"
@@ -3517,23 +3520,46 @@ def json_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tu
 
 
 def csv_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
-    """A table whose first line names its columns, separated by commas, semicolons or tabs."""
+    """A table whose first line names its columns, separated by commas, semicolons or tabs.
+
+    A malformed row costs its first line, not those that a quote without an end has swallowed.
+    """
     lines = (line + "\n" for line in file.pieces("\n"))
-    header = next(lines, "")
+    waiting = deque([next(lines, "")])  # to be read before them
+    delimiter = max(",;\t", key=waiting[0].count)
     csv.field_size_limit(2**31 - 1)
-    delimiter = max(",;\t", key=header.count)
-    table = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
 
-    def next_row():
+    def tapped(taken: list[str]) -> Iterator[str]:
+        while line := waiting.popleft() if waiting else next(lines, ""):
+            taken.append(line)
+            yield line
+
+    names, number = [], 1
+    while True:
+        taken: list[str] = []  # the lines of one row
+        where, problem = f"{file.path}:{number}", None
         try:
-            return next(table, None)
+            row = next(csv.reader(tapped(taken), delimiter=delimiter, strict=True), None)
         except csv.Error as error:
-            return error
-
-    for row in iter(next_row, None):
-        yield f"{file.path}:{table.reader.line_num}", row
-        if not table.line_num:  # the header itself is malformed
+            row, problem = [], error
+            waiting.extendleft(reversed(taken[1:]))
+            del taken[1:]
+        number += len(taken)
+        if row is None:
             return
+        if not names:
+            names = row
+            twice = {n for n in names if names.count(n) > 1} & {*KNOWN_COLUMNS, config.text_field}
+            problem = problem or (
+                ValueError(f"two columns {min(twice)!r}: rename one") if twice else None
+            )
+        elif row:
+            more = {None: row[len(names) :]} if len(row) > len(names) else {}
+            yield where, dict(zip(names, row, strict=False)) | more
+        if problem:
+            yield where, problem
+            if not names or twice:  # of a header nothing can be read
+                return
 
 
 def parquet_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
@@ -4547,7 +4573,7 @@ def write_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: 
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     fingerprint = short_hash([content["files"], origin["tokenizer"]], 16)
     made = {"fingerprint": fingerprint, "seconds": {"encoding": time.perf_counter() - started}}
-    write_json(folder / "meta.json", origin | content | made)
+    write_json(folder / "meta.json", origin | content | made | {"source_bytes": total})
 
 
 def begin_stream(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
@@ -4980,9 +5006,6 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
 def check_drift(resumed: dict, about: dict) -> None:
     """Refuse to resume on other data or settings; warn of what may change rounding."""
     then, now = resumed["config"], about["config"]
-    for name in (*SPLIT_SETTINGS, "fingerprint"):
-        if resumed["data"].get(name) != about["data"][name]:
-            raise UserError(f"the data differs ({name}): restore it, or use another --out_dir")
     if resumed.get("base", about["base"]) != about["base"]:
         raise UserError("the run was begun with another base: name that one by --ckpt")
     cls = TrainConfig if about["command"] == "train" else FinetuneConfig
@@ -4992,6 +5015,9 @@ def check_drift(resumed: dict, about: dict) -> None:
     changed = [f"{n} (from {was[n]} to {now[n]})" for n in fixed if was[n] != now[n]]
     if changed:
         raise UserError(f"--resume cannot change {'; '.join(changed)}")
+    for name in (*SPLIT_SETTINGS, "fingerprint"):
+        if resumed["data"].get(name) != about["data"][name]:
+            raise UserError(f"the data differs ({name}): restore it, or use another --out_dir")
     for name, value in about["versions"].items():
         if (before := resumed["versions"].get(name)) != value:
             note(f"warning: {name} was {before}, now {value}: results may differ in the last bits")
@@ -5002,7 +5028,7 @@ RUN_FILES = {
     "best.pth": is_sealed,
     "last.pth": is_sealed,
     "config.json": lambda path: b'"save_interval"' in path.read_bytes(),
-    "metrics.csv": lambda path: path.read_bytes().startswith(b"step,epoch,split,loss"),
+    "metrics.csv": lambda path: re.match(b"step,epoch,split,loss|$", path.read_bytes()),
 }
 
 
@@ -5047,8 +5073,9 @@ class RunFolder:
         return resolve(type(config), given, stored=stored)
 
 
-def state_to_resume(folder: RunFolder) -> dict | None:
-    """last.pth's state, or None where no run stands in the folder. Raises UserError."""
+def state_to_resume(folder: RunFolder, given: Iterable[str]) -> dict | None:
+    """last.pth's state, or None where no run stands in the folder. Raises UserError, also where
+    there is none and what is given says nothing of what else to train."""
     last, best = folder.file("last.pth"), folder.file("best.pth")
     if last.exists():
         state = load_checkpoint(last)
@@ -5058,18 +5085,25 @@ def state_to_resume(folder: RunFolder) -> dict | None:
     if best.exists():
         ways = f"use {folder.start_flag} {best} and another --out_dir, or --overwrite"
         raise UserError(f"there is no {last.name} to resume: {ways}")
+    if not {*given} - {"resume", "out_dir", "debug"}:
+        raise UserError(f"{folder.path} holds no run to resume: name another --out_dir")
     note(f"--resume: {folder.path} holds no run, so a new one starts there, from step 0")
     return None
 
 
+def check_foreign(folder: RunFolder) -> None:
+    """Raise UserError when a run would replace a file that no run has written. Where one goes on,
+    its last.pth is known to be sound, and its best.pth may be damaged."""
+    for name, path in folder.files().items():
+        known = folder.state and name.endswith(".pth")
+        if not known and not RUN_FILES[name](path):
+            why = "was not written by a run and would be lost"
+            raise UserError(f"{path} {why}: use another --out_dir")
+
+
 def check_new_run(folder: RunFolder, overwrite: bool) -> None:
-    """Raise UserError when a new run would replace another one unasked, or foreign files."""
+    """Raise UserError when a new run would replace another one unasked."""
     there = folder.files()
-    for name, path in there.items():
-        if not RUN_FILES[name](path):
-            raise UserError(
-                f"{path} was not written by a run and would be lost: use another --out_dir"
-            )
     saved = there.get("last.pth") or there.get("best.pth")
     if saved and not overwrite:
         progress = load_checkpoint(saved)["progress"]
@@ -5095,7 +5129,8 @@ def open_run(config: FitConfig) -> Iterator[RunFolder]:
         if is_main():
             folder.sweep()
         if config.resume:
-            folder.state = state_to_resume(folder)
+            folder.state = state_to_resume(folder, config.given)
+        check_foreign(folder)
         if not folder.state:
             check_new_run(folder, config.overwrite)
         yield folder
@@ -5459,6 +5494,9 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         safetensors.save_file(tensors, file, {"format": "pt"})
     except optional("safetensors").SafetensorError as error:
         raise UserError(f"cannot write {file.name}: {one_line(error)}") from None
+    mask = os.umask(0o022)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)  # the library makes files that nobody else may read
 
 
 def export_model(loaded: Loaded, folder: Path) -> None:
@@ -6219,6 +6257,9 @@ def training_report(
     result = evaluate_perplexity(loaded.model, store, "val", rt, batch_size, max_batches)
     if len(result["sources"]) > 12:  # a folder of many files
         result["sources"] = {}
+    for row in result["sources"].values():
+        if not all(c["support"] for c in row.get("classes", {}).values()):  # too few records
+            del row["accuracy"]
     lines, index = [evaluation_card(result), BESIDE, ""], store.index["val"]
     n = 120 if isinstance(store.tokenizer, ByteTokenizer) else 40  # tokens of a line of text
     for start, length, prompt, _ in index[evenly_spaced(len(index), 3)].tolist():
@@ -6523,9 +6564,7 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     processes is another or the flag was given."""
     progress = Progress(**resumed["progress"] | {"total": total})
     if progress.step > total:
-        raise UserError(
-            f"the run is at step {progress.step} already: give --max_steps or --epochs that reach it"
-        )
+        raise UserError(f"the run is at step {progress.step} already: --max_steps ends before it")
     if rt.sum(progress.step)[0] != progress.step * rt.world_size:
         raise UserError("the processes read different checkpoints: give one --out_dir to them all")
     then = resumed["versions"].get("world_size", 1)
@@ -6566,6 +6605,9 @@ def run_fit(run: Run, folder: RunFolder) -> str:
             raise UserError(f"{error}; {way} with a lower --lr and another --out_dir") from None
     if ended == "signal":  # it may have come to another process
         run.stop.number = run.stop.number or signal.SIGTERM
+    if config.overfit_batch and ended not in ("done", "early"):
+        note(f"stopped at step {p.step}: nothing is judged or kept")
+        return ""
     if config.overfit_batch:
         reached = f"loss {p.best:.4f} after {p.step} steps"
         if not p.best < 0.05:
@@ -6620,8 +6662,8 @@ def plan_for_text(sizes: dict, given: dict) -> tuple[dict, float]:
     usual = "bpe" if size >= 1e5 and sizes["bpe_at_hand"] else "byte"
     tokenizer = given.get("tokenizer", usual)
     if not size:
-        known = likely_vocabulary(tokenizer, 0)
-        return dict(dropout=0.0, sampled_softmax=sampled(known, sizes)), given.get("max_steps", 0)
+        n = softmax_sample(likely_vocabulary(tokenizer, 0), sizes)
+        return dict(dropout=0.0, sampled_softmax=n), given.get("max_steps", 0)
     weighed = tokenizer == "bpe" and size < 2e6 and given.get("answer_weight", 1)
     if weighed and only_answers(sizes["data_dir"]):  # in bytes, few records would fit a block
         plan = dict(epochs=min(10, round(3e6 / size)), vocab_size=100 * round(size / 3.4e4),
@@ -6633,7 +6675,7 @@ def plan_for_text(sizes: dict, given: dict) -> tuple[dict, float]:
     plan["vocab_size"] = min(max(plan["vocab_size"], 300), 8192)
     chosen = sizes | plan | given
     known = likely_vocabulary(tokenizer, chosen["vocab_size"])
-    plan["sampled_softmax"] = sampled(known, sizes)
+    plan["sampled_softmax"] = softmax_sample(known, sizes)
     tokens = size / bytes_per_token(known)
     steps_of_a_pass = tokens / chosen["block_size"] / chosen["batch_size"]
     steps = given.get("max_steps") or chosen["epochs"] * steps_of_a_pass
@@ -6652,8 +6694,8 @@ def bytes_per_token(vocab_size: int) -> float:
     return 1.0 if vocab_size == 260 else math.log2(vocab_size) / 4
 
 
-def sampled(vocab_size: int, sizes: dict) -> int:
-    """How many ids stand for the others in the fast recipe's softmax (0: it is whole)."""
+def softmax_sample(vocab_size: int, sizes: dict) -> int:
+    """How many ids stand for the rest in the fast recipe's softmax (0: it is over all)."""
     gpu = (
         torch.accelerator.is_available() if sizes["device"] == "auto" else sizes["device"] != "cpu"
     )
@@ -6988,11 +7030,15 @@ def fit_command(loop: Callable) -> Callable:
             raise Interrupted
         if not result or not rt.is_main:
             return
+        elsewhere = config.data_dir != type(config).data_dir
+        data = f" --data_dir {shlex.quote(config.data_dir)}" * elsewhere
         then = "finetune" if isinstance(config, TrainConfig) else "export"
+        more = {"eval": data, "sample": ' --prompt "..."', "finetune": " --data_dir ..."}
         note("next:")
-        for words in ("eval", "sample", then):
-            prompt = ' --prompt "..."' * (words == "sample")
-            note(f"  python llm_pipeline.py {words} --ckpt {result}{prompt}")
+        for word in ("eval", "sample", then):
+            note(
+                f"  python llm_pipeline.py {word} --ckpt {shlex.quote(result)}{more.get(word, '')}"
+            )
         print(result)
 
     return command
@@ -7418,8 +7464,9 @@ def download(name: str, data_dir: Path, mirror: str = "") -> list[Path]:
         why = f"what {address} sent is not what it should be ({one_line(error, 80)})"
         raise UserError(f"{name}: {why}; run the same command again") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        why = f"cannot fetch {address} into {data_dir} ({one_line(error, 80)})"
-        raise UserError(f"{name}: {why}; is there a network? run it again") from None
+        why = f"cannot fetch {address} ({one_line(error, 80)})"
+        way = f"run it again, or put there by hand: {', '.join(map(str, files))}"
+        raise UserError(f"{name}: {why}; {way}") from None
     finally:
         socket.setdefaulttimeout(patience)
     return list(files)
@@ -7814,8 +7861,9 @@ def corpus_bytes(data_dir: str) -> int:
     """About how many bytes of text a folder, file or store holds; 0 if unknown."""
     with contextlib.suppress(UserError, OSError, TypeError):
         if is_store(data_dir):
-            counts = TokenStore(Path(data_dir)).meta["counts"]
-            return sum(row.get("bytes", 0) for row in counts.values())
+            meta = TokenStore(Path(data_dir)).meta  # older ones say only what their records hold
+            held = sum(row.get("bytes", 0) for row in meta["counts"].values())
+            return meta.get("source_bytes") or held
         return sum(p.stat().st_size for p in find_files(DataConfig(data_dir=data_dir)))
     return 0
 
@@ -8113,12 +8161,12 @@ def table_layers(cls: type, given: dict) -> list[dict]:
     if tuning:  # the model is the checkpoint's, the rates are finetuning's own
         preset = {n: v for n, v in preset.items() if n in ("batch_size", "grad_accum")}
     recipes = FINETUNE_RECIPES if tuning else RECIPES
-    sizes = chosen | preset | given
+    sizes, made = chosen | preset | given, {}
     if cls is TrainConfig and sizes["recipe"] == "fast" and not sizes["hf_dataset"]:
         sizes["corpus_bytes"] = corpus_bytes(sizes["data_dir"])
         sizes["bpe_at_hand"] = not sizes["init_from"] and is_installed("tokenizers")
-        given = store_tokenizer(sizes["data_dir"]) | given
-    recipe = recipes.get(sizes.get("recipe"), RECIPES["classic"])(sizes, given)
+        made = store_tokenizer(sizes["data_dir"])
+    recipe = recipes.get(sizes.get("recipe"), RECIPES["classic"])(sizes, made | given) | made
     arch = ARCHS.get((chosen | recipe | given).get("arch"), {})
     return [implied, arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
 
@@ -8146,8 +8194,9 @@ def resolve(cls: type, flags: dict, mark="--", stored: dict | None = None, probl
         values |= {name: value for name, value in layer.items() if name in specs}
     config = cls(**values)
     config.given = frozenset(given)
-    if given.get("resume") and given.get("overwrite"):
-        problems.append("--resume and --overwrite exclude each other")
+    for other in ("overwrite", "overfit_batch"):
+        if given.get("resume") and given.get(other):
+            problems.append(f"--resume and --{other} exclude each other")
     if stored is not None or not given.get("resume"):
         problems += cross_checks(config)
     if problems:

@@ -620,6 +620,13 @@ def test_files_of_others_are_never_replaced(name, flags, corpus, tmp_path):
     assert beside.exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv"])
+def test_a_run_that_goes_on_replaces_no_file_of_others(name, started, tmp_path):
+    (tmp_path / "run" / name).write_text("my notes")
+    run(*started).fails(1, name, "not written by a run")
+    assert (tmp_path / "run" / name).read_text() == "my notes"
+
+
 # --- what a run begins with ---
 
 

@@ -906,5 +906,7 @@ def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
     flags = "--tokenizer", "bpe", "--vocab_size", 400, "--out_dir", f"{store}_bpe"
     run("prepare", "--data_dir", tmp_path, *flags).ok()
     assert settings(data_dir=f"{store}_bpe") == settings(vocab_size=400)
+    recipe = dict(recipe="fast", data_dir=f"{store}_bpe")
+    assert lp.resolve(lp.TrainConfig, recipe).vocab_size == 400
     (tmp_path / "text.txt").write_text("A line of a book.\n" * 9)
     assert settings() == (0, 6, 0.1, 8)

@@ -175,7 +175,7 @@ def test_csv(tmp_path, delimiter):
         writer.writerows([("instruction", "input", "output"), *rows])
     found, _ = records(path)
     assert [turns(record) for record in found] == [rendered(row) for row in rows]
-    assert [record.where for record in found] == [f"{path}:3", f"{path}:4"]
+    assert [record.where for record in found] == [f"{path}:2", f"{path}:4"]
 
 
 def test_a_csv_of_texts(tmp_path):

@@ -517,6 +517,8 @@ GOOD = jsonl(SHAPES["text"])
         ("a.csv", '"a"b,text\nx,y\n', "expected after"),
         ("a.csv", 'id,text\n1,"a"b\n', "expected after"),
         ("a.csv", "id,text\n1,a,b\n", "more cells"),
+        ("a.csv", "text,text\na,b\n", "two columns"),
+        ("a.jsonl", '{"text": null}', "is null"),
         ("a.parquet", b"PAR1 no table PAR1", "a.parquet"),
         ("a.parquet", b"", "a.parquet"),
     ],
@@ -566,6 +568,15 @@ def test_a_malformed_row_of_a_table_is_skipped_alone(tmp_path):
         bytes(store.tokens[s][store.tokens[s] < 256].astype("u1")) for s in store.tokens
     )
     assert sorted([texts.count(word) for word in (b"alpha", b"beta", b"gamma")]) == [1, 1, 1]
+
+
+def test_a_quote_without_an_end_costs_its_own_line(tmp_path):
+    write(tmp_path / "raw/a.csv", 'text,n\n"two\nlines",1\n"open,2\nbeta,3\ngamma,4\n')
+    config = lp.DataConfig(data_dir=str(tmp_path / "raw"), bad_records="skip")
+    report = lp.Report()
+    found = [record.response for record in lp.read_records(config, report)]
+    assert found == ["two\nlines", "beta", "gamma"]
+    assert list(report.examples.values()) == [f"{tmp_path}/raw/a.csv:4"]
 
 
 def test_bad_records_skip(tmp_path):

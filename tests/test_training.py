@@ -75,6 +75,13 @@ def whole(tmp_path_factory, corpus) -> Path:
 # --- it learns ---
 
 
+def test_an_overfit_check_that_is_cut_short_is_not_judged(corpus, tmp_path):
+    command = ["train", *corpus, *CPU, "--overfit_batch", "--stop_after", 2]
+    result = run(*command, "--out_dir", tmp_path / "run").ok()
+    assert "stopped at step 2: nothing is judged or kept" in result.err
+    run(*command, "--resume").fails(2, "--resume and --overfit_batch exclude")
+
+
 def test_overfit_batch(tmp_path):
     """The sanity check before a long run: a hundred steps learn one batch by heart."""
     flags = words("--preset cpu-debug --overfit_batch --max_steps 100 --lr 1e-2 --n_layer 1")
@@ -186,6 +193,12 @@ def test_resume_needs_no_other_flags(whole, corpus, tmp_path):
 
 def test_resume_takes_no_other_preset(stopped):
     run("train", "--out_dir", stopped, "--resume", "--preset", "small-16g").fails(1, "preset (from")
+
+
+def test_resume_of_a_mistyped_folder_begins_no_run_of_defaults(tmp_path):
+    result = run("train", "--resume", "--out_dir", tmp_path / "typo")
+    result.fails(1, "typo holds no run to resume")
+    assert not (tmp_path / "typo/config.json").exists()
 
 
 def test_resume_of_a_finished_run_changes_nothing(corpus, tmp_path):
