@@ -340,8 +340,7 @@ def fast_recipe(sizes: dict, given: dict) -> dict:
     )  # fmt: skip
 
 
-# A recipe is a function of the settings so far and of those that were given. It outranks arch and
-# preset; "classic" leaves both.
+# A recipe is a function of the settings so far and of those given; it outranks arch and preset.
 RECIPES = {"classic": lambda sizes, given: {}, "fast": fast_recipe}
 
 
