@@ -12,6 +12,7 @@ import gzip
 import io
 import os
 import random
+import resource  # of Unix, as are the signals below
 import shutil
 import signal
 import subprocess
@@ -414,6 +415,9 @@ def mutated_command_lines(bench: Bench):
 
 @check
 def composed_command_lines(bench: Bench):
+    """Under a limit of memory: some of them ask for models of many gigabytes."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (9 * 10**9, limits[1]))
     folder, held = bench.fresh(), 0
     (folder / "raw").symlink_to(bench.folder / "raw")
     shutil.copy(bench.checkpoint, folder / "base.pth")
@@ -425,6 +429,7 @@ def composed_command_lines(bench: Bench):
         if wrong:
             print("   ", argv, env, wrong[:300], file=sys.stderr)
         held += not wrong
+    resource.setrlimit(resource.RLIMIT_AS, limits)
     return counted(held, len(tries))
 
 
