@@ -1000,7 +1000,7 @@ class GPT(nn.Module):
         """Cross entropy of each target, (B, T) and 0 where it is IGNORE, or the "sum" of them.
 
         idx, targets: (B, T). A large vocabulary's (B, T, V) logits need never exist (section 9).
-        among: ids (M,) and a bias (M,): the softmax is over these, and targets are places in them.
+        among: ids (M,) and a bias (M,) (section 8): softmax over these; targets are places in them.
         """
         h = self.hidden(idx).flatten(0, 1)  # (B T, C)
         ids, bias = among or (None, None)
@@ -3518,47 +3518,52 @@ def json_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tu
         yield str(path), ValueError(why)
 
 
-def csv_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
-    """A table whose first line names its columns, separated by commas, semicolons or tabs.
+def csv_cells(lines: Iterator[str], delimiter: str) -> Iterator[tuple]:
+    """(number of its first line, cells) of each row, or the csv.Error in place of its cells.
 
     A malformed row costs its first line, not those that a quote without an end has swallowed.
     """
-    lines = (line + "\n" for line in file.pieces("\n"))
-    waiting = deque([next(lines, "")])  # to be read before them
-    delimiter = max(",;\t", key=waiting[0].count)
-    csv.field_size_limit(2**31 - 1)
+    waiting: deque[str] = deque()  # lines to be read again
+    number = 1
 
     def tapped(taken: list[str]) -> Iterator[str]:
         while line := waiting.popleft() if waiting else next(lines, ""):
             taken.append(line)
             yield line
 
-    names, number = [], 1
     while True:
         taken: list[str] = []  # the lines of one row
-        where, problem = f"{file.path}:{number}", None
         try:
-            row = next(csv.reader(tapped(taken), delimiter=delimiter, strict=True), None)
+            cells = next(csv.reader(tapped(taken), delimiter=delimiter, strict=True), None)
         except csv.Error as error:
-            row, problem = [], error
+            cells = error
             waiting.extendleft(reversed(taken[1:]))
             del taken[1:]
-        number += len(taken)
-        if row is None:
+        if cells is None:
             return
-        if not names:
-            names = row
-            twice = {n for n in names if names.count(n) > 1} & {*KNOWN_COLUMNS, config.text_field}
-            problem = problem or (
-                ValueError(f"two columns {min(twice)!r}: rename one") if twice else None
-            )
-        elif row:
+        if cells != []:  # an empty line
+            yield number, cells
+        number += len(taken)
+
+
+def csv_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
+    """A table whose first line names its columns, separated by commas, semicolons or tabs."""
+    lines = (line + "\n" for line in file.pieces("\n"))
+    header = next(lines, "")
+    csv.field_size_limit(2**31 - 1)
+    cells = csv_cells(chain([header], lines), max(",;\t", key=header.count))
+    number, names = next(cells, (1, []))
+    if isinstance(names, list):
+        twice = {n for n in names if names.count(n) > 1} & {*KNOWN_COLUMNS, config.text_field}
+        names = ValueError(f"two columns {min(twice)!r}: rename one") if twice else names
+    if isinstance(names, Exception):
+        yield f"{file.path}:{number}", names
+        return
+    for number, row in cells:
+        if isinstance(row, list):
             more = {None: row[len(names) :]} if len(row) > len(names) else {}
-            yield where, dict(zip(names, row, strict=False)) | more
-        if problem:
-            yield where, problem
-            if not names or twice:  # of a header nothing can be read
-                return
+            row = dict(zip(names, row, strict=False)) | more
+        yield f"{file.path}:{number}", row
 
 
 def parquet_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
@@ -4431,6 +4436,14 @@ def is_store(data_dir: str) -> bool:
     return all((Path(data_dir) / name).is_file() for name in ("meta.json", "train.bin"))
 
 
+def store_at(data_dir: str) -> TokenStore | None:
+    """The store that a folder is, if it is a sound one."""
+    with contextlib.suppress(UserError):
+        if is_store(data_dir):
+            return TokenStore(Path(data_dir))
+    return None
+
+
 def build_corpus_from_sources(
     config: DataConfig, tokenizer: Tokenizer | None = None, folder: Path | None = None, pairs=False
 ) -> TokenStore:
@@ -4572,7 +4585,8 @@ def write_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: 
         (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     fingerprint = short_hash([content["files"], origin["tokenizer"]], 16)
     made = {"fingerprint": fingerprint, "seconds": {"encoding": time.perf_counter() - started}}
-    write_json(folder / "meta.json", origin | content | made | {"source_bytes": total})
+    made["source_bytes"] = total
+    write_json(folder / "meta.json", origin | content | made)
 
 
 def begin_stream(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
@@ -5265,9 +5279,8 @@ def interchange_kind(c: GPTConfig) -> str:
         }
     odd = [f"{name}={getattr(c, name)}" for name, fits in possible.items() if not fits]
     if odd:
-        raise UserError(
-            f"no Hugging Face class has {', '.join(odd)} with the rest of --arch {arch}"
-        )
+        what = f"{', '.join(odd)} with the rest of --arch {arch}"
+        raise UserError(f"no Hugging Face class has {what}")
     return kind
 
 
@@ -6277,15 +6290,14 @@ def class_card(name: str, row: dict) -> list[str]:
     columns = ("precision", "recall", "f1")
     accuracy, majority = (f"{row[key]:.4f}" for key in ("accuracy", "majority"))
     lines = [f"{name}: accuracy {accuracy}; always predicting {largest!r} gives {majority}"]
+    shown = {label: shortened(label)[:15] for label in labels}
     lines.append(f"{'class':<16}" + "".join(f"{c:>10}" for c in (*columns, "support")))
     for label, figures in classes.items():
         cells = "".join(f"{figures[c]:>10.4f}" for c in columns)
-        lines.append(f"{shortened(label)[:15]:<16}{cells}{figures['support']:>10}")
-    lines.append(
-        f"{'true / predicted':<16}" + "".join(f"{shortened(label)[:9]:>10}" for label in labels)
-    )
+        lines.append(f"{shown[label]:<16}{cells}{figures['support']:>10}")
+    lines.append(f"{'true / predicted':<16}" + "".join(f"{shown[n][:9]:>10}" for n in labels))
     for label, counts in zip(labels, row["confusion"]["true_by_predicted"], strict=True):
-        lines.append(f"{shortened(label)[:15]:<16}" + "".join(f"{n:>10}" for n in counts))
+        lines.append(f"{shown[label]:<16}" + "".join(f"{n:>10}" for n in counts))
     return lines
 
 
@@ -6604,10 +6616,10 @@ def run_fit(run: Run, folder: RunFolder) -> str:
             raise UserError(f"{error}; {way} with a lower --lr and another --out_dir") from None
     if ended == "signal":  # it may have come to another process
         run.stop.number = run.stop.number or signal.SIGTERM
-    if config.overfit_batch and ended not in ("done", "early"):
-        note(f"stopped at step {p.step}: nothing is judged or kept")
-        return ""
     if config.overfit_batch:
+        if ended not in ("done", "early"):
+            note(f"stopped at step {p.step}: nothing is judged or kept")
+            return ""
         reached = f"loss {p.best:.4f} after {p.step} steps"
         if not p.best < 0.05:
             raise UserError(f"could not overfit one batch: {reached}; check the learning rate")
@@ -6664,7 +6676,8 @@ def plan_for_text(sizes: dict, given: dict) -> tuple[dict, float]:
         n = softmax_sample(likely_vocabulary(tokenizer, 0), sizes)
         return dict(dropout=0.0, sampled_softmax=n), given.get("max_steps", 0)
     weighed = tokenizer == "bpe" and size < 2e6 and given.get("answer_weight", 1)
-    if weighed and only_answers(sizes["data_dir"]):  # in bytes, few records would fit a block
+    if weighed and only_answers(sizes["data_dir"], sizes["store"]):
+        # In bytes, few records would fit a block.
         plan = dict(epochs=min(10, round(3e6 / size)), vocab_size=100 * round(size / 3.4e4),
                     batch_size=2 * sizes["batch_size"], answer_weight=30, dropout=0.3,
                     token_dropout=0.15)  # fmt: skip
@@ -6685,37 +6698,26 @@ def plan_for_text(sizes: dict, given: dict) -> tuple[dict, float]:
 
 def likely_vocabulary(tokenizer: str, vocab_size: int) -> int:
     """How many ids a tokenizer has: bytes, a trained BPE, or else GPT-2's and the like."""
-    return {"byte": 260, "bpe": vocab_size}.get(tokenizer, 50_000)
+    return {"byte": ByteTokenizer.vocab_size, "bpe": vocab_size}.get(tokenizer, 50_000)
 
 
 def bytes_per_token(vocab_size: int) -> float:
     """About, of English text."""
-    return 1.0 if vocab_size == 260 else math.log2(vocab_size) / 4
+    return 1.0 if vocab_size == ByteTokenizer.vocab_size else math.log2(vocab_size) / 4
 
 
 def softmax_sample(vocab_size: int, sizes: dict) -> int:
     """How many ids stand for the rest in the fast recipe's softmax (0: it is over all)."""
-    gpu = (
-        torch.accelerator.is_available() if sizes["device"] == "auto" else sizes["device"] != "cpu"
-    )
+    device = sizes["device"]
+    gpu = torch.accelerator.is_available() if device == "auto" else device != "cpu"
     return min(vocab_size // 4, 4096) if vocab_size >= 8000 and not gpu else 0
 
 
-def store_tokenizer(data_dir: str) -> dict:
-    """The settings of a tokenizer that a store has been made with."""
-    with contextlib.suppress(UserError):
-        if is_store(data_dir):
-            settings = TokenStore(Path(data_dir)).meta["settings"]
-            return {name: settings[name] for name in ("tokenizer", "vocab_size")}
-    return {}
-
-
-def only_answers(data_dir: str) -> bool:
+def only_answers(data_dir: str, store: TokenStore | None) -> bool:
     """Whether every record of a small folder, file or store is a prompt with its answer."""
+    if store:
+        return all((rows["prompt"] > 1).all() for rows in store.index.values())  # 1: plain text
     with contextlib.suppress(UserError):
-        if is_store(data_dir):
-            index = TokenStore(Path(data_dir)).index.values()
-            return all((rows["prompt"] > 1).all() for rows in index)  # bos alone: plain text
         return all(r.prompt for r in read_records(DataConfig(data_dir=data_dir), Report()))
     return False
 
@@ -7031,13 +7033,11 @@ def fit_command(loop: Callable) -> Callable:
             return
         elsewhere = config.data_dir != type(config).data_dir
         data = f" --data_dir {shlex.quote(config.data_dir)}" * elsewhere
-        then = "finetune" if isinstance(config, TrainConfig) else "export"
-        more = {"eval": data, "sample": ' --prompt "..."', "finetune": " --data_dir ..."}
+        trained = isinstance(config, TrainConfig)
+        then = {"finetune": " --data_dir ..."} if trained else {"export": ""}
         note("next:")
-        for word in ("eval", "sample", then):
-            note(
-                f"  python llm_pipeline.py {word} --ckpt {shlex.quote(result)}{more.get(word, '')}"
-            )
+        for word, more in ({"eval": data, "sample": ' --prompt "..."'} | then).items():
+            note(f"  python llm_pipeline.py {word} --ckpt {shlex.quote(result)}{more}")
         print(result)
 
     return command
@@ -7856,13 +7856,12 @@ def device_name(rt: Runtime) -> str:
     return rt.device.type
 
 
-def corpus_bytes(data_dir: str) -> int:
+def corpus_bytes(data_dir: str, store: TokenStore | None) -> int:
     """About how many bytes of text a folder, file or store holds; 0 if unknown."""
+    if store:  # older ones say only what their records hold
+        held = sum(row.get("bytes", 0) for row in store.meta["counts"].values())
+        return store.meta.get("source_bytes") or held
     with contextlib.suppress(UserError, OSError, TypeError):
-        if is_store(data_dir):
-            meta = TokenStore(Path(data_dir)).meta  # older ones say only what their records hold
-            held = sum(row.get("bytes", 0) for row in meta["counts"].values())
-            return meta.get("source_bytes") or held
         return sum(p.stat().st_size for p in find_files(DataConfig(data_dir=data_dir)))
     return 0
 
@@ -7882,7 +7881,7 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
         result |= bench_training(config, trains, model)
     result |= bench_decoding(config, rt, model)
     total = config.max_steps * config.batch_size * config.block_size
-    size = corpus_bytes(config.data_dir) / bytes_per_token(vocab_size)
+    size = corpus_bytes(config.data_dir, store_at(config.data_dir)) / bytes_per_token(vocab_size)
     total = total or round(config.epochs * size)
     seconds = total / result["train_tokens_per_s"]
     run_time = {"whole_run_tokens": total, "whole_run_seconds": seconds}
@@ -8097,9 +8096,8 @@ def checked(cls: type, values: dict):
     """An instance of a dataclass from what a file claims. Raises ValueError naming the field."""
     specs = specs_of(cls)
     if set(values) != set(specs):
-        raise ValueError(
-            f"unknown or missing settings: {sorted(map(str, set(values) ^ set(specs)))[:9]}"
-        )
+        odd = sorted(map(str, set(values) ^ set(specs)))[:9]
+        raise ValueError(f"unknown or missing settings: {odd}")
     return cls(**{name: convert(specs[name], value) for name, value in values.items()})
 
 
@@ -8162,9 +8160,10 @@ def table_layers(cls: type, given: dict) -> list[dict]:
     recipes = FINETUNE_RECIPES if tuning else RECIPES
     sizes, made = chosen | preset | given, {}
     if cls is TrainConfig and sizes["recipe"] == "fast" and not sizes["hf_dataset"]:
-        sizes["corpus_bytes"] = corpus_bytes(sizes["data_dir"])
+        store = sizes["store"] = store_at(sizes["data_dir"])
+        sizes["corpus_bytes"] = corpus_bytes(sizes["data_dir"], store)
         sizes["bpe_at_hand"] = not sizes["init_from"] and is_installed("tokenizers")
-        made = store_tokenizer(sizes["data_dir"])
+        made = {n: store.meta["settings"][n] for n in ("tokenizer", "vocab_size")} if store else {}
     recipe = recipes.get(sizes.get("recipe"), RECIPES["classic"])(sizes, made | given) | made
     arch = ARCHS.get((chosen | recipe | given).get("arch"), {})
     return [implied, arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
