@@ -360,6 +360,7 @@ class ByteTokenizer:
 
     vocab_size = 260
     pad_id, bos_id, eos_id, sep_id = 256, 257, 258, 259
+    cuts_safely = True  # encoded in pieces, a text has the same ids
 
     def encode(self, text: str) -> np.ndarray:
         """The text's UTF-8 bytes, (n,) uint16. Lone surrogates, which UTF-8 lacks, survive too."""
@@ -2825,6 +2826,7 @@ class BPETokenizer:
         library = json.loads(library_json)
         self.is_byte_level = '"ByteLevel"' in json.dumps(library.get("decoder"))
         self.twin = tiktoken_twin(library)
+        self.cuts_safely = is_gpt2_bpe(library)  # the ids of a text cut between words are the same
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -5924,6 +5926,36 @@ def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
 
 
 # --- replacing an export or a store safely ---
+
+
+@contextlib.contextmanager
+def write_beside(target: Path) -> Iterator[Path]:
+    """An empty folder for the block to fill with an export or a store; it then becomes `target`.
+
+    Until then it is `.NAME.writing/new` beside it. What stands there is replaced; a block that
+    fails leaves all as it was; what a killed process left is removed by the next. The folder that
+    a link leads to is replaced, not the link. Raises UserError if another process is at it.
+    """
+    target = Path(os.path.realpath(target))
+    work = target.with_name(f".{target.name}.writing")
+    new, old = work / "new", work / "old"
+    try:
+        with run_lock(work):
+            try:
+                shutil.rmtree(new, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
+                new.mkdir()
+                yield new
+                if target.exists():
+                    target.rename(old)
+                new.rename(target)
+            finally:
+                if old.exists() and not target.exists():  # stopped between the renames
+                    old.rename(target)
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+
 
 MODELFILE_MARK = "# Ollama's recipe, written by llm_pipeline.py"
 EXPORT_FILES = {
