@@ -6455,6 +6455,49 @@ def finetune_verdict(config: FinetuneConfig, before: dict, after: dict) -> list[
     return lines
 
 
+def report(
+    loaded: Loaded, store: TokenStore, rt: Runtime, split: str = "val", batch_size: int = 32,
+    max_batches: int = 0, base_store: TokenStore | None = None,
+) -> dict:  # fmt: skip
+    """What is to be known of a model on a corpus, as plain data: what `eval --json` writes.
+
+    base_store: `base_loss`, on what its base was trained on. UserError where the split is empty.
+    """
+    return evaluate_perplexity(loaded.model, store, split, rt, batch_size, max_batches)
+
+
+def report_lines(after: dict, before: dict | None = None, most_sources: int = 0) -> list[str]:
+    """A report as a table for people; with a `before`, its figures stand beside those of `after`.
+
+    most_sources: of more than so many (0: any number) the total alone is shown.
+    """
+    return evaluation_card(after).splitlines()
+
+
+def trained_store(loaded: Loaded, processed_dir: str) -> TokenStore | None:
+    """The store that a checkpoint was trained on, where it is still at hand."""
+    fingerprint = loaded.state.get("data", {}).get("fingerprint")
+    for folder in Path(processed_dir).glob(f"*{fingerprint}"):
+        with contextlib.suppress(UserError):
+            return TokenStore(folder)
+    return None
+
+
+def example_prompt(store: TokenStore) -> tuple[str, str]:
+    """(instruction, input) of a short held-out record; of plain text its first words, and ""."""
+    split = "val" if len(store.index["val"]) else "train"
+    index = store.index[split]
+    asked = index[index["prompt"] > 1]
+    if not len(asked):
+        text = store.tokenizer.decode(store.ids(split, 0, min(60, len(store.tokens[split]))))
+        return " ".join(text.split()[:6]), ""
+    row = asked[np.argmin(asked["prompt"])]
+    text = store.tokenizer.decode(store.ids(split, int(row["start"]), int(row["prompt"])))
+    pattern = r"(?:### System: .*\n)?### Instruction: (.*)\n### Input: (.*)\n### Output:"
+    found = re.fullmatch(pattern, text, re.DOTALL)
+    return (found[1], found[2]) if found else (text, "")
+
+
 def shortened(text: str) -> str:
     """One line of at most 160 characters, without its middle where it is longer. What a model
     writes may be anything: characters that would steer a terminal are replaced.
