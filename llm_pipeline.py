@@ -67,7 +67,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial, wraps
 from glob import glob
-from itertools import chain, count, groupby, islice, pairwise, repeat, takewhile
+from itertools import chain, count, groupby, islice, repeat, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +83,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 # ====================================================================================
@@ -215,6 +216,7 @@ class DataConfig(Settings):
     hf_split: str = option("train", "its split")
     hf_files: str = option("", "file pattern for a local builder")
     streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
+    add_special_tokens: bool = option(True, "bos and eos around each plain text")
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -271,7 +273,6 @@ class FitConfig(OptimConfig, DataConfig, RuntimeConfig):
     stop_after: int = once(0, "save and stop after N steps of this session", low=0)
     stride: int = option(0, "distance between windows (0: block_size)", low=0)
     sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
-    shuffle_buffer: int = option(4096, "windows held for shuffling a stream", low=1)
     eval_interval: int = free(200, "steps between evaluations", low=1)
     eval_batches: int = free(50, "validation batches of an evaluation (0: all)", low=0)
     sample_every: int = free(1, "show a short sample every N evaluations, on a terminal", low=0)
@@ -567,7 +568,7 @@ class InstructionDataset:
                  loss_on: str = "all", batch_size: int = 1):  # fmt: skip
         self.store, self.split, self.seed, self.block_size = store, split, seed, block_size
         self.loss_on, self.batch_size = loss_on, batch_size
-        answers = np.arange(len(store.index[split]))
+        answers = np.flatnonzero(store.index[split]["trained"])
         self.rows = store.whole_records(split) if loss_on == "all" else answers  # of the index
         index = store.index[split][self.rows]
         if len(index) < self.group:
@@ -614,7 +615,7 @@ class InstructionDataset:
 
     def record(self, number: int) -> tuple[np.ndarray, int]:
         """Ids of a record, cut to the block, and how many of them are prompt."""
-        start, length, prompt, _ = self.store.index[self.split][self.rows[number]].tolist()
+        start, length, prompt, *_ = self.store.index[self.split][self.rows[number]].tolist()
         ids = self.store.ids(self.split, start, length)
         return fit_record(ids[:prompt], ids[prompt:], self.block_size + 1)
 
@@ -3158,7 +3159,7 @@ class Report:
         for source, row in sorted(self.rows.items()):
             table.append(f"{source[:27]:<28}" + "".join(f"{row[c]:>14,}" for c in self.COLUMNS))
             for what, n in row.items():
-                if what not in self.COLUMNS:
+                if what not in (*self.COLUMNS, "train_bytes", "val_bytes"):
                     where = self.examples.get((source, what.removeprefix("skipped: ")))
                     table.append(f"  {what}: {n:,}" + (f" (first: {where})" if where else ""))
         return table + self.advice
@@ -3963,9 +3964,7 @@ def split_text(record: Record, split: str, size: int, val_fraction: float) -> It
     parts = ((split, block) for block in blocks)
     if split == "both":
         parts = cut_at(size - math.ceil(size * val_fraction), blocks)
-    for part, group in groupby(parts, key=lambda item: item[0]):
-        for block in whole_words(block for _, block in group):
-            yield part, block
+    yield from parts
 
 
 def cut_at(boundary: int, blocks: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -3981,98 +3980,7 @@ def cut_at(boundary: int, blocks: Iterable[str]) -> Iterator[tuple[str, str]]:
                 yield part, piece.decode("utf-8", "surrogatepass")
 
 
-# Cut long text only where pre-tokenizers also cut, so that ids do not depend on the block size:
-# before a space between words, else before whitespace.
-SAFE_CUTS = (re.compile(r"\w(?= \w)"), re.compile(r"\S(?=\s)"))
-
-
-def whole_words(blocks: Iterable[str]) -> Iterator[str]:
-    """The same text in blocks that end at a safe cut."""
-    carry = ""
-    for block in blocks:
-        block = carry + block
-        near_end = max(0, len(block) - 4096)
-        found = ([*pattern.finditer(block, near_end)] for pattern in SAFE_CUTS)
-        cut = next((matches[-1].end() for matches in found if matches), 0)
-        if not cut and len(block) > 64 * BLOCK:  # a text without spaces: cut it where it stands
-            cut = len(block)
-        if cut:
-            yield block[:cut]
-        carry = block[cut:]
-    if carry:
-        yield carry
-
-
-# --- near-duplicates ---
-
-SHORT_RECORD = 500  # tokens; what is compared of a longer record
-TWIN_LIMITS = {"val": 1000, "train": 20_000}  # records of a source that are compared at most
-
-
-def near_duplicates(store: TokenStore) -> dict[str, tuple[int, int]]:
-    """{source: (validation records with a near-twin in training, those compared)}.
-
-    Near-twins: the Jaccard index of the sets of their 5-grams is at least 0.8.
-    """
-    found = {}
-    for number, source in enumerate(store.sources):
-        val = [grams for grams in source_grams(store, "val", number) if len(grams)]
-        if val:
-            found[source] = int(twins(val, source_grams(store, "train", number)).sum()), len(val)
-    return found
-
-
-def source_grams(store: TokenStore, split: str, number: int) -> Iterator[np.ndarray]:
-    """The grams of a source's records, one array each, at most TWIN_LIMITS of them, evenly spaced.
-
-    An instruction is compared by its input or, without one, by itself; plain text by its beginning.
-    """
-    index, rows = store.index[split], store.whole_records(split)
-    rows = rows[index["source"][rows] == number]
-    for row in rows[:: max(1, -(-len(rows) // TWIN_LIMITS[split]))]:
-        start, length, prompt, _ = index[row].tolist()
-        end = prompt if prompt > 1 else length
-        ids = store.ids(split, start + 1, min(end - 1, SHORT_RECORD)).tolist()
-        text = store.tokenizer.decode(ids)
-        instruction, _, input = text.removesuffix("\n### Output:").rpartition("\n### Input: ")
-        yield grams_of(input or instruction.rpartition("### Instruction: ")[2])
-
-
-def grams_of(text: str) -> np.ndarray:
-    """Hashes of a text's character 5-grams, its case and spacing made equal: (n,) sorted uint64."""
-    data = " ".join(text.lower().split()).encode("utf-32-le", "surrogatepass")
-    points = np.frombuffer(data, np.uint32).astype(np.uint64)
-    n, hashes = max(0, len(points) - 4), np.uint64(0)
-    for place in range(5):  # a polynomial in an odd base, modulo 2^64
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + points[place : place + n]
-    return np.unique(hashes)
-
-
-def twins(some: list[np.ndarray], others: Iterable[np.ndarray]) -> np.ndarray:
-    """Which of `some` sets have a Jaccard index of at least 0.8 with one of `others`: (n,) bool.
-
-    An inverted index (element -> the sets it is in) counts what one of the others shares with all.
-    """
-    sizes = np.array([len(elements) for elements in some])
-    elements, owner = np.concatenate(some), np.repeat(np.arange(len(some)), sizes)
-    order = np.argsort(elements, kind="stable")
-    owner = owner[order]
-    known, first, count = np.unique(elements[order], return_index=True, return_counts=True)
-    found = np.zeros(len(some), bool)
-    for other in others:
-        place = np.minimum(np.searchsorted(known, other), len(known) - 1)
-        place = place[known[place] == other]
-        n = count[place]  # sets that hold each element; theirs stand in `owner` from `first` on
-        where = np.arange(n.sum()) + np.repeat(first[place] - np.cumsum(n) + n, n)
-        both = np.bincount(owner[where], minlength=len(some))
-        found |= (both > 0) & (both >= 0.8 * (sizes + len(other) - both))
-    return found
-
-
-# --- pieces and the writer ---
-
-INDEX = np.dtype([("start", "<u8"), ("length", "<u8"), ("prompt", "<u4"), ("source", "<u4")])
-TOKEN_FILES = ("train.bin", "train.idx", "val.bin", "val.idx")
+# --- pieces of text and their ids ---
 
 
 @dataclass
@@ -4082,26 +3990,30 @@ class Piece:
     text: str
     split: str
     source: str
-    size: int = 0  # bytes of the record, in its first piece
-    end: str = ""  # the special token after it, "sep" or "eos", where it ends an answer
-    trained: bool = True  # whether that answer gets a row in the index
-    last: bool = False  # ends the record
+    kind: str  # "text", a "prompt" or an "answer"
+    behind: str = ""  # the prompt that an answer follows
+    trained: bool = True  # False: an answer that is context alone
+    first: bool = False  # begins a record
+    last: bool = False  # ends a record
 
 
-def record_pieces(record: Record, split: str, size: int, config: DataConfig) -> Iterator[Piece]:
+def record_pieces(
+    record: Record, split: str, size: int, config: DataConfig, whole: bool
+) -> Iterator[Piece]:
     """A record's texts in order. A long plain text comes in blocks, its validation part last."""
     source = record.source
     if record.is_plain:
         parts = split_text(record, split, size, config.val_fraction)
-        for (part, text), (following, _) in pairwise(chain(parts, [("", "")])):
-            last = part != following
-            yield Piece(text, part, source, size, end="eos" * last, last=last)
-            size = 0
+        for part, group in groupby(parts, key=lambda item: item[0]):
+            first = True
+            for text, last in safe_blocks((block for _, block in group), whole):
+                yield Piece(text, part, source, "text", first=first, last=last)
+                first = False
         return
-    for n, turn in enumerate(record.turns, 1):
-        last = n == len(record.turns)
-        yield Piece(turn.prompt, split, source, size if n == 1 else 0)
-        yield Piece(turn.response, split, source, 0, "sep", turn.trained, last)
+    for number, turn in enumerate(record.turns, 1):
+        yield Piece(turn.prompt, split, source, "prompt", first=number == 1)
+        last = number == len(record.turns)
+        yield Piece(turn.response, split, source, "answer", turn.prompt, turn.trained, last=last)
 
 
 def as_pair(record: Record) -> list[Record]:
@@ -4112,270 +4024,300 @@ def as_pair(record: Record) -> list[Record]:
     return [replace(record, turns=[*context, replace(last, response=a)]) for a in answers]
 
 
+def corpus_pieces(
+    config: DataConfig, report: Report, pairs: bool = False, whole: bool = False
+) -> Iterator[Piece]:
+    """The pieces of every record to be kept, up to --max_docs. A preference makes two records.
+
+    whole: a long text comes in one piece, whatever memory that takes.
+    """
+    found = split_records(read_records(config, report), config, report, SeenHashes(), pairs)
+    for record, split, size in islice(found, config.max_docs or None):
+        for each in as_pair(record) if pairs else [record]:
+            yield from record_pieces(each, split, size, config, whole)
+
+
+# GPT-2's pattern begins a new word at a space behind anything else, and at a mark behind a letter
+# (the second helps where a language has no spaces). What stands further away has no say in it.
+SAFE_CUTS = (re.compile(r"\S(?=[ \t\r\n])"), re.compile(r"[^\W_](?=[.,;:!?。，、；：！？])"))
+
+
+@lru_cache(maxsize=4)
+def needs_whole_text(tokenizer: Tokenizer) -> bool:
+    """Whether ids depend on all of a text, so that the ids of its parts are not those of the whole.
+
+    Bytes and GPT-2's words do not. Of other vocabularies nothing is known: SentencePiece's mark
+    where a text begins, normalisers look across spaces.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return False
+    return not is_gpt2_bpe(json.loads(tokenizer.json))
+
+
+def safe_blocks(blocks: Iterable[str], whole: bool) -> Iterator[tuple[str, bool]]:
+    """(text, whether it is the last) of blocks that end at a safe cut; one block if `whole`."""
+    if whole:
+        yield "".join(blocks), True
+        return
+    carry = ""
+    for block in blocks:
+        near_end = max(0, len(carry) - 4096)
+        found = ([*pattern.finditer(carry, near_end)] for pattern in SAFE_CUTS)
+        cut = next((matches[-1].end() for matches in found if matches), 0)
+        if cut:
+            yield carry[:cut], False
+        carry = carry[cut:] + block
+    yield carry, True
+
+
+def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Each piece with its ids, (n,).
+
+    Where ids depend on all of a text, an answer is encoded behind its prompt, as a chat template
+    does. Raises UserError where that changes the ids of the prompt: a model would be asked
+    otherwise than it was taught.
+    """
+    if not needs_whole_text(tokenizer):
+        yield from zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True)
+        return
+    prompts = tokenizer.encode_batch([piece.behind for piece in pieces])
+    texts = tokenizer.encode_batch([piece.behind + piece.text for piece in pieces])
+    for piece, prompt, ids in zip(pieces, prompts, texts, strict=True):
+        if not piece.behind:
+            yield piece, ids
+        elif np.array_equal(ids[: len(prompt)], prompt):
+            yield piece, ids[len(prompt) :]
+        else:
+            what = "this tokenizer reads a prompt in another way once an answer follows"
+            raise UserError(f"{what}: choose another --tokenizer for instructions")
+
+
+class TokenBlocks(IterableDataset):
+    """Blocks of `block_size` ids from any iterator of texts, for a DataLoader of one's own.
+
+    The ids of all texts are joined, without special tokens, and cut; what is left over at the end
+    is dropped. A block is {"input_ids", "labels", "attention_mask"}, (block_size,) int64 each, as
+    Hugging Face's models take them: they shift the labels by themselves. Of several workers of a
+    DataLoader each takes its share of the texts.
+    """
+
+    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, block_size: int = 256):
+        self.texts, self.tokenizer, self.block_size = texts, tokenizer, block_size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker, held = get_worker_info(), np.empty(0, np.int64)
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for text in islice(self.texts, first, None, step):
+            held = np.concatenate([held, self.tokenizer.encode(text)], dtype=np.int64)
+            n_blocks = len(held) // self.block_size
+            for ids in torch.from_numpy(held)[: n_blocks * self.block_size].view(
+                -1, self.block_size
+            ):
+                mask = torch.ones_like(ids)
+                yield {"input_ids": ids.clone(), "labels": ids.clone(), "attention_mask": mask}
+            held = held[n_blocks * self.block_size :]
+
+
+# --- the writer ---
+
+# A row for each answer, trained or not, and one for each plain text, in the order of the tokens.
+INDEX = np.dtype([
+    ("start", "<u8"),  # of the record
+    ("length", "<u8"),  # from there to the end of this answer, sep included
+    ("prompt", "<u4"),  # tokens before the answer; of plain text: 1 with a bos, else 0
+    ("source", "<u2"),  # number of the source
+    ("trained", "u1"),  # 0: context alone, never a target
+    ("last", "u1"),  # 1: the record's last row, which covers it whole
+])  # fmt: skip
+TOKEN_FILES = ("train.bin", "train.idx", "val.bin", "val.idx")
+
+
 class StoreWriter:
     """Appends records to train.bin and val.bin, and rows of the index to train.idx and val.idx.
 
-    A record is bos, then prompt, response and sep of each turn; or bos, plain text and eos. Each
-    trained answer has a row: (start of the record, length up to the end of the answer, prompt:
-    tokens before the answer, source). So the last row of a record covers it whole.
+    A record is bos, then prompt, response and sep of each turn; or bos, plain text and eos, without
+    the two under --no_add_special_tokens.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig, past=None):
-        """past: what `commit` said of a store to go on with; what its files hold beyond is cut."""
-        past = past or {"files": {name: {"bytes": 0} for name in TOKEN_FILES}}
-        self.tokenizer, self.config = tokenizer, config
-        self.dtype = id_dtype(tokenizer)
-        self.size = {"train": 0, "val": 0} | past.get("tokens", {})
-        self.sources = {name: n for n, name in enumerate(past.get("sources", []))}
-        self.lengths = Counter({int(k): n for k, n in past.get("lengths", {}).items()})
+    def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig):
+        self.tokenizer, self.config, self.dtype = tokenizer, config, id_dtype(tokenizer)
         self.report = Report()
-        self.report.rows = {name: Counter(row) for name, row in past.get("counts", {}).items()}
-        self.report.examples = {(s, why): where for s, why, where in past.get("skipped", [])}
-        self.start, self.begins = 0, True  # of the record being written; whether a new one is next
-        self.files, self.hashers = {}, {}
-        for name, was in past["files"].items():
-            file = self.files[name] = open(folder / name, "a+b")
-            file.truncate(was["bytes"])
-            file.seek(0)
-            hasher = self.hashers[name] = hashlib.blake2b(digest_size=16)
-            while data := file.read(2**22):
-                hasher.update(data)
+        self.size = {"train": 0, "val": 0}  # tokens
+        self.sources: dict[str, int] = {}
+        self.lengths = Counter()  # {tokens: records}
+        self.start = 0  # of the record being written
+        self.need = tokens_needed(config)
+        self.unk_id = getattr(tokenizer, "unk_id", None)
+        self.prefix = getattr(tokenizer, "prefix", [tokenizer.bos_id])
+        self.files = {name: open(folder / name, "wb") for name in TOKEN_FILES}
+        self.digests = {name: hashlib.blake2b(digest_size=16) for name in TOKEN_FILES}
 
     def append(self, name: str, data: np.ndarray) -> None:
         view = data.view(np.uint8).data
-        self.hashers[name].update(view)
+        self.digests[name].update(view)
         self.files[name].write(view)
 
     def write(self, piece: Piece, ids: np.ndarray) -> None:
-        split, source = piece.split, piece.source
-        before = [self.tokenizer.bos_id] if self.begins else []
-        after = [getattr(self.tokenizer, f"{piece.end}_id")] if piece.end else []
-        data = np.concatenate([before, ids, after], dtype=self.dtype, casting="unsafe")
-        if self.begins:
+        split, source, tokenizer = piece.split, piece.source, self.tokenizer
+        special = self.config.add_special_tokens or piece.kind != "text"
+        before = self.prefix if piece.first and special else []
+        after = []
+        if piece.kind == "answer":
+            after = [tokenizer.sep_id]
+        elif piece.kind == "text" and piece.last and special:
+            after = [tokenizer.eos_id]
+        if piece.first:
             self.start = self.size[split]
             self.report.count(source, split)
-            self.report.count(source, "bytes", piece.size)
+        data = np.concatenate([before, ids, after], dtype=self.dtype, casting="unsafe")
         self.append(f"{split}.bin", data)
-        self.report.count(source, f"{split}_tokens", len(data))
         self.size[split] += len(data)
+        self.count(piece, ids, len(data))
         length = self.size[split] - self.start
-        if piece.end and piece.trained:
-            prompt = 1 if piece.end == "eos" else length - len(data)  # plain text follows bos alone
+        if piece.kind == "answer" or (piece.kind == "text" and piece.last):
+            prompt = length - len(data)
+            if piece.kind == "text":
+                prompt = len(self.prefix) if special else 0
             number = self.sources.setdefault(source, len(self.sources))
-            self.append(f"{split}.idx", np.array([(self.start, length, prompt, number)], INDEX))
+            row = (self.start, length, prompt, number, piece.trained, piece.last)
+            self.append(f"{split}.idx", np.array([row], INDEX))
         if piece.last:
             self.lengths[length] += 1
-        self.begins = piece.last
 
-    def write_all(self, pieces: Iterable[Piece], pairs: bool = False, bar=None) -> bool:
-        """Tokenize in parallel batches and write, up to --max_tokens. Returns whether it is met."""
+    def count(self, piece: Piece, ids: np.ndarray, n_tokens: int) -> None:
+        """Tokens, and bytes of the text itself: all of it, and that which is scored."""
+        counts = self.report.rows[piece.source]
+        size = len(piece.text) if piece.text.isascii() else len(encoded(piece.text))
+        counts[f"{piece.split}_tokens"] += n_tokens
+        counts["bytes"] += size
+        if piece.trained:
+            counts[f"{piece.split}_bytes"] += size
+        else:
+            counts["answers not trained"] += 1
+        if self.unk_id is not None:
+            counts["unknown_tokens"] += int((ids == self.unk_id).sum())
+
+    def is_full(self) -> bool:
+        """Whether --max_tokens are written, or all that a run on a stream will read."""
         limit = self.config.max_tokens
-        weight = BLOCK if limit else 128 * BLOCK  # with a limit, little is read past it
-        for batch in batched(pieces, 2**16, lambda p: len(p.text), weight):
-            encoded = self.tokenizer.encode_batch([piece.text for piece in batch])
-            left = zip(batch, encoded, strict=True)
-            for piece, ids in left:
-                self.write(piece, ids)
-                met = piece.last and 0 < limit <= sum(self.size.values())
-                if met and not (pairs and self.lengths.total() % 2):  # never half a pair
-                    for unused, _ in left if not pairs else ():
-                        if unused.size:
-                            self.report.skip(unused.source, "past --max_tokens", "read ahead")
-                    return True
-            if bar is not None:
-                bar.update(sum(len(piece.text) for piece in batch))
-        return False
+        return 0 < limit <= sum(self.size.values()) or 0 < self.need <= self.size["train"]
 
-    def commit(self) -> dict:
+    def write_all(self, pieces: Iterable[Piece], pairs: bool, bar) -> None:
+        """Tokenize in parallel batches and write, until all is written or the store is full."""
+        limited = self.config.max_tokens or self.need
+        weight = BLOCK if limited else 128 * BLOCK  # with a limit, little is read past it
+        for batch in batched(pieces, 2**16, lambda piece: len(piece.text), weight):
+            for n, (piece, ids) in enumerate(encode_pieces(batch, self.tokenizer)):
+                half = pairs and self.lengths.total() % 2  # of a pair is written
+                if piece.first and self.is_full() and not half:
+                    for unused in [p for p in batch[n:] if p.first and not pairs]:
+                        self.report.skip(unused.source, "past --max_tokens", "read ahead")
+                    return
+                self.write(piece, ids)
+            bar.update(sum(len(piece.text) for piece in batch))
+
+    def close(self) -> dict:
         """Force all to disk. Returns what meta.json says of the content, plain data."""
         files = {}
         for name, file in self.files.items():
             file.flush()
             os.fsync(file.fileno())
-            files[name] = {"bytes": file.tell(), "blake2b": self.hashers[name].hexdigest()}
+            files[name] = {"bytes": file.tell(), "blake2b": self.digests[name].hexdigest()}
+            file.close()
         return {
             "files": files,
             "sources": list(self.sources),
             "counts": {name: dict(row) for name, row in self.report.rows.items()},
-            "skipped": [[*key, where] for key, where in self.report.examples.items()],
             "tokens": self.size,
             "lengths": {str(k): n for k, n in sorted(self.lengths.items())},
         }
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
 
 
+def tokens_needed(config: DataConfig) -> int:
+    """Training tokens that a run reads of a stream (0: all there are)."""
+    steps = getattr(config, "max_steps", 0) if config.streaming else 0
+    return steps and steps * config.batch_size * (config.block_size or 1024) + 1
+
+
 # --- the store ---
 
-STORE_FORMAT = "llm_pipeline.store.2"
+STORE_FORMAT = "llm_pipeline.store.3"
 # All that a store's folder may hold. Nothing else is ever removed.
-STORE_FILES = (*TOKEN_FILES, "seen.bin", "meta.json", "stream.json", "tokenizer.json",
-               "report.json", "sample_batch.json", "token_lengths.png")  # fmt: skip
+STORE_FILES = (*TOKEN_FILES, "meta.json", "tokenizer.json", "report.json", "sample_batch.json",
+               "token_lengths.png")  # fmt: skip
 CHEAP = 64 * 2**20  # bytes whose checksum is verified whenever a store is opened
 
 
 class TokenStore:
-    """A prepared corpus on disk: memory-mapped tokens and the index of its trained answers."""
+    """A prepared corpus on disk, memory-mapped.
+
+    tokens: {split: (n,) ids}. index: {split: (rows,) of INDEX}. sources: their names. meta: what
+    meta.json says, with "counts" for each source: records, train, val, train_tokens, val_tokens;
+    train_bytes and val_bytes, UTF-8 bytes of the text that is scored; bytes, of all text;
+    unknown_tokens; and what was skipped. fingerprint: of the content, wherever it is from.
+    """
 
     def __init__(self, folder: Path, verify: bool = False):
-        """Raises UserError where the folder does not hold a whole, consistent store.
+        """Raises UserError where the folder does not hold a whole store of this version.
 
         verify: check the content of large files too.
         """
-        self.folder = folder
+        self.folder = folder = Path(folder)
         try:
-            self.read_meta()
-            if self.meta.get("format") != STORE_FORMAT:
-                raise ValueError(f"its format {self.meta.get('format')!r} is not {STORE_FORMAT}")
+            self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            if self.meta["format"] != STORE_FORMAT:
+                raise ValueError(f"its format {self.meta['format']!r} is not {STORE_FORMAT}")
             self.tokenizer = tokenizer_from_spec(self.meta["tokenizer"])
-            self.map_files()
-            self.check(verify)
-            self.fingerprint = str(self.meta["fingerprint"])  # of the content, wherever it is from
-            for name in ("seconds", "counts", "lengths", "tokens"):
-                self.meta[name]
-            self.meta["settings"].keys()
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self.sources: list[str] = self.meta["sources"]
+            self.fingerprint: str = self.meta["fingerprint"]
+            kind = id_dtype(self.tokenizer)
+            self.tokens = {s: self.map(f"{s}.bin", kind, verify) for s in ("train", "val")}
+            self.index = {s: self.map(f"{s}.idx", INDEX, verify) for s in ("train", "val")}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             what = f"{folder} is not a usable token store ({one_line(error)})"
             raise UserError(f"{what}; delete it and run prepare again") from None
 
-    def read_meta(self) -> None:
-        self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-        with contextlib.suppress(FileNotFoundError):
-            self.meta |= json.loads((self.folder / "stream.json").read_text(encoding="utf-8"))
-
-    def map_files(self) -> None:
-        dtype = id_dtype(self.tokenizer)
-        self.sources = [str(source) for source in self.meta["sources"]]
-        self.tokens = {split: self.map(f"{split}.bin", dtype) for split in ("train", "val")}
-        self.index = {split: self.map(f"{split}.idx", INDEX) for split in ("train", "val")}
-
-    def map(self, name: str, dtype: np.dtype) -> np.ndarray:
-        path, size = self.folder / name, self.meta["files"][name]["bytes"]
-        found = path.stat().st_size
-        # A stream's file may be longer: what follows is not committed yet.
-        if found < size or size % dtype.itemsize or (found > size and "stream" not in self.meta):
-            raise ValueError(f"{name} has {found:,} bytes, not {size:,}")
-        if not size:  # which cannot be mapped
-            return np.empty(0, dtype)
-        return np.memmap(path, dtype, "r", shape=size // dtype.itemsize)
-
-    def check(self, verify: bool) -> None:
-        """Every row lies inside the tokens, and the content is what was written."""
-        for split, index in self.index.items():
-            end = index["start"] + index["length"]
-            sane = (end <= len(self.tokens[split])) & (end >= index["start"])
-            sane &= (index["prompt"] >= 1) & (index["prompt"] < index["length"])
-            sane &= index["source"] < len(self.sources)
-            if not sane.all():
-                raise ValueError(f"{split}.idx points outside {split}.bin")
-            for name, data in ((f"{split}.bin", self.tokens[split]), (f"{split}.idx", index)):
-                if verify or data.nbytes <= CHEAP:
-                    digest = hashlib.blake2b(data.view(np.uint8).data, digest_size=16)
-                    if digest.hexdigest() != self.meta["files"][name]["blake2b"]:
-                        raise ValueError(f"{name} is not what was written there")
+    def map(self, name: str, dtype: np.dtype, verify: bool) -> np.ndarray:
+        path, stated = self.folder / name, self.meta["files"][name]
+        size = path.stat().st_size
+        if size != stated["bytes"]:
+            raise ValueError(f"{name} has {size:,} bytes, not {stated['bytes']:,}")
+        data = np.memmap(path, dtype, "r") if size else np.empty(0, dtype)  # nothing: no map
+        if verify or size <= CHEAP:
+            digest = hashlib.blake2b(data.view(np.uint8).data, digest_size=16)
+            if digest.hexdigest() != stated["blake2b"]:
+                raise ValueError(f"{name} is not what was written there")
+        return data
 
     def whole_records(self, split: str) -> np.ndarray:
-        """Numbers of the rows that cover a whole record: the last of each start."""
-        start = self.index[split]["start"]
-        return np.flatnonzero(np.append(start[1:] != start[:-1], True)[: len(start)])
+        """Numbers of the rows that cover a whole record, (records,)."""
+        return np.flatnonzero(self.index[split]["last"])
+
+    def masked(self, split: str) -> np.ndarray:
+        """[start, end) of every answer that is never a target, (n, 2) int64, in order."""
+        rows = self.index[split][self.index[split]["trained"] == 0]
+        start = rows["start"].astype(np.int64)
+        return np.stack([start + rows["prompt"], start + rows["length"].astype(np.int64)], axis=1)
 
     def ids(self, split: str, start: np.ndarray | int, length: int) -> np.ndarray:
-        """(..., length) int64 ids from each start. Raises UserError on an id out of range."""
+        """(length,) int64 ids from `start` on, or (n, length) for (n,) starts."""
         tokens = self.tokens[split]
         if np.ndim(start):
-            ids = tokens[start[:, None] + np.arange(length)].astype(np.int64)
-        else:  # one long record: without an index as long
-            ids = tokens[start : start + length].astype(np.int64)
-        if ids.size and ids.max() >= self.tokenizer.vocab_size:
-            file = f"{self.folder}/{split}.bin"
-            raise UserError(f"{file} holds ids outside its vocabulary: delete it and prepare again")
-        return ids
+            return tokens[start[:, None] + np.arange(length)].astype(np.int64)
+        return tokens[start : start + length].astype(np.int64)
 
 
-# --- streams ---
+# --- finding or building the store ---
 
-
-class StreamStore(TokenStore):
-    """A token store that is written as it is needed, from a stream, by the first process.
-
-    A batch of rows at a time: stream.json then says the sizes of the files and the state of the
-    stream. What the files hold beyond comes from a process that was killed, and is cut off.
-    """
-
-    ROWS = 1024  # of a batch
-
-    def __init__(self, folder: Path, config: DataConfig):
-        super().__init__(folder)
-        self.config = config
-        self.writer: StoreWriter | None = None
-        self.n_written = -1  # batches, when this process last wrote
-        self.mutex = threading.Lock()  # training batches may be prepared in a thread
-
-    def grow(self, split: str, n_tokens: int) -> None:
-        """Make a split hold `n_tokens`, or all that the stream has."""
-        held = len(self.tokens[split])
-        if held >= n_tokens or self.meta["ended"]:
-            return
-        style = dict(unit="token", unit_scale=True, delay=2, leave=False, disable=not is_main())
-        bar = tqdm(desc=f"reading the stream, {split}", total=n_tokens, initial=held, **style)
-        with self.mutex, bar:
-            while len(self.tokens[split]) < n_tokens and not self.meta["ended"]:
-                if is_main():
-                    self.write_batch()
-                else:
-                    time.sleep(0.05)
-                    self.read_meta()
-                self.map_files()
-                bar.update(len(self.tokens[split]) - bar.n)
-
-    def write_batch(self) -> None:
-        """Write the next rows of the stream, up to ROWS or about 4 MB."""
-        with run_lock(self.folder.parent, f".{self.folder.name}.lock", wait=True):
-            self.read_meta()
-            if self.n_written != self.meta["batches"]:
-                self.open_writer()  # anew, if another run has written meanwhile
-            writer, config = self.writer, self.config
-            rows = batched(self.records, self.ROWS, lambda r: len(r.response), 64 * BLOCK)
-            batch = next(rows, [])
-            room = config.max_docs - self.meta["n_records"] if config.max_docs else None
-            kept = split_records(batch, config, writer.report, self.seen, pairs=False)
-            found = list(islice(kept, room))
-            n_records = self.meta["n_records"] + len(found)
-            pieces = chain.from_iterable(record_pieces(*record, config) for record in found)
-            full = writer.write_all(pieces) or n_records == (config.max_docs or -1)
-            self.n_written += 1
-            state = {"stream": self.rows.state_dict(), "batches": self.n_written}
-            state |= {"n_records": n_records, "ended": full or not batch}
-            write_json(self.folder / "stream.json", writer.commit() | state)
-            self.read_meta()
-            for line in writer.report.lines() if self.meta["ended"] else ():
-                note(line)
-
-    def open_writer(self) -> None:
-        """Go on after what was written before."""
-        config, self.n_written = self.config, self.meta["batches"]
-        if self.writer:
-            self.writer.close()
-        self.writer = StoreWriter(self.folder, self.tokenizer, config, self.meta)
-        if self.writer.commit()["files"] != self.meta["files"]:
-            raise UserError(f"{self.folder} is not what was written there: delete it")
-        known = np.fromfile(self.folder / "seen.bin", np.uint64)
-        self.seen = SeenHashes(known, partial(self.writer.append, "seen.bin"))
-        self.rows = hub_rows(config)
-        if self.meta["stream"]:
-            self.rows.load_state_dict(self.meta["stream"])
-        self.records = load_hub(self.rows, config, self.writer.report)
-
-
-# --- which store is whose ---
+# Settings that say where data and stores are, but not what is in them.
+PLACES = ("data_dir", "processed_dir", "streaming", "hf_dataset", "hf_config", "hf_split",
+          "hf_files")  # fmt: skip
+# What a store's meta.json keeps, and what a command that reads the store takes from there.
+STORED = [f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)]
 
 
 def source_name(config: DataConfig) -> dict:
@@ -4397,40 +4339,21 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-# Settings that say where data and stores are, but not what is in them.
-PLACES = ("data_dir", "processed_dir", "streaming", "hf_dataset", "hf_config", "hf_split",
-          "hf_files")  # fmt: skip
-# What a store's meta.json keeps, and what a command that reads the store takes from there.
-STORED = [f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)]
+def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
+    """Fingerprint of all that decides what a store holds; its folder's name ends in it.
 
-
-def store_settings(config: DataConfig, pairs: bool) -> dict:
-    """What decides, beside sources and tokenizer, what a store holds."""
-    names = [f.name for f in fields(DataConfig) if f.name not in PLACES]
-    return {name: getattr(config, name) for name in names} | {"pairs": pairs}
-
-
-def settings_fingerprint(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
-    """Of everything a store depends on, cheaply: files by name, size, times and both ends.
-
-    tokenizer: its spec, or what is asked of one that is to be trained.
+    Files count by path, size, time and both ends. tokenizer: its spec, or what is asked of one
+    that is to be trained.
     """
-    stats = [(path, path.stat()) for path in find_files(config)]
-    files = [[str(p), s.st_size, s.st_mtime_ns, s.st_ctime_ns, file_digest(p)] for p, s in stats]
-    return short_hash([source_name(config), store_settings(config, pairs), tokenizer, files], 16)
-
-
-def store_origin(config: DataConfig, spec: dict, pairs: bool, request: str | None) -> dict:
-    """What meta.json says of how a store is made. request: fingerprint of a BPE's training."""
-    return {
-        "format": STORE_FORMAT,
-        "source": source_name(config),
-        "settings": {name: getattr(config, name) for name in STORED if hasattr(config, name)},
-        "pairs": pairs,
-        "tokenizer": spec,
-        "settings_fingerprint": settings_fingerprint(config, spec, pairs),
-        "trained_for": request,
-    }
+    files = []
+    for path in find_files(config):
+        stat = path.stat()
+        files.append([str(path.absolute()), stat.st_size, stat.st_mtime_ns, file_digest(path)])
+    names = [f.name for f in fields(DataConfig) if f.name not in PLACES]
+    settings = {name: getattr(config, name) for name in names}
+    need = tokens_needed(config)
+    parts = [STORE_FORMAT, source_name(config), files, settings, tokenizer, pairs, need]
+    return short_hash(parts, 8)
 
 
 def is_store(data_dir: str) -> bool:
@@ -4447,216 +4370,170 @@ def store_at(data_dir: str) -> TokenStore | None:
 
 
 def build_corpus_from_sources(
-    config: DataConfig, tokenizer: Tokenizer | None = None, folder: Path | None = None, pairs=False
+    data_dir: str | os.PathLike = "data/raw",
+    tokenizer: Tokenizer | None = None,
+    *,
+    folder: Path | None = None,
+    pairs: bool = False,
+    config: DataConfig | None = None,
+    **settings,
 ) -> TokenStore:
-    """The token store of the configured sources: opened if it is prepared and current, else built.
+    """The token store of a folder, file or --hf_dataset: opened if it was made before, else built.
 
-    tokenizer: the one to use; by default the one that config.tokenizer names, or trains.
-    folder: where the store goes; by default a folder of processed_dir named after its content.
-    pairs: keep preference records alone, chosen and rejected side by side, for DPO.
-    Training with --streaming gets a StreamStore, which is written while it is read.
+    tokenizer: the one to use; by default the one that the settings name, or train.
+    folder: where the store goes; by default a folder of processed_dir, named by its fingerprint.
+    pairs: keep preference records alone, chosen and rejected side by side.
+    settings: those of `prepare`, by name; a command passes its own as `config`.
+    Raises UserError where there is nothing to read, or a file is damaged.
     """
+    if config is None:
+        config = resolve(PrepareConfig, {"data_dir": data_dir} | settings, mark="")
     verify = isinstance(config, EvalConfig)
     if not config.hf_dataset and is_store(config.data_dir):
-        return adopted(config, TokenStore(Path(config.data_dir), verify), tokenizer, pairs)
-    request, named = None, folder is not None
-    if tokenizer is None and config.tokenizer == "bpe":
-        asked = {f.name: getattr(config, f.name) for f in fields(TokenizerConfig)}
-        request = settings_fingerprint(config, asked, pairs)
-        tokenizer = find_trained(request, folder or Path(config.processed_dir))
-        pieces = corpus_pieces(config, Report(), pairs)
-        texts = (piece.text for piece in pieces if piece.split == "train")
-        tokenizer = tokenizer or train_bpe(texts, config)
-    tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-    origin = store_origin(config, tokenizer.spec(), pairs, request)
-    folder = folder or default_folder(config, origin)
-    streaming = config.hf_dataset and config.streaming and isinstance(config, FitConfig)
-    if streaming:
-        folder = folder.with_name(f"{folder.name}-stream")
-    store = None
+        return adopt(config, TokenStore(Path(config.data_dir), verify), tokenizer, pairs)
+    tokenizer = tokenizer or corpus_tokenizer(config, pairs)
+    key, named = store_key(config, tokenizer.spec(), pairs), folder is not None
+    if not named:
+        label = Path(source_name(config).get("data_dir") or config.hf_dataset).name[:40] or "data"
+        folder = Path(config.processed_dir) / f"{label}-{key}"
     if is_main():
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
-            store = current_store(folder, origin, verify)
-            if not store:
-                check_store_folder(folder, config, origin["source"], named)
-                (begin_stream if streaming else build_store)(config, tokenizer, folder, origin)
+            overwrite = named and getattr(config, "overwrite", False)
+            if not stands_in(folder, key, overwrite):
+                build_store(config, tokenizer, folder, key, pairs)
             elif isinstance(config, PrepareConfig):
                 note("the sources and settings are unchanged: this store was made before")
-    if streaming:
-        return StreamStore(folder, config)
-    return store or TokenStore(folder, verify)
+    return TokenStore(folder, verify)
 
 
-def default_folder(config: DataConfig, origin: dict) -> Path:
-    """One folder for each source, tokenizer and settings."""
-    source, spec = origin["source"], origin["tokenizer"]
-    name = Path(source.get("data_dir") or source["hf_dataset"]).name[:40] or "data"
-    digest = short_hash([source, store_settings(config, origin["pairs"]), spec])
-    return Path(config.processed_dir) / f"{name}-{spec['kind']}-{digest}"
+def corpus_tokenizer(config: DataConfig, pairs: bool) -> Tokenizer:
+    """The tokenizer that the settings name. A BPE is trained once for a request, and kept."""
+    if config.tokenizer != "bpe":
+        return load_tokenizer(config.tokenizer)
+    asked = {f.name: getattr(config, f.name) for f in fields(TokenizerConfig)}
+    file = Path(config.processed_dir) / f"bpe-{store_key(config, asked, pairs)}.json"
+    with run_lock(file.parent, f".{file.name}.lock", wait=True):
+        if not file.is_file():
+            pieces = corpus_pieces(config, Report(), pairs)
+            texts = (piece.text for piece in pieces if piece.split == "train")
+            if need := tokens_needed(config):  # of a stream: about as much as will be read
+                texts = chain.from_iterable(islice(batched(texts, 2**16, len, 4 * need), 1))
+            write_json(file, train_bpe(texts, config).spec())
+    return tokenizer_from_spec(read_table(file, str(file)))
 
 
-def current_store(folder: Path, origin: dict, verify: bool) -> TokenStore | None:
-    """A folder's sound store, if it was made from the same sources by the same settings."""
-    with contextlib.suppress(UserError):
-        store = TokenStore(folder, verify)
-        if store.meta.get("settings_fingerprint") == origin["settings_fingerprint"]:
-            return store
-    return None
-
-
-def find_trained(request: str, place: Path) -> Tokenizer | None:
-    """The BPE that was trained for the same request before, out of a store in or under `place`."""
-    for meta in (place / "meta.json", *sorted(place.glob("*/meta.json"))):
-        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, UserError):
-            made = json.loads(meta.read_text(encoding="utf-8"))
-            if made.get("trained_for") == request:
-                return tokenizer_from_spec(made["tokenizer"])
-    return None
-
-
-def adopted(
+def adopt(
     config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pairs: bool
 ) -> TokenStore:
-    """The prepared store, whose settings become the command's. UserError if it asked for others.
+    """The store that --data_dir names, whose settings become the command's.
 
-    Only settings of data and tokenizer are adopted, within the limits that flags have.
+    Raises UserError where the command asks for others.
     """
     if tokenizer is not None and tokenizer.spec() != store.tokenizer.spec():
         raise UserError(f"{store.folder} was prepared with another tokenizer than the checkpoint's")
-    if pairs and not store.meta.get("pairs"):
+    if pairs and not store.meta["pairs"]:
         raise UserError(f"{store.folder} was prepared without preference pairs: name the raw data")
-    specs = {f.name: f for f in fields(config) if f.name in STORED and f.name not in PLACES}
-    settings = store.meta["settings"]
-    try:
-        made = {name: convert(specs[name], settings[name]) for name in specs if name in settings}
-    except ValueError as error:
-        raise UserError(f"{store.folder}/meta.json: {error}; prepare it again") from None
-    clash = sorted(n for n in config.given & made.keys() if getattr(config, n) != made[n])
-    if clash:
-        names = ", ".join(clash)
-        raise UserError(f"{store.folder} was prepared with another {names}: leave that out")
-    for name, value in made.items():
-        setattr(config, name, value)
+    for spec in fields(config):
+        if spec.name not in STORED or spec.name in PLACES:
+            continue
+        try:
+            value = convert(spec, store.meta["settings"].get(spec.name, spec.default))
+        except ValueError as error:
+            raise UserError(f"{store.folder}/meta.json: {error}; prepare it again") from None
+        if spec.name in config.given and value != getattr(config, spec.name):
+            what = f"{store.folder} was prepared with --{spec.name} {value}"
+            raise UserError(f"{what}: leave that out, or name the raw data")
+        setattr(config, spec.name, value)
     return store
 
 
-def check_store_folder(folder: Path, config: DataConfig, source: dict, named: bool) -> None:
-    """Raise UserError unless `folder` is free, or holds nothing but a store of this program.
+def stands_in(folder: Path, key: str, overwrite: bool) -> bool:
+    """Whether a folder that the user named holds the store of this key; False if it is free.
 
-    named: the user named it; then it must be a store of `source`, or --overwrite be given.
+    Raises UserError where it holds anything but a store of this program, or another store, unless
+    that is to be overwritten.
     """
     try:
         inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     except OSError as error:
         raise UserError(f"cannot use {folder} for the store: {error.strerror}") from None
-    strange = [n for n in inside if n not in STORE_FILES and not n.endswith(".tmp")]
-    named, meta = named and bool(inside), {}
+    if not inside:
+        return False
+    meta = {}
     with contextlib.suppress(UserError):
         meta = read_table(folder / "meta.json", "meta.json")
-    ours = str(meta.get("format")).startswith("llm_pipeline.store.")
-    if strange or (named and not ours):
+    strange = [name for name in inside if name not in STORE_FILES]
+    if strange or not str(meta.get("format")).startswith("llm_pipeline.store."):
         first = (strange or inside)[0]
         raise UserError(f"{folder} holds other files ({first}): name an empty folder for the store")
-    if named and meta.get("source") != source and not getattr(config, "overwrite", False):
-        raise UserError(f"{folder} holds a store of other data: --overwrite it, or name another")
+    if meta.get("key") != key and not overwrite:
+        what = f"{folder} holds a store of other data or settings"
+        raise UserError(f"{what}: --overwrite it, or name another folder")
+    return meta.get("key") == key
 
 
-def build_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
-    """Write a store that appears whole or not at all."""
-    with replacing(folder, is_file=False, kind="store") as new:
-        write_store(config, tokenizer, new, origin)
+def build_store(
+    config: DataConfig, tokenizer: Tokenizer, folder: Path, key: str, pairs: bool
+) -> None:
+    """Write a store beside its place, and rename it: it appears whole or not at all."""
+    folder = Path(os.path.realpath(folder))  # of a link, what it leads to
+    work = folder.with_name(f".{folder.name}.partial")
+    try:
+        remove_store(work)  # of a build that was killed
+        work.mkdir(parents=True)
+        write_store(config, tokenizer, work, key, pairs)
+        remove_store(folder)  # an empty folder, or what --overwrite replaces
+        work.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            remove_store(work)
     note(f"{folder} holds this corpus as tokens, for the next run too; it is safe to delete")
 
 
-def write_store(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
+def remove_store(folder: Path) -> None:
+    """Remove a folder of store files, if it is there. Raises OSError where it holds others."""
+    for path in (*(folder / name for name in STORE_FILES), *folder.glob(".*.tmp")):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rmdir()
+
+
+def write_store(
+    config: DataConfig, tokenizer: Tokenizer, folder: Path, key: str, pairs: bool
+) -> None:
     """Read every record and write all of a store. Raises UserError if none is left to train on."""
-    writer, pairs = StoreWriter(folder, tokenizer, config), origin["pairs"]
+    writer = StoreWriter(folder, tokenizer, config)
     started = time.perf_counter()
-    pieces = corpus_pieces(config, writer.report, pairs)
     total = sum(path.stat().st_size for path in find_files(config))
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True) as bar:
-        writer.write_all(pieces, pairs, bar)
-    content = writer.commit()
-    writer.close()
+        whole = needs_whole_text(tokenizer)
+        writer.write_all(corpus_pieces(config, writer.report, pairs, whole), pairs, bar)
+    content = writer.close()
     for line in writer.report.lines():
         note(line)
     if not any(writer.size.values()):
-        hint = " (DPO needs chosen and rejected)" * pairs
+        hint = " (preferences need chosen and rejected)" if pairs else ""
         raise UserError(f"no usable records in {config.hf_dataset or config.data_dir}{hint}")
-    if isinstance(tokenizer, BPETokenizer):
-        (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    fingerprint = short_hash([content["files"], origin["tokenizer"]], 16)
-    made = {"fingerprint": fingerprint, "seconds": {"encoding": time.perf_counter() - started}}
-    made["source_bytes"] = total
-    write_json(folder / "meta.json", origin | content | made)
-
-
-def begin_stream(config: DataConfig, tokenizer: Tokenizer, folder: Path, origin: dict) -> None:
-    """An empty store, for a StreamStore to fill."""
-    folder.mkdir(exist_ok=True)
-    killed = folder.glob(".*.tmp")  # what was being written
-    for path in (*(folder / name for name in STORE_FILES), *killed):
-        path.unlink(missing_ok=True)
-    empty = {"files": {name: {"bytes": 0} for name in (*TOKEN_FILES, "seen.bin")}}
-    writer = StoreWriter(folder, tokenizer, config, empty)
-    begin = {"stream": None, "batches": 0, "n_records": 0, "ended": False}
-    write_json(folder / "stream.json", writer.commit() | begin)
-    writer.close()
-    # Of what is known beforehand, but not of times: a restored file is the same.
-    files = [[f.name, f.stat().st_size, file_digest(f)] for f in find_files(config)]
-    names = [config.hf_dataset, config.hf_config, config.hf_split]
-    known = [store_settings(config, False), origin["tokenizer"], *names, files]
-    made = {"fingerprint": short_hash(known, 16), "seconds": {"encoding": 0.0}}
-    write_json(folder / "meta.json", origin | made)
-
-
-def corpus_pieces(config: DataConfig, report: Report, pairs: bool) -> Iterator[Piece]:
-    """The pieces of every record to be kept, up to --max_docs. A preference makes two records."""
-    found = split_records(read_records(config, report), config, report, SeenHashes(), pairs)
-    for record, split, size in islice(found, config.max_docs or None):
-        for each in as_pair(record) if pairs else [record]:
-            yield from record_pieces(each, split, size, config)
+    spec = tokenizer.spec()
+    if "json" in spec:
+        (folder / "tokenizer.json").write_text(spec["json"], encoding="utf-8")
+    origin = {
+        "format": STORE_FORMAT,
+        "key": key,
+        "fingerprint": short_hash([content["files"], spec], 16),
+        "source": source_name(config),
+        "settings": {name: getattr(config, name) for name in STORED if hasattr(config, name)},
+        "pairs": pairs,
+        "tokenizer": spec,
+        "seconds": {"encoding": time.perf_counter() - started},
+        "source_bytes": total,
+    }
+    write_json(folder / "meta.json", origin | content)
 
 
 # --- datasets ---
-
-
-class StreamDataset(LMDataset):
-    """Windows of a stream's store, in its order: segment s of `segment` windows is permuted by
-    (seed, s). At the end of the stream it begins again.
-
-    The store grows as far as a batch needs, so that a batch is what it is for any other store: a
-    function of (seed, step). Validation takes the first windows.
-    """
-
-    def __init__(
-        self, store: StreamStore, split: str, block_size: int, stride: int, seed: int, segment: int
-    ):
-        store.grow(split, block_size + 1)
-        super().__init__(store, split, block_size, stride, seed)
-        # Whatever the store has grown to already.
-        self.stride, self.segment = stride or self.block_size, segment
-
-    def __len__(self) -> int:
-        return sys.maxsize  # a stream has no epochs
-
-    def available(self, n_windows: int) -> int:
-        """How many of the first `n_windows` there are: fewer only where the stream has ended."""
-        self.store.grow(self.split, (n_windows - 1) * self.stride + self.block_size + 1)
-        n_tokens = len(self.store.tokens[self.split])
-        return min(n_windows, (n_tokens - 1 - self.block_size) // self.stride + 1)
-
-    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        segments, within = np.divmod(places, self.segment)
-        numbers = []
-        for s in np.unique(segments).tolist():
-            order = permuted(within[segments == s], self.segment, derive_seed(self.seed, s))
-            numbers.append(s * self.segment + order)
-        n_windows = self.available((int(segments.max()) + 1) * self.segment)
-        return np.concatenate(numbers) % n_windows * self.stride
-
-    def fixed_ids(self, limit: int) -> np.ndarray:
-        return np.arange(self.available(limit or self.segment)) * self.stride
 
 
 class RecordDataset(InstructionDataset):
@@ -4692,9 +4569,7 @@ def create_dataloaders(
 
     def loader(split: str) -> Loader:
         shape, stride = (store, split, block_size), config.stride if split == "train" else 0
-        if isinstance(store, StreamStore):
-            data = StreamDataset(*shape, stride, config.seed, config.shuffle_buffer)
-        elif weight := getattr(config, "answer_weight", 0):  # a setting of `train` alone
+        if weight := getattr(config, "answer_weight", 0):  # a setting of `train` alone
             weight = weight if split == "train" else 1
             data = RecordDataset(*shape, config.seed, config.batch_size, weight)
         elif not isinstance(config, FinetuneConfig):
@@ -6169,7 +6044,8 @@ def measures(sums: dict) -> dict:
 def rows_by_length(store: TokenStore, split: str, source: str, whole: bool = False) -> np.ndarray:
     """A source's rows of the index, or only the rows of whole records, shortest first: like
     lengths share a batch."""
-    index = store.index[split][store.whole_records(split)] if whole else store.index[split]
+    index = store.index[split]
+    index = index[index["last" if whole else "trained"] == 1]
     mine = index[index["source"] == store.sources.index(source)]
     return mine[np.argsort(mine["length"], kind="stable")]
 
@@ -6306,7 +6182,7 @@ def training_report(
             del row["accuracy"]
     lines, index = [evaluation_card(result), BESIDE, ""], store.index["val"]
     n = 120 if isinstance(store.tokenizer, ByteTokenizer) else 40  # tokens of a line of text
-    for start, length, prompt, _ in index[evenly_spaced(len(index), 3)].tolist():
+    for start, length, prompt, *_ in index[evenly_spaced(len(index), 3)].tolist():
         first = prompt if prompt > 1 else min(length // 2, n)
         ids = store.ids("val", start, min(length, first + n))
         texts = continued(loaded, rt, ids, first, n, 0.0 if prompt > 1 else 0.8)
@@ -6572,7 +6448,9 @@ def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = Fa
     if role := data_role(config):
         side = "trains" if role == "train" else "validates"
         note(f"{config.data_dir} is the {role} part of a split: all of it {side}")
-    return first_one_first(rt, lambda: build_corpus_from_sources(config, tokenizer, pairs=pairs))
+    return first_one_first(
+        rt, lambda: build_corpus_from_sources(config=config, tokenizer=tokenizer, pairs=pairs)
+    )
 
 
 def open_split_store(
@@ -7480,9 +7358,10 @@ class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
     """Turn raw text or a Hugging Face dataset into a token store, and report on it."""
 
     out_dir: str = option("", "the store's folder (default: under processed_dir)")
-    block_size: int = option(256, "marked in the histogram, used for the batch", low=2, high=2**20)
+    block_size: int = option(256, "tokens in a block of the sample batch", low=2, high=2**20)
     download: str = option("", "fetch a public data set into data_dir, and no more")
-    overwrite: bool = option(False, "replace a store of other data in out_dir")
+    save_raw: bool = option(False, "keep the rows of --hf_dataset as files under data_dir")
+    overwrite: bool = option(False, "replace an older store in out_dir")
     preview: int = option(0, "show N records token by token", low=0)
     mirror: str = option("", "fetch downloads from this address instead")
     check_model: str = option("", "run a batch through this AutoModelForCausalLM")
@@ -7508,6 +7387,10 @@ DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's me
          "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
          "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"},
     ),
+    # Of these no file is pinned: their flags are printed instead.
+    "wikitext-2-raw-v1": "--hf_dataset Salesforce/wikitext --hf_config wikitext-2-raw-v1 --join_rows",
+    "wikitext-103-raw-v1": "--hf_dataset Salesforce/wikitext --hf_config wikitext-103-raw-v1 --join_rows",
+    "fineweb-sample": "--hf_dataset HuggingFaceFW/fineweb --hf_config sample-10BT --streaming --max_tokens 10000000",
 }  # fmt: skip
 
 
@@ -7565,29 +7448,77 @@ def unpack(fetched: Path, files: dict[Path, str]) -> None:
             file.write(data)
 
 
-def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> None:
+def download_command(config: PrepareConfig) -> str:
+    """Fetch a data set, or print the flags that do. Returns the folder or file to train on."""
+    name, data_dir = config.download, Path(config.data_dir)
+    if isinstance(DOWNLOADS[name], str):
+        note(f"{name}: the Hub has it, and this reads it from there:")
+        print(f"python llm_pipeline.py prepare {DOWNLOADS[name]}")
+        return ""
+    files = download(name, data_dir, config.mirror)
+    place = files[0] if files[0].parent == data_dir else files[0].parent
+    note(f"next: python llm_pipeline.py train --data_dir {shlex.quote(str(place))}")
+    print(*files, sep="\n")
+    return str(place)
+
+
+def prepare_store(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str:
+    """What `prepare` does. Returns the folder of the store, or what was downloaded."""
     if config.download:
-        files = download(config.download, Path(config.data_dir), config.mirror)
-        note(f"next: python llm_pipeline.py train --data_dir {config.data_dir}")
-        print(*files, sep="\n")
-        return
-    folder = Path(config.out_dir) if config.out_dir else None
-    store = build_corpus_from_sources(config, folder=folder)
+        return download_command(config)
+    store = build_corpus_from_sources(
+        config=config, folder=Path(config.out_dir) if config.out_dir else None
+    )
     report = store_report(store)
     print("\n".join(report["lines"]))
     write_json(store.folder / "report.json", report)
-    data = LMDataset(store, "train", config.block_size)
-    ids = data.batch(data.fixed_ids(4)).x
-    # As a Hugging Face model takes it: labels equal ids, and the model shifts them.
-    rows = ids.tolist()
-    batch = {"input_ids": rows, "labels": rows, "text": [store.tokenizer.decode(r) for r in rows]}
+    batch = sample_batch(store, config.block_size)
     write_json(store.folder / "sample_batch.json", batch)
+    if not is_store(config.data_dir):
+        print(throughput(config, store.tokenizer))
     if config.preview:
-        print(preview(store, config.preview, config.block_size))
-    note(f"python plot_curves.py {store.folder} draws how long the records are")
+        print(preview(store, config.preview))
     if config.check_model:
-        print(check_model(config.check_model, store, ids))
-    print(store.folder)
+        print(check_model(config.check_model, store, torch.tensor(batch["input_ids"])))
+    folder = shlex.quote(str(store.folder))
+    note(f"python plot_curves.py {folder} draws how long the records are")
+    note(f"next: python llm_pipeline.py train --data_dir {folder}")
+    return str(store.folder)
+
+
+def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> None:
+    place = prepare_store(config, rt, stop)
+    if not config.download:
+        print(place)
+
+
+def sample_batch(store: TokenStore, block_size: int, n_rows: int = 4) -> dict[str, list]:
+    """The first blocks of the training tokens, as a Hugging Face model takes them.
+
+    Labels equal ids: the model shifts them by itself.
+    """
+    tokens = store.tokens["train" if len(store.tokens["train"]) else "val"]
+    width = min(block_size, len(tokens))
+    n_rows = min(n_rows, len(tokens) // width)
+    rows = tokens[: n_rows * width].reshape(n_rows, width).tolist()
+    return {
+        "input_ids": rows,
+        "labels": rows,
+        "attention_mask": [[1] * width for _ in rows],
+        "text": [store.tokenizer.decode(row) for row in rows],
+    }
+
+
+def throughput(config: PrepareConfig, tokenizer: Tokenizer, n_batches: int = 25) -> str:
+    """How fast the first texts become batches: read, filtered, tokenized, cut, collated."""
+    pieces = corpus_pieces(config, Report(), whole=needs_whole_text(tokenizer))
+    blocks = TokenBlocks((piece.text for piece in pieces), tokenizer, config.block_size)
+    loader = DataLoader(blocks, batch_size=4, generator=torch.Generator())
+    started = time.perf_counter()
+    sizes = [batch["input_ids"].numel() for batch in islice(loader, n_batches)]
+    seconds = time.perf_counter() - started
+    speed = f"about {sum(sizes) / seconds:,.0f} tokens/s"
+    return f"streamed {len(sizes)} batches of 4 x {config.block_size} in {seconds:.2f} s: {speed}"
 
 
 def store_report(store: TokenStore) -> dict:
@@ -7600,62 +7531,58 @@ def store_report(store: TokenStore) -> dict:
     lines = [f"{name:<28}{value:>16,}" for name, value in figures.items()]
     lines.append("tokens in a record, by percentile:")
     lines += [f"  {p:>3}%{n:>12,}" for p, n in percentiles.items()]
-    alike = near_duplicates(store)
-    what = "validation records are near-duplicates of training ones"
-    lines += [f"{source}: {n:,} of {of:,} {what}" for source, (n, of) in alike.items() if n]
-    shares = {"length_percentiles": percentiles, "near_duplicates": alike}
-    return {"figures": figures, **shares, "lines": lines}
+    return {"figures": figures, "length_percentiles": percentiles, "lines": lines}
 
 
 def store_figures(store: TokenStore) -> dict[str, float]:
     """What was read, what became of it, and how fast."""
-    meta, rows = store.meta, store.meta["counts"].values()
-    tokens, size = sum(meta["tokens"].values()), sum(row.get("bytes", 0) for row in rows)
-    seconds = max(meta["seconds"]["encoding"], 1e-9)
-    dropped = Counter()
-    for row in rows:
-        dropped.update({k.removeprefix("skipped: "): n for k, n in row.items() if "skipped" in k})
-    answers = {
-        f"trained answers, {split}": len(index)
-        for split, index in store.index.items()
-        if len(index) > len(store.whole_records(split))
-    }
-    return {
-        "records read": sum(row.get("records", 0) for row in rows),
-        **{f"dropped, {why}": n for why, n in dropped.items()},
-        **{f"records, {split}": len(store.whole_records(split)) for split in store.index},
-        **answers,
-        **{f"tokens, {split}": meta["tokens"][split] for split in store.index},
+    meta, total = store.meta, Counter()
+    for row in meta["counts"].values():
+        total.update(row)
+    dropped = {k.removeprefix("skipped: "): n for k, n in total.items() if "skipped: " in k}
+    tokens, seconds = sum(meta["tokens"].values()), max(meta["seconds"]["encoding"], 1e-9)
+    figures = {"records read": total["records"]}
+    figures |= {f"dropped, {why}": n for why, n in dropped.items()}
+    for split, index in store.index.items():
+        figures[f"records, {split}"] = n_records = len(store.whole_records(split))
+        if len(index) > n_records:  # conversations
+            figures[f"answers, {split}"] = len(index)
+            figures[f"answers not trained, {split}"] = len(store.masked(split))
+    figures |= {f"tokens, {split}": n for split, n in meta["tokens"].items()}
+    if total["unknown_tokens"]:
+        figures["tokens unknown"] = total["unknown_tokens"]
+    return figures | {
         "vocabulary": store.tokenizer.vocab_size,
-        "bytes per token": round(size / max(tokens, 1), 3),
+        "bytes per token": round(total["bytes"] / max(tokens, 1), 3),
         "tokens per second": round(tokens / seconds),
-        "megabytes per second": round(size / 1e6 / seconds, 1),
+        "megabytes per second": round(total["bytes"] / 1e6 / seconds, 1),
     }
 
 
-def preview(store: TokenStore, n: int, block_size: int) -> str:
+def preview(store: TokenStore, n: int) -> str:
     """Records token by token: position, id, state, text. A long record is shown in part.
 
-    The state is what finetune --loss_on response makes of a token: masked, trained or cut.
+    The state is what finetune --loss_on response makes of a token: masked or trained.
     """
     index, records, lines = store.index["train"], store.whole_records("train"), []
-    for number in records[evenly_spaced(len(records), n)]:
-        start, length, prompt, source = index[number].tolist()
-        answers = index[index["start"] == start]  # one, or several of a conversation
-        head, tail, response = kept_parts(prompt, length - prompt, block_size + 1)
-        lines.append(
-            f"record {number} of {store.sources[source]}: {length} tokens "
-            "(state under --loss_on response; with all, prompts are trained too)"
-        )
-        first, last = (150, 50) if length > 200 else (length, 0)  # tokens shown of its two ends
-        for i in (*range(first), *range(length - last, length)):
-            if i == length - last and last:
-                lines.append(f"   ... {length - first - last:,} tokens left out")
-            token = int(store.ids("train", start + i, 1)[0])
-            cut = head <= i < prompt - tail or i >= prompt + response
-            trained = ((answers["prompt"] <= i) & (i < answers["length"])).any()
-            state = "cut" if cut else "trained" if trained else "masked"
-            lines.append(f"{i:>6}{token:>8}  {state:<8}{store.tokenizer.decode([token])!r}")
+    for row in records[evenly_spaced(len(records), n)]:
+        start, length = int(index["start"][row]), int(index["length"][row])
+        source = store.sources[index["source"][row]]
+        lines.append(f"record {row} of {source}: {length} tokens (with --loss_on all, prompts are "
+                     "trained too)")  # fmt: skip
+        state = np.full(length, "masked", dtype="<U7")
+        for answer in index[index["start"] == start]:  # one, or several of a conversation
+            if answer["trained"]:
+                state[answer["prompt"] : answer["length"]] = "trained"
+        ids = store.ids("train", start, length).tolist()
+        shown = range(length)
+        if length > 200:
+            shown = [*range(150), *range(length - 50, length)]
+        for place in shown:
+            if place == length - 50 and length > 200:
+                lines.append(f"   ... {length - 200:,} tokens left out")
+            text = store.tokenizer.decode([ids[place]])
+            lines.append(f"{place:>6}{ids[place]:>8}  {state[place]:<8}{text!r}")
     return "\n".join(lines)
 
 
