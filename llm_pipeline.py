@@ -4042,20 +4042,12 @@ def corpus_pieces(
 SAFE_CUTS = (re.compile(r"\S(?=[ \t\r\n])"), re.compile(r"[^\W_](?=[.,;:!?。，、；：！？])"))
 
 
-@lru_cache(maxsize=4)
-def needs_whole_text(tokenizer: Tokenizer) -> bool:
-    """Whether ids depend on all of a text, so that the ids of its parts are not those of the whole.
-
-    Bytes and GPT-2's words do not. Of other vocabularies nothing is known: SentencePiece's mark
-    where a text begins, normalisers look across spaces.
-    """
-    if isinstance(tokenizer, ByteTokenizer):
-        return False
-    return not is_gpt2_bpe(json.loads(tokenizer.json))
-
-
 def safe_blocks(blocks: Iterable[str], whole: bool) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is the last) of blocks that end at a safe cut; one block if `whole`."""
+    """(text, whether it is the last) of blocks that end at a safe cut; one block if `whole`.
+
+    Ids of bytes and of GPT-2's words do not depend on the cuts. Of other vocabularies nothing is
+    known: SentencePiece's mark where a text begins, normalisers look across spaces.
+    """
     if whole:
         yield "".join(blocks), True
         return
@@ -4077,7 +4069,7 @@ def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[tuple[P
     does. Raises UserError where that changes the ids of the prompt: a model would be asked
     otherwise than it was taught.
     """
-    if not needs_whole_text(tokenizer):
+    if tokenizer.cuts_safely:
         yield from zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True)
         return
     prompts = tokenizer.encode_batch([piece.behind for piece in pieces])
@@ -4400,7 +4392,9 @@ def build_corpus_from_sources(
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
             overwrite = named and getattr(config, "overwrite", False)
             if not stands_in(folder, key, overwrite):
-                build_store(config, tokenizer, folder, key, pairs)
+                with write_beside(folder) as new:
+                    write_store(config, tokenizer, new, key, pairs)
+                note(f"{folder} holds this corpus as tokens, for the next run too")
             elif isinstance(config, PrepareConfig):
                 note("the sources and settings are unchanged: this store was made before")
     return TokenStore(folder, verify)
@@ -4472,34 +4466,6 @@ def stands_in(folder: Path, key: str, overwrite: bool) -> bool:
     return meta.get("key") == key
 
 
-def build_store(
-    config: DataConfig, tokenizer: Tokenizer, folder: Path, key: str, pairs: bool
-) -> None:
-    """Write a store beside its place, and rename it: it appears whole or not at all."""
-    folder = Path(os.path.realpath(folder))  # of a link, what it leads to
-    work = folder.with_name(f".{folder.name}.partial")
-    try:
-        remove_store(work)  # of a build that was killed
-        work.mkdir(parents=True)
-        write_store(config, tokenizer, work, key, pairs)
-        remove_store(folder)  # an empty folder, or what --overwrite replaces
-        work.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            remove_store(work)
-    note(f"{folder} holds this corpus as tokens, for the next run too; it is safe to delete")
-
-
-def remove_store(folder: Path) -> None:
-    """Remove a folder of store files, if it is there. Raises OSError where it holds others."""
-    for path in (*(folder / name for name in STORE_FILES), *folder.glob(".*.tmp")):
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        folder.rmdir()
-
-
 def write_store(
     config: DataConfig, tokenizer: Tokenizer, folder: Path, key: str, pairs: bool
 ) -> None:
@@ -4508,7 +4474,7 @@ def write_store(
     started = time.perf_counter()
     total = sum(path.stat().st_size for path in find_files(config))
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True) as bar:
-        whole = needs_whole_text(tokenizer)
+        whole = not tokenizer.cuts_safely
         writer.write_all(corpus_pieces(config, writer.report, pairs, whole), pairs, bar)
     content = writer.close()
     for line in writer.report.lines():
@@ -6087,7 +6053,7 @@ def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
     labels: dict[bytes, np.ndarray] = {}
     records = 0
     for split in ("train", "val"):
-        for start, length, prompt, _ in rows_by_length(store, split, source).tolist():
+        for start, length, prompt, *_ in rows_by_length(store, split, source).tolist():
             response = store.ids(split, start + prompt, min(length - prompt, 65))
             labels[response.tobytes()] = response
             records += 1
@@ -6113,7 +6079,7 @@ def classify(
         answers += [(split, row) for row in rows[evenly_spaced(len(rows), limit)].tolist()]
     for batch in islice(batched(answers, together), rt.rank, None, rt.world_size):
         sequences, truth = [], []
-        for split, (start, length, prompt, _) in batch:
+        for split, (start, length, prompt, *_) in batch:
             ids = store.ids(split, start, length)
             truth += [i for i, label in enumerate(labels) if np.array_equal(label, ids[prompt:])]
             sequences += [fit_record(ids[:prompt], label, block_size + 1) for label in labels]
@@ -7511,7 +7477,7 @@ def sample_batch(store: TokenStore, block_size: int, n_rows: int = 4) -> dict[st
 
 def throughput(config: PrepareConfig, tokenizer: Tokenizer, n_batches: int = 25) -> str:
     """How fast the first texts become batches: read, filtered, tokenized, cut, collated."""
-    pieces = corpus_pieces(config, Report(), whole=needs_whole_text(tokenizer))
+    pieces = corpus_pieces(config, Report(), whole=not tokenizer.cuts_safely)
     blocks = TokenBlocks((piece.text for piece in pieces), tokenizer, config.block_size)
     loader = DataLoader(blocks, batch_size=4, generator=torch.Generator())
     started = time.perf_counter()
