@@ -34,6 +34,7 @@ Part II, the workshop, makes it exact, fast and usable: 8 Runtime, 9 The same, f
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import contextlib
 import csv
@@ -54,7 +55,6 @@ import signal
 import socket
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import weakref
@@ -86,6 +86,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
+__version__ = "2.0"
+
 # ====================================================================================
 # PART I: THE COURSE
 # ====================================================================================
@@ -104,25 +106,25 @@ class UserError(Exception):
 def option(default, help: str, **limits):
     """A dataclass field that is also a flag. Limits: low, high, above (exclusive), choices.
 
-    A resumed run refuses another value: the weights depend on it.
+    Weights depend on it, so a resumed run keeps its own and refuses another value.
     """
-    return field(default=default, metadata={"help": help, **limits})
+    return field(default=default, metadata={"help": help, "resume": "fixed", **limits})
 
 
-def free(default, help: str, **limits):
-    """An option that a resumed run may change."""
-    return option(default, help, resume="free", **limits)
+def changeable(default, help: str, **limits):
+    """An option that a resumed run may change, and otherwise keeps."""
+    return option(default, help, resume="changeable", **limits)
 
 
-def once(default, help: str, **limits):
-    """An option of one call of the program, never stored."""
-    return option(default, help, resume="session", **limits)
+def session_only(default, help: str, **limits):
+    """An option of one call of the program: never stored, so a resumed run forgets it."""
+    return option(default, help, resume="session_only", **limits)
 
 
 class Settings:
-    """What a command is told. `given` names what was asked for, rather than left at a default."""
+    """What a command is told. `explicit` names what was asked for, in a file or by a flag."""
 
-    given: frozenset[str] = frozenset()
+    explicit: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -199,8 +201,8 @@ class TokenizerConfig(Settings):
 class DataConfig(Settings):
     """Data: where text comes from and which of it is kept."""
 
-    data_dir: str = free("data/raw", "a folder, a file, or a store made by prepare")
-    processed_dir: str = free("data/processed", "where token stores are kept")
+    data_dir: str = changeable("data/raw", "a folder, a file, or a store made by prepare")
+    processed_dir: str = changeable("data/processed", "where token stores are kept")
     val_fraction: float = option(0.1, "share of records kept for validation", above=0.0, high=0.9)
     split_seed: int = option(1337, "salt of the split's hash", low=0)
     split_by: str = option("prompt", "what decides a record's side", choices=("prompt", "content"))
@@ -227,12 +229,12 @@ class RuntimeConfig(Settings):
     """Machine: where a command runs."""
 
     seed: int = option(1337, "of initialisation, order, dropout and sampling", low=0, high=2**32)
-    device: str = free("auto", "auto, cpu, cuda, cuda:N or mps")
+    device: str = changeable("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of products (float32 trains in TF32 on CUDA)", choices=DTYPES)
-    threads: int = free(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
-    vram_limit_gb: float = free(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
+    threads: int = changeable(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
+    vram_limit_gb: float = changeable(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
     deterministic: bool = option(False, "same command, same bits on CUDA too (a CPU always)")
-    debug: bool = once(False, "show tracebacks")
+    debug: bool = session_only(False, "show tracebacks")
 
 
 @dataclass
@@ -240,7 +242,7 @@ class OptimConfig(Settings):
     """Optimisation: batches, optimizer, learning rate."""
 
     batch_size: int = option(32, "sequences a step, over all processes", low=1, high=2**20)
-    grad_accum: int = free(1, "micro-batches, each with its own dropout", low=1, high=2**16)
+    grad_accum: int = changeable(1, "micro-batches, each with its own dropout", low=1, high=2**16)
     lr: float = option(3e-4, "learning rate of AdamW", above=0.0, high=10.0)
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "muon"))
     muon_lr: float = option(0.02, "learning rate of Muon", above=0.0, high=10.0)
@@ -253,34 +255,36 @@ class OptimConfig(Settings):
     warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
     decay_fraction: float = option(0.5, "share of steps in wsd's decay", low=0.0, high=1.0)
     min_lr_ratio: float = option(0.1, "final learning rate, over lr", low=0.0, high=1.0)
-    compile: str = free("auto", "torch.compile", choices=("auto", "on", "off"))
-    grad_checkpointing: bool = free(False, "recompute activations to save memory")
-    fsdp: bool = free(False, "shard parameters over processes instead of copying them")
-    self_test: bool = once(True, "hold the device against the CPU before the first step")
+    compile: str = changeable("auto", "torch.compile", choices=("auto", "on", "off"))
+    grad_checkpointing: bool = changeable(False, "recompute activations to save memory")
+    fsdp: bool = changeable(False, "shard parameters over processes instead of copying them")
+    self_test: bool = session_only(True, "hold the device against the CPU before the first step")
 
 
 @dataclass
 class FitConfig(OptimConfig, DataConfig, RuntimeConfig):
     """Run: how long it goes on, what it looks at and what it keeps."""
 
-    out_dir: str = once("ckpts", "folder of the run")
-    config: str = once("", "settings from a json, toml or yaml file")
-    resume: bool = once(False, "continue last.pth of out_dir, bit for bit")
-    overwrite: bool = once(False, "replace a run that stands in out_dir")
+    out_dir: str = session_only("ckpts", "folder of the run")
+    config: str = session_only("", "settings from a json, toml or yaml file")
+    resume: bool = session_only(False, "continue last.pth of out_dir, bit for bit")
+    overwrite: bool = session_only(False, "replace a run that stands in out_dir")
     epochs: int = option(5, "passes over the training data", low=1, high=10**6)
     max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
-    max_minutes: float = free(0.0, "stop after this many minutes (0: never)", low=0.0)
-    stop_after: int = once(0, "save and stop after N steps of this session", low=0)
+    max_minutes: float = changeable(0.0, "stop after this many minutes (0: never)", low=0.0)
+    stop_after: int = session_only(0, "save and stop after N steps of this session", low=0)
     stride: int = option(0, "distance between windows (0: block_size)", low=0)
     sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
-    eval_interval: int = free(200, "steps between evaluations", low=1)
-    eval_batches: int = free(50, "validation batches of an evaluation (0: all)", low=0)
-    sample_every: int = free(1, "show a short sample every N evaluations, on a terminal", low=0)
-    log_interval: int = free(10, "steps between rows of metrics.csv", low=1)
-    save_interval: int = free(200, "steps between saves of last.pth", low=1)
-    patience: int = free(0, "stop after N evaluations without improvement (0: never)", low=0)
+    eval_interval: int = changeable(200, "steps between evaluations", low=1)
+    eval_batches: int = changeable(50, "validation batches of an evaluation (0: all)", low=0)
+    sample_every: int = changeable(
+        1, "show a short sample every N evaluations, on a terminal", low=0
+    )
+    log_interval: int = changeable(10, "steps between rows of metrics.csv", low=1)
+    save_interval: int = changeable(200, "steps between saves of last.pth", low=1)
+    patience: int = changeable(0, "stop after N evaluations without improvement (0: never)", low=0)
     overfit_batch: bool = option(False, "sanity check: learn one batch by heart, save nothing")
-    wandb: str = free("", "log to this Weights & Biases project too")
+    wandb: str = changeable("", "log to this Weights & Biases project too")
 
 
 @dataclass
@@ -296,9 +300,11 @@ class PresetConfig(Settings):
 class TrainConfig(PresetConfig, TokenizerConfig, ModelSettings, FitConfig):
     """Train a GPT from scratch, or go on from a pretrained one (--init_from)."""
 
-    init_from: str = free("", "start from a checkpoint or a Hugging Face folder or name")
+    init_from: str = changeable("", "start from a checkpoint or a Hugging Face folder or name")
     answer_weight: int = option(0, "whole records, answers counting N-fold (0: windows)", low=0)
-    minutes: float = once(0.0, "fill N minutes: sets steps, size, recipe fast", low=0.0, high=1e6)
+    minutes: float = session_only(
+        0.0, "fill N minutes: sets steps, size, recipe fast", low=0.0, high=1e6
+    )
 
 
 PRESETS = {
@@ -332,13 +338,14 @@ def fast_recipe(sizes: dict, given: dict) -> dict:
 
     Wider matrices and longer runs want lower rates. tests/bench/README.md has the tables.
     """
-    n_head, (plan, steps) = sizes["n_head"], plan_for_text(sizes, given)
+    sizes, stored = about_corpus(sizes)
+    n_head, (plan, steps) = sizes["n_head"], plan_for_text(sizes, stored | given)
     rate = min(1, 128 / sizes["n_embd"]) * min(1, math.sqrt(400 / max(steps, 1)))
     return FAST_RATES | plan | dict(
         arch="modern", tie_weights=False, zero_init=True, n_inner=2 * sizes["n_embd"],
         n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head, rope_theta=3.0 * sizes["block_size"],
         lr=float(f"{0.02 * rate:.2g}"), muon_lr=float(f"{0.012 * rate:.2g}"),
-    )  # fmt: skip
+    ) | stored  # fmt: skip
 
 
 # A recipe is a function of the settings so far and of those given; it outranks arch and preset.
@@ -2056,7 +2063,7 @@ class Recorder:
         if config.wandb and not silent:
             self.tracker = optional("wandb").init(project=config.wandb, config=asdict(config))
         self.bar = tqdm(total=p.total, initial=p.step, disable=silent, unit="step", smoothing=0.05)
-        watched = sys.stderr.isatty() or "sample_every" in config.given
+        watched = sys.stderr.isatty() or "sample_every" in config.explicit
         self.evaluations, self.samples = 0, watched and run.rt.world_size == 1
 
     def step(self, batch: Batch, loss: float, norm: float, stats: dict, seconds: float) -> None:
@@ -3688,7 +3695,7 @@ def find_reader(path: Path):
 
 def named_data_dir(config: DataConfig) -> bool:
     """Whether the user asked for this --data_dir, rather than leaving it at its default."""
-    return config.data_dir != DataConfig.data_dir or "data_dir" in config.given
+    return config.data_dir != DataConfig.data_dir or "data_dir" in config.explicit
 
 
 def made_here(folder: Path, names: set[str]) -> str:
@@ -4379,7 +4386,7 @@ def build_corpus_from_sources(
     Raises UserError where there is nothing to read, or a file is damaged.
     """
     if config is None:
-        config = resolve(PrepareConfig, {"data_dir": data_dir} | settings, mark="")
+        config = settle(PrepareConfig, {"data_dir": data_dir} | settings)
     verify = isinstance(config, EvalConfig)
     if not config.hf_dataset and is_store(config.data_dir):
         return adopt(config, TokenStore(Path(config.data_dir), verify), tokenizer, pairs)
@@ -4431,10 +4438,10 @@ def adopt(
         if spec.name not in STORED or spec.name in PLACES:
             continue
         try:
-            value = convert(spec, store.meta["settings"].get(spec.name, spec.default))
+            value = checked(spec, store.meta["settings"].get(spec.name, spec.default))
         except ValueError as error:
             raise UserError(f"{store.folder}/meta.json: {error}; prepare it again") from None
-        if spec.name in config.given and value != getattr(config, spec.name):
+        if spec.name in config.explicit and value != getattr(config, spec.name):
             what = f"{store.folder} was prepared with --{spec.name} {value}"
             raise UserError(f"{what}: leave that out, or name the raw data")
         setattr(config, spec.name, value)
@@ -4574,6 +4581,15 @@ CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.1"
 SEAL = b"sha256:"  # the archive's zip comment: this, and the digest of all before its length
 
 
+def checked_table(cls: type, values: dict):
+    """An instance of a dataclass from what a file claims. Raises ValueError naming the field."""
+    specs = fields_of(cls)
+    if set(values) != set(specs):
+        odd = sorted(map(str, set(values) ^ set(specs)))[:9]
+        raise ValueError(f"unknown or missing settings: {odd}")
+    return cls(**{name: checked(specs[name], value) for name, value in values.items()})
+
+
 def require(holds: bool, otherwise: str) -> None:
     """Raise ValueError saying `otherwise` unless the condition holds."""
     if not holds:
@@ -4665,14 +4681,14 @@ SECTIONS = {"format": str, "model_config": dict, "weights": dict, "tokenizer": d
 
 def checked_model_config(values: dict) -> GPTConfig:
     """A GPTConfig from a file's claims. Raises ValueError."""
-    config = checked(GPTConfig, {"token_dropout": 0.0} | values)  # older ones know none
+    config = checked_table(GPTConfig, {"token_dropout": 0.0} | values)  # older ones know none
     require(not config.problems(), "; ".join(config.problems()))
     return config
 
 
 def check_progress(state: dict) -> None:
     """Raise ValueError unless this is a point that a run with these settings can have reached."""
-    p, batch_size = checked(Progress, state["progress"]), state["config"].get("batch_size", 1)
+    p, batch_size = checked_table(Progress, state["progress"]), state["config"].get("batch_size", 1)
     require(min(p.best_step, p.evaluated, p.misses) >= 0, "its progress counts below zero")
     reached = max(p.best_step, p.evaluated) <= p.step <= p.total
     require(reached, f"its progress is step {p.step} of {p.total}")
@@ -4692,7 +4708,7 @@ def check_state(state) -> None:
     cls, known = {"train": TrainConfig, "finetune": FinetuneConfig}[state["command"]], {}
     for section in (state["data"], state["config"]):
         # Settings may come and go between versions of this program.
-        known |= {f.name: convert(f, section[f.name]) for f in fields(cls) if f.name in section}
+        known |= {f.name: checked(f, section[f.name]) for f in fields(cls) if f.name in section}
     adapters = lora_settings(cls(**known))
     require(state.get("lora") == adapters, "its adapters are not those that its settings say")
     weights = state["weights"]
@@ -4832,9 +4848,9 @@ def save_run(run: Run, about: dict, path: Path) -> None:
 
 
 def resume_policy(cls: type) -> dict[str, str]:
-    """{setting: "fixed" or "free"} on --resume, of those that are stored: not of one call alone."""
-    policy = {f.name: f.metadata.get("resume", "fixed") for f in fields(cls)}
-    return {name: kind for name, kind in policy.items() if kind != "session"}
+    """{setting: "fixed" or "changeable"} on --resume, of those that are stored."""
+    policy = {f.name: f.metadata["resume"] for f in fields(cls)}
+    return {name: kind for name, kind in policy.items() if kind != "session_only"}
 
 
 def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
@@ -4860,17 +4876,9 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
 
 
 def check_drift(resumed: dict, about: dict) -> None:
-    """Refuse to resume on other data or settings; warn of what may change rounding."""
-    then, now = resumed["config"], about["config"]
+    """Refuse to resume on other data; warn of what may change rounding."""
     if resumed.get("base", about["base"]) != about["base"]:
         raise UserError("the run was begun with another base: name that one by --ckpt")
-    cls = TrainConfig if about["command"] == "train" else FinetuneConfig
-    free = ("epochs", "max_steps") if now["lr_schedule"] == "constant" else ()
-    fixed = [n for n, kind in resume_policy(cls).items() if kind == "fixed" and n not in free]
-    was = {n: then.get(n, getattr(cls, n, None)) for n in fixed}  # settings that came later, too
-    changed = [f"{n} (from {was[n]} to {now[n]})" for n in fixed if was[n] != now[n]]
-    if changed:
-        raise UserError(f"--resume cannot change {'; '.join(changed)}")
     for name in (*SPLIT_SETTINGS, "fingerprint"):
         if resumed["data"].get(name) != about["data"][name]:
             raise UserError(f"the data differs ({name}): restore it, or use another --out_dir")
@@ -4918,15 +4926,6 @@ class RunFolder:
         for path in self.path.iterdir():
             if re.fullmatch(rf"\.+({names})(\.\d+\.tmp)+", path.name):
                 path.unlink(missing_ok=True)
-
-    def resumed_settings(self, config: FitConfig) -> FitConfig:
-        """`config`, where the run that goes on says what was not asked for."""
-        if not config.resume:
-            return config
-        policy, state = resume_policy(type(config)), self.state or {"config": {}}
-        given = {name: getattr(config, name) for name in config.given - {"config"}}
-        stored = {name: value for name, value in state["config"].items() if name in policy}
-        return resolve(type(config), given, stored=stored)
 
 
 def state_to_resume(folder: RunFolder, given: Iterable[str]) -> dict | None:
@@ -4985,7 +4984,7 @@ def open_run(config: FitConfig) -> Iterator[RunFolder]:
         if is_main():
             folder.sweep()
         if config.resume:
-            folder.state = state_to_resume(folder, config.given)
+            folder.state = state_to_resume(folder, config.explicit)
         check_foreign(folder)
         if not folder.state:
             check_new_run(folder, config.overwrite)
@@ -5178,8 +5177,8 @@ def hf_shape(hf: dict) -> tuple[str, GPTConfig]:
     try:
         shape = ARCHS[family.arch] | {ours: hf[theirs] for ours, theirs in family.settings.items()}
         shape |= family.more_from_hf(hf)
-        specs = specs_of(GPTConfig)
-        shape = {name: convert(specs[name], value) for name, value in shape.items()}
+        specs = fields_of(GPTConfig)
+        shape = {name: checked(specs[name], value) for name, value in shape.items()}
         return kind, checked_model_config(asdict(GPTConfig(**shape)))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"config.json: {one_line(error)}") from None
@@ -6368,7 +6367,7 @@ def inherited(owner: type, name: str):
 class CheckpointConfig(DataConfig):
     """Checkpoint: where a command starts. Its own settings hold unless a flag overrides them."""
 
-    ckpt: str = free("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
+    ckpt: str = changeable("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     block_size: int | None = inherited(ModelSettings, "block_size")
     val_fraction: float | None = inherited(DataConfig, "val_fraction")
     split_seed: int | None = inherited(DataConfig, "split_seed")
@@ -6395,7 +6394,7 @@ class FinetuneConfig(CheckpointConfig, FitConfig):
     loss_on: str = option("all", "tokens that count", choices=("all", "response"))
     objective: str = option("ntp", "next token, or preferences", choices=("ntp", "dpo"))
     dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
-    report_samples: int = free(50, "records generated for the before/after report", low=0)
+    report_samples: int = changeable(50, "records generated for the before/after report", low=0)
 
 
 # The checkpoint brings the shape; a tuned model takes smaller steps.
@@ -6430,7 +6429,7 @@ def open_split_store(
     names = () if resumed else SPLIT_SETTINGS
     for name in names:
         value, theirs = getattr(config, name), base.data[name]
-        if name not in config.given and value == getattr(type(config), name):
+        if name not in config.explicit and value == getattr(type(config), name):
             setattr(config, name, theirs)
         elif value != theirs:
             what = f"--{name} {value} differs from the checkpoint's {theirs}"
@@ -6440,7 +6439,7 @@ def open_split_store(
         return store
     for name in names:
         value, trained = getattr(config, name), base.data[name]
-        if value != trained and name not in config.given:
+        if value != trained and name not in config.explicit:
             why = f"was prepared with --{name} {value}, the checkpoint trained with {trained}"
             what = f"or it may be validated on what it was trained on: use --{name} {trained}"
             raise UserError(f"{config.data_dir} {why}: prepare it again, {what}")
@@ -6500,7 +6499,7 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     then = resumed["versions"].get("world_size", 1)
     parts = progress.grad_accum * then
     for name in ("grad_accum", "grad_checkpointing"):
-        if rt.world_size != then or name in config.given:
+        if rt.world_size != then or name in config.explicit:
             setattr(progress, name, getattr(config, name))
     changes = [f"{parts} micro-batches a step"] * (parts != progress.grad_accum * rt.world_size)
     if config.compile != resumed["config"].get("compile"):
@@ -6613,6 +6612,17 @@ def plan_for_text(sizes: dict, given: dict) -> tuple[dict, float]:
     passes = steps / steps_of_a_pass
     drops = dict(token_dropout=0.1 * (passes > 1.5), dropout=0.1 * (passes > 4.5))
     return dict(tokenizer=tokenizer) | drops | plan, steps
+
+
+def about_corpus(sizes: dict) -> tuple[dict, dict]:
+    """(settings with what is known of the corpus of `train`, tokenizer settings of its store)."""
+    if "init_from" not in sizes or sizes["hf_dataset"]:
+        return sizes, {}
+    store = store_at(sizes["data_dir"])
+    found = dict(store=store, corpus_bytes=corpus_bytes(sizes["data_dir"], store),
+                 bpe_at_hand=not sizes["init_from"] and is_installed("tokenizers"))  # fmt: skip
+    made = {n: store.meta["settings"][n] for n in ("tokenizer", "vocab_size")} if store else {}
+    return sizes | found, made
 
 
 def likely_vocabulary(tokenizer: str, vocab_size: int) -> int:
@@ -6728,7 +6738,7 @@ class Pace:
     @property
     def most(self) -> int:
         """Steps of the passes that --epochs allows, else of as many as teach something."""
-        return (self.config.epochs if "epochs" in self.config.given else PASSES) * self.epoch
+        return (self.config.epochs if "epochs" in self.config.explicit else PASSES) * self.epoch
 
     def suits(self, seconds: float, smaller: Pace | None) -> bool:
         """Whether this size makes more of the time than the one before it."""
@@ -6745,7 +6755,7 @@ class Pace:
         if not self.config.streaming:
             why += f", {steps / self.epoch:.2g} passes over the text"
         if steps == self.most:
-            asked = "epochs" in self.config.given
+            asked = "epochs" in self.config.explicit
             why += " (all that --epochs allows)" if asked else " (more of them teach little)"
         if sized:
             why += "; a larger size would see too few tokens for its weights"
@@ -6798,14 +6808,14 @@ def within_minutes(
 
     Raises UserError where not one step fits.
     """
-    given = {n: getattr(config, n) for n in config.given - {"config", "minutes", "max_steps"}}
+    given = {n: getattr(config, n) for n in config.explicit - {"config", "minutes", "max_steps"}}
     given["recipe"] = config.recipe
 
     def left() -> float:
         return rt.of_first(60 * config.minutes - (time.perf_counter() - rt.started))
 
     def trial(seconds: float, size: dict, **more) -> Pace:
-        settings = resolve(TrainConfig, size | given | more | dict(self_test=False))
+        settings = settle(TrainConfig, size | given | more | dict(self_test=False))
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
                 return measured(settings, rt, stop, folder, seconds)
@@ -6832,18 +6842,18 @@ def within_minutes(
     chosen = {n: v for n, v in size.items() if n not in given} | dict(max_steps=steps)
     flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
     note(f"minutes {config.minutes:g}: {flags}: {pace.reasons(steps, len(ladder) > 1)}")
-    return resolve(TrainConfig, chosen | given)
+    return settle(TrainConfig, chosen | given)
 
 
 def pretrained(config: TrainConfig) -> Loaded:
     """--init_from's model, with the settings that may be asked of it. Raises UserError."""
     loaded = load_model(config.init_from)
     own = asdict(loaded.model.config)
-    asked = config.given & own.keys() - {"block_size", "vocab_size", *WITHOUT_SHAPE}
+    asked = config.explicit & own.keys() - {"block_size", "vocab_size", *WITHOUT_SHAPE}
     clash = [name for name in asked if getattr(config, name) != own[name]]
     if clash:
         raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
-    if "block_size" in config.given or config.block_size < own["block_size"]:
+    if "block_size" in config.explicit or config.block_size < own["block_size"]:
         resize_block(loaded.model, config.block_size)
     loaded.model = with_settings(loaded.model, **without_shape(config))
     return loaded
@@ -7262,7 +7272,7 @@ def chat_session(loaded: Loaded, config: SampleConfig, rt: Runtime) -> None:
     """Read prompts from the terminal and answer them until an empty line or the end of input."""
     with contextlib.suppress(ImportError):  # arrow keys and history; Windows has no such module
         import readline  # noqa: F401
-    if "seed" not in config.given:
+    if "seed" not in config.explicit:
         config.seed = int.from_bytes(os.urandom(4), "little")
     instruct = is_instruct(loaded, config)
     if instruct and config.num_samples > 1:
@@ -7596,7 +7606,7 @@ class ExportConfig(RuntimeConfig):
     overwrite: bool = option(False, "replace an earlier export")
 
 
-def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
+def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> Path:
     if config.gguf and config.adapter:
         raise UserError("--gguf and --adapter exclude each other: a GGUF file holds a whole model")
     target = Path(config.gguf or config.out_dir)
@@ -7610,6 +7620,7 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> None:
         else:
             export_model(loaded, new)
     print(target)
+    return target
 
 
 # --- bench ---
@@ -7865,17 +7876,16 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
 # ====================================================================================
 # 16. Command line
 #
-# Settings come from defaults, tables, a file and flags, in that order; `resolve` merges and checks
-# them. Then help, `main`, and the same commands as functions for use from Python.
+# argparse, generated from the dataclasses: each field of a command's settings is a flag. Look at
+# `settle`, which says where settings come from, and at `COMMANDS`. The same from Python at the end.
+#
+#     python llm_pipeline.py train --help_all               every flag, by topic
+#     python llm_pipeline.py train --config runs/a/config.json --lr 1e-3
 # ====================================================================================
 
 
-class UsageError(UserError):
-    """Settings that cannot work, one line each; exit code 2."""
-
-
 class Command(NamedTuple):
-    """A command: its settings and function, and what its --help shows."""
+    """A command: its settings and function, and what its -h shows."""
 
     settings: type
     run: Callable
@@ -7887,26 +7897,30 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(
         TrainConfig, fit_command(train_loop),
-        "data_dir minutes preset recipe tokenizer epochs max_steps batch_size lr out_dir resume",
+        "data_dir minutes preset recipe tokenizer epochs max_steps batch_size lr block_size n_layer "
+        "n_head n_embd threads out_dir resume config",
         """train --preset cpu-debug --recipe fast
         train --data_dir book.txt --minutes 10 --out_dir runs/book
         train --resume --out_dir runs/book""",
     ),
     "finetune": Command(
         FinetuneConfig, fit_command(finetune_loop),
-        "ckpt data_dir epochs max_steps lr recipe method loss_on objective out_dir resume",
+        "ckpt data_dir epochs max_steps batch_size lr recipe method loss_on objective block_size "
+        "threads out_dir resume config",
         """finetune --ckpt ckpts/best.pth --data_dir data/raw
         finetune --ckpt ckpts/best.pth --method lora --lora_r 8
         finetune --ckpt ckpts/best_finetune.pth --objective dpo --data_dir pairs.jsonl --out_dir dpo""",
     ),
     "eval": Command(
-        EvalConfig, eval_command, "ckpt data_dir split block_size batch_size max_batches json",
+        EvalConfig, eval_command,
+        "ckpt data_dir split block_size batch_size max_batches threads json config",
         """eval --ckpt ckpts/best.pth
         eval --ckpt ckpts/best_finetune.pth --data_dir data/raw --json figures.json""",
     ),
     "sample": Command(
         SampleConfig, sample_command,
-        "ckpt prompt input max_new_tokens temperature top_k top_p stop num_samples seed",
+        "ckpt prompt input template max_new_tokens temperature top_k top_p stop num_samples seed "
+        "threads config",
         """sample --ckpt ckpts/best.pth --prompt "Once upon a time"
         sample --ckpt ckpts/best_finetune.pth --prompt "Reverse the word." --input lamp
         sample --ckpt ckpts/best_finetune.pth""",
@@ -7914,28 +7928,30 @@ COMMANDS = {
     ),
     "prepare": Command(
         PrepareConfig, prepare_command,
-        "data_dir download hf_dataset tokenizer vocab_size out_dir max_docs preview",
+        "data_dir download hf_dataset tokenizer vocab_size out_dir max_docs preview config",
         """prepare --data_dir data/raw --preview 2
         prepare --download tinyshakespeare
         prepare --data_dir books --tokenizer bpe --vocab_size 4096 --out_dir data/processed/books""",
         parallel=False,
     ),
     "export": Command(
-        ExportConfig, export_command, "ckpt out_dir gguf gguf_type adapter merge overwrite",
+        ExportConfig, export_command, "ckpt out_dir gguf gguf_type adapter merge overwrite config",
         """export --ckpt ckpts/best.pth --out_dir hf
         export --ckpt ckpts/best.pth --gguf model.gguf --gguf_type q8_0""",
         parallel=False,
     ),
     "bench": Command(
-        BenchConfig, bench_command, "preset recipe batch_size block_size dtype compile vs json",
+        BenchConfig, bench_command,
+        "preset recipe batch_size block_size n_layer n_head n_embd threads dtype compile vs json config",
         """bench --preset cpu-debug
         bench --preset tiny-8g --vs hf --json speed.json""",
     ),
 }  # fmt: skip
 
-
-# Settings that must be a key of a table.
+# Settings whose value is a key of a table, and those that name a file or folder.
 TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS, "download": DOWNLOADS}
+PATHS = {"data_dir", "processed_dir", "out_dir", "config", "ckpt", "init_from", "json", "gguf",
+         "hf_dataset", "hf_files", "tokenizer", "base_model", "check_model", "reward"}  # fmt: skip
 
 # Settings that need an optional package when they are not left at their default.
 PACKAGES = {
@@ -7943,69 +7959,57 @@ PACKAGES = {
     "check_model": "transformers", "gguf": "gguf", "vs": "transformers",
 }  # fmt: skip
 
-# What other programs call our settings, where difflib would not find it.
-ALIASES = {
-    "lr": "learning_rate learn_rate max_lr base_lr",
-    "batch_size": "bs per_device_train_batch_size micro_batch_size",
-    "epochs": "max_epochs num_epochs num_train_epochs",
-    "max_steps": "steps iters max_iters iterations",
-    "max_new_tokens": "max_tokens num_tokens n_tokens max_length length n_predict",
-    "block_size": "context context_length seq_len max_seq_len max_length n_ctx n_positions",
-    "n_layer": "num_hidden_layers depth",
-    "n_head": "num_attention_heads",
-    "n_embd": "d_model dim hidden_size embed_dim width",
-    "n_inner": "d_ff ffn_dim intermediate_size",
-    "ckpt": "checkpoint model model_path model_name_or_path",
-    "out_dir": "output save_dir run_dir",
-    "data_dir": "dataset file input_file train_file corpus path",
-    "device": "gpu cuda cpu accelerator",
-    "dtype": "precision fp16 bf16 fp32 mixed_precision",
-    "grad_accum": "gradient_accumulation_steps accumulate_grad_batches",
-    "grad_clip": "max_grad_norm gradient_clip_val",
-    "weight_decay": "wd",
-    "eval_interval": "eval_steps eval_every",
-    "temperature": "temp",
-    "num_samples": "n num_return_sequences",
-    "prompt": "text instruction",
-    "lora_r": "rank",
+# Pairs of settings of which one at most may be given.
+EXCLUSIVE = [("resume", "overwrite"), ("resume", "overfit_batch"), ("minutes", "overfit_batch"),
+             ("minutes", "max_steps"), ("gguf", "adapter"), ("streaming", "answer_weight")]  # fmt: skip
+
+# What other programs call our settings: understood in a --config file, a hint for a flag.
+FOREIGN_NAMES = {
+    "seq_length": "block_size", "seq_len": "block_size", "max_seq_length": "block_size",
+    "max_seq_len": "block_size", "max_length": "block_size", "context_length": "block_size",
+    "n_ctx": "block_size", "n_positions": "block_size", "max_position_embeddings": "block_size",
+    "num_hidden_layers": "n_layer", "num_layers": "n_layer", "n_layers": "n_layer",
+    "layers": "n_layer", "depth": "n_layer",
+    "num_attention_heads": "n_head", "num_heads": "n_head", "n_heads": "n_head", "heads": "n_head",
+    "num_key_value_heads": "n_kv_head", "n_kv_heads": "n_kv_head",
+    "hidden_size": "n_embd", "d_model": "n_embd", "n_embed": "n_embd", "embed_dim": "n_embd",
+    "dim": "n_embd", "intermediate_size": "n_inner", "d_ff": "n_inner",
+    "learning_rate": "lr", "max_lr": "lr", "lr_scheduler_type": "lr_schedule",
+    "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum", "accumulate_grad_batches": "grad_accum",
+    "gradient_checkpointing": "grad_checkpointing", "torch_compile": "compile",
+    "max_grad_norm": "grad_clip", "gradient_clip_val": "grad_clip", "adam_beta2": "beta2",
+    "num_train_epochs": "epochs", "num_epochs": "epochs", "max_epochs": "epochs",
+    "max_iters": "max_steps", "eval_steps": "eval_interval", "logging_steps": "log_interval",
+    "save_steps": "save_interval", "wandb_project": "wandb",
+    "dataset_name": "hf_dataset", "dataset_config": "hf_config", "dataset_split": "hf_split",
+    "dataset_config_name": "hf_config", "text_column": "text_field",
+    "data_path": "data_dir", "output_dir": "out_dir", "save_dir": "out_dir",
+    "model_name_or_path": "ckpt", "checkpoint": "ckpt", "model": "ckpt",
+    "lora_rank": "lora_r", "num_return_sequences": "num_samples", "gpu": "device",
 }  # fmt: skip
 
 
-def did_you_mean(word: object, known: Iterable[str], mark: str = "", cutoff=0.6) -> str:
+def did_you_mean(word: str, known: Iterable[str], mark: str = "") -> str:
     """A hint at the known name that a mistyped or foreign `word` may stand for, or ""."""
-    word, known = str(word), list(known)
-    near = [ours for ours, theirs in ALIASES.items() if ours in known and word in theirs.split()]
-    near = near or difflib.get_close_matches(word, known, 1, cutoff)
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1)
+    if FOREIGN_NAMES.get(word) in known:
+        near = [FOREIGN_NAMES[word]]
     return f"; did you mean {mark}{near[0]}?" if near else ""
 
 
-def convert(spec, value):
-    """`value` (a flag's text, or what a file or a caller gave) as the type of a field.
-
-    Raises ValueError with a sentence that begins with the field's name.
-    """
-    kind, *nullable = spec.type.split(" | ")
-    if value is None and nullable:
-        return None
-    try:
-        value = CONVERTERS[kind](value)
-        check_limits(value, spec.metadata)
-    except ValueError as error:
-        raise ValueError(f"{spec.name} {error}") from None
-    choices = choices_of(spec)
-    if choices and value not in (*choices, spec.default):
-        rest = f"{', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
-        raise ValueError(f"{spec.name} must be one of {rest}")
-    return value
+# --- one setting ---
 
 
-def specs_of(cls: type) -> dict:
+def fields_of(cls: type) -> dict:
     """{name: field} of a settings class."""
     return {f.name: f for f in fields(cls)}
 
 
 def choices_of(spec) -> list[str]:
-    return list(filter(None, spec.metadata.get("choices") or TABLES.get(spec.name, ())))
+    """What a setting may be, if that is a list of words."""
+    return [word for word in spec.metadata.get("choices") or TABLES.get(spec.name, ()) if word]
 
 
 def as_bool(value) -> bool:
@@ -8015,9 +8019,10 @@ def as_bool(value) -> bool:
 
 
 def as_text(value) -> str:
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not isinstance(value, str):
-        raise ValueError(f"must be text, not {value!r}")
+        raise ValueError(f"must be text (in a file: between quotes), not {value!r}")
     if "\0" in value:
         raise ValueError("must not hold a NUL character")
     try:  # an argument's bytes are UTF-8, whatever Python took the locale to be
@@ -8037,36 +8042,136 @@ def as_number(value, kind: type) -> int | float:
         raise ValueError(f"must be {what}, not {str(value)[:80]!r}") from None
 
 
-CONVERTERS = {
-    "bool": as_bool,
-    "str": as_text,
-    "int": partial(as_number, kind=int),
-    "float": partial(as_number, kind=float),
-}
-
-
-def check_limits(value, limits: dict) -> None:
-    if isinstance(value, str | bool | None):
-        return
-    if isinstance(value, float) and not math.isfinite(value) and value != limits.get("high"):
+def check_limits(value: int | float, limits: dict) -> None:
+    highest = limits.get("high", 2**53)
+    if not math.isfinite(value) and value != highest:
         raise ValueError(f"must be finite, not {value}")
     if 0 < abs(value) < 1e-30:  # near the smallest float32, where 1 / value is infinite
         raise ValueError(f"must be 0 or at least 1e-30, not {value}")
-    if value < limits.get("low", -math.inf):
+    if "low" in limits and value < limits["low"]:
         raise ValueError(f"must be at least {limits['low']}, not {value}")
-    if value <= limits.get("above", -math.inf):
+    if "above" in limits and value <= limits["above"]:
         raise ValueError(f"must be above {limits['above']}, not {value}")
-    if value > limits.get("high", 2**53):
-        raise ValueError(f"must be at most {limits.get('high', 2**53)}, not {value}")
+    if value > highest:
+        raise ValueError(f"must be at most {highest}, not {value}")
 
 
-def checked(cls: type, values: dict):
-    """An instance of a dataclass from what a file claims. Raises ValueError naming the field."""
-    specs = specs_of(cls)
-    if set(values) != set(specs):
-        odd = sorted(map(str, set(values) ^ set(specs)))[:9]
-        raise ValueError(f"unknown or missing settings: {odd}")
-    return cls(**{name: convert(specs[name], value) for name, value in values.items()})
+def as_choice(value, spec) -> str:
+    """One of the field's words, in whatever case; `off` and `on` are booleans to YAML."""
+    words = choices_of(spec)
+    if isinstance(value, bool) and {"on", "off"} <= set(words):
+        return "on" if value else "off"
+    value = as_text(value)
+    for word in [*words, spec.default]:
+        if word is not None and word.lower() == value.lower():
+            return word
+    raise ValueError(
+        f"must be one of {', '.join(words)}, not {value!r}{did_you_mean(value, words)}"
+    )
+
+
+def checked(spec, value):
+    """What a flag, a file or a caller gives, as the setting of a dataclass field.
+
+    Raises ValueError whose text begins with the field's name and says what it must be.
+    """
+    kind, *nullable = spec.type.split(" | ")
+    if value is None and nullable:
+        return None
+    try:
+        if kind == "bool":
+            return as_bool(value)
+        if kind in ("int", "float"):
+            number = as_number(value, {"int": int, "float": float}[kind])
+            check_limits(number, spec.metadata)
+            return number
+        text = as_choice(value, spec) if choices_of(spec) else as_text(value)
+    except ValueError as error:
+        raise ValueError(f"{spec.name} {error}") from None
+    return os.path.expanduser(os.path.expandvars(text)) if spec.name in PATHS else text
+
+
+# --- where settings come from ---
+
+
+def settle(cls: type, explicit: dict):
+    """A command's settings: defaults < arch < preset < recipe < --config FILE < flags.
+
+    explicit: {setting: value} of the flags, or of a caller in Python. Raises UserError.
+    """
+    explicit = with_config_file(cls, explicit)
+    settings = {name: spec.default for name, spec in fields_of(cls).items()}
+    if explicit.get("minutes"):
+        settings["recipe"] = "fast"
+    chosen = settings | explicit
+    preset, recipes = PRESETS.get(chosen.get("preset"), {}), RECIPES
+    if issubclass(cls, FinetuneConfig):  # the model is the checkpoint's, the rates are finetuning's
+        preset = {n: v for n, v in preset.items() if n in ("batch_size", "grad_accum")}
+        recipes = FINETUNE_RECIPES
+    recipe = recipes[chosen.get("recipe", "classic")](settings | preset | explicit, explicit)
+    arch = ARCHS.get((chosen | recipe | explicit).get("arch"), {})
+    overfit = OVERFIT if explicit.get("overfit_batch") else {}
+    values = settings | arch | preset | recipe | overfit | explicit
+    config = cls(**{name: values[name] for name in settings})
+    config.explicit = frozenset(explicit)
+    if not explicit.get("resume"):  # else when the settings of the run are known
+        cross_checks(config)
+    return config
+
+
+def settle_resumed(cls: type, explicit: dict, stored: dict):
+    """The settings of a run that goes on: the stored ones, and what of the explicit ones may change.
+
+    A field's metadata says what may: "fixed" settings decide the weights; "changeable" ones do not;
+    "session_only" ones are never stored. Raises UserError where a fixed one is asked to change.
+    """
+    explicit, known = with_config_file(cls, explicit), fields_of(cls)
+    values = {name: stored.get(name, spec.default) for name, spec in known.items()}
+    fixed = {name for name, spec in known.items() if spec.metadata["resume"] == "fixed"}
+    if values["lr_schedule"] == "constant":  # no step depends on how many there will be
+        fixed -= {"epochs", "max_steps"}
+    for name in sorted(fixed & explicit.keys()):
+        if explicit[name] != values[name]:
+            tunes = issubclass(cls, FinetuneConfig)
+            last = "last_finetune.pth" if tunes else "last.pth"
+            last = Path(explicit.get("out_dir", known["out_dir"].default)) / last
+            start = f"--ckpt {last}" if tunes else f"--init_from {last}"
+            raise UserError(
+                f"--resume cannot change {name} (from {values[name]} to {explicit[name]}): leave it "
+                f"out, or begin another run by {start} and another --out_dir"
+            )
+    config = cls(**values | explicit)
+    config.explicit = frozenset(explicit)
+    cross_checks(config)
+    return config
+
+
+def explicit_settings(config: Settings) -> dict:
+    """{setting: value} of what was asked for, the --config file's among them."""
+    return {name: getattr(config, name) for name in config.explicit - {"config"}}
+
+
+def with_config_file(cls: type, explicit: dict) -> dict:
+    """What is asked for, each checked, over what its --config file says. Raises UserError."""
+    known = fields_of(cls)
+    for name in explicit:
+        if name not in known:
+            raise UserError(unknown_setting(cls, name))
+    try:
+        explicit = {name: checked(known[name], value) for name, value in explicit.items()}
+        from_file = read_config(cls, explicit["config"]) if explicit.get("config") else {}
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return from_file | explicit
+
+
+def unknown_setting(cls: type, name: str, mark: str = "") -> str:
+    """What to say of a setting that this command does not have."""
+    owners = [word for word, c in COMMANDS.items() if name in fields_of(c.settings)]
+    if owners:
+        return f"{mark}{name} belongs to {', '.join(owners)}"
+    hint = did_you_mean(name, fields_of(cls), mark)
+    return f"unknown setting {mark}{name}{hint or '; --help_all lists every one'}"
 
 
 def read_table(file: Path, what: str) -> dict:
@@ -8081,7 +8186,7 @@ def read_table(file: Path, what: str) -> dict:
             raise UserError(f"{what}: TOML needs Python 3.11; use JSON or YAML")
         read = importlib.import_module("tomllib").loads
     try:
-        table = read(file.read_text(encoding="utf-8"))
+        table = read(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror}") from None
     except Exception as error:  # ValueError, RecursionError; pyyaml's share no standard base
@@ -8091,245 +8196,242 @@ def read_table(file: Path, what: str) -> dict:
     return table
 
 
-def read_config(cls: type, path: str) -> tuple[dict, list[str]]:
-    """({setting: value} of a --config file, problems). Settings of other commands are left out."""
-    own = specs_of(cls).keys()
-    everything = {name for command in COMMANDS.values() for name in specs_of(command.settings)}
+def leaves_of(table: dict) -> Iterator[tuple[str, object]]:
+    """(name, value) of a table and of the tables in it: `data:`, `model:`, `training:` ..."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from leaves_of(value)
+        else:
+            yield str(name), value
+
+
+def fields_named(name: str) -> list:
+    """The field of this name in each command that has one."""
+    every = [fields_of(command.settings) for command in COMMANDS.values()]
+    return [known[name] for known in every if name in known]
+
+
+def takes(spec, value) -> bool:
+    """Whether a field may have this value."""
     try:
-        table = read_table(Path(path), f"--config {path}")
-    except UserError as error:
-        return {}, [str(error)]
-    problems = []
-    for name in [name for name in table if name not in everything]:
-        nested = isinstance(table[name], dict)
-        hint = "; settings are flat, not nested" if nested else did_you_mean(name, own)
-        problems.append(f"--config {path}: unknown setting {name!r}{hint}")
-    foreign = sorted(table.keys() & everything - own)
-    if foreign:
-        some = ", ".join(foreign[:5]) + ", ..." * (len(foreign) > 5)
-        note(f"--config {path}: left out {some}, of other commands")
-    # The config.json of a run on the toy corpus names a folder that nobody asked for.
-    table = {n: v for n, v in table.items() if (n, v) != ("data_dir", DataConfig.data_dir)}
-    return {name: value for name, value in table.items() if name in own}, problems
+        checked(spec, value)
+    except ValueError:
+        return False
+    return True
+
+
+def read_config(cls: type, path: str) -> dict:
+    """{setting: value} of a --config file, however it is nested. Raises UserError or ValueError.
+
+    Settings of other commands are left out with one line, and so are values that only others take,
+    so that the config.json of any run will do.
+    """
+    own, found, left_out, where = fields_of(cls), {}, [], f"--config {path}"
+    for leaf, value in leaves_of(read_table(Path(path), where)):
+        name = leaf if fields_named(leaf) else FOREIGN_NAMES.get(leaf, leaf)
+        if not fields_named(name):
+            raise UserError(f"{where}: {unknown_setting(cls, leaf)}")
+        if name not in own:
+            left_out.append(leaf)
+            continue
+        if not takes(own[name], value) and any(takes(spec, value) for spec in fields_named(name)):
+            left_out.append(leaf)
+            continue
+        value = checked(own[name], value)
+        first, before = found.setdefault(name, (leaf, value))
+        if before != value:
+            pair = f"{first} and {leaf} are" if first != leaf else f"{leaf} is there twice, as"
+            raise UserError(f"{where}: {pair} one setting with two values: leave one out")
+    if left_out:
+        some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        note(f"{where}: left out {some}, of other commands")
+    return {name: value for name, (_, value) in found.items()}
+
+
+def cross_checks(config: Settings) -> None:
+    """Raise UserError where settings that are each fine do not go together."""
+
+    def is_set(name: str) -> bool:
+        return getattr(config, name, None) not in (None, "", 0, False)
+
+    for name, package in PACKAGES.items():
+        usual = getattr(type(config), name, None)
+        if is_set(name) and getattr(config, name) != usual and not is_installed(package):
+            raise UserError(f"--{name} needs {package}: pip install {package}")
+    for one, other in EXCLUSIVE:
+        if is_set(one) and is_set(other):
+            raise UserError(f"--{one} and --{other} exclude each other: leave one out")
+    if isinstance(config, ModelSettings):
+        for problem in model_config(config).problems():
+            raise UserError(problem)
+    if isinstance(config, OptimConfig):
+        size, parts = config.batch_size, config.grad_accum * launched("WORLD_SIZE", 1)
+        if size % parts:
+            raise UserError(
+                f"batch_size {size} is not divisible by {parts} (grad_accum x processes): "
+                "change one of them"
+            )
+        if config.fsdp and config.compile == "on":
+            raise UserError("--fsdp and --compile on exclude each other: leave one out")
+    if is_set("streaming") and not is_set("hf_dataset"):
+        raise UserError("--streaming reads a dataset: name it by --hf_dataset")
+    ends = ("max_steps", "minutes", "max_tokens", "max_docs")
+    if isinstance(config, FitConfig) and config.streaming and not any(map(is_set, ends)):
+        raise UserError("a stream has no epochs: give --max_steps, --minutes or --max_tokens")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
+    if is_set("json") and (why_not := unfit_for_result(config.json)):
+        raise UserError(f"--json {config.json}: {why_not}; name another file")
 
 
 def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def table_layers(cls: type, given: dict) -> list[dict]:
-    """What the tables set, lowest precedence first: arch, preset, recipe, overfit_batch."""
-    implied = {"recipe": "fast"} if given.get("minutes") else {}
-    chosen = {f.name: f.default for f in fields(cls)} | implied | given
-    tuning = issubclass(cls, FinetuneConfig)
-    preset = PRESETS.get(chosen.get("preset"), {})
-    if tuning:  # the model is the checkpoint's, the rates are finetuning's own
-        preset = {n: v for n, v in preset.items() if n in ("batch_size", "grad_accum")}
-    recipes = FINETUNE_RECIPES if tuning else RECIPES
-    sizes, made = chosen | preset | given, {}
-    if cls is TrainConfig and sizes["recipe"] == "fast" and not sizes["hf_dataset"]:
-        store = sizes["store"] = store_at(sizes["data_dir"])
-        sizes["corpus_bytes"] = corpus_bytes(sizes["data_dir"], store)
-        sizes["bpe_at_hand"] = not sizes["init_from"] and is_installed("tokenizers")
-        made = {n: store.meta["settings"][n] for n in ("tokenizer", "vocab_size")} if store else {}
-    recipe = recipes.get(sizes.get("recipe"), RECIPES["classic"])(sizes, made | given) | made
-    arch = ARCHS.get((chosen | recipe | given).get("arch"), {})
-    return [implied, arch, preset, recipe, OVERFIT if chosen.get("overfit_batch") else {}]
+# --- flags ---
 
 
-def resolve(cls: type, flags: dict, mark="--", stored: dict | None = None, problems=()):
-    """Build a `cls` from flags: defaults < arch < preset < recipe < --config file < flags.
+class FlagParser(argparse.ArgumentParser):
+    """argparse's, where a flag that a command does not know gets a hint."""
 
-    `stored`, the settings of the run that --resume goes on with ({}: there is none), stands in for
-    the tables; until it is known, settings are not checked against each other. Raises UsageError
-    with one line for each problem, beside the `problems` known already.
+    settings: type = Settings
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, rest = super().parse_known_args(args, namespace)
+        for word in rest:  # the first one
+            name = word.partition("=")[0].removeprefix("--")
+            if word.startswith("--"):
+                self.error(unknown_setting(self.settings, name, "--"))
+            self.error(f"unexpected {word!r}: settings are given as --name value")
+        return namespace, rest
+
+
+def program_parser(every_flag: bool = False) -> tuple[FlagParser, dict[str, FlagParser]]:
+    """argparse's parser of the program, and that of each command by name.
+
+    every_flag: whether help shows all of a command's flags, or those that a first user needs.
     """
-    specs = specs_of(cls)
-    from_file, found = read_config(cls, flags["config"]) if flags.get("config") else ({}, [])
-    problems = [*problems, *found]
-    problems += [unknown_setting(cls, name, mark) for name in flags if name not in specs]
-    given = {}
-    for origin, source in (("config file: ", from_file), (mark, flags)):
-        for name in filter(specs.__contains__, source):
-            try:
-                given[name] = convert(specs[name], source[name])
-            except ValueError as error:  # a cross check below sees the default instead
-                problems.append(f"{origin}{error}")
-    values = {}
-    for layer in ([stored] if stored else table_layers(cls, given)) + [given]:
-        values |= {name: value for name, value in layer.items() if name in specs}
-    config = cls(**values)
-    config.given = frozenset(given)
-    for other in ("overwrite", "overfit_batch"):
-        if given.get("resume") and given.get(other):
-            problems.append(f"--resume and --{other} exclude each other")
-    if stored is not None or not given.get("resume"):
-        problems += cross_checks(config)
-    if problems:
-        raise UsageError("\n".join(problems))
-    return config
+    shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+    usual = dict(formatter_class=shape, add_help=False, allow_abbrev=False)
+    program = FlagParser(
+        prog=Path(__file__).name, description=__doc__.split("\n")[0], epilog=program_examples(), **usual
+    )  # fmt: skip
+    version = f"%(prog)s {__version__}, torch {torch.__version__}"
+    program.add_argument("--version", action="version", version=version)
+    program.add_argument("-h", "--help", "--help_all", action="help", help="this page")
+    commands = program.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    parsers = {}
+    for name, command in COMMANDS.items():
+        about = first_line(command.settings)
+        epilog = "examples:\n" + command_lines(command.examples)
+        parser = commands.add_parser(name, help=about, description=about, epilog=epilog, **usual)
+        parser.usage = f"{program.prog} {name} [--flag VALUE ...]"
+        parser.settings = command.settings
+        count = len(fields(command.settings))
+        parser.add_argument(
+            "-h", "--help", "--help_all", action="help",
+            help=f"the flags to begin with; --help_all shows all {count}, by topic",
+        )  # fmt: skip
+        add_flags(parser, command.first.split(), every_flag)
+        parsers[name] = parser
+    return program, parsers
 
 
-def unknown_setting(cls: type, name: str, mark: str) -> str:
-    owners = ", ".join(n for n, c in COMMANDS.items() if name in specs_of(c.settings))
-    what = f"{mark}{name} belongs to {owners}" if owners else f"unknown setting {mark}{name}"
-    hint = did_you_mean(name, specs_of(cls), mark, cutoff=1.0 if owners else 0.6)
-    return what + (hint or ("" if owners else "; --help_all lists all"))
+def add_flags(parser: FlagParser, first: list[str], every_flag: bool) -> None:
+    """A flag for each field of a command's settings, in groups by the class that introduces it."""
+    groups = {}
+    for origin in parser.settings.__mro__:
+        title = "this command" if origin is parser.settings else first_line(origin).rstrip(".")
+        groups[origin] = parser.add_argument_group(title)
+    for spec in fields(parser.settings):
+        origin = [base for base in parser.settings.__mro__ if spec.name in vars(base)][-1]
+        shown = every_flag or spec.name in first
+        about = flag_help(spec, limits=every_flag) if shown else argparse.SUPPRESS
+        add_flag(groups[origin], spec, about)
 
 
-def cross_checks(config) -> list[str]:
-    """Settings that are each fine and do not go together, one line each."""
-    found = []
-    for name, package in PACKAGES.items():
-        asked = getattr(config, name, None) not in (None, getattr(type(config), name, None))
-        if asked and not is_installed(package):
-            found.append(f"--{name} needs {package}: pip install {package}")
-    if isinstance(config, ModelSettings):
-        found += model_config(config).problems()
-    if isinstance(config, OptimConfig):
-        size, share = config.batch_size, config.grad_accum * launched("WORLD_SIZE", 1)
-        if size % share:
-            found.append(f"batch_size {size} is not divisible by {share} (grad_accum x processes)")
-        if config.fsdp and config.compile == "on":
-            found.append("--fsdp and --compile on exclude each other")
-    if isinstance(config, DataConfig) and config.streaming and not config.hf_dataset:
-        found.append("--streaming reads a dataset: name it with --hf_dataset")
-    if isinstance(config, FinetuneConfig) and config.streaming:
-        found.append("finetune needs whole records: leave --streaming out")
-    if getattr(config, "objective", "ntp") == "dpo" and config.sampled_softmax:
-        found.append("dpo needs exact likelihoods: leave --sampled_softmax out")
-    if isinstance(config, TrainConfig) and config.minutes:
-        given = sorted(config.given & {"max_steps", "overfit_batch"})
-        found += [f"--minutes sets the steps: leave --{n} out" for n in given if getattr(config, n)]
-    if isinstance(config, TrainConfig) and config.streaming:
-        if not config.max_steps and not config.minutes:
-            found.append("a stream has no epochs: give --max_steps or --minutes")
-        if config.answer_weight:
-            found.append("--answer_weight needs whole records: leave --streaming out")
-        if config.tokenizer == "bpe" and not config.init_from:
-            found.append("--tokenizer bpe needs all of the text, not a stream: prepare it first")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):
-        found.append(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
-    if getattr(config, "json", "") and (why_not := unfit_for_result(config.json)):
-        found.append(f"--json {config.json}: {why_not}; name another file")
-    return found
+def add_flag(group, spec, about: str) -> None:
+    """One setting: --name VALUE, or --name and --no_name. What is not given is not in the result."""
+    usual = dict(dest=spec.name, default=argparse.SUPPRESS)
+    if spec.type == "bool":
+        on, off = (argparse.SUPPRESS, about) if spec.default else (about, argparse.SUPPRESS)
+        group.add_argument(f"--{spec.name}", action="store_true", help=on, **usual)
+        group.add_argument(f"--no_{spec.name}", action="store_false", help=off, **usual)
+        return
+
+    def value_of(text: str):
+        try:
+            return checked(spec, text)
+        except ValueError as error:  # argparse says the name itself
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{spec.name} ")) from None
+
+    usual_words = {"int": "N", "float": "X", "str": "TEXT"}
+    metavar = "{" + ",".join(choices_of(spec)) + "}"
+    if not choices_of(spec):
+        metavar = usual_words[spec.type.split(" | ")[0]]
+    group.add_argument(f"--{spec.name}", type=value_of, metavar=metavar, help=about, **usual)
 
 
-def read_flags(cls: type, words: list[str]) -> tuple[dict, list[str]]:
-    """({setting: text or bool}, problems) of `--name value`, `--name=value`, `--switch`, `--no_switch`.
-
-    Names may have dashes for underscores. A value is the next word, whatever it looks like, unless
-    that is itself a flag of the command.
-    """
-    switches = {no + f.name: not no for f in fields(cls) if f.type == "bool" for no in ("", "no_")}
-    known = specs_of(cls).keys() | switches.keys()
-
-    def flag_name(word: str) -> str:
-        is_flag = word.startswith("--") and len(word) > 2
-        return word[2:].partition("=")[0].replace("-", "_") if is_flag else ""
-
-    flags, problems, rest = {}, [], deque(words)
-    while rest:
-        word = rest.popleft()
-        name, (_, equals, value) = flag_name(word), word.partition("=")
-        follows = bool(rest) and flag_name(rest[0]) not in known
-        if not name:
-            problems.append(f"unexpected {word!r}: settings are given as --name value")
-        elif name in switches:
-            flags[name if switches[name] else name[3:]] = switches[name]
-            if equals:
-                problems.append(f"--{name} takes no value")
-        elif equals:
-            flags[name] = value
-        elif name not in known:
-            flags[name] = rest.popleft() if follows and not flag_name(rest[0]) else ""
-        elif follows:
-            flags[name] = rest.popleft()
-        else:
-            problems.append(f"--{name} needs a value")
-    return flags, problems
-
-
-def parse(argv: list[str]) -> tuple[str, Settings]:
-    """(command name, its settings). Raises UsageError listing every problem."""
-    name = argv[0] if argv else ""
-    if name not in COMMANDS:
-        wrong = f"unknown command {name!r}" if name else "no command"
-        hint = did_you_mean(name, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
-        raise UsageError(f"{wrong}{hint}")
-    cls = COMMANDS[name].settings
-    flags, problems = read_flags(cls, argv[1:])
-    return name, resolve(cls, flags, problems=problems)
-
-
-def help_text(argv: list[str]) -> str:
-    """What --help, -h and --help_all ask for; "" if none of them is there."""
-    asked = {word.replace("-", "_") for word in argv} & {"_h", "__help", "__help_all"}
-    if not asked:
-        return ""
-    name = argv[0]
-    if name not in COMMANDS:
-        return program_help()
-    command = COMMANDS[name]
-    lines = [f"usage: llm_pipeline.py {name} [--NAME VALUE ...]", "", first_line(command.settings)]
-    if "__help_all" in asked:
-        for title, specs in topics(command.settings).items():
-            lines += ["", "This command alone:" if title == lines[2] else title]
-            lines += [line for f in specs for line in flag_help(f, limits=True)]
-    else:
-        specs = specs_of(command.settings)
-        lines += ["", *(line for n in command.first.split() for line in flag_help(specs[n]))]
-        lines += ["", f"All {len(specs)} settings, by topic: llm_pipeline.py {name} --help_all"]
-    return "\n".join([*lines, "", "Examples:", *command_lines(command.examples)])
-
-
-def program_help() -> str:
-    lines = ["usage: llm_pipeline.py COMMAND [--NAME VALUE ...]", "", __doc__.split("\n")[0]]
-    lines += ["", "Commands:"]
-    lines += [f"  {name:<10}{first_line(c.settings)}" for name, c in COMMANDS.items()]
-    lines += ["", "The shortest path, on your text in data/raw (if empty, a built-in toy corpus):"]
-    for name in ("train", "sample", "eval", "finetune"):
-        lines += command_lines(COMMANDS[name].examples)[:1]
-    lines += ["", "COMMAND --help shows the settings to begin with, --help_all all of them."]
-    return "\n".join(lines)
-
-
-def command_lines(text: str) -> list[str]:
-    return [f"  python llm_pipeline.py {line.strip()}" for line in text.split("\n")]
+def flag_help(spec, limits: bool) -> str:
+    """What a setting means, its default and, if wanted, its limits."""
+    if spec.type == "bool":
+        return ("turns off: " if spec.default else "") + spec.metadata["help"].replace("%", "%%")
+    remarks = [] if spec.default in ("", None) else [f"default: {spec.default}"]
+    if limits and "high" in spec.metadata:
+        low = spec.metadata.get("low", spec.metadata.get("above"))
+        above = "above " if "above" in spec.metadata else ""
+        remarks.append(f"{above}{low:,} to {spec.metadata['high']:,}")
+    text = spec.metadata["help"] + (f" ({'; '.join(remarks)})" if remarks else "")
+    return text.replace("%", "%%")
 
 
 def first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().split("\n")[0]
 
 
-def topics(cls: type) -> dict[str, list]:
-    """Settings by the class that introduces them, the command's own first."""
-    found: dict[str, list] = {first_line(base): [] for base in cls.__mro__}
-    for f in fields(cls):
-        origin = [base for base in cls.__mro__ if hasattr(base, f.name)]
-        found[first_line(origin[-1])].append(f)
-    return {title: specs for title, specs in found.items() if specs}
+def command_lines(text: str) -> str:
+    return "\n".join(f"  python llm_pipeline.py {line.strip()}" for line in text.split("\n"))
 
 
-def flag_help(spec, limits: bool = False) -> list[str]:
-    """The lines of one setting: how it is typed, what it means, its default."""
-    kind, choices = spec.type.split(" | ")[0], "|".join(choices_of(spec))
-    value = choices or {"int": "N", "float": "X", "str": "TEXT", "bool": ""}[kind]
-    no, turns_off = ("no_", "turns off: ") if spec.default is True else ("", "")
-    has_default = kind != "bool" and spec.default not in ("", None)
-    remarks = [f"default: {spec.default}"] if has_default else []
-    if limits and "high" in spec.metadata:
-        low = spec.metadata.get("low", spec.metadata.get("above"))
-        above = "above " if "above" in spec.metadata else ""
-        remarks.append(f"{above}{low:,} to {spec.metadata['high']:,}")
-    text = turns_off + spec.metadata["help"] + (f" ({'; '.join(remarks)})" if remarks else "")
-    typed, body = f"  --{no}{spec.name} {value}".rstrip(), textwrap.wrap(text, 70)
-    first = [typed] if len(typed) > 26 else [f"{typed:<28}{body.pop(0)}"]
-    return first + [" " * 28 + line for line in body]
+def program_examples() -> str:
+    """The end of the program's own help."""
+    path = [
+        COMMANDS[name].examples.split("\n")[0] for name in ("train", "sample", "eval", "finetune")
+    ]
+    about = "the shortest path, on your text in data/raw (if empty, a built-in toy corpus):"
+    return f"{about}\n{command_lines(chr(10).join(path))}\n\nCOMMAND -h shows its flags."
+
+
+def underscored(word: str) -> str:
+    """--max-steps=5 is --max_steps=5."""
+    flag, equals, value = word.partition("=")
+    if re.fullmatch(r"--\w[\w-]*", flag):
+        flag = "--" + flag[2:].replace("-", "_")
+    return flag + equals + value
+
+
+def parse(argv: list[str]) -> tuple[str, Settings]:
+    """(command, its settings). What is wrong ends in the usage line and SystemExit with code 2."""
+    argv = [underscored(word) for word in argv]
+    program, parsers = program_parser("--help_all" in argv)
+    if not argv:
+        program.parse_args(["--help"])
+    if argv[0] not in parsers and not argv[0].startswith("-"):
+        hint = did_you_mean(argv[0], parsers) or f"; the commands are {', '.join(parsers)}"
+        program.error(f"unknown command {argv[0]!r}{hint}")
+    given = vars(program.parse_args(argv))
+    name = given.pop("command")
+    try:
+        return name, settle(COMMANDS[name].settings, given)
+    except UserError as error:
+        parsers[name].error(str(error))
+
+
+# --- main ---
 
 
 def explanation(error: Exception) -> str:
-    """The lines that tell a user of an error: the one place that knows every kind."""
+    """The line that tells a user of an error: the one place that knows every kind."""
     if isinstance(error, UserError):
         return str(error)
     memory = r"out of memory|can't allocate memory|not enough memory|calculation overflowed|too big"
@@ -8345,13 +8447,35 @@ def explanation(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error, 300)} (--debug shows where)"
 
 
+@contextlib.contextmanager
+def no_folder_of_a_failure(*folders: str):
+    """Where a command fails before it has written anything, the folders that it made go again."""
+    made = [p for name in folders for p in (Path(name), *Path(name).parents) if not p.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:  # the innermost first; what holds more than locks stays
+            with contextlib.suppress(OSError):
+                if all(re.fullmatch(r"\..*lock", path.name) for path in folder.iterdir()):
+                    for path in folder.iterdir():
+                        path.unlink()
+                    folder.rmdir()
+        raise
+
+
 def carry_out(function: Callable, config: Settings, stop: StopSignal, alone: bool = False):
     """Call a command's function with what it works on: the machine and, for a run, its folder."""
+    places = [getattr(config, name, "") for name in ("out_dir", "processed_dir")]
     with contextlib.ExitStack() as held:
+        held.enter_context(no_folder_of_a_failure(*filter(None, places)))
         folder = []
         if isinstance(config, FitConfig):
             folder = [held.enter_context(open_run(config))]
-            config = folder[0].resumed_settings(config)
+            if folder[0].state:
+                asked, stored = explicit_settings(config), folder[0].state["config"]
+                config = settle_resumed(type(config), asked, stored)
+            elif config.resume:
+                cross_checks(config)
         rt = held.enter_context(runtime(config, alone=alone))
         return function(config, rt, stop, *folder)
 
@@ -8370,36 +8494,30 @@ def run_command(name: str, config: Settings, stop: StopSignal) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; never raises for what a user can fix.
 
-    Exit codes: 0 done; 1 failed, with one line that says what to do; 2 bad usage, one line per
-    problem; 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM with `last.pth` saved. A lost
-    stderr ends nothing: what cannot be written there is dropped.
+    Exit codes: 0 done; 1 failed, with one line that says what to do; 2 bad usage (argparse's); 129,
+    130 or 143 stopped by SIGHUP, SIGINT or SIGTERM with `last.pth` saved.
     """
     argv, stop = sys.argv[1:] if argv is None else argv, StopSignal()
     try:
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
             raise UserError(f"PyTorch {torch.__version__} is too old: pip install torch==2.13.0")
-        if text := help_text(argv):
-            print(text)
-            return 0
-        name, config = parse(argv)
-        run_command(name, config, stop)
+        run_command(*parse(argv), stop)
         return 0
     except KeyboardInterrupt:  # Interrupted among them
         return 128 + (stop.number or signal.SIGINT)
     except Exception as error:
         if "--debug" in argv:
             raise
-        for line in explanation(error).split("\n"):
-            print(f"error: {line}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        print(f"error: {explanation(error)}", file=sys.stderr)
+        return 1
 
 
 # --- the same from Python: import llm_pipeline as lp ---
 
 
-def call(name: str, function: Callable, settings: dict):
+def call(cls: type, function: Callable, settings: dict):
     """Run a command's function with settings by name. Raises UserError where the command fails."""
-    config, stop = resolve(COMMANDS[name].settings, settings, mark=""), StopSignal()
+    config, stop = settle(cls, settings), StopSignal()
     with stop:
         result = carry_out(function, config, stop)
     if stop:
@@ -8409,45 +8527,63 @@ def call(name: str, function: Callable, settings: dict):
 
 def train(**settings) -> str:
     """Train; `lp.train(data_dir="book.txt", preset="cpu-debug")`. Returns the path of best.pth."""
-    return call("train", train_loop, settings)
+    return call(TrainConfig, train_loop, settings)
 
 
 def finetune(**settings) -> str:
     """Tune a checkpoint. Returns the path of best_finetune.pth."""
-    return call("finetune", finetune_loop, settings)
+    return call(FinetuneConfig, finetune_loop, settings)
 
 
 def evaluate(**settings) -> dict:
     """Score a checkpoint: loss, ppl, bits_per_byte, sources, as in `eval --json`."""
-    return call("eval", evaluate_checkpoint, settings)
+    return call(EvalConfig, evaluate_checkpoint, settings)
 
 
-class Writer:
+def prepare(**settings) -> str:
+    """Make a token store, reporting on stderr. Returns its folder, which is a --data_dir."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return call(PrepareConfig, prepare_store, settings)
+
+
+def export(**settings) -> str:
+    """Write a Hugging Face folder or a GGUF file. Returns its path."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return str(call(ExportConfig, export_command, settings))
+
+
+class TextGenerator:
     """A checkpoint ready to write text; see `load`."""
 
     def __init__(self, ckpt: str, settings: dict):
         self.settings = {"ckpt": ckpt} | settings
         config = self.config()
         with runtime(config) as self.rt:
-            self.loaded = load_model(str(ckpt))
+            self.loaded = load_model(config.ckpt)
             how = self.rt.device, self.rt.dtype, config.compile == "on"
             for_decoding(self.loaded.model, *how)
 
     def config(self, **settings) -> SampleConfig:
-        return resolve(SampleConfig, self.settings | settings, mark="")
+        return settle(SampleConfig, self.settings | settings)
 
     def stream(self, prompt: str, **settings) -> Iterator[str]:
-        """Pieces of text as they are generated."""
+        """Pieces of text as they are generated; of several samples, each whole."""
         return sample_text(self.loaded, self.config(**settings), self.rt, prompt)
 
-    def generate(self, prompt: str, **settings) -> str:
-        """The text that follows `prompt`. Settings are those of the `sample` command."""
-        return "".join(self.stream(prompt, **settings))
+    def generate(self, prompt: str, **settings) -> str | list[str]:
+        """The text that follows `prompt`, or with num_samples=N > 1 a list of N texts.
+
+        Settings are those of the `sample` command.
+        """
+        pieces = list(self.stream(prompt, **settings))
+        if self.config(**settings).num_samples == 1:
+            return "".join(pieces)
+        return [text.removesuffix("\n") for text in pieces[:-1]] + pieces[-1:]
 
 
-def load(ckpt: str = "ckpts/best.pth", **settings) -> Writer:
+def load(ckpt: str = "ckpts/best.pth", **settings) -> TextGenerator:
     """A checkpoint that writes: `lp.load("ckpts/best.pth").generate("Once", temperature=0.5)`."""
-    return Writer(ckpt, settings)
+    return TextGenerator(ckpt, settings)
 
 
 if __name__ == "__main__":

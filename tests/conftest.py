@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -62,7 +63,9 @@ class Result:
 
     @property
     def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+        """The lines that say what is wrong: ours, and argparse's behind the program's name."""
+        said = r"(llm_pipeline\.py[ a-z]*: )?error: "
+        return [line for line in self.err.splitlines() if re.match(said, line)]
 
     def ok(self) -> "Result":
         assert self.code == 0, self.err

@@ -316,7 +316,7 @@ def test_sizes_that_can_be_shared_stay_as_they_are(size):
     one = lp.Runtime(torch.device("cpu"), torch.float32)
     assert lp.shareable(size, {}, one) == size
     many = lp.shareable(size, {}, lp.replace(one, world_size=8))
-    assert lp.resolve(lp.TrainConfig, many).batch_size % 8 == 0
+    assert lp.settle(lp.TrainConfig, many).batch_size % 8 == 0
 
 
 def test_minutes_read_the_corpus_as_the_base_does(corpus, tmp_path):
