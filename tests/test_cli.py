@@ -839,7 +839,7 @@ def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
     large.write_text("A line of a book.\n" * 200_000)  # 3.6 MB
 
     def settings(path, **more):
-        config = lp.resolve(
+        config = lp.settle(
             lp.TrainConfig, dict(recipe="fast", preset="cpu-debug", data_dir=str(path)) | more
         )
         drops = config.token_dropout, config.dropout
@@ -872,12 +872,12 @@ def test_the_fast_recipe_samples_the_softmax_of_a_large_vocabulary_on_a_cpu(tmp_
     for package in ("tokenizers", "datasets"):
         needs(package)
     base = dict(recipe="fast", device="cpu", data_dir=str(tmp_path))
-    assert lp.resolve(lp.TrainConfig, base | flags).sampled_softmax == n
+    assert lp.settle(lp.TrainConfig, base | flags).sampled_softmax == n
 
 
 def test_the_fast_recipe_slows_down_wide_models_and_long_runs():
     def rates(**flags):
-        config = lp.resolve(lp.TrainConfig, dict(recipe="fast", tokenizer="byte", n_head=2) | flags)
+        config = lp.settle(lp.TrainConfig, dict(recipe="fast", tokenizer="byte", n_head=2) | flags)
         return config.lr, config.muon_lr
 
     assert rates(n_embd=128, max_steps=400) == rates(n_embd=64, max_steps=9) == (0.02, 0.012)
@@ -894,7 +894,7 @@ def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
 
     def settings(**more):
         flags = dict(recipe="fast", preset="cpu-debug", data_dir=str(tmp_path)) | more
-        config = lp.resolve(lp.TrainConfig, flags)
+        config = lp.settle(lp.TrainConfig, flags)
         return config.answer_weight, config.epochs, config.dropout, config.batch_size
 
     assert settings() == (30, 6, 0.3, 16)
@@ -907,6 +907,6 @@ def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
     run("prepare", "--data_dir", tmp_path, *flags).ok()
     assert settings(data_dir=f"{store}_bpe") == settings(vocab_size=400)
     recipe = dict(recipe="fast", data_dir=f"{store}_bpe")
-    assert lp.resolve(lp.TrainConfig, recipe).vocab_size == 400
+    assert lp.settle(lp.TrainConfig, recipe).vocab_size == 400
     (tmp_path / "text.txt").write_text("A line of a book.\n" * 9)
     assert settings() == (0, 6, 0.1, 8)
