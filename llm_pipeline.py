@@ -35,6 +35,7 @@ Part II, the workshop, makes it exact, fast and usable: 8 Runtime, 9 The same, f
 from __future__ import annotations
 
 import argparse
+import bz2
 import codecs
 import contextlib
 import csv
@@ -44,6 +45,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import lzma
 import math
 import os
 import pickle
@@ -203,19 +205,21 @@ class DataConfig(Settings):
 
     data_dir: str = changeable("data/raw", "a folder, a file, or a store made by prepare")
     processed_dir: str = changeable("data/processed", "where token stores are kept")
-    val_fraction: float = option(0.1, "share of records kept for validation", above=0.0, high=0.9)
+    val_fraction: float = option(0.1, "share of records kept for validation", low=0.0, high=0.9)
     split_seed: int = option(1337, "salt of the split's hash", low=0)
     split_by: str = option("prompt", "what decides a record's side", choices=("prompt", "content"))
     doc_delimiter: str = option("", r"cuts plain text into records (\n for lines)")
     encoding_errors: str = option("strict", "invalid UTF-8", choices=("strict", "replace"))
     bad_records: str = option("error", "malformed lines and entries", choices=("error", "skip"))
     text_field: str = option("text", "column or key that holds plain text")
+    join_rows: bool = option(False, "one text of a split's rows: lines, as of WikiText on the Hub")
+    keep_duplicates: bool = option(False, "keep repeated records, which are dropped otherwise")
     min_chars: int = option(1, "drop plain texts shorter than this", low=0)
     max_docs: int = option(0, "stop after this many records (0: all)", low=0)
     max_tokens: int = option(0, "stop after about this many tokens (0: all)", low=0)
     hf_dataset: str = option("", "a dataset on the Hub, or a builder such as parquet or json")
     hf_config: str = option("", "its configuration, such as wikitext-103-raw-v1")
-    hf_split: str = option("train", "its split")
+    hf_split: str = option("", "one of its splits (default: all, each for what its name says)")
     hf_files: str = option("", "file pattern for a local builder")
     streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
     add_special_tokens: bool = option(True, "bos and eos around each plain text")
@@ -3086,23 +3090,25 @@ def byte_alphabet() -> dict[str, int]:
 # 11. Corpus
 #
 # files -> rows -> Records -> exact duplicates dropped -> train or val, by hash -> token store.
-# Look at `record_from_row`, which reads every layout, and at `split_records`: a record's side
-# follows from the record itself, so that what was trained on never validates.
+# Look at `record_from_row`, which reads every layout, at `roles_of`, which reads names, and at
+# `split_records`: a record's side follows from the record itself, so that what was trained on
+# never validates.
 # ====================================================================================
 
 # Two commands with the same values of these agree on which records validate.
 SPLIT_SETTINGS = ("split_seed", "val_fraction", "split_by")
 BLOCK = 1 << 16  # characters or bytes handled at a time
+PIECE = 1 << 25  # characters; a longer file of plain text becomes several records
 LONG_TEXT = 64 * 1024  # bytes; a longer plain text gives its last part to validation
 BYTES_PER_TOKEN = 4  # of English under BPE, for guessing how much of a file --max_tokens needs
 
 
 @dataclass
 class Turn:
-    """A prompt and the answer to it, both rendered by the one template of section 2."""
+    """A prompt and the answer to it, both rendered by the one template of the tokens' section."""
 
     prompt: str  # "" for plain text
-    response: str | TextFile
+    response: str
     trained: bool = True  # False: an answer that is context alone, such as one of weight 0
 
 
@@ -3128,7 +3134,7 @@ class Record:
         return self.turns[-1].prompt
 
     @property
-    def response(self) -> str | TextFile:
+    def response(self) -> str:
         return self.turns[-1].response
 
 
@@ -3151,11 +3157,6 @@ class Report:
     def skip(self, source: str, why: str, where: str) -> None:
         self.count(source, f"skipped: {why}", where=where)
 
-    def replaced(self, source: str, file: TextFile) -> None:
-        if file.replaced:
-            what = "invalid UTF-8 replaced by U+FFFD"
-            self.count(source, what, file.replaced, str(file.path))
-
     def advise(self, text: str) -> None:
         """A line below the table, once."""
         if text not in self.advice:
@@ -3174,64 +3175,77 @@ class Report:
 
 # --- reading files ---
 
-UTF8 = codecs.getincrementaldecoder("utf-8")
-UNREADABLE = (OSError, EOFError, zlib.error)  # a missing file, or one that gzip cannot unpack
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+MARKS = {  # byte order marks; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 
 
 def is_packed(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
+    return path.suffix.lower() in (*OPENERS, ".zst")
 
 
 def ending(path: Path) -> str:
-    """A file's ending in lower case, without .gz."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    """A file's ending in lower case, without .gz and the like."""
+    return Path(path.stem if is_packed(path) else path.name).suffix.lower()
 
 
 def open_binary(path: Path):
-    return gzip.open(path, "rb") if is_packed(path) else open(path, "rb")
+    """The bytes of a file, unpacked."""
+    if path.suffix.lower() == ".zst":  # zstandard's own reader takes a torn file for a whole one
+        library = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+        return optional(library, "backports.zstd").open(path, "rb")
+    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
 
 
-@dataclass
-class TextFile:
-    """A UTF-8 file, read in blocks as often as needed, so that it may be longer than memory."""
+def encoding_of(head: bytes) -> str:
+    return next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
 
-    path: Path
-    errors: str = "strict"  # or "replace"
-    limit: int = sys.maxsize  # bytes to read
-    replaced: int = 0  # invalid sequences that the last pass turned into U+FFFD
 
-    def blocks(self) -> Iterator[str]:
-        """The text without a byte order mark. Raises UserError with the offset of invalid bytes."""
-        decoder, offset, replaced = UTF8(self.errors), 0, 0
-        try:
-            with open_binary(self.path) as file:
-                data = None
-                while data != b"":
-                    data = file.read(min(BLOCK, self.limit - offset))
-                    pending = decoder.getstate()[0]  # the beginning of a character
-                    cut_off = offset >= self.limit  # maybe inside a character: no error
-                    text = decoder.decode(data, final=not data and not cut_off)
-                    genuine = (pending + data).count("\ufffd".encode())
-                    replaced += text.count("\ufffd") - genuine
-                    if text:
-                        yield text.removeprefix("\ufeff") if offset == len(pending) else text
-                    offset += len(data)
-        except UnicodeDecodeError as error:
-            what = f"{self.path}: invalid UTF-8 at byte {offset - len(pending) + error.start}"
-            raise UserError(f"{what}; convert it, or pass --encoding_errors replace") from None
-        except UNREADABLE as error:
-            raise UserError(f"cannot read {self.path}: {one_line(error)}") from None
-        self.replaced = replaced
+def read_text(path: Path, config: DataConfig, report: Report, size: int = 0) -> Iterator[str]:
+    r"""A file's text by lines, or in blocks of `size` characters; `\r\n` and `\r` become `\n`.
 
-    def pieces(self, delimiter: str) -> Iterator[str]:
-        """The text between delimiters."""
-        blocks, rest = self.blocks(), ""
-        # As much again as is left over, so that a long piece is not searched block by block anew.
-        while more := "".join(islice(blocks, 1 + len(rest) // BLOCK)):
-            *pieces, rest = (rest + more).split(delimiter)
-            yield from pieces
-        if rest:
-            yield rest
+    UTF-8, or what a byte order mark says. Raises UserError on invalid bytes, with their offset,
+    on NULs, which text does not hold, and where the file cannot be read or unpacked.
+    """
+
+    def replace_and_count(error: UnicodeError) -> tuple[str, int]:
+        report.count(path.name, "invalid bytes replaced by U+FFFD", where=str(path))
+        return "\ufffd", error.end
+
+    codecs.register_error("replace and count", replace_and_count)
+    errors = "strict" if config.encoding_errors == "strict" else "replace and count"
+    try:
+        with open_binary(path) as file:
+            encoding = encoding_of(file.read(4))
+        with io.TextIOWrapper(open_binary(path), encoding, errors) as file:
+            parts = iter(partial(file.read, size), "") if size else file
+            try:
+                for number, part in enumerate(parts):
+                    if "\0" in part:
+                        what = f"{path} holds NULs: it is no text, or UTF-16 without its mark"
+                        raise UserError(f"{what}; save it as UTF-8")
+                    yield part if number else part.lstrip("\ufeff")
+            except UnicodeDecodeError as error:
+                offset = file.buffer.tell() - len(error.object) + error.start
+                what = f"{path}: invalid {encoding.upper()} at byte {offset}"
+                raise UserError(f"{what}; convert it, or pass --encoding_errors replace") from None
+    except UserError:
+        raise
+    except Exception as error:  # of gzip, bz2, lzma and zstd: no common base
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+
+
+def documents_in(blocks: Iterator[str], delimiter: str) -> Iterator[str]:
+    """The text between delimiters."""
+    rest = ""
+    # As much again as is left over, so that a long document is not searched block by block anew.
+    while more := "".join(islice(blocks, 1 + len(rest) // BLOCK)):
+        *documents, rest = (rest + more).split(delimiter)
+        yield from documents
+    if rest:
+        yield rest
 
 
 # --- rows of JSON and of tables become records ---
@@ -3241,14 +3255,22 @@ class TextFile:
 QUESTIONS = ("instruction", "prompt", "question")
 ANSWERS = ("output", "completion", "response", "answer")
 DIALOGUES = ("messages", "conversations", "conversation")
+PREFERENCES = ("chosen", "rejected")
 INPUTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
-OTHERS = ("chosen", "rejected", "history", "label", "text")
-UNSUPPORTED = (
-    "tools", "functions", "tool_calls", "function_call", "tool_call_id",
-    "image", "images", "video", "videos", "audio", "audios",
-)  # fmt: skip
-KNOWN_COLUMNS = {*QUESTIONS, *ANSWERS, *DIALOGUES, *INPUTS, *SYSTEMS, *OTHERS, *UNSUPPORTED}
+LABELS = ("label", "sentiment", "class")
+UNSUPPORTED = {
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id", "image",
+                     "images", "video", "videos", "audio", "audios"),
+                    "tool calls and media are not supported"),
+    **dict.fromkeys(("train_detail", "training_detail"),
+                    "masks inside a message are not supported: split the message"),
+}  # fmt: skip
+REASONING = ("reasoning_content", "reasoning", "thinking")
+MASKS = ("weight", "train", "training", "trainable", "loss")  # OpenAI's, axolotl's and swift's
+KNOWN_COLUMNS = {*QUESTIONS, *ANSWERS, *DIALOGUES, *PREFERENCES, *INPUTS, *SYSTEMS, *LABELS,
+                 *UNSUPPORTED, *MASKS, "history", "text", "role", "message_id", "parent_id"}  # fmt: skip
+MESSAGE_FIELDS = {"role", "from", "content", "value", *MASKS, *UNSUPPORTED}
 LAYOUTS = (
     "text; instruction, prompt or question (with input or context, system, history) and output, "
     "completion, response or answer; messages or conversations; chosen and rejected"
@@ -3268,7 +3290,7 @@ class Message(NamedTuple):
     trained: bool = True
 
 
-def present(row: dict, names: tuple[str, ...]) -> str:
+def present(row: dict, names: Iterable[str]) -> str:
     """The one of these columns that a row fills, or "". Raises ValueError where it fills two."""
     found = [name for name in names if row.get(name) is not None]
     if len(found) > 1:
@@ -3276,21 +3298,35 @@ def present(row: dict, names: tuple[str, ...]) -> str:
     return found[0] if found else ""
 
 
-def text_in(row: dict, *names: str) -> str | TextFile:
-    """The text of the one column among these that is filled, "" without one."""
-    row = {name: row[name] for name in names if row.get(name) not in (None, "")}
-    name = present(row, names)
-    value = row.get(name, "")
-    if not isinstance(value, str | TextFile):
-        raise ValueError(f"{name!r} must be text, not {type(value).__name__}")
-    return value
+def text_from(value, name: str) -> str:
+    """The text of a column or field. Numbers, lists and objects are written as JSON."""
+    if not isinstance(value, str):
+        try:
+            value = json.dumps(value, ensure_ascii=False)
+        except TypeError:
+            raise ValueError(f"{name!r} must be text, not {type(value).__name__}") from None
+    if "\0" in value:
+        raise ValueError(f"{name!r} holds NULs, which text does not")
+    return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+
+
+def text_in(row: dict, names: Iterable[str]) -> str:
+    """The text of the one column among these that is not empty, "" without one."""
+    name = present({name: row.get(name) for name in names if row.get(name) != ""}, names)
+    return text_from(row[name], name) if name else ""
+
+
+def flag(value) -> bool | None:
+    """A yes or no, as JSON, numbers or a table's cells have it; None for anything else."""
+    known = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+    return known.get(str(value).strip().lower())
 
 
 def refuse_unsupported(row: dict, place: str) -> None:
     """Tool calls and media cannot be rendered; without them a dialogue would be half read."""
-    for name in UNSUPPORTED:
+    for name, why in UNSUPPORTED.items():
         if row.get(name) not in (None, "", "[]", [], {}):
-            raise ValueError(f"{name!r} in {place}: tool calls and media are not supported")
+            raise ValueError(f"{name!r} in {place}: {why}")
 
 
 def content_of(entry: dict, name: str, column: str) -> str:
@@ -3304,7 +3340,7 @@ def content_of(entry: dict, name: str, column: str) -> str:
         return "".join(content_of(part, "text", column) for part in content)
     if not isinstance(content, str):
         raise ValueError(f"a message in {column!r} has no text")
-    return content
+    return text_from(content, column)
 
 
 def message_from(entry: dict, column: str) -> Message:
@@ -3312,54 +3348,65 @@ def message_from(entry: dict, column: str) -> Message:
     if not isinstance(entry, dict):
         raise ValueError(f"{column!r} must be a list of {{role, content}}")
     refuse_unsupported(entry, repr(column))
+    for name in REASONING:
+        if entry.get(name):
+            raise ValueError(f"{name!r} in {column!r}: write it into the content, or drop it")
     role = entry.get("role") or entry.get("from")
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"unknown role {role!r} in {column!r} (known: {', '.join(ROLES)})")
-    weight = entry.get("weight")  # OpenAI's: 0 for an answer that is not to be trained
-    if weight not in (None, 0, 1):
-        raise ValueError(f"weight {weight!r} in {column!r} is neither 0 nor 1")
-    return Message(ROLES[role], content_of(entry, "content", column), trained=weight != 0)
+    masks = {name: entry[name] for name in MASKS if entry.get(name) is not None}
+    for name, value in masks.items():
+        if flag(value) is None:
+            raise ValueError(f"{name} {value!r} in {column!r} is neither 0 nor 1")
+    return Message(ROLES[role], content_of(entry, "content", column),
+                   trained=all(map(flag, masks.values())))  # fmt: skip
 
 
 def messages_of(value, column: str, role: str = "") -> list[Message]:
     """The messages that a column holds: a list, a single one, a transcript, or text of `role`."""
-    if isinstance(value, dict):
-        value = [value]
-    if value == []:
+    if isinstance(value, str) and column in (*DIALOGUES, *PREFERENCES):  # JSON in a table's cell
+        with contextlib.suppress(ValueError):
+            parsed = json.loads(value)
+            value = parsed if speaks(parsed) else value
+    if speaks(value):
+        entries = [value] if isinstance(value, dict) else value
+        return [message_from(entry, column) for entry in entries]
+    if value == [] and (column in PREFERENCES or not role):
         raise ValueError(f"no messages in {column!r}")
-    if isinstance(value, list):
-        return [message_from(entry, column) for entry in value]
-    if not isinstance(value, str):
-        raise ValueError(f"{column!r} must be text or messages, not {type(value).__name__}")
-    is_transcript = re.match(r"\s*Human:", value) and "\n\nAssistant:" in value  # as in HH-RLHF
-    if is_transcript and column not in ANSWERS:
-        _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip())
+    is_transcript = isinstance(value, str) and re.match(r"\s*Human:", value)  # as in HH-RLHF
+    if is_transcript and "\n\nAssistant:" in value and column not in ANSWERS:
+        _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text_from(value, column).lstrip())
         pairs = zip(parts[::2], parts[1::2], strict=True)
         found = [Message(ROLES[who.lower()], text.strip()) for who, text in pairs]
         return found if found[-1].text else found[:-1]  # a prompt ends with "Assistant:" alone
     if not role:
         raise ValueError(f"{column!r} must be a list of {{role, content}}")
-    return [Message(role, value)]
+    return [Message(role, text_from(value, column))]
+
+
+def speaks(value) -> bool:
+    """Whether a value is a message, or a list with one."""
+    entries = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return any(isinstance(entry, dict) and entry.keys() & {"role", "from"} for entry in entries)
 
 
 def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
-    """All messages of a row, from its columns of question, dialogue and answer ("" for none).
-
-    A column that repeats a part of the others (UltraFeedback's prompt) is passed over.
-    """
+    """All messages of a row, from its columns of question, dialogue and answer ("" for none)."""
     columns = {asked: "user", talk: "", answer: "assistant"}  # and the role of a text in each
     columns.pop("", None)
     parts = [messages_of(row[name], name, role) for name, role in columns.items()]
-    extra = text_in(row, *INPUTS) if asked else ""
+    extra = text_in(row, INPUTS) if asked else ""
     if extra:
         if len(parts[0]) > 1:
             raise ValueError(f"an input beside the messages of {asked!r}")
         parts[0][0] = parts[0][0]._replace(input=extra)
     body = parts.pop()
-    while parts and body[0].role == "assistant" and parts[-1][-1].role != "assistant":
-        body = parts.pop() + body
-    for part in parts:
-        if not {m.text for m in part} <= {m.text for m in body}:
+    for part in reversed(parts):
+        is_answered = body[0].role == "assistant" and part[-1].role != "assistant"
+        is_repeated = {m.text for m in part} <= {m.text for m in body}  # as UltraFeedback's prompt
+        if is_answered:
+            body = part + body
+        elif not is_repeated:
             names = " and ".join(map(repr, columns))
             raise ValueError(f"{names} hold different dialogues: drop a column")
     return body
@@ -3367,7 +3414,7 @@ def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
 
 def preamble_of(row: dict, body: list[Message]) -> list[Message]:
     """What columns of their own put before a dialogue: a system text, Alpaca's history."""
-    system, has_system = text_in(row, *SYSTEMS), body[0].role == "system"
+    system, has_system = text_in(row, SYSTEMS), body[0].role == "system"
     history = row.get("history") or []
     if has_system and (history or system not in ("", body[0].text)):
         raise ValueError("a system text both inside the dialogue and beside it")
@@ -3375,7 +3422,8 @@ def preamble_of(row: dict, body: list[Message]) -> list[Message]:
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise ValueError("'history' must be a list of [user, assistant] texts")
-        before += map(Message, ("user", "assistant"), pair)
+        asked, answer = (text_from(text, "history") for text in pair)
+        before += [Message("user", asked), Message("assistant", answer)]
     return before
 
 
@@ -3386,12 +3434,15 @@ def turns_of(messages: list[Message]) -> list[Turn]:
     only at the beginning, a user's message must come first and an answer last.
     """
     joined: list[Message] = []
-    for role, group in groupby(messages, key=lambda m: m.role):
-        _, texts, inputs, trained = zip(*group, strict=True)
-        if len(set(trained)) > 1:
+    for role, run in groupby(messages, key=lambda m: m.role):
+        group = list(run)
+        if role == "assistant" and len({m.trained for m in group}) > 1:
             raise ValueError("answers of different weight in a row")
-        extra = "\n".join(filter(None, inputs))
-        joined.append(Message(role, "\n\n".join(texts), extra, trained[0]))
+        text, extra = (
+            "\n\n".join(m.text for m in group),
+            "\n".join(m.input for m in group if m.input),
+        )
+        joined.append(Message(role, text, extra, group[0].trained))
     system = joined.pop(0).text if joined and joined[0].role == "system" else ""
     roles = [m.role for m in joined]
     if "system" in roles:
@@ -3425,31 +3476,63 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
         raise ValueError(f"expected an object, found {type(row).__name__}")
     if None in row:  # csv's name for cells beyond the last column
         raise ValueError("more cells than the first line names columns")
-    has_text = row.get(text_field) is not None
-    if has_text and text_field != "text":  # asked for by name
-        return Record(source, [Turn("", text_in(row, text_field))], where=where)
     asked, talk = present(row, QUESTIONS), present(row, DIALOGUES)
     preference = row.get("chosen") is not None  # counts, whatever other answer stands beside it
     answer = "chosen" if preference else present(row, ANSWERS)
     pair = preference and row.get("rejected") is not None
-    if not (pair or talk or (asked and answer)):
-        if not has_text:
-            if text_field in row:
-                raise ValueError(f"{text_field!r} is null")
-            names = ", ".join(map(str, list(row)[:12])) or "none"
-            what = f"no {text_field!r} and no known layout among the fields ({names})"
-            way = "name the one that holds text with --text_field"
-            raise ValueError(f"{what}; {way}, or use {LAYOUTS}")
-        if asked or answer:
-            half = repr(asked or answer)
-            raise ValueError(f"{half} beside 'text' is half a pair: name one by --text_field")
-        return Record(source, [Turn("", text_in(row, text_field))], where=where)
+    by_name = text_field != "text" and row.get(text_field) is not None
+    if by_name or not (pair or talk or (asked and answer)):
+        return plain_record(row, source, text_field, where, "" if by_name else asked or answer)
     refuse_unsupported(row, "the row")
     body = dialogue_of(row, asked, talk, answer)
     rejected = rejected_answer(row["rejected"], body) if pair else ""
-    if row.get("label") is False:  # KTO's: an answer that people did not like
+    if flag(row.get("label")) is False:  # KTO's: an answer that people did not like
         body[-1] = body[-1]._replace(trained=False)
+    if any(flag(row.get(name)) is False for name in MASKS):  # of the row, and so of its answers
+        body = [message._replace(trained=False) for message in body]
     return Record(source, turns_of(preamble_of(row, body) + body), rejected, where)
+
+
+def plain_record(row: dict, source: str, text_field: str, where: str, half: str) -> Record:
+    """A record of plain text. half: a question without its answer, or the other way round."""
+    if half and row.get(text_field) is not None:
+        raise ValueError(f"{half!r} beside 'text' is half a pair: name one by --text_field")
+    is_message = isinstance(row.get("role"), str) and row["role"] in ROLES
+    if is_message or {"message_id", "parent_id"} <= row.keys():  # as in OASST
+        raise ValueError("one message of a dialogue: put all of them into a list called messages")
+    if row.get(text_field) is None:
+        wanted = (
+            ANSWERS if half in QUESTIONS else QUESTIONS if half else KNOWN_COLUMNS | {text_field}
+        )
+        for name in row:
+            if name in wanted and row[name] is None:
+                raise ValueError(f"{name!r} is null")
+        names = ", ".join(map(str, list(row)[:12])) or "none"
+        what = f"no {text_field!r} and no known layout among the fields ({names})"
+        way = "name the one that holds text with --text_field"
+        raise ValueError(f"{what}; {way}, or use {LAYOUTS}")
+    if not isinstance(row[text_field], str):
+        raise ValueError(f"{text_field!r} must be text, not {type(row[text_field]).__name__}")
+    return Record(source, [Turn("", text_from(row[text_field], text_field))], where=where)
+
+
+def unused_in(row: dict, record: Record, text_field: str) -> Iterator[str]:
+    """Names of what a row holds, numbers apart, and its record does not."""
+    for name, value in row.items():
+        is_empty = isinstance(value, int | float) or not value
+        if name not in KNOWN_COLUMNS and name != text_field and not is_empty:
+            yield str(name)
+        if name in LABELS and value is not None and (record.is_plain or flag(value) is None):
+            yield name
+    for column in (*DIALOGUES, *PREFERENCES):
+        entries = row.get(column)
+        for entry in filter(speaks, entries if isinstance(entries, list) else ()):
+            for name in entry.keys() - MESSAGE_FIELDS:
+                if isinstance(entry[name], str) and entry[name]:
+                    yield f"{name} in {column}"
+            role = ROLES.get(entry.get("role") or entry.get("from"))
+            if role != "assistant" and any(flag(entry.get(name)) is False for name in MASKS):
+                yield "masks of questions, which --loss_on response leaves out"
 
 
 def records_from_rows(
@@ -3459,6 +3542,8 @@ def records_from_rows(
 
     instructions: the source of records that have a prompt, where that is another.
     """
+    unused: Counter[str] = Counter()
+    n_texts = n_blank = 0
     for where, row in rows:
         try:
             record = record_from_row(row, source, config.text_field, where)
@@ -3468,19 +3553,45 @@ def records_from_rows(
                 raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip") from None
             report.skip(source, why, where)
             continue
+        unused.update(unused_in(row, record, config.text_field))
+        n_texts += record.is_plain
+        n_blank += record.is_plain and not record.response.strip()
         if instructions and not record.is_plain:
             record.source = instructions
-        context = sum(not turn.trained for turn in record.turns)
-        if context:
-            what = "answers not trained: weight 0, label false"
-            report.count(record.source, what, context, where)
-        if context == len(record.turns):
-            report.skip(record.source, "no answer to train", where)
+        yield from trained_part(record, report)
+    if unused:
+        report.count(source, f"not used: {', '.join(unused)}", max(unused.values()))
+    if n_blank > 0.2 * n_texts and not (config.join_rows or config.doc_delimiter):
+        what = f"{source}: {n_blank:,} of {n_texts:,} rows are blank, as lines of a text are"
+        report.advise(f"{what}: --join_rows makes one text of them")
+
+
+def trained_part(record: Record, report: Report) -> Iterator[Record]:
+    """The record up to its last trained answer, if it has one; what is not trained is counted."""
+    context = sum(not turn.trained for turn in record.turns)
+    if context:
+        what = "answers not trained (weight 0, train false, label false)"
+        report.count(record.source, what, context, record.where)
+    if context == len(record.turns):
+        report.skip(record.source, "no answer to train", record.where)
+        return
+    while not record.turns[-1].trained:  # nothing follows that it is context for
+        record.turns.pop()
+        record.rejected = ""
+    yield record
+
+
+def join_rows(records: Iterable[Record]) -> Iterator[Record]:
+    """Plain texts of one source and split as one text, each on a line, as WikiText is on the Hub."""
+    for (source, split, plain), group in groupby(
+        records, lambda r: (r.source, r.split, r.is_plain)
+    ):
+        if not plain:
+            yield from group
             continue
-        while not record.turns[-1].trained:  # nothing follows that it is context for
-            record.turns.pop()
-            record.rejected = ""
-        yield record
+        lines = (record.response.removesuffix("\n") + "\n" for record in group)
+        for batch in batched(lines, sys.maxsize, len, PIECE):
+            yield Record(source, [Turn("", "".join(batch))], where=source, split=split)
 
 
 # --- one reader for each format ---
@@ -3489,16 +3600,16 @@ def records_from_rows(
 # Plain text is a row, too: its only column is the one that --text_field names.
 
 
-def sms_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
+def sms_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
     """SMS Spam Collection: a label, a tab, a message on each line, no quoting."""
     task = "classify if the SMS is spam or ham"
-    for number, line in enumerate(file.pieces("\n"), 1):
-        label, tab, message = line.rstrip("\r").partition("\t")
+    for number, line in enumerate(read_text(path, config, report), 1):
+        label, tab, message = line.removesuffix("\n").partition("\t")
         row = dict(instruction=task, input=message, output=label.strip())
         if not tab or not label.strip():
             row = ValueError("no tab between label and message")
         if line.strip():
-            yield f"{file.path}:{number}", row
+            yield f"{path}:{number}", row
 
 
 def json_value(text: str):
@@ -3509,153 +3620,119 @@ def json_value(text: str):
         return error
 
 
-def json_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
-    """A JSON list of objects, or JSON Lines under whatever name."""
-    path, is_lines = file.path, ending(file.path) != ".json"
-    if not is_lines:
-        first = next(file.pieces("\n"), "")
-        is_lines = first.lstrip().startswith("{") and isinstance(json_value(first), dict)
-    if is_lines:
-        lines = enumerate(file.pieces("\n"), 1)
+def json_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
+    """JSON Lines, or one JSON list of objects, under whatever name."""
+    text = next(filter(str.strip, read_text(path, config, Report())), "").lstrip()
+    is_lines = isinstance(json_value(text), dict) or ending(path) != ".json"
+    if is_lines and not text.startswith("["):
+        lines = enumerate(read_text(path, config, report), 1)
         yield from ((f"{path}:{n}", json_value(line)) for n, line in lines if line.strip())
         return
-    entries = json_value("".join(file.blocks()))
+    entries = json_value("".join(read_text(path, config, report, BLOCK)))
     if isinstance(entries, list):
         yield from ((f"{path}: entry {n}", entry) for n, entry in enumerate(entries, 1))
+    elif isinstance(entries, dict):
+        yield str(path), entries
     else:
         what = entries if isinstance(entries, Exception) else f"found a {type(entries).__name__}"
         why = f"expected a JSON list of objects, or an object a line: {one_line(what)}"
         yield str(path), ValueError(why)
 
 
-def csv_cells(lines: Iterator[str], delimiter: str) -> Iterator[tuple]:
-    """(number of its first line, cells) of each row, or the csv.Error in place of its cells.
-
-    A malformed row costs its first line, not those that a quote without an end has swallowed.
-    """
-    waiting: deque[str] = deque()  # lines to be read again
-    number = 1
-
-    def tapped(taken: list[str]) -> Iterator[str]:
-        while line := waiting.popleft() if waiting else next(lines, ""):
-            taken.append(line)
-            yield line
-
-    while True:
-        taken: list[str] = []  # the lines of one row
-        try:
-            cells = next(csv.reader(tapped(taken), delimiter=delimiter, strict=True), None)
-        except csv.Error as error:
-            cells = error
-            waiting.extendleft(reversed(taken[1:]))
-            del taken[1:]
-        if cells is None:
-            return
-        if cells != []:  # an empty line
-            yield number, cells
-        number += len(taken)
-
-
-def csv_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
+def csv_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
     """A table whose first line names its columns, separated by commas, semicolons or tabs."""
-    lines = (line + "\n" for line in file.pieces("\n"))
-    header = next(lines, "")
     csv.field_size_limit(2**31 - 1)
-    cells = csv_cells(chain([header], lines), max(",;\t", key=header.count))
-    number, names = next(cells, (1, []))
-    if isinstance(names, list):
+    lines, before = read_text(path, config, report), 0
+    header = next(lines, "")
+    delimiter = max(",;\t", key=header.count)
+    if said := re.fullmatch(r"sep=(.)\n?", header):  # Excel's line
+        delimiter, header, before = said[1], next(lines, ""), 1
+    spaced = f"{delimiter} " in header
+    table = csv.DictReader(
+        chain([header], lines), delimiter=delimiter, strict=True, skipinitialspace=spaced
+    )
+    number = 1 + before
+    try:
+        names = table.fieldnames = [name.strip() for name in table.fieldnames or []]
         twice = {n for n in names if names.count(n) > 1} & {*KNOWN_COLUMNS, config.text_field}
-        names = ValueError(f"two columns {min(twice)!r}: rename one") if twice else names
-    if isinstance(names, Exception):
-        yield f"{file.path}:{number}", names
-        return
-    for number, row in cells:
-        if isinstance(row, list):
-            more = {None: row[len(names) :]} if len(row) > len(names) else {}
-            row = dict(zip(names, row, strict=False)) | more
-        yield f"{file.path}:{number}", row
+        if twice:
+            raise UserError(f"{path}: two columns {min(twice)!r}: rename one")
+    except csv.Error as error:
+        raise UserError(f"{path}:{number}: {error}") from None
+    while True:
+        number = table.line_num + before + 1
+        try:
+            row = next(table, None)
+        except csv.Error as error:
+            row = error
+        if row is None:
+            return
+        if "end of data" in str(row):
+            raise UserError(f"{path}:{number}: a quote is never closed; close or double it")
+        yield f"{path}:{number}", row
 
 
-def parquet_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
+def parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
     """Rows of a parquet file, FineWeb's layout and instruction tables alike, batch by batch."""
-    parquet, path = optional("pyarrow.parquet", "pyarrow"), file.path
+    parquet = optional("pyarrow.parquet", "pyarrow")
     try:
         source = io.BytesIO(open_binary(path).read()) if is_packed(path) else path
         with parquet.ParquetFile(source) as table:
             columns = table.schema_arrow.names
             wanted = [c for c in columns if c in KNOWN_COLUMNS or c == config.text_field]
             wanted = wanted or columns[:12]  # to be refused by their names
+            if others := [c for c in columns if c not in wanted]:
+                report.count(path.name, f"not used: {', '.join(others)}", table.metadata.num_rows)
             batches = (batch.to_pylist() for batch in table.iter_batches(256, columns=wanted))
             for number, row in enumerate(chain.from_iterable(batches), 1):
                 yield f"{path}: row {number}", row
-    except (*UNREADABLE, ValueError, ArithmeticError) as error:  # bases of pyarrow's errors
+    except UserError:
+        raise
+    except Exception as error:  # of pyarrow and of what unpacks: no common base
         raise UserError(f"cannot read {path} as parquet: {one_line(error)}") from None
 
 
-def plain_rows(file: TextFile, config: DataConfig, report: Report) -> Iterator[tuple]:
-    """One record a file, or one between delimiters.
+def arrow_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
+    """Rows of a file that `save_to_disk` of the `datasets` library wrote."""
+    datasets = optional("datasets")
+    try:
+        table = rows_of(datasets.Dataset.from_file(str(path)))
+    except Exception as error:  # of pyarrow
+        raise UserError(f"cannot read {path} as Arrow data: {one_line(error)}") from None
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(table, 1))
 
-    Under --max_tokens a long file is a text that ends about there: the rest is not read, and
-    validation takes the last part of what is.
+
+def plain_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
+    """One record a file, or one between delimiters; of a file above PIECE characters, several.
+
+    Under --max_tokens the records are not longer than that: of a long file, what is not needed is
+    not read, and validation takes the last part of what is.
     """
-    path = file.path
+    blocks = read_text(path, config, report, BLOCK)
     if config.doc_delimiter:
-        for number, text in enumerate(file.pieces(unescape(config.doc_delimiter)), 1):
+        delimiter = text_from(unescape(config.doc_delimiter), "--doc_delimiter")
+        for number, text in enumerate(documents_in(blocks, delimiter), 1):
             yield f"{path}: document {number}", {config.text_field: text}
         return
-    beginning = [*islice(file.blocks(), 2)]  # of a short file: all
-    if "<|endoftext|>" in "".join(beginning[:1]):
-        what = f"{path} holds <|endoftext|>, read as plain characters"
-        report.advise(f"{what}: --doc_delimiter '<|endoftext|>' makes a record of each part")
-    if path.suffix.lower() in SOURCE_CODE:
+    size = PIECE
+    if config.max_tokens:
+        a_token = 1 if getattr(config, "tokenizer", "") == "byte" else BYTES_PER_TOKEN
+        size = min(PIECE, max(config.max_tokens * a_token, 2 * LONG_TEXT))
+    if ending(path) in SOURCE_CODE:
         report.advise(f"{path.parent} holds source code, read as plain text, one record a file")
-    text: str | TextFile = "".join(beginning)
-    if len(beginning) > 1:
-        text = replace(file)
-        if config.max_tokens:
-            a_token = 1 if getattr(config, "tokenizer", "") == "byte" else BYTES_PER_TOKEN
-            text.limit = max(config.max_tokens * a_token, LONG_TEXT + 1)
-            rest = path.stat().st_size - text.limit
-            if rest > 0 and not is_packed(path):
-                report.count(path.name, "bytes past --max_tokens, not read", rest, str(path))
-    yield str(path), {config.text_field: text}
+    blocks = chain([next(blocks, "")], blocks)  # an empty file is a record, too, and skipped later
+    for number, batch in enumerate(batched(blocks, sys.maxsize, len, size), 1):
+        if number == 1 and "<|endoftext|>" in batch[0]:
+            what = f"{path} holds <|endoftext|>, read as plain characters"
+            report.advise(f"{what}: --doc_delimiter '<|endoftext|>' makes a record of each part")
+        where = str(path) if number == 1 else f"{path}: part {number}"
+        yield where, {config.text_field: "".join(batch)}
 
 
-def load_hub(rows: Iterable[dict], config: DataConfig, report: Report) -> Iterator[Record]:
-    """Records of a Hugging Face dataset, from the Hub or a local builder, whole or as a stream."""
-    name, numbers = config.hf_dataset, count(1)
-    numbered = ((f"{name}: row {next(numbers)}", row) for row in rows)
-    try:
-        yield from records_from_rows(numbered, name, config, report)
-    except UserError:
-        raise
-    except Exception as error:  # of pyarrow, fsspec, the network: no common base
-        why = one_line(error, 160)
-        raise UserError(f"{name}: cannot read row {next(numbers)}: {why}") from None
-
-
-def hub_rows(config: DataConfig):
-    """The `datasets` object that --hf_dataset names. Raises UserError where it cannot be had."""
-    datasets = optional("datasets")
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(
-            config.hf_dataset,
-            config.hf_config or None,
-            split=config.hf_split,
-            # Local files always: the copies that `datasets` keeps are not renewed by every edit.
-            streaming=config.streaming or bool(find_files(config)),
-            data_files=config.hf_files or None,
-        )
-    except Exception as error:
-        what = f"cannot load dataset {config.hf_dataset!r}: {one_line(error, 160)}"
-        raise UserError(f"{what}; check the name and the network, or use --data_dir") from None
-
-
-READERS: dict[str, Callable[[TextFile, DataConfig, Report], Iterator[tuple]]] = {
-    ".json": json_rows, ".jsonl": json_rows, ".ndjson": json_rows,
-    ".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows,
-    ".txt": plain_rows, ".md": plain_rows,
+READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[tuple]]] = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson", ".jsonlines", ".jl"), json_rows),
+    **dict.fromkeys((".csv", ".tsv"), csv_rows),
+    ".parquet": parquet_rows, ".arrow": arrow_rows, ".txt": plain_rows, ".md": plain_rows,
 }  # fmt: skip
 SOURCE_CODE = {".py", ".js", ".ts", ".c", ".h", ".cpp", ".cc", ".java", ".go", ".rs", ".rb", ".sh"}
 BINARY = {  # first bytes -> what to do
@@ -3663,53 +3740,181 @@ BINARY = {  # first bytes -> what to do
     b"PK\x03\x04": "an archive or office document: unpack it, or save it as text",
     b"{\\rtf": "rich text: save it as plain text",
     b"\x1f\x8b": "compressed, but not named .gz",
+    b"\x28\xb5\x2f\xfd": "compressed, but not named .zst",
+    b"BZh": "compressed, but not named .bz2",
+    b"\xfd7zXZ": "compressed, but not named .xz",
 }
+JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # of an object, or of a list of them
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def find_reader(path: Path):
-    """(reader, "") by a file's name or by a look inside, or (None, why it cannot be read)."""
-    is_sms = path.name.lower().startswith("smsspamcollection")
-    if ending(path) == ".tsv":
-        lines = TextFile(path, "replace").pieces("\n")
-        label = next(filter(str.strip, lines), "").partition("\t")[0]
-        is_sms = is_sms or label.strip() in ("ham", "spam")
-    reader = sms_rows if is_sms else READERS.get(ending(path))
-    if reader:
-        return reader, ""
+    """(reader, "") by a file's name and a look inside, or (None, why it cannot be read)."""
+    reader = READERS.get(ending(path))
     try:
+        with open(path, "rb") as file:
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+        if pointer and (reader or is_packed(path)):
+            raise UserError(f"{path} is a Git LFS pointer, not the data: run git lfs pull")
         with open_binary(path) as file:
             head = file.read(4096)
-        why = next((why for first, why in BINARY.items() if head.startswith(first)), "not text")
-        if why == "not text" and b"\0" not in head:
-            UTF8().decode(head)  # incremental: a character may be cut at the end
+    except UserError:
+        raise
+    except Exception as error:  # of the system and of what unpacks: no common base
+        return reader, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
+    return reader_of(path, reader, head, pointer)
+
+
+def reader_of(path: Path, reader: Callable | None, head: bytes, pointer: bool):
+    """The same, of a file that begins with `head`."""
+    encoding = encoding_of(head)
+    text = head.decode(encoding, "ignore").lstrip("\ufeff")
+    first = next(filter(str.strip, text.splitlines()), "")
+    labelled = ending(path) == ".tsv" and first.partition("\t")[0].strip() in ("ham", "spam")
+    if labelled or path.name.lower().startswith("smsspamcollection"):
+        return sms_rows, ""
+    if reader not in (None, plain_rows):
+        return reader, ""
+    if JSON_START.match(text):
+        return json_rows, ""
+    if reader:
+        return reader, ""
+    why = next((why for first, why in BINARY.items() if head.startswith(first)), "not text")
+    if pointer:
+        why = "a Git LFS pointer: run git lfs pull"
+    elif why == "not text" and "\0" not in text:
+        with contextlib.suppress(UnicodeDecodeError):  # a character may be cut at the end
+            codecs.getincrementaldecoder(encoding)().decode(head)
             return plain_rows, ""
-    except PermissionError as error:
-        why = f"cannot be read: {error.strerror}"
-    except (*UNREADABLE, UnicodeDecodeError):
-        why = "not text"
     return None, why
+
+
+# --- data sets of Hugging Face ---
+
+
+def load_hub(config: DataConfig, report: Report) -> Iterator[Record]:
+    """Records of --hf_dataset, from the Hub or a local builder, whole or as a stream.
+
+    Without --hf_split all its splits, each for what its name says.
+    """
+    name, splits = config.hf_dataset, hub_splits(config)
+    roles = roles_of([Path(split) for split in splits], Path("."))
+    labels = "" if config.streaming else label_column(splits.values(), config.text_field)
+    for split, rows in splits.items():
+        role = roles[Path(split)]
+        if role == "test":
+            report.skip(name, "test split, kept out", f"{name} {split}")
+            continue
+        numbers = count(1)
+        numbered = ((f"{name} {split}: row {next(numbers)}", row) for row in rows)
+        numbered = classified(numbered, labels, config.text_field)
+        try:
+            for record in records_from_rows(numbered, name, config, report):
+                record.split = role
+                yield record
+        except UserError:
+            raise
+        except Exception as error:  # of pyarrow, fsspec, the network: no common base
+            why = one_line(error, 160)
+            raise UserError(f"{name} {split}: cannot read row {next(numbers)}: {why}") from None
+
+
+def hub_splits(config: DataConfig) -> dict:
+    """{split: data set} of --hf_dataset, by `datasets`. Raises UserError where it cannot be had."""
+    datasets = optional("datasets")
+    datasets.disable_progress_bars()
+    name, split, files = config.hf_dataset, config.hf_split, find_files(config)
+    if config.hf_files and not files and "://" not in config.hf_files and name in LOCAL_BUILDERS:
+        raise UserError(f"--hf_files {config.hf_files} matches no file")
+    if config.streaming and "[" in split:
+        raise UserError(f"--hf_split {split}: a stream has no slices; use --max_docs instead")
+    try:
+        if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
+            data = datasets.load_from_disk(name)
+            data = data[split] if split and isinstance(data, dict) else data
+        else:
+            # Local files as a stream: the copies that `datasets` keeps are not renewed by every
+            # edit. But a slice needs all rows.
+            streaming = config.streaming or (bool(files) and "[" not in split)
+            data = datasets.load_dataset(
+                name, config.hf_config or None, split=split or None, streaming=streaming,
+                data_files=config.hf_files or None,
+            )  # fmt: skip
+    except Exception as error:
+        what = f"cannot load dataset {name!r}: {one_line(error, 160)}"
+        raise UserError(f"{what}; check the name and the network, or use --data_dir") from None
+    return data if isinstance(data, dict) else {split or "train": data}
+
+
+def rows_of(dataset) -> Iterator[dict]:
+    """Rows of a `datasets` object, with the names of classes in place of their numbers."""
+    features = dataset.features or {}
+    classes = {name: features[name] for name in LABELS if hasattr(features.get(name), "int2str")}
+    for row in dataset:
+        for name, kind in classes.items():
+            known = row[name] is not None and row[name] >= 0
+            row[name] = kind.int2str(row[name]) if known else None
+        yield row
+
+
+LOCAL_BUILDERS = ("arrow", "csv", "json", "parquet", "text")
+
+
+# --- labels of plain texts: a set for classification ---
+
+MAX_LABELS = 10
+
+
+def label_in(row, text_field: str) -> str:
+    """The column that labels a row of plain text, or ""."""
+    if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+        return ""
+    if any(row.get(name) is not None for name in (*QUESTIONS, *ANSWERS, *DIALOGUES, "chosen")):
+        return ""
+    return next((name for name in LABELS if row.get(name) is not None), "")
+
+
+def label_column(tables: Iterable[Iterable[dict]], text_field: str) -> str:
+    """The column whose labels make texts a set for classification, or "".
+
+    It has at most MAX_LABELS different labels, each of them repeated. A table counts if its first
+    row is a labelled text.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for rows in tables:
+        for number, row in enumerate(rows):
+            name = label_in(row, text_field)
+            if not name and not number:
+                break
+            if name:
+                counts[name, text_from(row[name], name)] += 1
+            if len(counts) > MAX_LABELS:
+                return ""
+    names = {name for name, _ in counts}
+    is_set = len(names) == 1 and len(counts) > 1 and min(counts.values()) > 1
+    return names.pop() if is_set else ""
+
+
+def classified(rows: Iterable[tuple], column: str, text_field: str) -> Iterator[tuple]:
+    """Rows whose labelled texts became instructions: classify the text, answer with its label."""
+    for where, row in rows:
+        if column and isinstance(row, dict) and column in row and row.get(text_field):
+            others = {n: value for n, value in row.items() if n not in (column, text_field)}
+            task = f"classify the text by {column}"
+            row = others | dict(instruction=task, input=row[text_field], output=row[column])
+        yield where, row
 
 
 # --- files and roles ---
 
 
-def named_data_dir(config: DataConfig) -> bool:
-    """Whether the user asked for this --data_dir, rather than leaving it at its default."""
-    return config.data_dir != DataConfig.data_dir or "data_dir" in config.explicit
-
-
-def made_here(folder: Path, names: set[str]) -> str:
+def written_by_us(names: set[str]) -> str:
     """What this program wrote into a folder that holds these names; "" if nothing."""
     if names & {"best.pth", "last.pth", "best_finetune.pth", "last_finetune.pth"}:
         return "a run of this program"
-    if {"config.json", "model.safetensors"} <= names:
-        return "an exported model"
-    if "meta.json" in names:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            if str(meta.get("format")).startswith("llm_pipeline."):
-                return "a token store"
-    return ""
+    if {"meta.json", "train.bin"} <= names:
+        return "a token store"
+    return "an exported model" if {"config.json", "model.safetensors"} <= names else ""
 
 
 def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
@@ -3721,38 +3926,33 @@ def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
     try:
         if root.is_file():
             return [root], {}
-        if not root.is_dir():
+        if not root.is_dir() and not (is_default_folder(root) and not root.exists()):
             what = "is neither a folder nor a file" if root.exists() else "does not exist"
-            if named_data_dir(config):
-                raise UserError(f"--data_dir {root} {what}: name a folder or a file with text")
-            return [], {}
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise UserError(f"cannot read --data_dir {root}: {error.strerror}") from None
-    files, left_out, folders = [], {}, deque([root])
+            raise UserError(f"--data_dir {root} {what}: name a folder or a file with text")
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered
+        raise UserError(f"cannot read --data_dir {root}: {one_line(error)}") from None
+    found, left_out = [], {}
     met = {os.path.realpath(config.processed_dir): "where token stores are kept"}
-    while folders:
-        folder = folders.popleft()
-        real = os.path.realpath(folder)
-        try:
-            entries = sorted(os.scandir(folder), key=lambda e: e.name)
-            why = made_here(folder, {e.name for e in entries}) or met.get(real)
-            if why and folder != root:
-                left_out[folder] = why
-                continue
-            met[real] = "a link to a folder that is read already"
-            for entry in entries:
-                path, is_link = folder / entry.name, entry.is_symlink()
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():  # links last, so that a file keeps the name of its real folder
-                    (folders.append if is_link else folders.appendleft)(path)
-                elif entry.is_file():
-                    files.append(path)
-                else:
-                    left_out[path] = "a broken link" if is_link else "not a regular file"
-        except OSError as error:
-            left_out[folder] = f"cannot be read: {error.strerror}"
-    return sorted(files), left_out
+
+    def unreadable(error: OSError) -> None:
+        if root.exists():
+            left_out[Path(error.filename)] = f"cannot be read: {error.strerror}"
+
+    for name, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        folder, real = Path(name), os.path.realpath(name)
+        why = written_by_us({*folders, *files}) or met.get(real)
+        if why and folder != root:
+            left_out[folder] = why
+            folders.clear()
+            continue
+        met[real] = "a link to a folder that is read already"
+        folders[:] = sorted(n for n in folders if not n.startswith("."))
+        for path in (folder / n for n in files if not n.startswith(".")):
+            if path.is_file():
+                found.append(path)
+            else:
+                left_out[path] = "a broken link" if path.is_symlink() else "not a regular file"
+    return sorted(found), left_out
 
 
 def find_files(config: DataConfig) -> list[Path]:
@@ -3766,35 +3966,64 @@ def find_files(config: DataConfig) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
+def is_default_folder(path: str | Path) -> bool:
+    """Whether this is data/raw, however it is spelled: only there the toy corpus stands in."""
+    return os.path.abspath(path) == os.path.abspath(DataConfig.data_dir)
+
+
+def uses_toy_corpus(config: DataConfig) -> bool:
+    """Whether the default folder is empty or absent, so that the built-in corpus is read."""
+    if config.hf_dataset or not is_default_folder(config.data_dir):
+        return False
+    return walk(config) == ([], {})
+
+
 ROLE_WORDS = {
-    "train": "train", "training": "train", "valid": "val", "validation": "val", "val": "val",
-    "dev": "val", "test": "test",
+    "train": "train", "training": "train",
+    "valid": "val", "validation": "val", "val": "val", "dev": "val", "eval": "val",
+    "evaluation": "val", "test": "test", "testing": "test",
 }  # fmt: skip
 
 
-def role_in_name(name: str, is_folder: bool) -> str:
-    """The role that a name says: a folder's whole name, or any word of a file's."""
-    words = [name.lower()] if is_folder else re.split(r"[^a-z]+", name.lower())
+def role_in_name(name: str) -> str:
+    """The role that the first such word of a name speaks of; words end at what is no letter."""
+    words = re.split(r"[^a-z]+", name.lower())
     return next((ROLE_WORDS[word] for word in words if word in ROLE_WORDS), "")
 
 
-def roles_in(folder: Path, is_folder: bool) -> set[str]:
-    """The roles that the names of a folder's files, or of its folders, speak of."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return {role_in_name(e.name, is_folder) for e in entries if e.is_dir() == is_folder}
-    return set()
+def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
+    """What names below `root` make of each file: train, val, test (kept out) or "" (by hash).
 
-
-def role_of(path: Path, lookup: Callable = roles_in) -> str:
-    """train, val or test, where the name of a file or folder says so, else "".
-
-    A name counts only if its siblings form a split: a training and a validation part, or a test
-    part beside a training part. So one file of such a folder keeps its role.
+    The file's own name counts most, then that of its nearest folder. `train` means that all of it
+    trains only beside something that validates; held-out parts count wherever anything is left
+    to train on.
     """
-    is_folder = path.is_dir()
-    beside, role = lookup(path.parent, is_folder), role_in_name(path.name, is_folder)
-    split = {"train", "val"} <= beside or (role == "test" and "train" in beside)
-    return role if split else ""
+    beside: dict[Path, set[str]] = {}  # folder -> the roles of the names in it
+    speaking: dict[Path, Path | None] = {}  # file -> the part of its path that names a role
+    for file in files:
+        parts = [*takewhile(lambda part: part != root, (file, *file.parents))]
+        for part in parts:
+            beside.setdefault(part.parent, set()).add(role_in_name(part.name))
+        speaking[file] = next((part for part in parts if role_in_name(part.name)), None)
+    roles = {file: role_in_name(part.name) if part else "" for file, part in speaking.items()}
+    some = set(roles.values())
+    for file, role in roles.items():
+        alone = (
+            (role == "train" and "val" not in beside[speaking[file].parent])
+            or (role == "val" and not some & {"train", ""})
+            or (role == "test" and some == {"test"})
+        )
+        roles[file] = "" if alone else role
+    return roles
+
+
+def role_of(path: Path) -> str:
+    """train, val or test, where a name and those beside it speak of a split, else ""."""
+    role = role_in_name(path.name)
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        beside = {role_in_name(e.name) for e in entries if e.is_dir() == path.is_dir()}
+        return role if ("val" if role == "train" else "train") in beside else ""
+    return ""
 
 
 def data_role(config: DataConfig) -> str:
@@ -3827,82 +4056,113 @@ def toy_rows() -> Iterator[tuple]:
         yield "toy", dict(instruction=task, input=text, output=answer)
 
 
+class Source(NamedTuple):
+    path: Path
+    read: Callable[[Path, DataConfig, Report], Iterator[tuple]]
+    split: str  # train or val, where a name says so
+
+
+def find_sources(config: DataConfig, report: Report) -> list[Source]:
+    """The files to read, each with its reader. Raises UserError where none can be read."""
+    files, left_out = walk(config)
+    readers = {}
+    for path in files:
+        readers[path], why = find_reader(path)
+        if readers[path] is None:
+            left_out[path] = why
+    tables = [path for path, reader in readers.items() if reader not in (None, plain_rows)]
+    for path in files:
+        beside = any(path.parent in table.parents for table in tables if table != path)
+        if path.name in ABOUT or (beside and path.stem.lower() in ("readme", "license", "licence")):
+            left_out[path] = "describes a data set"
+    found = [path for path in files if path not in left_out]
+    if not found:
+        what = f"{len(files)} file(s), none readable as text" if files else "no files"
+        first = "; ".join(f"{path.name}: {why}" for path, why in islice(left_out.items(), 3))
+        what += f" ({first})" if first else ""
+        what = f"--data_dir {config.data_dir}: {what}"
+        raise UserError(f"{what}; add .txt, .json, .jsonl, .csv or .parquet")
+    roles, whole = roles_of(found, Path(config.data_dir)), data_role(config)
+    left_out |= {path: "test split, kept out" for path in found if roles[path] == "test"}
+    for path, why in left_out.items():
+        report.skip(path.name, why, str(path))
+    # A test part that is named is read, not trained on.
+    whole = "val" if whole == "test" else whole
+    return [Source(p, readers[p], roles[p] or whole) for p in found if p not in left_out]
+
+
+# Files that say what a data set is, as the Hub and `save_to_disk` write them.
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
 def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
     """Every record of the configured sources. Raises UserError when there is none to read."""
     if config.hf_dataset:
-        yield from load_hub(hub_rows(config), config, report)
-        return
-    files, left_out = walk(config)
-    for path, why in left_out.items():
-        report.skip(path.name, why, str(path))
-    readers = [(path, *find_reader(path)) for path in files]
-    if not any(reader for _, reader, _ in readers):
-        if named_data_dir(config):
-            left_out = {path: why for path, _, why in readers} | left_out
-            raise UserError(nothing_to_read(config, len(files), left_out))
-        note(f"no data in {config.data_dir}: using the built-in toy corpus")
-        yield from records_from_rows(toy_rows(), "toy", config, report)
-        return
-    root, whole = Path(config.data_dir), data_role(config)
-    lookup = lru_cache(None)(roles_in)  # each folder is listed once
-    for path, reader, why in readers:
-        below = takewhile(lambda part: part != root, (path, *path.parents))
-        roles = (role_of(part, lookup) for part in below)
-        # The file's own name counts most. A test part that is named is read, not trained on.
-        split = next(filter(None, roles), "") or ("val" if whole == "test" else whole)
-        if reader is None or split == "test":
-            report.skip(path.name, why or "test split, kept out", str(path))
-            continue
-        file = TextFile(path, config.encoding_errors)
-        is_sms = reader is sms_rows
-        source, instructions = ("sms", "") if is_sms else (path.name, "instructions")
-        rows = reader(file, config, report)
-        for record in records_from_rows(rows, source, config, report, instructions):
-            record.split = split
+        records = load_hub(config, report)
+    elif uses_toy_corpus(config):
+        records = records_from_rows(toy_rows(), "toy", config, report)
+    else:
+        records = read_files(config, report)
+    yield from join_rows(records) if config.join_rows else records
+
+
+def read_files(config: DataConfig, report: Report) -> Iterator[Record]:
+    sources, unheard = find_sources(config, report), Report()
+    tables = [s for s in sources if s.read not in (plain_rows, sms_rows)]
+    labels = label_column(
+        ((row for _, row in table.read(table.path, config, unheard)) for table in tables),
+        config.text_field,
+    )
+    for source in sources:
+        path = source.path
+        rows = source.read(path, config, report)
+        first = [*islice(rows, 1)]
+        rows = chain(first, rows)
+        name, instructions = path.name, "instructions"
+        if source.read is sms_rows:
+            name, instructions = "sms", ""
+        elif labels and any(label_in(row, config.text_field) == labels for _, row in first):
+            rows, instructions = classified(rows, labels, config.text_field), labels
+        for record in records_from_rows(rows, name, config, report, instructions):
+            record.split = source.split
             yield record
-        report.replaced(source, file)
-
-
-def nothing_to_read(config: DataConfig, n_files: int, reasons: dict[Path, str]) -> str:
-    what = f"{n_files} file(s), none readable as text" if n_files else "no files"
-    first = "; ".join(f"{path.name}: {why}" for path, why in islice(reasons.items(), 3))
-    what += f" ({first})" if first else ""
-    return f"--data_dir {config.data_dir}: {what}; add .txt, .json, .jsonl, .csv or .parquet"
 
 
 # --- duplicates and the split ---
 
 
 class SeenHashes:
-    """The set of 64-bit hashes met so far, at 8 bytes each.
+    """A set of 64-bit hashes at 8 bytes each, where Python's takes 70.
 
-    Kept as sorted arrays, each at least twice as long as the next: looking up is a binary search
-    in a few of them, and every hash is merged O(log n) times. `log` is called with new hashes.
+    So that a gigabyte of short lines (ten million records) takes 80 MB and not 700.
     """
 
-    def __init__(self, known: np.ndarray = (), log: Callable[[np.ndarray], None] | None = None):
-        self.runs = [np.sort(known)] if len(known) else []
-        self.log = log
+    FEW = 1 << 20  # that a set holds before they are sorted into the others
 
-    def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add (n,) uint64; return (n,) bool, true where a hash is met for the first time."""
-        new = np.zeros(len(hashes), bool)
-        new[np.unique(hashes, return_index=True)[1]] = True
-        for run in self.runs:
-            place = np.searchsorted(run, hashes)
-            new &= run[np.minimum(place, len(run) - 1)] != hashes
-        fresh = np.sort(hashes[new])
-        while self.runs and len(self.runs[-1]) <= len(fresh):
-            fresh = np.sort(np.concatenate([self.runs.pop(), fresh]))
-        if len(fresh):
-            self.runs.append(fresh)
-            if self.log:
-                self.log(hashes[new])
-        return new
+    def __init__(self):
+        self.recent: set[int] = set()
+        self.sorted = np.empty(0, np.uint64)
+
+    def __contains__(self, value: int) -> bool:
+        if value in self.recent:
+            return True
+        place = np.searchsorted(self.sorted, np.uint64(value))
+        return place < len(self.sorted) and int(self.sorted[place]) == value
+
+    def add(self, value: int) -> None:
+        self.recent.add(value)
+        if len(self.recent) == self.FEW:
+            recent = np.fromiter(self.recent, np.uint64, len(self.recent))
+            self.sorted = np.union1d(self.sorted, recent)
+            self.recent = set()
 
 
 def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
+
+
+def blocks_of(text: str) -> Iterator[str]:
+    return (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
 
 
 def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
@@ -3915,7 +4175,7 @@ def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
     for number, turn in enumerate(record.turns):
         if number or not turn.trained:
             hasher.update(b"\0\1" if turn.trained else b"\0\2")
-        for data in map(encoded, chain([turn.prompt, "\0"], text_blocks(turn.response))):
+        for data in map(encoded, chain([turn.prompt, "\0"], blocks_of(turn.response))):
             hasher.update(data)
             size += len(data)
     hasher.update(b"\0" + encoded(record.rejected))
@@ -3926,65 +4186,90 @@ def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
     return identity, place, size - len(record.turns)  # without the zeros between the texts
 
 
-def text_blocks(text: str | TextFile) -> Iterator[str]:
-    if isinstance(text, TextFile):
-        return text.blocks()
-    return (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
-
-
 def split_records(
-    records: Iterable[Record], config: DataConfig, report: Report, seen: SeenHashes, pairs: bool
+    records: Iterable[Record], config: DataConfig, report: Report, pairs: bool = False
 ) -> Iterator[tuple[Record, str, int]]:
     """Records without duplicates, each with its split and its size in bytes.
 
-    The split is "train", "val", or "both" for a long text, whose last part validates.
+    The split is "train", "val", or "both" for a text whose last part validates: a long one, or
+    the only plain text. With --keep_duplicates a record is left out only if it stands on the
+    other side of the split too.
     """
     threshold = int(config.val_fraction * 2**64)
-    for batch in batched(records, 1024):
-        hashes = [record_hash(record, config) for record in batch]
-        new = seen.add(np.array([identity for identity, _, _ in hashes], np.uint64))
-        for record, fresh, (_, place, size) in zip(batch, new, hashes, strict=True):
-            report.count(record.source, "records")
-            if isinstance(record.response, TextFile):
-                report.replaced(record.source, record.response)
-            why = unusable(record, size, config, pairs) if fresh else "duplicate"
-            if why:
-                report.skip(record.source, why, record.where)
-                continue
-            long = record.is_plain and size > LONG_TEXT
-            hashed = "both" if long else "val" if place < threshold else "train"
-            yield record, record.split or hashed, size
+    seen = {side: SeenHashes() for side in ("train", "val", "both")}
+    prompts: set[int] = set()  # places of up to two
+    waiting: tuple[Record, str, int] | None = (
+        None  # the first short plain text: is it the only one?
+    )
+    n_kept = n_plain = 0
+    for record in records:
+        report.count(record.source, "records")
+        identity, place, size = record_hash(record, config)
+        side = record.split or ("val" if place < threshold else "train")
+        if record.is_plain and size > LONG_TEXT and not record.split and config.val_fraction:
+            side = "both"
+        why = unusable(record, size, config, pairs)
+        others = [seen[s] for s in seen if s != side or not config.keep_duplicates]
+        if not why and any(identity in hashes for hashes in others):
+            why = "duplicate"
+        if why:
+            report.skip(record.source, why, record.where)
+            continue
+        seen[side].add(identity)
+        n_kept += 1
+        n_plain += record.is_plain
+        if len(prompts) < 2:
+            prompts.add(place)
+        if record.is_plain and waiting:
+            yield waiting
+            waiting = None
+        if record.is_plain and n_plain == 1 and side != "both" and not record.split:
+            waiting = record, side, size
+        else:
+            yield record, side, size
+    if waiting:
+        yield waiting[0], "both" if config.val_fraction else "train", waiting[2]
+    advise_on_split(config, report, n_kept, len(prompts))
+
+
+def advise_on_split(config: DataConfig, report: Report, n_kept: int, n_prompts: int) -> None:
+    if config.split_by == "prompt" and n_kept > 1 and n_prompts == 1:
+        what = f"all {n_kept:,} records have the same prompt, and so are on one side of the split"
+        report.advise(f"{what}: --split_by content splits them by their answers")
+    for source, row in report.rows.items():
+        n = row["skipped: duplicate"]
+        if n > 0.1 * row["records"]:
+            report.advise(f"{source}: {n:,} repeated records dropped: --keep_duplicates keeps them")
 
 
 def unusable(record: Record, size: int, config: DataConfig, pairs: bool) -> str:
     """Why a record is left out, or ""."""
     text = record.response
-    is_text = record.is_plain and isinstance(text, str)
-    if size == 0 or (is_text and len(text.strip()) < config.min_chars):
+    if size == 0 or (record.is_plain and len(text.strip()) < config.min_chars):
         return "short or empty"
     return "no preference" if pairs and record.rejected in ("", text) else ""
 
 
 def split_text(record: Record, split: str, size: int, val_fraction: float) -> Iterator[tuple]:
-    """(split, text) of each block of a record's response."""
-    blocks = text_blocks(record.response)
-    parts = ((split, block) for block in blocks)
+    """(split, text) of each block of a plain text."""
+    text = record.response
+    parts = [(split, text)]
     if split == "both":
-        parts = cut_at(size - math.ceil(size * val_fraction), blocks)
-    yield from parts
+        cut = characters_in(text, size - math.ceil(size * val_fraction))
+        parts = [("train", text[:cut]), ("val", text[cut:])]
+    for part, piece in parts:
+        for block in blocks_of(piece):
+            yield part, block
 
 
-def cut_at(boundary: int, blocks: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """("train", text) for the first `boundary` bytes, then ("val", text); characters stay whole."""
-    done = 0
-    for data in map(encoded, blocks):
-        cut = min(max(boundary - done, 0), len(data))
-        while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80:
-            cut += 1
-        done += len(data)
-        for part, piece in (("train", data[:cut]), ("val", data[cut:])):
-            if piece:
-                yield part, piece.decode("utf-8", "surrogatepass")
+def characters_in(text: str, n_bytes: int) -> int:
+    """How many characters begin within the first `n_bytes` of a text's UTF-8."""
+    n = 0
+    for data in map(encoded, blocks_of(text)):
+        head = np.frombuffer(data[: max(0, n_bytes)], np.uint8)
+        n += int((head & 0xC0 != 0x80).sum())
+        n_bytes -= len(data)
+    return n
 
 
 # --- pieces of text and their ids ---
@@ -4038,7 +4323,7 @@ def corpus_pieces(
 
     whole: a long text comes in one piece, whatever memory that takes.
     """
-    found = split_records(read_records(config, report), config, report, SeenHashes(), pairs)
+    found = split_records(read_records(config, report), config, report, pairs)
     for record, split, size in islice(found, config.max_docs or None):
         for each in as_pair(record) if pairs else [record]:
             yield from record_pieces(each, split, size, config, whole)
@@ -4390,6 +4675,8 @@ def build_corpus_from_sources(
     verify = isinstance(config, EvalConfig)
     if not config.hf_dataset and is_store(config.data_dir):
         return adopt(config, TokenStore(Path(config.data_dir), verify), tokenizer, pairs)
+    if uses_toy_corpus(config):
+        note(f"no data in {config.data_dir}: using the built-in toy corpus")
     tokenizer = tokenizer or corpus_tokenizer(config, pairs)
     key, named = store_key(config, tokenizer.spec(), pairs), folder is not None
     if not named:

@@ -205,7 +205,7 @@ def test_answers_of_weight_zero_are_context(tmp_path):
     assert flags == [[False, True], [True], [True]]
     assert turns(found[0]) == TWO and turns(found[1]) == TWO[:1]
     counts = report.rows["instructions"]
-    assert counts["answers not trained: weight 0, label false"] == 4
+    assert counts["answers not trained (weight 0, train false, label false)"] == 4
     assert counts["skipped: no answer to train"] == 2
     assert any("not trained" in line and ": 4" in line for line in report.lines())
 
@@ -306,7 +306,7 @@ def test_every_answer_is_a_row_over_the_same_tokens(tmp_path):
     talk[3]["weight"] = 0
     (tmp_path / "a.json").write_text(json.dumps([dict(messages=[SYSTEM, *talk])]))
     flags = ["--data_dir", tmp_path / "a.json", "--out_dir", tmp_path / "st"]
-    run("prepare", *flags, "--val_fraction", 1e-9).ok()
+    run("prepare", *flags, "--val_fraction", 0).ok()
     store = lp.TokenStore(tmp_path / "st")
     bos, sep = 257, 259
     ids, rows = [bos], []
@@ -315,7 +315,6 @@ def test_every_answer_is_a_row_over_the_same_tokens(tmp_path):
         ids += prompt.encode()
         before = len(ids)
         ids += [*answer.encode(), sep]
-        if number != 1:
-            rows.append((0, len(ids), before, 0))
+        rows.append((0, len(ids), before, 0, number != 1, number == 2))
     assert store.tokens["train"].tolist() == ids
     assert store.index["train"].tolist() == rows
