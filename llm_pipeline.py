@@ -238,6 +238,7 @@ class RuntimeConfig(Settings):
     threads: int = changeable(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
     vram_limit_gb: float = changeable(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
     deterministic: bool = option(False, "same command, same bits on CUDA too (a CPU always)")
+    config: str = session_only("", "settings from a json, toml or yaml file")
     debug: bool = session_only(False, "show tracebacks")
 
 
@@ -270,7 +271,6 @@ class FitConfig(OptimConfig, DataConfig, RuntimeConfig):
     """Run: how long it goes on, what it looks at and what it keeps."""
 
     out_dir: str = session_only("ckpts", "folder of the run")
-    config: str = session_only("", "settings from a json, toml or yaml file")
     resume: bool = session_only(False, "continue last.pth of out_dir, bit for bit")
     overwrite: bool = session_only(False, "replace a run that stands in out_dir")
     epochs: int = option(5, "passes over the training data", low=1, high=10**6)
@@ -8449,7 +8449,11 @@ def with_config_file(cls: type, explicit: dict) -> dict:
         from_file = read_config(cls, explicit["config"]) if explicit.get("config") else {}
     except ValueError as error:
         raise UserError(str(error)) from None
-    return from_file | explicit
+    explicit = from_file | explicit
+    for one, other in EXCLUSIVE:
+        if explicit.get(one) and explicit.get(other):
+            raise UserError(f"--{one} and --{other} exclude each other: leave one out")
+    return explicit
 
 
 def unknown_setting(cls: type, name: str, mark: str = "") -> str:
@@ -8508,7 +8512,7 @@ def takes(spec, value) -> bool:
 
 
 def read_config(cls: type, path: str) -> dict:
-    """{setting: value} of a --config file, however it is nested. Raises UserError or ValueError.
+    """{setting: value} of a --config file, however it is nested. Raises UserError.
 
     Settings of other commands are left out with one line, and so are values that only others take,
     so that the config.json of any run will do.
@@ -8524,7 +8528,10 @@ def read_config(cls: type, path: str) -> dict:
         if not takes(own[name], value) and any(takes(spec, value) for spec in fields_named(name)):
             left_out.append(leaf)
             continue
-        value = checked(own[name], value)
+        try:
+            value = checked(own[name], value)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
         first, before = found.setdefault(name, (leaf, value))
         if before != value:
             pair = f"{first} and {leaf} are" if first != leaf else f"{leaf} is there twice, as"
@@ -8545,9 +8552,6 @@ def cross_checks(config: Settings) -> None:
         usual = getattr(type(config), name, None)
         if is_set(name) and getattr(config, name) != usual and not is_installed(package):
             raise UserError(f"--{name} needs {package}: pip install {package}")
-    for one, other in EXCLUSIVE:
-        if is_set(one) and is_set(other):
-            raise UserError(f"--{one} and --{other} exclude each other: leave one out")
     if isinstance(config, ModelSettings):
         for problem in model_config(config).problems():
             raise UserError(problem)

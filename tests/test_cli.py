@@ -1,8 +1,7 @@
-"""The command line: every problem named at once, settings from every source, no traceback."""
+"""The command line: help, usage errors, where settings come from, what a failure leaves behind."""
 
 import json
 import os
-import random
 import shlex
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from conftest import (
     CPU,
     PROGRAM,
     ROOT,
-    SHAPE,
     TINY,
     differences,
     needs,
@@ -36,72 +34,72 @@ def snapshot(folder) -> dict:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-# --- help ---
-
-
 def settings_of(command: str) -> dict:
     return {f.name: f for f in fields(lp.COMMANDS[command].settings)}
 
 
+def flags_shown(text: str) -> list[str]:
+    lines = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    return [name.removeprefix("--").removeprefix("no_") for name in lines]
+
+
+# --- help ---
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_all_lists_every_setting_with_its_default_and_its_choices(command):
-    text = " ".join(run(command, "--help_all").ok().out.split())
+    result = run(command, "--help_all").ok()
+    text = " ".join(result.out.split())
+    assert sorted(flags_shown(result.out)) == sorted(settings_of(command))
     for name, field in settings_of(command).items():
-        assert f"--{name} " in text or f"--no_{name} " in text
         if field.default not in ("", None) and field.type != "bool":
-            assert f"default: {field.default}" in text
+            assert f"default: {field.default}" in text.replace("- ", "-"), name
         for choice in field.metadata.get("choices", ()):
             assert choice in text, name
-    assert " STR " not in text
-    assert run(command, "--help-all").out == run(command, "--help_all").out
+    assert run(command, "--help-all").out == result.out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_what_a_first_user_needs(command):
-    result = run(command, "--help").ok()
-    shown = [line.split()[0] for line in result.out.splitlines() if line.startswith("  --")]
-    names = [name.removeprefix("--").removeprefix("no_") for name in shown]
-    assert 4 <= len(names) <= 11
-    assert set(names) <= settings_of(command).keys()
-    assert f"{command} --help_all" in result.out
-    examples = result.out.split("Examples:")[1].strip().splitlines()
-    assert 1 <= len(examples) <= 3
-    assert run(command, "-h").out == result.out
+    result = run(command, "-h").ok()
+    shown = flags_shown(result.out)
+    assert sorted(shown) == sorted(lp.COMMANDS[command].first.split())
+    assert 4 <= len(shown) <= 20
+    assert result.out.startswith(f"usage: llm_pipeline.py {command} [")
+    assert run(command, "--help").out == result.out
+    if command in ("train", "bench"):
+        assert {"n_layer", "n_head", "n_embd", "block_size", "threads"} <= set(shown)
+    examples = [line for line in result.out.split("examples:")[1].splitlines() if line]
+    for line in examples:  # they are command lines that this program takes
+        name, config = lp.parse(shlex.split(line)[2:])
+        assert isinstance(config, lp.COMMANDS[name].settings)
 
 
 def test_help_all_has_a_title_for_each_topic():
-    lines = run("train", "--help_all").ok().out.splitlines()
-    titles = [i for i, line in enumerate(lines) if line and not line.startswith(" ")][2:-1]
-    kinds = {line.split()[0].removeprefix("--"): max(t for t in titles if t < i)
-             for i, line in enumerate(lines) if line.startswith("  --")}  # fmt: skip
-    title = {name: lines[i].split(":")[0] for name, i in kinds.items()}
-    wanted = {"n_layer": "Model", "lr": "Optimisation", "data_dir": "Data", "device": "Machine",
-              "out_dir": "Run", "tokenizer": "Tokenizer. Commands that take a checkpoint use the "
-              "tokenizer inside it."}  # fmt: skip
-    assert {name: title[name] for name in wanted} == wanted
+    title, found = "", {}
+    for line in run("train", "--help_all").ok().out.splitlines():
+        if line and not line.startswith(" "):
+            title = line.split(":")[0]
+        elif line.startswith("  --"):
+            found[line.split()[0]] = title
+    assert found["--n_layer"] == "Model"
+    assert found["--lr"] == "Optimisation"
+    assert found["--data_dir"] == "Data"
+    assert found["--device"] == "Machine"
+    assert found["--out_dir"] == "Run"
+    assert found["--minutes"] == "this command"
 
 
-def test_bench_offers_nothing_of_a_run():
-    assert not settings_of("bench").keys() & {"resume", "wandb", "patience", "out_dir"}
-
-
-@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--help_all"]])
-def test_help_says_what_the_program_is_its_commands_and_the_shortest_path(argv):
-    result = run(*argv).ok()
-    assert all(f"\n  {command} " in result.out for command in COMMANDS)
+@pytest.mark.parametrize("argv", ["", "--help", "-h", "--help_all"])
+def test_the_program_says_what_it_is_its_commands_and_the_shortest_path(argv):
+    result = run(*words(argv)).ok()
+    assert all(f"\n    {command} " in result.out for command in COMMANDS)
     assert "from raw text to a small GPT" in result.out
     assert "python llm_pipeline.py train --preset cpu-debug" in result.out
-    assert len(result.out.splitlines()) < 30
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_examples_are_command_lines_that_this_program_takes(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = run(command, "--help").out + run("--help").out
-    for line in text.splitlines():
-        if line.startswith("  python llm_pipeline.py"):
-            name, config = lp.parse(shlex.split(line)[2:])
-            assert isinstance(config, lp.COMMANDS[name].settings)
+def test_the_version():
+    assert run("--version").ok().out.startswith(f"llm_pipeline.py {lp.__version__}, torch ")
 
 
 def test_importing_has_no_side_effect(tmp_path):
@@ -113,308 +111,75 @@ def test_importing_has_no_side_effect(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- problems ---
+# --- what is wrong is said before anything is done, in one line behind the usage line ---
 
 PROBLEMS = {
-    "--lr nan": "lr",
-    "--lr inf": "lr",
-    "--lr -0.1": "lr",
-    "--lr 0": "lr",
-    "--lr 1e9": "lr",
-    "--lr x": "lr",
-    "--batch_size 0": "batch_size",
-    "--batch_size -3": "batch_size",
-    "--batch_size 2.5": "batch_size",
-    "--batch_size 99999999999999999999": "batch_size",
-    "--batch_size 1e400": "batch_size",
-    "--n_layer 0": "n_layer",
-    "--n_embd 1000000000": "n_embd",
-    "--dropout 1": "dropout",
-    "--val_fraction 0": "val_fraction",
-    "--val_fraction 1": "val_fraction",
-    "--seed -1": "seed",
-    "--epochs 0": "epochs",
-    "--max_steps -1": "max_steps",
-    "--warmup_steps nan": "warmup_steps",
-    "--lr_schedule cosinus": "lr_schedule",
-    "--preset tiny8g": "tiny-8g",
-    "--arch gpt3": "gpt2",
-    "--dtype float8": "dtype",
-    "--device gpu": "device",
-    "--n_embd 510 --n_head 8": "n_embd 510 is not divisible by n_head 8",
-    "--n_head 8 --n_kv_head 3 --n_embd 64": "n_kv_head 3",
-    "--n_embd 6 --n_head 2 --pos rope": "even",
-    "--batch_size 8 --grad_accum 3": "batch_size 8",
-    "--resume --overwrite": "--overwrite",
-    "--config missing.toml": "missing.toml",
-    "--epcohs 3": "did you mean --epochs?",
-    "--n-embed 64": "did you mean --n_embd?",
-    "stray": "stray",
-}
-
-
-@pytest.mark.parametrize("flags", PROBLEMS)
-def test_a_problem_is_named_before_anything_is_done(flags, tmp_path):
-    result = run("train", *words(flags), cwd=tmp_path).fails(2, PROBLEMS[flags])
-    assert result.out == ""
-    assert not list(tmp_path.iterdir())
-
-
-def test_all_problems_at_once(tmp_path):
-    flags = "--lr nan --batch_size -1 --preset cpu_debug --dropuot 1 --n_embd 510 --n_head 8"
-    result = run("train", *words(flags), cwd=tmp_path).fails(2)
-    for name in ("lr", "batch_size", "preset", "dropuot", "n_embd 510"):
-        assert any(name in line for line in result.errors), name
-    assert result.err.splitlines() == result.errors
-
-
-@pytest.mark.parametrize("argv", ["", "trian", "train --lr", "train --resume=5", "--lr 3"])
-def test_usage_errors_are_one_line(argv, tmp_path):
-    result = run(*words(argv), cwd=tmp_path).fails(2)
-    assert len(result.err.splitlines()) == 1, result.err
-    if argv == "trian":
-        assert "did you mean train?" in result.err
-
-
-@pytest.mark.parametrize(
-    ("argv", "name"),
-    [
-        ("sample --temperature -1", "temperature"),
-        ("sample --top_p 0", "top_p"),
-        ("sample --top_p nan", "top_p"),
-        ("sample --max_new_tokens 0", "max_new_tokens"),
-        ("sample --template jinja", "template"),
-        ("eval --split test", "split"),
-        ("eval --max_batches -1", "max_batches"),
-        ("finetune --method qlora", "method"),
-        ("finetune --hf_dataset json --streaming", "streaming"),
-        ("train --hf_dataset json --streaming --max_steps 5 --answer_weight 3", "answer_weight"),
-        ("finetune --lora_r 0", "lora_r"),
-        ("finetune --objective dpo --sampled_softmax 9", "sampled_softmax"),
-        ("finetune --dpo_beta inf", "dpo_beta"),
-        ("prepare --vocab_size 3", "vocab_size"),
-        ("prepare --min_frequency 0", "min_frequency"),
-        ("export --adaptor", "did you mean --adapter?"),
-        ("bench --vs jax", "vs"),
-    ],
-)
-def test_problems_of_the_other_commands(argv, name, tmp_path):
-    run(*words(argv), cwd=tmp_path).fails(2, name)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("argv", "word"),
-    [
-        ("train --data_dir missing", "missing"),
-        ("train --device cuda:99", "cuda:99"),
-        ("train --data_dir empty", "empty"),
-        ("train --fsdp --preset cpu-debug", "torchrun"),
-        ("train --dtype float16 --device cpu", "float16"),
-        ("train --tokenizer missing.json", "missing.json"),
-        ("sample --ckpt missing.pth", "missing.pth"),
-        ("eval --ckpt empty/x.pth", "x.pth"),
-    ],
-)
-def test_what_is_not_there_is_named(argv, word, tmp_path):
-    (tmp_path / "empty").mkdir()
-    result = run(*words(argv), cwd=tmp_path)
-    result.fails(result.code or 1, word)
-    assert len(result.errors) == 1
-
-
-def test_debug_shows_where(tmp_path):
-    result = run_process("sample", "--ckpt", tmp_path / "none.pth", "--debug")
-    assert result.code == 1
-    assert "Traceback" in result.err
-
-
-# --- where settings come from ---
-
-
-def test_dashes_and_underscores_are_the_same(corpus, tmp_path):
-    run("train", *corpus, *ONE, "--no_bias", "--out_dir", tmp_path / "a").ok()
-    dashed = [a.replace("_", "-") if a.startswith("--") else a for a in [*corpus, *ONE]]
-    run("train", *dashed, "--no-bias", f"--out-dir={tmp_path / 'b'}").ok()
-    a, b = snapshot(tmp_path / "a"), snapshot(tmp_path / "b")
-    assert a == b
-    assert a["bias"] is False
-
-
-def test_precedence(corpus, tmp_path):
-    """defaults < preset < recipe < config file < flags, with lr at every level."""
-    (tmp_path / "c.json").write_text('{"lr": 0.04, "patience": 3, "recipe": "fast"}')
-    base = ["train", *corpus, *CPU, *SHAPE, *words("--max_steps 1 --batch_size 2 --grad_accum 1")]
-    layers = {
-        "default": ("", 3e-4),
-        "preset": ("--preset small-16g", 2e-4),
-        "recipe": ("--preset small-16g --recipe fast", 0.02),
-        "file": ("--preset small-16g --recipe fast --config c.json", 0.04),
-        "flag": ("--preset small-16g --recipe fast --config c.json --lr 0.05", 0.05),
-        "file's recipe": ("--preset small-16g --config c.json --lr 0.06", 0.06),
-    }
-    for name, (flags, lr) in layers.items():
-        run(*base, *words(flags), "--out_dir", name, cwd=tmp_path).ok()
-        config = snapshot(tmp_path / name)
-        assert config["lr"] == lr, name
-        fast = "recipe" in name or name in ("file", "flag")
-        assert config["optimizer"] == ("muon" if fast else "adamw"), name
-        assert config["patience"] == (3 if "c.json" in flags else 0)
-
-
-def test_presets_are_as_documented():
-    """The four that are fixed."""
-    table = {
-        "tiny-8g": (256, 6, 8, 512, 32, 1, 3e-4, 5),
-        "compact-8g": (384, 6, 8, 512, 24, 2, 3e-4, 6),
-        "small-16g": (512, 8, 8, 640, 32, 1, 2e-4, 6),
-        "cpu-debug": (128, 2, 4, 256, 8, 1, 5e-4, 1),
-    }
-    names = words("block_size n_layer n_head n_embd batch_size grad_accum lr epochs")
-    for preset, values in table.items():
-        assert tuple(lp.PRESETS[preset][name] for name in names) == values
-
-
-@pytest.mark.parametrize("ending", ["json", "toml", "yaml", "yml"])
-def test_config_files(ending, corpus, tmp_path):
-    if ending == "toml" and sys.version_info < (3, 11):
-        pytest.skip("TOML needs Python 3.11 or newer")
-    text = {
-        "json": '{"lr": 0.002, "bias": false, "n_layer": 2, "lr_schedule": "wsd"}',
-        "toml": 'lr = 0.002\nbias = false\nn_layer = 2\nlr_schedule = "wsd"\n',
-    }.get(ending, "lr: 0.002\nbias: false\nn_layer: 2\nlr_schedule: wsd\n")
-    file = tmp_path / f"c.{ending}"
-    file.write_text(text, encoding="utf-8")
-    flags = [*corpus, *CPU, *words("--n_head 2 --n_embd 32 --block_size 32 --max_steps 1")]
-    run("train", *flags, "--config", file, "--out_dir", tmp_path / "run").ok()
-    config = snapshot(tmp_path / "run")
-    wanted = (0.002, False, 2, "wsd")
-    assert (config["lr"], config["bias"], config["n_layer"], config["lr_schedule"]) == wanted
-
-
-def test_a_snapshot_is_a_config(corpus, tmp_path):
-    """config.json and nothing else repeats the run, bit for bit."""
-    flags = words("--recipe fast --max_steps 6 --n_kv_head 1")
-    run("train", *corpus, *TINY, *flags, "--out_dir", tmp_path / "a").ok()
-    config = tmp_path / "a/config.json"
-    run("train", "--config", config, "--out_dir", tmp_path / "b").ok()
-    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
-    a, b = snapshot(tmp_path / "a"), snapshot(tmp_path / "b")
-    assert a == b
-
-
-def test_a_snapshot_holds_nothing_of_its_session(corpus, tmp_path):
-    """Else its --overwrite would destroy the run that it is the snapshot of."""
-    command = ["train", *corpus, *TINY, "--max_steps", 2, "--out_dir", tmp_path / "a"]
-    run(*command).ok()
-    run(*command, "--overwrite").ok()
-    config = tmp_path / "a/config.json"
-    run("train", "--config", config, "--out_dir", tmp_path / "a").fails(1, "--overwrite")
-    assert not {"overwrite", "resume", "out_dir"} & set(snapshot(tmp_path / "a"))
-
-
-def test_a_finetune_snapshot_is_a_config(corpus, tiny_checkpoint, tmp_path):
-    flags = [*corpus, *CPU, *words("--max_steps 3 --batch_size 4 --report_samples 0")]
-    run("finetune", *flags, "--ckpt", tiny_checkpoint, "--out_dir", tmp_path / "a").ok()
-    config = tmp_path / "a/config_finetune.json"
-    run("finetune", "--config", config, "--out_dir", tmp_path / "b").ok()
-    assert differences(tmp_path / "a/last_finetune.pth", tmp_path / "b/last_finetune.pth") == []
-
-
-BAD_CONFIGS = {
-    "broken.json": (b'{"lr": 0.1', "broken.json"),
-    "list.json": (b"[1, 2]", "table"),
-    "deep.json": (b"[" * 100_000 + b"]" * 100_000, "deep.json"),
-    "nan.json": (b'{"lr": NaN}', "lr"),
-    "huge.json": (b'{"n_layer": 1e308}', "n_layer"),
-    "digits.json": (b'{"n_layer": ' + b"9" * 5000 + b"}", "digits.json"),
-    "type.json": (b'{"lr": "fast", "bias": 1, "n_layer": [2], "out_dir": {}}', "lr"),
-    "bool.json": (b'{"n_layer": true}', "n_layer"),
-    "unknown.json": (b'{"learning_rate": 0.1, "n_layers": 2}', "did you mean n_layer?"),
-    "bytes.json": (b"\xff\xfe\x00\x01", "bytes.json"),
-    "empty.json": (b"", "empty.json"),
-    "broken.toml": (b"lr = = 2", "broken.toml"),
-    "broken.yaml": (b"lr: [1, 2", "broken.yaml"),
-    "python.yaml": (b"lr: !!python/object/apply:os.system ['touch pwned']", "python.yaml"),
-    "number.yaml": (b"3: 4\nlr: 0.1", "3"),
-    "nul.json": (b'{"out_dir": "a\\u0000b"}', "out_dir"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_a_bad_config_is_named(name, tmp_path):
-    content, word = BAD_CONFIGS[name]
-    (tmp_path / name).write_bytes(content)
-    run("train", "--config", name, cwd=tmp_path).fails(2, word)
-    assert [p.name for p in tmp_path.iterdir()] == [name]
-
-
-def test_every_problem_of_a_config_is_named(tmp_path):
-    (tmp_path / "c.json").write_text('{"lr": "fast", "bias": 1, "n_layers": 2, "seed": -1}')
-    result = run("train", "--config", "c.json", "--epochs", 0, cwd=tmp_path).fails(2)
-    for name in ("lr", "bias", "n_layers", "seed", "epochs"):
-        assert any(name in line for line in result.errors), name
-
-
-def test_settings_of_other_commands_in_a_config_are_left_out_with_a_word(corpus, tmp_path):
-    (tmp_path / "c.json").write_text('{"lr": 0.002, "lora_r": 4, "temperature": 0.5}')
-    flags = [*corpus, *ONE, "--config", tmp_path / "c.json", "--out_dir", tmp_path / "run"]
-    result = run("train", *flags).ok()
-    assert "left out lora_r, temperature" in result.err
-
-
-@pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_a_config_that_is_not_a_file_is_refused_at_once(kind, tmp_path):
-    path = tmp_path / "c.json"
-    path.mkdir() if kind == "folder" else os.mkfifo(path)
-    result = run_process("train", "--config", path, within=30).fails(2, f"{path} is not a file")
-    assert len(result.errors) == 1
-
-
-def test_a_value_may_begin_with_dashes(tiny_checkpoint):
-    flags = ["--ckpt", tiny_checkpoint, *words("--device cpu --max_new_tokens 1 --template raw")]
-    for argv in (
-        ["--prompt", "--out-dir is"],
-        ["--prompt=--out-dir is"],
-        ["--prompt", "--out-dir"],
-    ):
-        config = lp.parse(["sample", *map(str, flags), *argv])[1]
-        assert config.prompt in ("--out-dir is", "--out-dir")
-    run("sample", "--prompt", "--top-k", 3, *flags).fails(2, "--prompt needs a value")
-
-
-# What people type who come from another program.
-FOREIGN = {
+    "train --lr nan": "--lr: must be finite",
+    "train --lr -0.1": "--lr: must be above 0",
+    "train --lr 1e9": "--lr: must be at most 10",
+    "train --lr 1e-320": "--lr",
+    "train --lr x": "--lr: must be a number",
+    "train --lr": "--lr: expected one argument",
+    "train --batch_size 2.5": "--batch_size: must be a whole number",
+    "train --batch_size 99999999999999999999": "--batch_size",
+    "train --batch_size 1e400": "--batch_size",
+    "train --dropout 1": "--dropout",
+    "train --seed -1": "--seed",
+    "train --lr_schedule cosinus": "did you mean cosine?",
+    "train --preset tiny8g": "did you mean tiny-8g?",
+    "train --arch gpt3": "gpt2, modern",
+    "train --device gpu": "--device must be auto",
+    "train --device cuda:" + "9" * 20: "--device must be auto",
+    "train --resume=5": "--resume",
+    "train --data_dir a\0b": "NUL",
+    "train --n_embd 510 --n_head 8": "n_embd 510 is not divisible by n_head 8",
+    "train --n_head 8 --n_kv_head 3 --n_embd 64": "n_kv_head 3",
+    "train --n_embd 6 --n_head 2 --pos rope": "even",
+    "train --batch_size 8 --grad_accum 3": "batch_size 8",
+    "train --resume --overwrite": "--overwrite",
+    "train --minutes 3 --max_steps 9": "--max_steps",
+    "train --config missing.toml": "missing.toml",
+    "train --epcohs 3": "did you mean --epochs?",
+    "train --n-embed 64": "did you mean --n_embd?",
+    "train --heads 4": "did you mean --n_head?",
+    "train --epoch 3": "did you mean --epochs?",  # no abbreviations
     "train --learning_rate 1e-3": "did you mean --lr?",
-    "train --bs 4": "did you mean --batch_size?",
-    "train --max-epochs 4": "did you mean --epochs?",
-    "finetune --num_train_epochs 4": "did you mean --epochs?",
-    "eval --checkpoint x.pth": "did you mean --ckpt?",
-    "train --max_length 4": "did you mean --block_size?",
-    "sample --max_length 4": "did you mean --max_new_tokens?",
-    "sample --max_tokens 4": "did you mean --max_new_tokens?",
-    "eval --model x.pth": "did you mean --ckpt?",
-    "train --gpu 0": "did you mean --device?",
     "train --temperature 1": "--temperature belongs to sample",
-    "sample --lora_r 4": "--lora_r belongs to finetune",
-    "train --qwertyuiop 1": "--help_all lists all",
-}
+    "train --qwertyuiop 1": "--help_all lists every one",
+    "train stray": "unexpected 'stray'",
+    "trian": "did you mean train?",
+    "--lr 3": "llm_pipeline.py: error",
+    "sample --temperature -1": "--temperature",
+    "sample --top_p nan": "--top_p",
+    "sample --template jinja": "--template",
+    "sample --prompt --top-k 3": "--prompt: expected one argument",
+    "eval --split test": "--split",
+    "eval --checkpoint x.pth": "did you mean --ckpt?",
+    "finetune --method qlora": "did you mean lora?",
+    "finetune --lora_r 0": "--lora_r",
+    "prepare --vocab_size 3": "--vocab_size",
+    "prepare --streaming": "--hf_dataset",
+    "export --adaptor": "did you mean --adapter?",
+    "export --gguf x --adapter": "--gguf and --adapter",
+    "bench --vs jax": "--vs",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("argv", FOREIGN)
-def test_names_from_elsewhere_get_a_hint(argv, tmp_path):
-    result = run(*words(argv), cwd=tmp_path).fails(2, FOREIGN[argv])
-    assert len(result.errors) == 1
-    (tmp_path / "c.json").write_text('{"learning_rate": 1}')
-    run("train", "--config", "c.json", cwd=tmp_path).fails(2, "did you mean lr?")
+@pytest.mark.parametrize("argv", PROBLEMS)
+def test_a_problem_is_named_before_anything_is_done(argv, tmp_path):
+    result = run(*argv.split(" "), cwd=tmp_path).fails(2, PROBLEMS[argv])
+    assert result.out == ""
+    assert result.err.startswith("usage: llm_pipeline.py ")
+    assert len(result.err.splitlines()) == 2, result.err
+    assert not list(tmp_path.iterdir())
 
 
 PACKAGES = {
     "train --tokenizer bpe": "tokenizers",
-    "train --tokenizer gpt2": "tokenizers",
     "finetune --method lora": "peft",
     "train --wandb project": "wandb",
     "prepare --hf_dataset json --hf_files *.jsonl": "datasets",
+    "export --gguf x.gguf": "gguf",
     "bench --vs hf": "transformers",
 }
 
@@ -423,9 +188,352 @@ PACKAGES = {
 def test_a_missing_package_is_named_before_work_starts(argv, tmp_path, monkeypatch):
     package = PACKAGES[argv]
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    result = run(*words(argv), cwd=tmp_path).fails(2, f"pip install {package}")
-    assert len(result.errors) == 1
+    run(*words(argv), cwd=tmp_path).fails(2, f"pip install {package}")
     assert not list(tmp_path.iterdir())
+
+
+# --- what fails later is one line, and leaves nothing new ---
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        ("train --data_dir missing --out_dir runs/a", "missing"),
+        ("train --data_dir empty --out_dir runs/a --processed_dir stores/b", "empty"),
+        ("train --device cuda:99", "cuda:99"),
+        ("train --tokenizer missing.json --data_dir text.txt", "missing.json"),
+        ("train --resume --out_dir runs/a", "runs/a"),
+        ("finetune --ckpt missing.pth", "missing.pth"),
+        ("sample --ckpt missing.pth", "missing.pth"),
+        ("eval --ckpt empty/x.pth", "x.pth"),
+        ("prepare --data_dir empty --out_dir store", "empty"),
+        ("export --ckpt missing.pth --out_dir hf", "missing.pth"),
+    ],
+)
+def test_a_failed_command_says_why_and_leaves_no_new_folder(argv, word, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("Once upon a time. " * 300)
+    result = run(*words(argv), cwd=tmp_path).fails(1, word)
+    assert len(result.errors) == 1
+    left = sorted(path.name for path in tmp_path.iterdir() if path.name != ".store.lock")
+    assert left == ["empty", "text.txt"]
+
+
+def test_a_failed_command_leaves_what_was_there(tmp_path):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/notes.txt").write_text("mine")
+    run("train", "--data_dir", "missing", "--out_dir", "runs/a", cwd=tmp_path).fails(1)
+    assert (tmp_path / "runs/a").is_dir()
+    assert (tmp_path / "runs/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "train --out_dir LONG", "train --data_dir LONG", "train --config LONG",
+        "train --init_from LONG", "eval --ckpt LONG", "eval --json LONG/x", "sample --ckpt LONG",
+        "train --tokenizer LONG", "train --out_dir FILE", "train --processed_dir FILE/x",
+        "export --out_dir FILE/x", "eval --json FILE/x", "sample --ckpt FILE/x",
+    ],
+)  # fmt: skip
+def test_names_that_cannot_be_are_one_line(argv, corpus, tiny_checkpoint, tmp_path):
+    (tmp_path / "file").write_text("x")
+    command, *flags = [w.replace("LONG", "x" * 300).replace("FILE", "file") for w in words(argv)]
+    base = {"train": [*corpus, *ONE], "export": ["--ckpt", tiny_checkpoint]}.get(command, [])
+    if command == "eval":
+        base = [*corpus, "--ckpt", tiny_checkpoint]
+    result = run(command, *base, *flags, cwd=tmp_path)
+    result.fails(result.code or 1)
+    assert len(result.errors) == 1, result.err
+    assert "Error:" not in result.err
+
+
+def test_debug_shows_where(tmp_path):
+    result = run_process("sample", "--ckpt", tmp_path / "none.pth", "--debug", cwd=tmp_path)
+    assert result.code == 1
+    assert "Traceback" in result.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you "
+                                 "tried to allocate 99 bytes. Error code 12")],
+)  # fmt: skip
+def test_running_out_of_memory_says_what_to_lower(error):
+    assert "lower --batch_size" in lp.explanation(error)
+
+
+# --- where settings come from ---
+
+
+def test_dashes_and_underscores_are_the_same():
+    one = lp.parse(words("train --max_steps 3 --no_bias --data_dir a-b"))[1]
+    other = lp.parse(words("train --max-steps=3 --no-bias --data-dir=a-b"))[1]
+    assert one == other
+    assert (one.max_steps, one.bias, one.data_dir) == (3, False, "a-b")
+    assert lp.parse(["sample", "--prompt=--out-dir is"])[1].prompt == "--out-dir is"
+    assert lp.parse(["sample", "--prompt", "--out-dir is"])[1].prompt == "--out-dir is"
+    assert lp.parse(words("train --no_tie_weights --tie_weights"))[1].tie_weights  # the last counts
+
+
+def test_precedence(tmp_path, monkeypatch):
+    """defaults < arch < preset < recipe < config file < flags, with lr at every level."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.json").write_text('{"lr": 0.04, "patience": 3, "recipe": "fast"}')
+    layers = {
+        "": 3e-4,
+        "--preset small-16g": 2e-4,
+        "--preset small-16g --recipe fast --n_embd 128 --max_steps 400": 0.02,
+        "--preset small-16g --recipe fast --config c.json": 0.04,
+        "--preset small-16g --recipe fast --config c.json --lr 0.05": 0.05,
+    }
+    for flags, lr in layers.items():
+        config = lp.parse(["train", *words(flags)])[1]
+        assert config.lr == lr, flags
+        assert config.optimizer == ("muon" if "fast" in flags else "adamw")
+        assert config.patience == (3 if "c.json" in flags else 0)
+        assert ("lr" in config.explicit) == (lr in (0.04, 0.05))
+    assert lp.parse(words("train --arch modern"))[1].norm == "rmsnorm"
+    assert lp.parse(words("train --arch modern --norm layernorm"))[1].norm == "layernorm"
+    assert lp.parse(words("train --recipe fast"))[1].arch == "modern"
+    assert lp.parse(words("train --recipe fast --arch gpt2"))[1].pos == "learned"
+    assert lp.parse(words("train --overfit_batch"))[1].dropout == 0
+    tuned = lp.parse(words("finetune --preset small-16g"))[1]
+    assert (tuned.batch_size, tuned.lr, tuned.epochs) == (32, 1e-4, 3)
+
+
+def test_presets_are_as_documented_in_any_case():
+    table = {
+        "Tiny-8G": (256, 6, 8, 512, 32, 1, 3e-4, 5),
+        "Compact-8G": (384, 6, 8, 512, 24, 2, 3e-4, 6),
+        "Small-16G": (512, 8, 8, 640, 32, 1, 2e-4, 6),
+        "CPU-Debug": (128, 2, 4, 256, 8, 1, 5e-4, 1),
+    }
+    names = words("block_size n_layer n_head n_embd batch_size grad_accum lr epochs")
+    for preset, values in table.items():
+        config = lp.parse(["train", "--preset", preset])[1]
+        assert tuple(getattr(config, name) for name in names) == values
+        assert config == lp.parse(["train", "--preset", preset.lower()])[1]
+
+
+def write_config(file: Path, table: dict) -> Path:
+    """A nested table in the format that the file's ending says."""
+    if file.suffix == ".json":
+        file.write_text(json.dumps(table), encoding="utf-8")
+    elif file.suffix == ".toml":
+        if sys.version_info < (3, 11):
+            pytest.skip("TOML needs Python 3.11 or newer")
+        lines = []
+        for section, values in table.items():
+            lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
+        file.write_text("\n".join(lines), encoding="utf-8")
+    else:
+        lines = []
+        for section, values in table.items():
+            lines += [f"{section}:", *(f"  {k}: {v}" for k, v in values.items())]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("ending", ["json", "toml", "yaml", "yml"])
+def test_nested_config_files_with_the_names_of_others(ending, tmp_path):
+    if ending.startswith("y"):
+        needs("yaml")
+    table = {
+        "data": {"dataset_name": "wikitext", "dataset_config": "wikitext-2-raw-v1",
+                 "seq_length": 128},
+        "model": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
+        "training": {"batch_size": 32, "learning_rate": 0.002, "num_train_epochs": 2},
+    }  # fmt: skip
+    file = write_config(tmp_path / f"c.{ending}", table)
+    needs("datasets")
+    config = lp.parse(["train", "--config", str(file)])[1]
+    assert (config.hf_dataset, config.hf_config) == ("wikitext", "wikitext-2-raw-v1")
+    assert (config.block_size, config.batch_size, config.lr, config.epochs) == (128, 32, 2e-3, 2)
+    assert (config.n_embd, config.n_layer, config.n_head) == (64, 3, 4)
+    result = run("prepare", "--config", file, "--no_debug", "--hf_files", "none", cwd=tmp_path)
+    assert "left out hidden_size, num_hidden_layers" in result.err
+    for command in COMMANDS:
+        lp.parse([command, "--config", str(file)])
+
+
+def test_yaml_says_off_and_numbers_in_its_own_way(tmp_path):
+    needs("yaml")
+    file = tmp_path / "c.yaml"
+    file.write_text("compile: off\nlr: 1e-4\nbias: no\npreset: CPU-Debug\n")
+    config = lp.parse(["train", "--config", str(file)])[1]
+    assert (config.compile, config.lr, config.bias) == ("off", 1e-4, False)
+    assert config.preset == "cpu-debug"
+    file.write_text("torch_compile: true\n")
+    assert lp.parse(["train", "--config", str(file)])[1].compile == "on"
+
+
+@pytest.fixture(scope="module")
+def a_run(corpus, tmp_path_factory) -> Path:
+    """The folder of a short run, with a finetune of it."""
+    folder = tmp_path_factory.mktemp("config") / "run"
+    flags = words("--recipe fast --max_steps 6 --n_kv_head 1")
+    run("train", *corpus, *TINY, *flags, "--out_dir", folder).ok()
+    flags = words("--max_steps 3 --batch_size 4 --report_samples 0 --eval_batches 1 --method lora")
+    run("finetune", *corpus, *CPU, *flags, "--ckpt", folder / "best.pth", "--out_dir", folder).ok()
+    return folder
+
+
+def test_a_snapshot_and_nothing_else_repeats_the_run(a_run, tmp_path):
+    for command, suffix in (("train", ""), ("finetune", "_finetune")):
+        config = a_run / f"config{suffix}.json"
+        run(command, "--config", config, "--out_dir", tmp_path).ok()
+        last = f"last{suffix}.pth"
+        assert differences(a_run / last, tmp_path / last) == []
+        assert json.loads(config.read_text()) == json.loads((tmp_path / config.name).read_text())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("suffix", ["", "_finetune"])
+def test_a_snapshot_is_a_config_for_every_command(command, suffix, a_run):
+    file = a_run / f"config{suffix}.json"
+    stored, config = json.loads(file.read_text()), lp.parse([command, "--config", str(file)])[1]
+    for name in words("data_dir processed_dir val_fraction device dtype threads"):
+        if hasattr(config, name):
+            assert getattr(config, name) == stored[name], name
+            assert name in config.explicit
+
+
+def test_a_snapshot_scores_the_data_of_its_run(a_run, corpus):
+    flags = ["--ckpt", a_run / "best.pth", "--max_batches", 1]
+    by_config = run("eval", "--config", a_run / "config.json", *flags).ok()
+    assert by_config.out == run("eval", *corpus, *CPU, "--block_size", 32, "--batch_size", 4,
+                                *flags).ok().out  # fmt: skip
+
+
+def test_a_snapshot_holds_nothing_of_its_session(a_run, tmp_path):
+    """Else its --overwrite would destroy the run that it is the snapshot of."""
+    assert not {"overwrite", "resume", "out_dir", "config"} & set(snapshot(a_run))
+    run("train", "--config", a_run / "config.json", "--out_dir", a_run).fails(1, "--overwrite")
+
+
+BAD_CONFIGS = {
+    "broken.json": (b'{"lr": 0.1', "broken.json"),
+    "list.json": (b"[1, 2]", "table"),
+    "deep.json": (b"[" * 100_000 + b"]" * 100_000, "deep.json"),
+    "nan.json": (b'{"lr": NaN}', "lr must be finite"),
+    "huge.json": (b'{"n_layer": 1e308}', "n_layer"),
+    "type.json": (b'{"training": {"bias": 1}}', "bias must be true or false"),
+    "bool.json": (b'{"n_layer": true}', "n_layer must be a whole number"),
+    "text.json": (b'{"out_dir": 5}', "out_dir must be text"),
+    "unknown.json": (b'{"model": {"n_layerz": 2}}', "did you mean n_layer?"),
+    "hopeless.json": (b'{"model": {"qwertyuiop": 2}}', "unknown setting qwertyuiop"),
+    "twice.json": (b'{"lr": 0.1, "training": {"learning_rate": 0.2}}', "lr and learning_rate"),
+    "again.json": (b'{"a": {"lr": 0.1}, "b": {"lr": 0.2}}', "lr is there twice"),
+    "bytes.json": (b"\xff\xfe\x00\x01", "bytes.json"),
+    "empty.json": (b"", "empty.json"),
+    "broken.toml": (b"lr = = 2", "broken.toml"),
+    "broken.yaml": (b"lr: [1, 2", "broken.yaml"),
+    "python.yaml": (b"lr: !!python/object/apply:os.system ['touch pwned']", "python.yaml"),
+    "number.yaml": (b"3: 4\nlr: 0.1", "unknown setting 3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_a_bad_config_is_named(name, tmp_path):
+    content, word = BAD_CONFIGS[name]
+    (tmp_path / name).write_bytes(content)
+    run("train", "--config", name, cwd=tmp_path).fails(2, name, word)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_one_setting_twice_with_one_value_is_fine(tmp_path):
+    (tmp_path / "c.json").write_text('{"lr": 0.1, "training": {"learning_rate": "1e-1"}}')
+    assert lp.parse(["train", "--config", str(tmp_path / "c.json")])[1].lr == 0.1
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_config_that_is_not_a_file_is_refused_at_once(kind, tmp_path):
+    path = tmp_path / "c.json"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    run("train", "--config", path).fails(2, f"{path} is not a file")
+
+
+def test_home_and_variables_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "books")
+    (tmp_path / "c.json").write_text('{"processed_dir": "$PLACE/stores"}')
+    flags = "--data_dir=~/$PLACE --out_dir ${PLACE}/run --config ~/c.json --init_from ~/x.pth"
+    config = lp.parse(["train", *words(flags)])[1]
+    assert config.data_dir == f"{tmp_path}/books"
+    assert (config.out_dir, config.processed_dir) == ("books/run", "books/stores")
+    assert config.init_from == f"{tmp_path}/x.pth"
+    assert lp.parse(["sample", "--prompt", "~ $PLACE"])[1].prompt == "~ $PLACE"
+    assert lp.settle(lp.EvalConfig, dict(ckpt=Path("~/best.pth"))).ckpt == f"{tmp_path}/best.pth"
+
+
+def a_value(spec) -> st.SearchStrategy:
+    """Values of a setting: mostly good ones, some beyond its limits."""
+    if spec.type == "bool":
+        return st.booleans()
+    if spec.type.startswith("int"):
+        return st.integers(-2, 2000) | st.just(spec.metadata.get("high", 7))
+    if spec.type.startswith("float"):
+        return st.floats(allow_subnormal=False) | st.floats(0, 1)
+    if lp.choices_of(spec):
+        return st.sampled_from([*lp.choices_of(spec), "Other"])
+    text = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
+    return st.text(text, max_size=20)
+
+
+@st.composite
+def a_setting(draw) -> tuple:
+    command = draw(st.sampled_from(COMMANDS))
+    left_out = {"config", "minutes", "recipe", "data_dir"}  # read files
+    specs = [f for f in fields(lp.COMMANDS[command].settings) if f.name not in left_out]
+    spec = draw(st.sampled_from(specs))
+    return command, spec, draw(a_value(spec))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+@given(setting=a_setting())
+def test_a_value_is_the_same_by_flag_by_file_and_from_python(setting, tmp_path_factory, capsys):
+    command, spec, value = setting
+    cls, outcomes = lp.COMMANDS[command].settings, []
+    file = tmp_path_factory.getbasetemp() / "value.json"
+    file.write_text(json.dumps({"section": {spec.name: value}}), encoding="utf-8")
+    flag = f"--{spec.name}={value}"
+    if spec.type == "bool":
+        flag = f"--{spec.name}" if value else f"--no_{spec.name}"
+    for way in (
+        lambda: lp.parse([command, flag])[1],
+        lambda: lp.parse([command, "--config", str(file)])[1],
+        lambda: lp.settle(cls, {spec.name: value}),
+    ):
+        try:
+            outcomes.append(getattr(way(), spec.name))
+        except (SystemExit, lp.UserError) as error:
+            assert isinstance(error, lp.UserError) or error.code == 2
+            outcomes.append("refused")
+    assert outcomes[0] == outcomes[1] == outcomes[2], (command, spec.name, value, outcomes)
+
+
+# --- what a resumed run may change ---
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_what_may_change(corpus, tmp_path):
+    base = ["train", *corpus, *TINY, "--max_steps", 4, "--out_dir", tmp_path]
+    run(*base, "--stop_after", 2).ok()
+    again = ["train", "--resume", "--out_dir", tmp_path, *corpus]
+    for flags in ("--lr 0.5", "--max_steps 9", "--n_layer 2", "--seed 3", "--preset cpu-debug"):
+        name, init = words(flags)[0][2:], f"--init_from {tmp_path / 'last.pth'}"
+        run(*again, *words(flags)).fails(1, f"--resume cannot change {name}", init)
+    run(*again, *words("--lr 1e-3 --log_interval 1 --save_interval 7")).ok()
+    stored = snapshot(tmp_path)
+    assert (stored["lr"], stored["log_interval"], stored["save_interval"]) == (1e-3, 1, 7)
+    assert (stored["max_steps"], stored["n_embd"]) == (4, 32)
+
+
+def test_every_setting_says_what_resuming_means_for_it():
+    for command in ("train", "finetune"):
+        for spec in settings_of(command).values():
+            assert spec.metadata["resume"] in ("fixed", "changeable", "session_only")
 
 
 # --- the environment ---
@@ -435,31 +543,24 @@ def test_a_missing_package_is_named_before_work_starts(argv, tmp_path, monkeypat
     ("env", "word"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
         ({"RANK": "-1"}, "RANK"),
-        ({"RANK": "1e3"}, "RANK"),
         ({"RANK": "4", "WORLD_SIZE": "4"}, "torchrun"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun"),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "eval"])
-def test_a_malformed_place_among_processes_is_one_line(command, env, word, corpus, tmp_path):
-    flags = [*corpus, *ONE] if command == "train" else []
-    result = run(command, *flags, cwd=tmp_path, **env)
+def test_a_malformed_place_among_processes_is_one_line(env, word, corpus, tmp_path):
+    result = run("train", *corpus, *ONE, cwd=tmp_path, **env)
     result.fails(result.code or 1, word)
     assert len(result.errors) == 1
-    assert "Error:" not in result.err
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-16"])
-def test_training_ends_well_whatever_the_locale(encoding, tmp_path):
+def test_training_ends_well_whatever_the_locale(tmp_path):
     folder = tmp_path / "数据"
     write_corpus(folder / "raw")
     flags = ["--data_dir", folder / "raw", "--out_dir", folder / "run", *ONE]
     result = subprocess.run(
         [sys.executable, str(PROGRAM), "train", *map(str, flags)],
-        cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding},
+        cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.decode() == f"{folder / 'run/best.pth'}\n"
@@ -473,133 +574,26 @@ def test_a_prompt_on_stdin_that_is_not_utf8(tiny_checkpoint):
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything: run as another user")
-def test_what_may_not_be_read_is_named(tmp_path):
-    (tmp_path / "c.json").write_text("{}")
-    (tmp_path / "c.json").chmod(0)
-    run("train", "--config", tmp_path / "c.json").fails(2, "c.json")
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        "train --out_dir LONG", "train --data_dir LONG", "train --processed_dir LONG",
-        "train --config LONG", "train --init_from LONG", "train --resume --out_dir LONG",
-        "eval --ckpt LONG", "eval --json LONG", "sample --ckpt LONG", "prepare --out_dir LONG",
-        "export --out_dir LONG", "finetune --ckpt LONG", "train --tokenizer LONG",
-        "train --out_dir FILE", "train --processed_dir FILE", "prepare --out_dir FILE",
-        "train --out_dir FILE/x", "export --out_dir FILE", "export --out_dir FILE/x",
-        "eval --json FILE/x", "sample --ckpt FILE/x", "train --data_dir FILE/x",
-    ],
-)  # fmt: skip
-def test_names_that_cannot_be_are_one_line(argv, corpus, tiny_checkpoint, tmp_path):
-    (tmp_path / "file").write_text("x")
-    command, *flags = [w.replace("LONG", "x" * 300).replace("FILE", "file") for w in words(argv)]
-    base = {"train": [*corpus, *ONE], "export": ["--ckpt", tiny_checkpoint]}.get(command, [])
-    base = base or [*corpus, *(["--ckpt", tiny_checkpoint] if command == "eval" else [])]
-    base = [] if command == "sample" else base
-    result = run(command, *base, *flags, cwd=tmp_path)
-    result.fails(result.code or 1)
-    assert len(result.errors) == 1, result.err
-    assert "Error:" not in result.err
-
-
-@pytest.mark.parametrize(
-    "argv", ["train --lr 1e-320", "sample --temperature 1e-320", "train --device cuda:" + "9" * 20]
-)
-def test_numbers_out_of_every_range(argv, tmp_path):
-    run(*words(argv), cwd=tmp_path).fails(2, words(argv)[1].strip("-"))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you "
-                                 "tried to allocate 99 bytes. Error code 12")],
-)  # fmt: skip
-def test_running_out_of_memory_says_what_to_lower(error):
-    assert "lower --batch_size" in lp.explanation(error)
-
-
-def test_a_model_that_no_memory_can_hold(corpus, tmp_path):
-    flags = words("--n_embd 65536 --n_inner 1048576 --n_layer 1024 --n_head 1024")
-    run("train", *corpus, *flags, "--out_dir", tmp_path).fails(1, "memory")
-
-
-# --- results as JSON ---
-
-
-@pytest.fixture
-def scored(corpus, tiny_checkpoint):
-    """`eval` on the small corpus; more flags may follow."""
-    return ["eval", *corpus, *CPU, "--ckpt", tiny_checkpoint, "--max_batches", "1"]
-
-
-def test_json_is_written_through_a_link(scored, tmp_path):
-    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
-    for _ in range(2):  # a new target, then one that is there
-        run(*scored, "--json", tmp_path / "link.json").ok()
-        assert (tmp_path / "link.json").is_symlink()
-        assert "loss" in json.loads((tmp_path / "target.json").read_text())
-
-
-def test_json_goes_into_pipes_and_devices_which_stay(scored, tmp_path):
-    """Ones that a broken program could not harm: never /dev/null, not even as root."""
-    pipe, terminal = tmp_path / "pipe", os.openpty()
-    os.mkfifo(pipe)
-    run(*scored, "--json", pipe).fails(1, str(pipe))  # nobody reads
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    run(*scored, "--json", pipe).ok()
-    run(*scored, "--json", os.ttyname(terminal[1])).ok()
-    assert "loss" in json.loads(os.read(reader, 65536))
-    assert '"loss"' in os.read(terminal[0], 65536).decode()
-    assert pipe.is_fifo()
-    for handle in (reader, *terminal):
-        os.close(handle)
-
-
-def test_json_goes_to_stdout_wherever_that_goes(scored, tmp_path):
-    command = [sys.executable, str(PROGRAM), *map(str, scored), "--json", "/proc/self/fd/1"]
-    if not Path("/proc/self/fd/1").exists():
-        pytest.skip("this system has no /proc: run the tests on Linux")
-    with open(tmp_path / "out.txt", "w") as out:  # what stdout is called looks like a file
-        subprocess.run(command, stdout=out, check=True)
-    card, brace, figures = (tmp_path / "out.txt").read_text().partition("{\n")
-    assert "perplexity" in card or "ppl" in card
-    assert "loss" in json.loads(brace + figures)
-
-
-@pytest.mark.parametrize("content", [b"notes of a year", b"PK\x03\x04", b"{broken"])
-def test_json_replaces_nothing_but_json(content, scored, tmp_path):
-    target = tmp_path / "precious"
-    target.write_bytes(content)
-    result = run(*scored, "--json", target).fails(2, "--json", "name another file")
-    assert result.out == ""
-    assert target.read_bytes() == content
-    run("bench", "--json", target).fails(2, "--json")
-    target.write_bytes(b"")
-    run(*scored, "--json", target).ok()
-
-
-@pytest.mark.parametrize("name", ["", "none/x.json"])
-def test_json_where_no_file_can_be_is_refused_before_work(name, scored, tmp_path):
-    result = run(*scored, "--json", tmp_path / name).fails(2, "--json")
-    assert result.out == ""
-
-
-# --- under torchrun ---
-
-
 def test_what_needs_one_process_runs_once(corpus, tiny_checkpoint, tmp_path):
     sample = ["sample", "--ckpt", tiny_checkpoint, *words("--prompt x --max_new_tokens 2")]
     prepare = ["prepare", *corpus, "--out_dir", tmp_path / "store"]
     for argv in (sample, prepare):
-        results = [run(*argv, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
-        assert [result.ok().code for result in results] == [0, 0]
+        results = [run(*argv, RANK=str(rank), WORLD_SIZE="2").ok() for rank in (0, 1)]
         assert results[0].out
         assert results[1].out == ""
 
 
 # --- output ---
+
+
+def test_json_is_written_and_where_it_cannot_be_is_said_before_work(
+    corpus, tiny_checkpoint, tmp_path
+):
+    scored = ["eval", *corpus, *CPU, "--ckpt", tiny_checkpoint, "--max_batches", "1"]
+    run(*scored, "--json", tmp_path / "e.json").ok()
+    assert "loss" in json.loads((tmp_path / "e.json").read_text())
+    for place in (tmp_path, tmp_path / "none/x.json"):
+        assert run(*scored, "--json", place).fails(2, "--json").out == ""
 
 
 @pytest.mark.parametrize("argv", ["sample --prompt x --ckpt", "--help"])
@@ -610,31 +604,8 @@ def test_a_reader_that_goes_away_is_no_traceback(argv, tiny_checkpoint, tmp_path
     done = subprocess.run([sys.executable, str(PROGRAM), *map(str, argv)], stdout=writer,
                           stderr=subprocess.PIPE, text=True, cwd=tmp_path)  # fmt: skip
     os.close(writer)
-    assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: run on Linux")
-@pytest.mark.parametrize("argv", ["sample --prompt x --ckpt", "--help"])
-def test_a_full_disk_under_stdout_is_said(argv, tiny_checkpoint):
-    argv = [*words(argv), tiny_checkpoint] if "ckpt" in argv else words(argv)
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, str(PROGRAM), *map(str, argv)], stdout=full,
-                              stderr=subprocess.PIPE, text=True)  # fmt: skip
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: stdout cannot be written"), last
-    assert "No space left" in last
-
-
-def test_text_that_the_terminal_cannot_show(tiny_checkpoint):
-    flags = words("--max_new_tokens 60 --temperature 100 --top_k 0 --device cpu")
-    result = run_process(
-        "sample", *flags, "--prompt", "你好", "--ckpt", tiny_checkpoint,
-        PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C",
-    )  # fmt: skip
-    assert result.code == 0, result.err
 
 
 def test_results_go_to_stdout_and_all_else_to_stderr(corpus, tmp_path):
@@ -646,41 +617,14 @@ def test_results_go_to_stdout_and_all_else_to_stderr(corpus, tmp_path):
 # --- mutated command lines ---
 
 ODD = [
-    "nan", "inf", "-inf", "-1", "0", "1e400", "7", "3.5", "", "x", " ", "\0", "你好", "--", "-",
-    "true", "[]", "{}", "1e-5", "9" * 40, "\ud800", "%s", "%(default)s", "$HOME", "a\nb", "-h5",
-    "--n_embd=", "--=", "--no-lr", "cuda:99", "mps", ".", "..", "none/x", "@x",
+    "nan", "-inf", "-1", "0", "1e400", "3.5", "", "x", " ", "\0", "你好", "--", "-", "true", "[]",
+    "1e-5", "9" * 40, "\ud800", "%s", "%(default)s", "$HOME", "a\nb", "-h5", "--n_embd=", "--=",
+    "--no-lr", "cuda:99", "..", "none/x", "@x", "raw", "base.pth", "text.txt", "~",
 ]  # fmt: skip
 # What would fetch from a network, compile, or fill a disk is left out.
 LEFT_OUT = {"download", "mirror", "compile", "hf_dataset", "wandb", "tokenizer", "check_model",
-            "init_from", "ckpt", "threads", "debug", "max_new_tokens", "num_samples"}  # fmt: skip
-
-
-@st.composite
-def mutated(draw) -> list[str]:
-    """A good command line with a few words changed, dropped, doubled, swapped or put in."""
-    command = draw(st.sampled_from(["train", "finetune", "eval", "sample", "prepare"]))
-    argv = [command, *BASES[command]]
-    flags = [f"--{f.name}" for f in fields(lp.COMMANDS[command].settings) if f.name not in LEFT_OUT]
-    for _ in range(draw(st.integers(1, 4))):
-        i = draw(st.integers(0, len(argv) - 1))
-        what = draw(st.sampled_from(["odd", "drop", "twice", "swap", "flag", "letter"]))
-        if what == "odd":
-            argv[i] = draw(st.sampled_from(ODD))
-        elif what == "drop" and len(argv) > 1:
-            del argv[i]
-        elif what == "twice":
-            argv.insert(i, argv[i])
-        elif what == "swap":
-            j = draw(st.integers(0, len(argv) - 1))
-            argv[i], argv[j] = argv[j], argv[i]
-        elif what == "flag":
-            argv[i + 1 : i + 1] = [draw(st.sampled_from(flags)), draw(st.sampled_from(ODD))]
-        elif argv[i]:
-            j = draw(st.integers(0, len(argv[i]) - 1))
-            argv[i] = argv[i][:j] + draw(st.characters(codec="utf-8")) + argv[i][j + 1 :]
-    return argv
-
-
+            "init_from", "threads", "debug", "max_new_tokens", "num_samples",
+            "minutes"}  # fmt: skip
 SMALL = words("--device cpu --data_dir raw --processed_dir stores")
 BASES = {
     "train": words("--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --max_steps 1"
@@ -693,143 +637,54 @@ BASES = {
 }  # fmt: skip
 
 
+@st.composite
+def mutated(draw) -> list[str]:
+    """A good command line with a few words changed, dropped, doubled or put in."""
+    command = draw(st.sampled_from(list(BASES)))
+    argv = [command, *BASES[command]]
+    flags = [f"--{name}" for name in settings_of(command) if name not in LEFT_OUT]
+    for _ in range(draw(st.integers(1, 3))):
+        i = draw(st.integers(0, len(argv) - 1))
+        what = draw(st.sampled_from(["odd", "drop", "twice", "flag", "letter"]))
+        if what == "odd":
+            argv[i] = draw(st.sampled_from(ODD))
+        elif what == "drop" and len(argv) > 1:
+            del argv[i]
+        elif what == "twice":
+            argv.insert(i, argv[i])
+        elif what == "flag":
+            argv[i + 1 : i + 1] = [draw(st.sampled_from(flags)), draw(st.sampled_from(ODD))]
+        elif argv[i]:
+            j = draw(st.integers(0, len(argv[i]) - 1))
+            argv[i] = argv[i][:j] + draw(st.characters(codec="utf-8")) + argv[i][j + 1 :]
+    return argv
+
+
 @pytest.fixture(scope="module")
 def playground(tmp_path_factory, corpus, tiny_checkpoint):
     """A folder in which every base command works."""
     folder = tmp_path_factory.mktemp("playground") / "inner"
     folder.mkdir()
     (folder / "raw").symlink_to(corpus[1])
+    (folder / "text.txt").write_text("Once upon a time. " * 300)
     (folder / "base.pth").write_bytes(tiny_checkpoint.read_bytes())
     for command, flags in BASES.items():
         run(command, *flags, cwd=folder).ok()
     return folder
 
 
-def check_mutant(argv: list[str], folder, **env: str) -> str:
-    """What is wrong with the way the program took this command line; "" if nothing."""
-    try:
-        result = run(*argv, cwd=folder, **env)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    if result.code not in (0, 1, 2):
-        return f"exit {result.code}"
-    if "Traceback" in result.err:
-        return result.err
-    if result.code and not result.errors:
-        return f"exit {result.code} without a line that says why: {result.err}"
-    if "--debug shows where" in result.err:
-        return f"an error that nobody foresaw: {result.err}"
-    return ""
-
-
-@settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(argv=mutated())
 def test_mutated_command_lines(playground, argv):
-    assert check_mutant(argv, playground) == "", argv
+    result = run(*argv, cwd=playground)
+    assert result.code in (0, 1, 2), argv
+    assert "Traceback" not in result.err, argv
+    assert result.code == 0 or result.errors, (argv, result.err)
+    assert "--debug shows where" not in result.err, argv  # an error that nobody foresaw
 
 
-# --- composed command lines: good ones with settings of every kind, valid, odd or absurd ---
-
-NUMBERS = words("0 1 2 3 7 33 64 0.5 0.999 1e-5 1e-29 1e-320 1e308 nan -inf -1 1e9 65536 1048576")
-NUMBERS += ["9" * 400, "0x10", "1_000", "\uff11", "", "x", "true", " 1", "1e3"]
-TEXTS = words(
-    "x \\ \\n -- - --lr % {} * ** [ ( json parquet text byte gpt2 auto cuda:99 qkv qkv, 你好"
-)
-TEXTS += ["", "\n", "\udcff", "a" * 5000]
-# Only names inside the folder: the program does what it is told, even to those outside.
-PLACES = words("raw text.txt empty pipe bad.bin c.json list.json loop none none/x text.txt/x base "
-               "base/best.pth base/last.pth base/best_finetune.pth base/config.json store . %s "
-               "base/metrics.csv store/meta.json store/train.bin pairs.jsonl spam.tsv stores "
-               "base.pth")  # fmt: skip
-PLACES += ["x" * 300, "\udcff", "a\nb"]
-PATHS = words("data_dir processed_dir out_dir config ckpt init_from json tokenizer hf_files "
-              "check_model gguf")  # fmt: skip
-UNBOUNDED = {"download", "mirror", "compile", "threads", "debug", "max_new_tokens", "num_samples",
-             "vocab_size", "max_steps", "epochs", "rounds", "wandb"}  # fmt: skip
-FULL_BASES = BASES | {
-    "export": words("--ckpt base.pth --out_dir hf --overwrite --device cpu"),
-    "bench": words("--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --rounds 1"
-                   " --data_dir raw --device cpu"),
-}  # fmt: skip
-PLACES_AMONG_PROCESSES = [{}] * 12 + [
-    {"RANK": "1"}, {"WORLD_SIZE": "x"}, {"RANK": "0", "WORLD_SIZE": "0"}, {"LOCAL_RANK": "z"}
-]  # fmt: skip
-
-
-def furnish(folder: Path) -> None:
-    """Put things of every kind into a playground, for `composed` to name."""
-    (folder / "text.txt").write_text("Once upon a time. " * 300)
-    (folder / "bad.bin").write_bytes(random.Random(0).randbytes(3000))
-    (folder / "c.json").write_text('{"lr": 0.1, "lora_r": 3}')
-    (folder / "list.json").write_text("[1]")
-    rows = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(30)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "spam.tsv").write_text("".join(f"ham\tmessage {i}\n" for i in range(40)))
-    (folder / "empty").mkdir(exist_ok=True)
-    for name in ("loop", "pipe"):
-        (folder / name).unlink(missing_ok=True)
-    (folder / "loop").symlink_to("loop")
-    os.mkfifo(folder / "pipe")
-    if not (folder / "base").exists():
-        flags = words(
-            "--ckpt base.pth --max_steps 1 --batch_size 4 --report_samples 0 --method lora"
-        )
-        run("train", *BASES["train"], "--out_dir", "base", cwd=folder).ok()
-        run("finetune", *flags, *SMALL, "--out_dir", "base", cwd=folder).ok()
-        run("prepare", *BASES["prepare"], "--out_dir", "store", cwd=folder).ok()
-
-
-def composed_value(spec, rng: random.Random) -> str:
-    choices, limits = list(lp.choices_of(spec)), spec.metadata
-    if choices and rng.random() < 0.7:
-        return rng.choice(choices)
-    if spec.type.startswith(("int", "float")):
-        low = limits.get("low", limits.get("above", 0))
-        near = [low, low + 1, min(limits.get("high", 50), 50), limits.get("high", 7)]
-        return str(rng.choice(near)) if rng.random() < 0.5 else rng.choice(NUMBERS)
-    if spec.name in PATHS:
-        return rng.choice(PLACES) if rng.random() < 0.8 else rng.choice(TEXTS)
-    return rng.choice(TEXTS + PLACES)
-
-
-def composed(rng: random.Random) -> tuple[list[str], dict[str, str]]:
-    """(command line, environment): a good one with a few settings more."""
-    command = rng.choices(list(FULL_BASES), [5, 4, 3, 3, 4, 2, 1])[0]
-    specs = [f for f in fields(lp.COMMANDS[command].settings) if f.name not in UNBOUNDED]
-    argv = [*FULL_BASES[command]]
-    for spec in rng.choices(specs, k=rng.choice([1, 1, 1, 2, 2, 3, 5])):
-        if spec.type == "bool":
-            argv.append(rng.choice(["--", "--no_"]) + spec.name)
-        else:
-            value = composed_value(spec, rng)
-            joined = rng.random() < 0.5
-            argv += [f"--{spec.name}={value}"] if joined else [f"--{spec.name}", value]
-    if rng.random() < 0.1:
-        argv.insert(rng.randrange(len(argv)), rng.choice(TEXTS))
-    return [command, *argv], rng.choice(PLACES_AMONG_PROCESSES)
-
-
-def test_composed_command_lines(playground):
-    furnish(playground)
-    rng = random.Random(1)
-    for _ in range(50):
-        argv, env = composed(rng)
-        assert check_mutant(argv, playground, **env) == "", argv
-
-
-def test_the_program_can_be_called_from_anywhere(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "sample", "--ckpt", "none.pth"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
+# --- the fast recipe reads the corpus ---
 
 
 def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
