@@ -64,10 +64,10 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import lru_cache, partial, wraps
+from functools import cached_property, lru_cache, partial, wraps
 from glob import glob
 from itertools import chain, count, groupby, islice, repeat, takewhile
 from pathlib import Path
@@ -196,7 +196,10 @@ class TokenizerConfig(Settings):
     tokenizer: str = option("byte", "byte, bpe (trained here), gpt2, or a file or folder")
     vocab_size: int = option(8192, "size of a trained BPE vocabulary", low=260, high=2**20)
     min_frequency: int = option(2, "a BPE merge needs this many occurrences", low=1)
-    extra_special_tokens: str = option("", "further special tokens of a trained BPE, by comma")
+    special_tokens: str = option(
+        "", "a trained BPE's, by comma, for <|pad|>,<|bos|>,<|eos|>,<|sep|>"
+    )
+    extra_special_tokens: str = option("", "further tokens of a trained BPE, kept whole in texts")
 
 
 @dataclass
@@ -372,6 +375,9 @@ class ByteTokenizer:
 
     vocab_size = 260
     pad_id, bos_id, eos_id, sep_id = 256, 257, 258, 259
+    unk_id = None  # nothing is unknown
+    prefix = (bos_id,)  # what every text begins with; a foreign vocabulary may have nothing here
+    end_ids = (eos_id, sep_id)  # what ends a text
     cuts_safely = True  # encoded in pieces, a text has the same ids
 
     def encode(self, text: str) -> np.ndarray:
@@ -2803,26 +2809,30 @@ class PrefetchingLoader(Loader):
 
 
 # ====================================================================================
-# 10. BPE
+# 10. Vocabularies
 #
-# Vocabularies trained here and elsewhere.
+# Byte-level BPE trained here, and the vocabularies of others: a tokenizer.json, the folder of a
+# Hugging Face model, GPT-2's own two files. Look at `special_ids`, which finds the ends of texts,
+# and at `cuts_safely` and `keeps_turns`, which say what a vocabulary can be used for.
+#
+#     >>> tokenizer = lp.load_tokenizer("folder/of/gpt2")
+#     >>> tokenizer.encode("Hello world").tolist(), tokenizer.eos_id
+#     ([15496, 995], 50256)
 # ====================================================================================
-
-
-SPECIAL_IDS = ("pad_id", "bos_id", "eos_id", "sep_id")  # in the order of SPECIAL_TOKENS
 
 
 class BPETokenizer:
     """A `tokenizers.Tokenizer` behind the interface of `ByteTokenizer`.
 
-    Byte-level vocabularies are encoded by tiktoken where it is installed: the same ids, sooner.
-    Raises UserError for a vocabulary that cannot be used.
+    library_json: what its `to_str()` gives. end_ids: what ends a text beside eos and sep. bos_id
+    may be None: then nothing is put before a text. Raises UserError for what cannot be used.
     """
 
-    def __init__(self, library_json: str, **special_ids: int):
+    def __init__(self, library_json: str, pad_id=None, bos_id=None, eos_id=None, sep_id=None,
+                 end_ids: tuple[int, ...] = ()):  # fmt: skip
         tokenizers = optional("tokenizers")
         self.json = library_json
-        with tokenizer_errors("the tokenizer is not valid"):
+        with library_errors("the tokenizer is not valid"):
             self.library = tokenizers.Tokenizer.from_str(library_json)
             self.library.encode_special_tokens = True  # a literal "<|sep|>" stays characters
             self.library.no_padding()
@@ -2830,32 +2840,63 @@ class BPETokenizer:
             self.vocab_size = max(self.library.get_vocab().values(), default=0) + 1
         if self.vocab_size > 2**24:
             raise UserError(f"the tokenizer has ids up to {self.vocab_size - 1:,}: too many")
-        for name in SPECIAL_IDS:
-            number = special_ids.get(name)
+        needed = {"pad_id": pad_id, "eos_id": eos_id, "sep_id": sep_id}
+        for name, number in (
+            needed.items() if bos_id is None else [*needed.items(), ("bos_id", bos_id)]
+        ):
             if type(number) is not int or not 0 <= number < self.vocab_size:
                 raise UserError(f"the tokenizer has no usable {name} (got {number!r})")
-            setattr(self, name, number)
+        self.pad_id, self.bos_id, self.eos_id, self.sep_id = pad_id, bos_id, eos_id, sep_id
+        self.end_ids = tuple(sorted({eos_id, sep_id, *end_ids}))
+        self.prefix = () if bos_id is None else (bos_id,)
         library = json.loads(library_json)
+        self.unk_id = unknown_id(library)
+        self.cut = known_cut(library)  # by llama.cpp's name
         self.is_byte_level = '"ByteLevel"' in json.dumps(library.get("decoder"))
         self.twin = tiktoken_twin(library)
-        self.cuts_safely = is_gpt2_bpe(library)  # the ids of a text cut between words are the same
+
+    @property
+    def cuts_safely(self) -> bool:
+        """Whether a text cut before a space between words has the ids of the whole."""
+        return self.cut is not None
+
+    @cached_property
+    def keeps_turns(self) -> bool:
+        """Whether a chat encoded turn by turn, as here, has the ids of the chat in one piece.
+
+        Chat templates give it in one piece. Vocabularies that put a space before every text, as
+        some of SentencePiece's do, or that merge across its beginning, fail.
+        """
+        text = "".join(map(self.library.id_to_token, self.prefix))
+        for instruction, input, output in PROBE_TURNS:
+            text += instruction_prompt(instruction, input) + instruction_response(output)
+            text += self.library.id_to_token(self.sep_id)
+        self.library.encode_special_tokens = False
+        with library_errors("the tokenizer cannot encode a chat"):
+            whole = self.library.encode(text, add_special_tokens=False).ids
+        self.library.encode_special_tokens = True
+        return whole == turn_ids(self)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, (n,) uint32. Lone surrogates become U+FFFD."""
+        """Ids of each text, (n,) uint32. Lone surrogates become U+FFFD.
+
+        Byte-level vocabularies are encoded by tiktoken where it is installed: the same ids, sooner.
+        """
         texts = [SURROGATE.sub("\ufffd", text) for text in texts]
-        with tokenizer_errors("the tokenizer cannot encode this text"):
-            if self.twin is not None:
-                # Threads pay only where there are several texts.
-                return list((POOL.map if len(texts) > 1 else map)(self.encode_with_twin, texts))
-            encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(e.ids, np.uint32) for e in encoded]
+        with library_errors("the tokenizer cannot encode this text"):
+            if self.twin is None:
+                encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
+                return [np.array(e.ids, np.uint32) for e in encoded]
+            if len(texts) == 1:
+                return [self.encode_with_twin(texts[0])]
+            return list(POOL.map(self.encode_with_twin, texts))
 
     def encode_with_twin(self, text: str) -> np.ndarray:
         try:
-            return self.twin.encode_to_numpy(text)
+            return self.twin.encode_to_numpy(text, allowed_special="all")
         except ValueError:  # its pattern gives up on a million spaces in a row
             return np.array(self.library.encode(text, add_special_tokens=False).ids, np.uint32)
 
@@ -2871,42 +2912,53 @@ class BPETokenizer:
         known = self.library.decode(list(before), skip_special_tokens=True)
         return self.library.decode([*before, *ids], skip_special_tokens=True)[len(known) :]
 
-    def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int64: bytes of text that each token stands for, inside a text."""
-        sizes = np.zeros(self.vocab_size, np.int64)
-        vocabulary = self.library.get_vocab()
-        if self.is_byte_level:  # each byte is spelled as one character of its own alphabet
-            sizes[list(vocabulary.values())] = [len(token) for token in vocabulary]
-        else:
-            anchor = self.encode("a").tolist()
-            known = len(self.decode(anchor).encode())
-            texts = self.library.decode_batch([[*anchor, n] for n in vocabulary.values()])
-            for (token, number), text in zip(vocabulary.items(), texts, strict=True):
-                one_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
-                sizes[number] = 1 if one_byte else max(0, len(text.encode()) - known)
-        sizes[[n for n, t in self.library.get_added_tokens_decoder().items() if t.special]] = 0
-        return sizes
-
     def spec(self) -> dict:
         ids = {name: getattr(self, name) for name in SPECIAL_IDS}
-        return {"kind": "bpe", "json": self.json, **ids}
+        return {"kind": "bpe", "json": self.json, **ids, "end_ids": list(self.end_ids)}
 
 
 Tokenizer = ByteTokenizer | BPETokenizer
+SPECIAL_IDS = ("pad_id", "bos_id", "eos_id", "sep_id")
 POOL = ThreadPoolExecutor(os.cpu_count())  # starts its threads when first used
 SURROGATE = re.compile("[\ud800-\udfff]")
 bpe_tokenizer = lru_cache(maxsize=4)(BPETokenizer)  # a large vocabulary takes a second
 
 
 @contextlib.contextmanager
-def tokenizer_errors(complaint: str):
-    """One clear line for what the tokenizers library raises; its panics are BaseExceptions."""
+def library_errors(complaint: str):
+    """One clear line for what the libraries raise; panics of tokenizers are BaseExceptions."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
         raise
     except BaseException as error:
         raise UserError(f"{complaint}: {one_line(error)}") from None
+
+
+def tokenizer_from_spec(spec: dict) -> Tokenizer:
+    """The tokenizer that a checkpoint or a store describes. Raises UserError."""
+    if spec.get("kind") == "byte":
+        return ByteTokenizer()
+    if spec.get("kind") != "bpe":
+        raise UserError(f"unknown tokenizer kind {spec.get('kind')!r}")
+    with library_errors("the tokenizer is not valid"):  # such as an id that is a list
+        ids = {name: spec.get(name) for name in SPECIAL_IDS}
+        return bpe_tokenizer(spec.get("json"), **ids, end_ids=tuple(spec.get("end_ids", ())))
+
+
+PROBE_TURNS = (("What is 1 + 1?", "Größe 3", "two"), (" ", "", " a\n"), ("Who?", "x\n", ""))
+
+
+def turn_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids of a chat of PROBE_TURNS, encoded as records are stored: turn by turn."""
+    ids = list(tokenizer.prefix)
+    for instruction, input, output in PROBE_TURNS:
+        ids += tokenizer.encode(instruction_prompt(instruction, input)).tolist()
+        ids += [*tokenizer.encode(instruction_response(output)).tolist(), tokenizer.sep_id]
+    return ids
+
+
+# --- trained here ---
 
 
 def byte_level_library(model, cut: bool = True):
@@ -2918,133 +2970,194 @@ def byte_level_library(model, cut: bool = True):
     return library
 
 
+def names_in(setting: str) -> list[str]:
+    """The names of a setting that lists them by comma."""
+    return [name.strip() for name in setting.split(",") if name.strip()]
+
+
 def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
-    """Train byte-level BPE on an iterator of texts, in batches, in bounded memory."""
+    """Train byte-level BPE on an iterator of texts, in bounded memory.
+
+    Special tokens are never made from text; those of --extra_special_tokens always are, and no
+    merge crosses their borders. A signal waits until the library is done. Raises UserError.
+    """
     tokenizers = optional("tokenizers")
+    special = names_in(config.special_tokens) or list(SPECIAL_TOKENS)
+    extra = names_in(config.extra_special_tokens)
     library = byte_level_library(tokenizers.models.BPE())
-    extra = [t for t in config.extra_special_tokens.split(",") if t]
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
-        special_tokens=[*SPECIAL_TOKENS, *extra],
+        special_tokens=[*special, *extra],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    clean = (SURROGATE.sub("\ufffd", text) for text in texts)
-    in_thread(library.train_from_iterator, batched(clean, 256), trainer)
-    return bpe_tokenizer(library.to_str(), **{name: n for n, name in enumerate(SPECIAL_IDS)})
+    texts = (SURROGATE.sub("\ufffd", text) for text in texts)
+    if extra:
+        borders = re.compile("|".join(map(re.escape, extra)))
+        texts = (piece for text in texts for piece in borders.split(text))
+    library.train_from_iterator(texts, trainer)
+    saved = json.loads(library.to_str())
+    for token in saved["added_tokens"]:
+        token["special"] = token["content"] not in extra  # the library looks for others in texts
+    library = tokenizers.Tokenizer.from_str(json.dumps(saved))
+    return bpe_tokenizer(library.to_str(), **special_ids(library, {}))
 
 
-def in_thread(function: Callable, *args):
-    """Call `function` in a thread: signals are not heeded while the main thread is in a library."""
-    outcome: Future = Future()
+# --- somebody else's ---
 
-    def work():
-        try:
-            outcome.set_result(function(*args))
-        except BaseException as error:  # raised again below
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    while not outcome.done():  # a wait without end is not interrupted on Windows
-        wait([outcome], timeout=1)
-    return outcome.result()
+# Names of special tokens where a configuration declares none; the first that is there counts.
+USUAL_NAMES = {
+    "eos": ("<|eos|>", "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "[EOS]"),
+    "bos": ("<|bos|>", "<s>", "<bos>", "[BOS]"),
+    "sep": ("<|sep|>", "<sep>", "[SEP]"),
+    "pad": ("<|pad|>", "<pad>", "[PAD]"),
+}
 
 
-def tokenizer_from_spec(spec: dict) -> Tokenizer:
-    """The tokenizer that a checkpoint or a store describes. Raises UserError."""
-    if spec.get("kind") == "byte":
-        return ByteTokenizer()
-    if spec.get("kind") != "bpe":
-        raise UserError(f"unknown tokenizer kind {spec.get('kind')!r}")
-    with tokenizer_errors("the tokenizer is not valid"):  # such as an id that is a list
-        return bpe_tokenizer(spec.get("json"), **{name: spec.get(name) for name in SPECIAL_IDS})
+def special_ids(library, declared: dict[str, str | None], ends: Sequence[int] = ()) -> dict:
+    """Ids of pad, bos, eos, sep and of all that ends a text, as BPETokenizer takes them.
 
-
-# Names of a vocabulary and its merges: Hugging Face's and the original GPT-2's.
-VOCABULARIES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+    declared: {role: token, or None for none} of the tokenizer's own configuration. ends: further
+    ids that end a text. A missing sep or pad is eos. Raises UserError where there is no eos.
+    """
+    ids: dict = {}
+    for role, usual in USUAL_NAMES.items():
+        names = [declared[role]] if role in declared else usual
+        known = [library.token_to_id(name) for name in names if name is not None]
+        ids[role] = next((number for number in known if number is not None), None)
+    ends = [number for number in ends if number < library.get_vocab_size()]
+    if "eos" not in declared and ends:
+        ids["eos"] = ends[0]
+    if ids["eos"] is None:
+        raise UserError("the vocabulary has no end-of-text token such as <|endoftext|> or </s>")
+    for role in ("sep", "pad"):
+        ids[role] = ids["eos"] if ids[role] is None else ids[role]
+    return {f"{role}_id": number for role, number in ids.items()} | {"end_ids": tuple(ends)}
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`byte`, a tokenizer.json, a folder with one or with vocabulary and merges, or a Hub name.
+    """`byte`, a tokenizer.json, a folder with a tokenizer's files, or a name on the Hub.
 
     Raises UserError where nothing usable stands there.
     """
     if name == "byte":
         return ByteTokenizer()
-    tokenizers = optional("tokenizers")
     path = Path(name)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    pair = next((p for p in VOCABULARIES if all((path / f).is_file() for f in p)), None)
-    if file.is_file():
-        with tokenizer_errors(f"{file} is not a tokenizer"):
-            library = tokenizers.Tokenizer.from_file(str(file))
-    elif pair:
-        library = library_from_merges(path / pair[0], path / pair[1])
-    elif path.exists():
-        raise UserError(f"{path} holds no tokenizer.json, and no vocab.json with merges.txt")
-    else:
-        try:
-            library = tokenizers.Tokenizer.from_pretrained(name)
-        except Exception as error:
-            what = f"--tokenizer {name}: no such file or folder, nor on the Hub"
-            raise UserError(f"{what} ({one_line(error, 90)}); name a local folder") from None
-    folder = file.parent if path.exists() else None
-    return bpe_tokenizer(library.to_str(), **special_ids(library, folder))
+    if path.is_file() and (path.parent / "tokenizer_config.json").is_file():
+        path = path.parent
+    elif path.is_file():
+        with library_errors(f"{path} is not a tokenizer"):
+            library = optional("tokenizers").Tokenizer.from_file(str(path))
+        return bpe_tokenizer(library.to_str(), **special_ids(library, {}))
+    folder = hf_folder(str(path), "--tokenizer: ", ["*.json", "*.txt", "*.model"])
+    has = {file.name for file in folder.iterdir()}
+    if {"encoder.json", "vocab.bpe"} <= has and "tokenizer.json" not in has:
+        return tokenizer_from_merges(folder / "encoder.json", folder / "vocab.bpe")
+    known = {"tokenizer.json", "tokenizer_config.json", "added_tokens.json", "config.json"}
+    if {"vocab.json", "merges.txt"} <= has and not has & known:
+        return tokenizer_from_merges(folder / "vocab.json", folder / "merges.txt")
+    return hf_tokenizer(folder, has)
 
 
-def library_from_merges(vocabulary: Path, merges: Path):
-    """GPT-2's two files as a `tokenizers.Tokenizer`. Raises UserError unless they fit together."""
-    both = f"{vocabulary} and {merges.name}"
-    with tokenizer_errors(both):
+def tokenizer_from_merges(vocabulary: Path, merges: Path) -> BPETokenizer:
+    """GPT-2's two files, as OpenAI published them and as tokenizers saves them. Raises UserError."""
+    with library_errors(f"{vocabulary} and {merges.name}"):
         model = optional("tokenizers").models.BPE.from_file(str(vocabulary), str(merges))
-    library = byte_level_library(model)
-    library.add_special_tokens(["<|endoftext|>"])
-    n_merges = len(json.loads(library.to_str())["model"]["merges"])
-    orphans = len(library.get_vocab()) - 256 - n_merges
-    if orphans > 16:  # a few may be special tokens
-        raise UserError(f"{both} do not belong together: no merge makes {orphans:,} of its tokens")
+        library = byte_level_library(model)
+    names = [*sum(USUAL_NAMES.values(), ()), "<unk>", "<mask>"]
+    library.add_special_tokens([name for name in names if library.token_to_id(name) is not None])
+    gpt2 = "<|endoftext|>"  # GPT-2's own is bos, too
+    declared = {} if library.token_to_id(gpt2) is None else {"bos": gpt2, "eos": gpt2}
+    return bpe_tokenizer(library.to_str(), **special_ids(library, declared))
+
+
+def hf_tokenizer(folder: Path, has: set[str]) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, as transformers loads it. Raises UserError.
+
+    A tokenizer.json is read as it is: AutoTokenizer would rebuild it by the model's type, without
+    its normalizer. Ends of text are those of tokenizer, generation and model configuration.
+    """
+    transformers = transformers_library()
+    with library_errors(f"{folder} holds no tokenizer.json or other tokenizer to be used"):
+        if "tokenizer.json" in has:
+            theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        library = theirs.backend_tokenizer
+    if library.get_vocab() == byte_library().get_vocab():  # ours, exported
+        return ByteTokenizer()
+    declared = {role: getattr(theirs, f"{role}_token", None) for role in USUAL_NAMES}
+    declared = {role: token for role, token in declared.items() if token is not None}
+    if {"tokenizer_config.json", "special_tokens_map.json"} & has:
+        declared.setdefault("bos", None)
+    ends = []
+    for file in ("generation_config.json", "config.json"):
+        found = {}
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((folder / file).read_text(encoding="utf-8"))
+        stated = found.get("eos_token_id") if isinstance(found, dict) else None
+        ends += [n for n in (stated if isinstance(stated, list) else [stated]) if type(n) is int]
+    return bpe_tokenizer(library.to_str(), **special_ids(library, declared, ends))
+
+
+def byte_library():
+    """The byte tokenizer as a `tokenizers.Tokenizer` with the same 260 ids."""
+    model = optional("tokenizers").models.BPE(byte_alphabet(), [])
+    library = byte_level_library(model, cut=False)
+    library.add_special_tokens(list(SPECIAL_TOKENS))
     return library
 
 
-def special_ids(library, folder: Path | None) -> dict[str, int]:
-    """Ids of bos, eos, sep and pad in somebody else's vocabulary; missing roles fall back to eos.
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's one printable character for each byte: {character: byte}.
 
-    Looks for this program's names, then the folder's configuration, then the usual names.
+    Printable Latin-1 stands for itself; the others follow from U+0100 on (Radford et al., 2019).
     """
-    declared = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json") if folder else ():
-        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-            declared |= json.loads((folder / name).read_text(encoding="utf-8"))
-    usual = {"eos": ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>"), "bos": ("<s>",)}
-    ids = {}
-    for role in ("eos", "bos", "sep", "pad"):
-        named = declared.get(f"{role}_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        names = (f"<|{role}|>", named, *usual.get(role, ()))
-        known = (library.token_to_id(n) for n in names if isinstance(n, str))
-        number = next((n for n in known if n is not None), ids.get("eos_id"))
-        if number is None:
-            raise UserError("the vocabulary has no end-of-text token such as <|endoftext|>")
-        ids[f"{role}_id"] = number
-    return ids
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-# --- tiktoken, for speed ---
+# --- what a vocabulary does, from its tokenizer.json ---
+
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def is_gpt2_bpe(library: dict) -> bool:
-    """Whether a `tokenizer.json` is byte-level BPE over text that GPT-2's pattern has cut."""
-    model, cut = library.get("model", {}), library.get("pre_tokenizer") or {}
-    return (
-        model.get("type") == "BPE"
-        and cut.get("type") == "ByteLevel"
-        and not cut.get("add_prefix_space")
-        and cut.get("use_regex", True)
-        and library.get("normalizer") is None
-        and not any(model.get(k) for k in ("ignore_merges", "byte_fallback", "dropout"))
-        and all(token.get("special") for token in library.get("added_tokens", []))
-    )
+def unknown_id(library: dict) -> int | None:
+    """The id that stands for what the vocabulary lacks, if it has one."""
+    model = library.get("model", {})
+    if model.get("type") == "Unigram":
+        return model.get("unk_id")
+    return model.get("vocab", {}).get(model.get("unk_token"))
+
+
+def known_cut(library: dict) -> str | None:
+    """How byte-level BPE cuts text before it merges, by llama.cpp's name, where it is a known way.
+
+    The known ways begin a piece at every space that follows a letter and precedes one.
+    """
+    model, steps = library.get("model", {}), library.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or any(
+        model.get(k) for k in ("ignore_merges", "byte_fallback", "dropout")
+    ):
+        return None
+    for token in library.get("added_tokens", []):  # those that are looked for in texts
+        loose = token["lstrip"] or token["rstrip"] or token["single_word"]
+        if not token["special"] and (loose or re.search(r"\s", token["content"])):
+            return None
+    normalizer = (library.get("normalizer") or {}).get("type")
+    if steps.get("type") == "ByteLevel":
+        plain = steps.get("use_regex", True) and not steps.get("add_prefix_space")
+        return "gpt-2" if plain and normalizer is None else None
+    split, last = [*steps.get("pretokenizers", []), {}, {}][:2]
+    plain = not last.get("use_regex", True) and not last.get("add_prefix_space")
+    isolated = split.get("behavior") == "Isolated" and not split.get("invert")
+    is_qwen2 = split.get("pattern") == {"Regex": QWEN2_PATTERN} and isolated and plain
+    return "qwen2" if is_qwen2 and normalizer in (None, "NFC") else None
 
 
 def tiktoken_twin(library: dict):
@@ -3057,13 +3170,14 @@ def tiktoken_twin(library: dict):
         import tiktoken
     except ImportError:
         return None
-    if not is_gpt2_bpe(library) or not hasattr(tiktoken.Encoding, "encode_to_numpy"):
+    if known_cut(library) != "gpt-2" or not hasattr(tiktoken.Encoding, "encode_to_numpy"):
         return None
     model = library["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     merged = [model["vocab"]["".join(pair)] for pair in merges]
     bytes_of = byte_alphabet()
-    added = {t["content"] for t in library.get("added_tokens", [])}
+    added = {t["content"]: t for t in library.get("added_tokens", [])}
+    sought = {content: t["id"] for content, t in added.items() if not t["special"]}
     ranks = {
         bytes(bytes_of[c] for c in token): number
         for token, number in model["vocab"].items()
@@ -3072,18 +3186,10 @@ def tiktoken_twin(library: dict):
     every_byte = all(bytes([b]) in ranks for b in range(256))
     if merged != sorted(set(merged)) or not every_byte or len(ranks) != 256 + len(merged):
         return None
+    if any(a != b and a.startswith(b) for a in sought for b in sought):  # which comes first?
+        return None
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    return tiktoken.Encoding("twin", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's one printable character for each byte: {character: byte}.
-
-    Printable Latin-1 stands for itself; the others follow from U+0100 on (Radford et al., 2019).
-    """
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+    return tiktoken.Encoding("twin", pat_str=pattern, mergeable_ranks=ranks, special_tokens=sought)
 
 
 # ====================================================================================
@@ -5281,97 +5387,42 @@ def open_run(config: FitConfig) -> Iterator[RunFolder]:
 # ====================================================================================
 # 13. Interchange
 #
-# Models and tokenizers from Hugging Face and to it, LoRA, GGUF for llama.cpp and Ollama.
+# Models from Hugging Face and to it, through transformers' own objects; LoRA, as peft has it; GGUF
+# for llama.cpp and Ollama. Look at the two tables of names, and at `check_logits`: whatever comes
+# in or goes out must compute what the library's own model computes, or it is refused.
 # ====================================================================================
 
-# --- key tables: one for each architecture, read in both directions ---
+# --- names: one table for each architecture, read in both directions ---
 
 
 @dataclass(frozen=True)
 class Family:
-    """How Hugging Face stores one of our architectures."""
+    """How transformers stores one of our architectures."""
 
     arch: str  # ours, in ARCHS
-    model_class: str
     layer: str  # the prefix of a layer's tensors
-    names: dict[str, str]  # our modules: theirs; the rows of several, stacked, make one of ours
-    settings: dict[str, str]  # ours: their names in config.json
-    usual: dict  # what a config.json may leave out
-    fixed: dict  # the only values that this program computes with
-    same: tuple[str, ...]  # our settings that must be as in ARCHS
-    more_to_hf: Callable[[GPTConfig], dict]  # settings that need more than another name
-    more_from_hf: Callable[[dict], dict]
+    modules: dict[str, str]  # ours: theirs; the rows of several, stacked, make one of ours
+    settings: dict[str, str]  # ours: theirs
 
 
-GPT2_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh",
-                    "gelu_new": "gelu_tanh"}  # fmt: skip
-
-
-def gpt2_to_hf(c: GPTConfig) -> dict:
-    activation = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}[c.mlp]
-    dropped = dict.fromkeys(("embd_pdrop", "attn_pdrop"), c.dropout)
-    return {"activation_function": activation, **dropped, "n_ctx": c.block_size}
-
-
-def gpt2_from_hf(hf: dict) -> dict:
-    activation = hf["activation_function"]
-    if activation not in GPT2_ACTIVATIONS:
-        raise UserError(f"activation_function {activation!r} is not one this program has")
-    return {"mlp": GPT2_ACTIVATIONS[activation], "n_inner": hf["n_inner"] or 0}
-
-
-def qwen3_to_hf(c: GPTConfig) -> dict:
-    window = c.attn_window if 0 < c.attn_window < c.block_size else None
-    kind = "sliding_attention" if window else "full_attention"
-    return {
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "attention_dropout": 0.0,
-        "use_sliding_window": window is not None,
-        "sliding_window": window,
-        "max_window_layers": 0 if window else c.n_layer,
-        "layer_types": [kind] * c.n_layer,
-    }
-
-
-def qwen3_from_hf(hf: dict) -> dict:
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"config.json: rope_type {kind!r} is not supported, only 'default'")
-    layers = hf["num_hidden_layers"]
-    full = hf["max_window_layers"] if hf["use_sliding_window"] else layers
-    usual = ["full_attention"] * (full > 0) + ["sliding_attention"] * (full < layers)
-    kinds = set(hf.get("layer_types") or usual)
-    if len(kinds) > 1:
-        raise UserError("layers that mix full and sliding attention are not supported")
-    window = hf["sliding_window"] or 0 if "sliding_attention" in kinds else 0
-    theta = float(rope.get("rope_theta", hf["rope_theta"]))
-    return {"rope_theta": theta, "dropout": 0.0, "attn_window": window}
-
-
-INTERCHANGE = {
+FAMILIES = {
     "gpt2": Family(
-        arch="gpt2", model_class="GPT2LMHeadModel", layer="transformer.h.{}.",
-        names={
+        arch="gpt2", layer="transformer.h.{}.",
+        modules={
             "tok_emb": "transformer.wte", "positions": "transformer.wpe",
             "norm_f": "transformer.ln_f", "head": "lm_head",
             "norm1": "ln_1", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj",
             "norm2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
         },
-        settings=dict(
-            vocab_size="vocab_size", block_size="n_positions", n_embd="n_embd", n_layer="n_layer",
-            n_head="n_head", n_inner="n_inner", norm_eps="layer_norm_epsilon",
-            dropout="resid_pdrop", tie_weights="tie_word_embeddings",
-        ),
-        usual=dict(activation_function="gelu_new", n_inner=None, layer_norm_epsilon=1e-5,
-                   resid_pdrop=0.1, tie_word_embeddings=True),
-        fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                   add_cross_attention=False),
-        same=("pos", "norm", "qk_norm", "bias"), more_to_hf=gpt2_to_hf, more_from_hf=gpt2_from_hf,
+        settings={
+            "vocab_size": "vocab_size", "block_size": "n_positions", "n_embd": "n_embd",
+            "n_layer": "n_layer", "n_head": "n_head", "n_inner": "n_inner",
+            "norm_eps": "layer_norm_epsilon", "dropout": "resid_pdrop",
+        },
     ),
     "qwen3": Family(
-        arch="modern", model_class="Qwen3ForCausalLM", layer="model.layers.{}.",
-        names={
+        arch="modern", layer="model.layers.{}.",
+        modules={
             "tok_emb": "model.embed_tokens", "norm_f": "model.norm", "head": "lm_head",
             "norm1": "input_layernorm", "attn.proj": "self_attn.o_proj",
             "attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
@@ -5379,158 +5430,225 @@ INTERCHANGE = {
             "norm2": "post_attention_layernorm",
             "mlp.up": "mlp.gate_proj mlp.up_proj", "mlp.down": "mlp.down_proj",
         },
-        settings=dict(
-            vocab_size="vocab_size", block_size="max_position_embeddings", n_embd="hidden_size",
-            n_layer="num_hidden_layers", n_head="num_attention_heads",
-            n_kv_head="num_key_value_heads", head_dim="head_dim", n_inner="intermediate_size",
-            norm_eps="rms_norm_eps", rope_theta="rope_theta", tie_weights="tie_word_embeddings",
-        ),
-        usual=dict(head_dim=128, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
-                   use_sliding_window=False, sliding_window=None, max_window_layers=28),
-        fixed=dict(hidden_act="silu", attention_bias=False),
-        same=("pos", "norm", "mlp", "qk_norm", "bias"),
-        more_to_hf=qwen3_to_hf, more_from_hf=qwen3_from_hf,
+        settings={
+            "vocab_size": "vocab_size", "block_size": "max_position_embeddings",
+            "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+            "head_dim": "head_dim", "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps",
+        },
     ),
 }  # fmt: skip
+GPT2_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh",
+               "gelu_new": "gelu_tanh"}  # fmt: skip
 
 
-def interchange_kind(c: GPTConfig) -> str:
+def hf_kind(c: GPTConfig) -> str:
     """The Hugging Face type of this architecture. Raises UserError naming what none can hold."""
     kind = "qwen3" if c.pos == "rope" else "gpt2"
-    arch = INTERCHANGE[kind].arch
-    possible = {name: ARCHS[arch][name] == getattr(c, name) for name in INTERCHANGE[kind].same}
-    if kind == "gpt2":
-        possible |= {
+    usual = ARCHS[FAMILIES[kind].arch]
+    fits = {name: usual[name] == getattr(c, name) for name in ("pos", "norm", "qk_norm", "bias")}
+    if kind == "qwen3":
+        fits["mlp"] = c.mlp == usual["mlp"]
+    else:
+        fits |= {
             "mlp": c.mlp in GPT2_ACTIVATIONS.values(),
             "n_kv_head": c.n_kv_head == c.n_head,
             "head_dim": c.head_dim * c.n_head == c.n_embd,
             "attn_window": not 0 < c.attn_window < c.block_size,
         }
-    odd = [f"{name}={getattr(c, name)}" for name, fits in possible.items() if not fits]
+    odd = [f"{name}={getattr(c, name)}" for name, holds in fits.items() if not holds]
     if odd:
-        what = f"{', '.join(odd)} with the rest of --arch {arch}"
+        what = f"{', '.join(odd)} with the rest of --arch {FAMILIES[kind].arch}"
         raise UserError(f"no Hugging Face class has {what}")
     return kind
 
 
-def table_rows(kind: str, config: GPTConfig) -> Iterator[tuple]:
-    """(our name, our shape, their names, the rows of each, transposed) for every tensor."""
-    family, sizes = INTERCHANGE[kind], fused_rows(config)
+@dataclass
+class TensorRow:
+    """One tensor of ours, and those of theirs whose rows make it."""
+
+    ours: str
+    theirs: list[str]
+    rows: list[int]  # of each of theirs
+    transposed: bool  # theirs is (in, out), as GPT-2's Conv1D has it
+
+
+def tensor_rows(c: GPTConfig) -> Iterator[TensorRow]:
+    """Every tensor of a model of this shape, under both names."""
+    kind, sizes = hf_kind(c), fused_rows(c)
     with torch.device("meta"):
-        tensors = GPT(config).state_dict()
+        tensors = GPT(c).state_dict()
     for ours, tensor in tensors.items():
-        if is_tied(config, ours):
+        if is_tied(c, ours):
             continue
         i, module, end = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", ours).groups()
-        start = family.layer.format(i) if i else ""
-        theirs = [f"{start}{name}{end or '.weight'}" for name in family.names[module].split()]
-        transposed = kind == "gpt2" and bool(i) and tensor.ndim == 2  # their Conv1D: (in, out)
+        start = FAMILIES[kind].layer.format(i) if i else ""
+        names = FAMILIES[kind].modules[module].split()
+        theirs = [f"{start}{name}{end or '.weight'}" for name in names]
         rows = sizes[module] if len(theirs) > 1 else [len(tensor)]
-        yield ours, tensor.shape, theirs, rows, transposed
+        yield TensorRow(ours, theirs, rows, kind == "gpt2" and bool(i) and tensor.ndim == 2)
 
 
-# --- models in ---
+def to_hf(weights: dict[str, Tensor], c: GPTConfig, conv1d: bool = True) -> dict[str, Tensor]:
+    """Our tensors under their names. Without `conv1d` no matrix is transposed."""
+    tensors = {}
+    for row in tensor_rows(c):
+        for name, part in zip(row.theirs, weights[row.ours].split(row.rows), strict=True):
+            tensors[name] = (part.T if row.transposed and conv1d else part).contiguous()
+    return tensors
 
 
-def hf_folder(name: str) -> Path:
-    """The folder of a Hugging Face model: itself, or fetched from the Hub. Raises UserError."""
-    folder = Path(name)
-    if folder.is_dir():
-        if runs := sorted(folder.glob("*.pth")):
-            raise UserError(f"a run's folder: name a checkpoint in it, such as {runs[0]}")
-        return folder
-    old = folder.with_name(f".export.{folder.name}") / "old"
-    if old.is_dir():
-        raise UserError(f"an export was killed here; {old} is restored by the next export")
-    hub = optional("huggingface_hub")
-    try:
-        patterns = ["*.json", "*.txt", "*.safetensors"]
-        return Path(hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        why = one_line(error, 90)
-        raise UserError(f"no such checkpoint or folder, and not from the Hub ({why})") from None
-
-
-def hf_shape(hf: dict) -> tuple[str, GPTConfig]:
-    """(model type, our configuration) of a config.json. Raises UserError on what we do not have."""
-    kind = hf.get("model_type")
-    if kind not in INTERCHANGE:
-        raise UserError(f"model_type {kind!r} is not one of {', '.join(INTERCHANGE)}")
-    family = INTERCHANGE[kind]
-    hf = family.usual | family.fixed | hf
-    for name, value in family.fixed.items():
-        if hf[name] != value:
-            raise UserError(f"config.json: {name} {hf[name]!r} is not supported, only {value!r}")
-    try:
-        shape = ARCHS[family.arch] | {ours: hf[theirs] for ours, theirs in family.settings.items()}
-        shape |= family.more_from_hf(hf)
-        specs = fields_of(GPTConfig)
-        shape = {name: checked(specs[name], value) for name, value in shape.items()}
-        return kind, checked_model_config(asdict(GPTConfig(**shape)))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"config.json: {one_line(error)}") from None
-
-
-def hf_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's .safetensors files; pickles are not read. Raises UserError."""
-    safetensors = optional("safetensors.torch", "safetensors")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
-        hint = f"; {pickled[0]} is a pickle, which can run code: not read" if pickled else ""
-        raise UserError(f"no .safetensors file{hint}")
-    try:
-        return {name: t for file in files for name, t in safetensors.load_file(file).items()}
-    except Exception as error:  # safetensors has errors of its own
-        raise UserError(f"not a usable model folder: {one_line(error)}") from None
-
-
-def from_hf(tensors: dict[str, Tensor], kind: str, config: GPTConfig) -> dict[str, Tensor]:
-    """Their tensors under our names. UserError or ValueError names one that is missing or wrong."""
-    prefix = INTERCHANGE[kind].layer.split(".")[0] + "."  # of every tensor but the head's
-    if not any(name.startswith(prefix) for name in tensors):  # a base model without its head
-        tensors = {prefix + name: t for name, t in tensors.items()}
-    unused = (".attn.bias", ".attn.masked_bias")  # buffers of old files
-    unused += ("lm_head.weight",) if config.tie_weights else ()
-    left = {name: t for name, t in tensors.items() if not name.endswith(unused)}
-    weights = {}
-    for ours, shape, theirs, rows, transposed in table_rows(kind, config):
-        parts = []
-        for name, size in zip(theirs, rows, strict=True):
-            if name not in left:
-                raise UserError(f"the model lacks the tensor {name}")
-            part = left.pop(name)
-            wanted = (size, *shape[1:])[:: -1 if transposed else 1]
-            if part.shape != wanted:
-                raise UserError(f"{name} has shape {tuple(part.shape)}, not {wanted}")
-            check_leaf(name, part)
-            parts.append((part.T if transposed else part).float())
-        weights[ours] = (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
+def from_hf(tensors: dict[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
+    """Their tensors under our names. Raises UserError naming one that is missing or left over."""
+    left, weights = dict(tensors), {}
+    if c.tie_weights:
+        left.pop("lm_head.weight", None)
+    for row in tensor_rows(c):
+        if missing := [name for name in row.theirs if name not in left]:
+            raise UserError(f"the model lacks the tensor {missing[0]}")
+        parts = [left.pop(name) for name in row.theirs]
+        weights[row.ours] = torch.cat([p.T if row.transposed else p for p in parts]).contiguous()
     if left:
         raise UserError(f"the model holds a tensor this program does not know: {sorted(left)[0]}")
     return weights
 
 
-def load_hf(name: str) -> Loaded:
-    """The model of a Hugging Face folder, or of a name on the Hub.
+# --- models in ---
 
-    Raises UserError for anything but GPT-2 or Qwen3 in safetensors, whole and of the right shape.
-    """
+
+def transformers_library():
+    """transformers, with its warnings and progress bars silenced."""
+    library = optional("transformers")
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
+
+
+def hf_folder(name: str, what: str, patterns: list[str]) -> Path:
+    """That folder, or the one into which these files come from the Hub. Raises UserError."""
+    if Path(name).is_dir():
+        return Path(name)
+    hub = optional("huggingface_hub")
     try:
-        folder = hf_folder(name)
-        kind, config = hf_shape(read_table(folder / "config.json", "config.json"))
-        model = build_model(config, from_hf(hf_tensors(folder), kind, config))
-        tokenizer = load_tokenizer(str(folder.absolute()))
-        if tokenizer.library.get_vocab() == byte_library().get_vocab():  # ours, exported
-            tokenizer = ByteTokenizer()
-        n_ids, room = tokenizer.vocab_size, config.vocab_size
-        if n_ids > room:
-            raise UserError(f"the tokenizer has {n_ids} ids, the model only {room}")
-        templates = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
-        texts = [file.read_text("utf-8", "replace") for file in templates if file.is_file()]
-    except (UserError, ValueError) as error:
+        return Path(hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        why = f"no such file or folder, and not from the Hub ({one_line(error, 90)})"
+        raise UserError(f"{what}{name}: {why}; name a local one") from None
+
+
+def hf_shape(hf) -> GPTConfig:
+    """Our shape of a transformers config. Raises UserError on what 64 ids might not show."""
+    family = FAMILIES[hf.model_type]
+    shape = ARCHS[family.arch] | {
+        ours: getattr(hf, theirs) for ours, theirs in family.settings.items()
+    }
+    if hf.model_type == "gpt2":
+        if hf.activation_function not in GPT2_ACTIVATIONS:
+            raise UserError(f"activation_function {hf.activation_function!r} is not one of ours")
+        shape |= {"mlp": GPT2_ACTIVATIONS[hf.activation_function], "n_inner": hf.n_inner or 0}
+    else:
+        rope, kinds = hf.rope_parameters, set(hf.layer_types)
+        if rope["rope_type"] != "default":
+            raise UserError(f"rope_type {rope['rope_type']!r} is not supported, only 'default'")
+        if len(kinds) > 1:
+            raise UserError("layers that mix full and sliding attention are not supported")
+        window = hf.sliding_window if kinds == {"sliding_attention"} else 0
+        shape |= {"rope_theta": float(rope["rope_theta"]), "attn_window": window, "dropout": 0.0}
+    return checked_model_config(asdict(GPTConfig(**shape)))
+
+
+def check_stored(folder: Path) -> None:
+    """Raise UserError unless a folder's weights are safetensors of floating point.
+
+    transformers would take whole numbers for weights; a pickle can run code.
+    """
+    safetensors = optional("safetensors")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
+        hint = f"; {pickled[0]} is a pickle, which can run code: not read" if pickled else ""
+        raise UserError(f"no .safetensors file{hint}")
+    for file in files:
+        with safetensors.safe_open(file, "pt") as opened:
+            kinds = {n: opened.get_slice(n).get_dtype() for n in list(opened.keys())}
+        for name, kind in kinds.items():
+            if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(OLD_BUFFERS):
+                raise UserError(f"{name} is stored as {kind}: quantised models are not supported")
+
+
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # of GPT-2 files; the causal mask
+HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
+
+
+def hf_model(folder: Path):
+    """transformers' own model of a folder, float32; a peft adapter is merged into its base.
+
+    Raises UserError, or what the libraries raise.
+    """
+    check_stored(folder)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_table(folder / "adapter_config.json", "it").get("base_model_name_or_path")
+        if not base:
+            raise UserError("an adapter that names no base: export it again with --base_model")
+        peer = hf_model(hf_folder(str(base), "the adapter's base ", HUB_FILES))
+        return optional("peft").PeftModel.from_pretrained(peer, folder).merge_and_unload()
+    about = read_table(folder / "config.json", "config.json")
+    if about.get("model_type") not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"model_type {about.get('model_type')!r} is not one of {known}")
+    if "quantization_config" in about:
+        raise UserError("quantised models are not supported")
+    peer, found = transformers_library().AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+        trust_remote_code=False,
+    )  # fmt: skip
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        names = [n if isinstance(n, str) else n[0] for n in found.get(kind, ())]
+        names = sorted(n for n in names if not n.endswith(OLD_BUFFERS))
+        if names:
+            raise UserError(f"its tensors do not fit its config.json: {kind} {names[0]}")
+    return peer
+
+
+def load_hf(name: str) -> Loaded:
+    """The model of a Hugging Face folder, of a peft adapter, or of a name on the Hub.
+
+    Raises UserError for anything but GPT-2 or Qwen3 in safetensors that computes what ours does.
+    """
+    folder = hf_folder(name, "", HUB_FILES)
+    if runs := sorted(folder.glob("*.pth")):
+        raise UserError(f"{name} is a run's folder: name a checkpoint in it, such as {runs[0]}")
+    try:
+        with library_errors("not a usable model folder"):
+            peer = hf_model(folder)
+            tied = peer.get_output_embeddings().weight is peer.get_input_embeddings().weight
+            config = replace(hf_shape(peer.config), tie_weights=tied)
+            model = build_model(config, from_hf(peer.state_dict(), config))
+        check_logits(peer, model)
+        origin = folder if any(folder.glob("*token*")) else Path(peer.config.name_or_path)
+        tokenizer = load_tokenizer(str(origin.absolute()))
+    except UserError as error:
         raise UserError(str(error) if name in str(error) else f"{name}: {error}") from None
-    return Loaded(model, tokenizer, {}, has_template="### Instruction: " in "".join(texts))
+    if tokenizer.vocab_size > config.vocab_size:
+        ids = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
+        raise UserError(f"{name}: {ids}")
+    templates = [origin / "chat_template.jinja", origin / "tokenizer_config.json"]
+    texts = [file.read_text("utf-8", "replace") for file in templates if file.is_file()]
+    return Loaded(model, tokenizer, {}, "### Instruction: " in "".join(texts))
+
+
+def check_logits(peer, model: GPT) -> None:
+    """Raise UserError unless both models give 64 ids the same logits, to 1e-4 of the largest."""
+    length = min(64, model.config.block_size)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(model.config.vocab_size, (1, length), generator=draw)
+    with torch.no_grad():
+        theirs, ours = peer.float().eval()(x).logits, model.cpu().float().eval()(x)
+    gap, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if not gap <= 1e-4 * scale:  # not a number is none either
+        what = f"{type(peer).__name__}'s logits differ from ours by {gap:.1e} of {scale:.1e}"
+        raise UserError(f"{what}: it has something that this program's model lacks")
+    note(f"logits agree with {type(peer).__name__} to {gap:.1e} of {scale:.1e}")
 
 
 @dataclass
@@ -5540,25 +5658,23 @@ class Loaded:
     model: GPT
     tokenizer: Tokenizer
     state: dict  # the checkpoint without its weights; empty for a Hugging Face model
-    has_template: bool = False  # a Hugging Face model whose chat template is ours
+    uses_our_chat_template: bool = False  # of a Hugging Face model
 
     @property
     def is_tuned(self) -> bool:
-        return self.has_template or self.state.get("command") == "finetune"
+        return self.uses_our_chat_template or self.state.get("command") == "finetune"
 
     @property
     def data(self) -> dict:
         """Split settings under which this model has never seen the validation records."""
         usual = {name: getattr(DataConfig, name) for name in SPLIT_SETTINGS}
-        if "data" not in self.state:  # a model from elsewhere
-            return usual
-        return usual | {"split_by": "content"} | self.state["data"]  # as before there was a choice
+        return usual | self.state.get("data", {})  # a model from elsewhere has none
 
 
 def load_model(name: str, merge: bool = True, block_size: int | None = None) -> Loaded:
     """A checkpoint of this program, or a Hugging Face folder or name. LoRA comes folded in."""
     path = Path(name)
-    if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or (path.exists() and not path.is_dir()):
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or path.is_file():
         state = load_checkpoint(path)
         try:
             loaded = restored(state)
@@ -5604,85 +5720,67 @@ def with_settings(model: GPT, **changes) -> GPT:
 # --- models out ---
 
 
-def hf_settings(c: GPTConfig) -> dict:
-    """What config.json says of this architecture. Raises UserError."""
-    kind = interchange_kind(c)
-    family = INTERCHANGE[kind]
-    head = {"model_type": kind, "architectures": [family.model_class]}
-    named = {theirs: getattr(c, ours) for ours, theirs in family.settings.items()}
-    return head | named | family.fixed | family.more_to_hf(c)
+def hf_config(c: GPTConfig):
+    """The transformers config of this shape. Raises UserError where no class has it."""
+    transformers, kind = transformers_library(), hf_kind(c)
+    shape = {theirs: getattr(c, ours) for ours, theirs in FAMILIES[kind].settings.items()}
+    shape |= {"tie_word_embeddings": c.tie_weights, "dtype": "float32"}
+    if kind == "gpt2":
+        activation = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}[c.mlp]
+        shape |= {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "n_ctx": c.block_size}
+        return transformers.GPT2Config(activation_function=activation, **shape)
+    window = c.attn_window if 0 < c.attn_window < c.block_size else None
+    layer = "full_attention" if window is None else "sliding_attention"
+    config = transformers.Qwen3Config(
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        use_sliding_window=window is not None,
+        sliding_window=window,
+        max_window_layers=c.n_layer if window is None else 0,
+        layer_types=[layer] * c.n_layer,
+        **shape,
+    )
+    config.rope_theta = c.rope_theta  # where transformers 4 reads it
+    return config
 
 
-def to_hf(weights: dict[str, Tensor], config: GPTConfig, conv1d: bool = True) -> dict[str, Tensor]:
-    """Our tensors under their names. Without `conv1d` no matrix is transposed."""
-    tensors = {}
-    for ours, _, theirs, rows, transposed in table_rows(interchange_kind(config), config):
-        for name, part in zip(theirs, weights[ours].split(rows), strict=True):
-            tensors[name] = (part.T if transposed and conv1d else part).contiguous()
-    return tensors
+def to_peer(model: GPT):
+    """transformers' model with our weights. Adapters are left out."""
+    weights = model_weights(model)
+    weights = {n.replace(".base_layer", ""): t for n, t in weights.items() if ".lora_" not in n}
+    tensors = to_hf(weights, model.config)
+    with torch.device("meta"):  # nothing is drawn
+        peer = transformers_library().AutoModelForCausalLM.from_config(hf_config(model.config))
+    peer.load_state_dict(tensors, strict=False, assign=True)
+    peer.tie_weights()
+    return peer
 
 
-def transformers_library():
-    """transformers, with its warnings silenced."""
-    library = optional("transformers")
-    library.logging.set_verbosity_error()
-    return library
-
-
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    safetensors = optional("safetensors.torch", "safetensors")
-    try:
-        safetensors.save_file(tensors, file, {"format": "pt"})
-    except optional("safetensors").SafetensorError as error:
-        raise UserError(f"cannot write {file.name}: {one_line(error)}") from None
+def save_peer(peer, folder: Path, **options) -> None:
+    """Into its folder; for all to read, as the library's own mode is not."""
+    with library_errors(f"cannot write {folder.name}"):
+        peer.save_pretrained(folder, **options)
     mask = os.umask(0o022)
     os.umask(mask)
-    file.chmod(0o666 & ~mask)  # the library makes files that nobody else may read
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
 
 
 def export_model(loaded: Loaded, folder: Path) -> None:
-    """Write a Hugging Face folder and check it: UserError if a logit differs by more than 1e-4."""
-    model, tokenizer = loaded.model.float().eval(), loaded.tokenizer
-    remove_lora(model, merge=False)  # under --no_merge: the base, for an adapter to load upon
-    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
-    ids["eos_token_id"] = sorted({tokenizer.eos_id, tokenizer.sep_id})
-    settings = hf_settings(model.config) | ids | {"dtype": "float32"}
-    sampling = ids | {"do_sample": True, "temperature": 0.9, "top_k": 30}
-    save_tensors(to_hf(model_weights(model), model.config), folder / "model.safetensors")
-    write_json(folder / "config.json", settings)
-    write_json(folder / "generation_config.json", sampling)
+    """Write a Hugging Face folder; loaded again it must give our ids and logits, or UserError."""
+    transformers, tokenizer = transformers_library(), loaded.tokenizer
+    remove_lora(loaded.model, merge=False)  # under --no_merge: the base, for an adapter to load on
+    loaded.model.float().eval()
+    peer = to_peer(loaded.model)
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "pad")}
+    ids["eos_token_id"] = list(tokenizer.end_ids)
+    for name, value in ids.items():
+        setattr(peer.config, name, value)
+    sampling = dict(do_sample=True, temperature=0.9, top_k=30)
+    peer.generation_config = transformers.GenerationConfig(**ids, **sampling)
+    save_peer(peer, folder)
     export_tokenizer(loaded, folder)
     write_model_card(loaded, folder)
-    check_export(model, tokenizer, folder)
-
-
-CHECK_TEXTS = (
-    "First Citizen:\nBefore we proceed any further, hear me speak.", " Größe 你好 e\u0301 😀",
-    "  two  spaces\t\r\n\n x" + " " * 20 + "y ", "1234567 3.14", "I'll don't WE'RE", "!?...#@",
-)  # fmt: skip
-
-
-def check_export(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Load the folder as anybody would and compare ids and logits on real text."""
-    transformers = transformers_library()
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in CHECK_TEXTS:
-        ids = tokenizer.encode(text).tolist()
-        if theirs(text, add_special_tokens=False)["input_ids"] != ids:
-            raise UserError("export failed its check: the tokenizer written gives other ids")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    check_logits(peer, model, tokenizer)
-
-
-def check_logits(peer, model: GPT, tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("".join(CHECK_TEXTS)).astype(np.int64)[: model.config.block_size]
-    x = torch.from_numpy(ids)[None]
-    with torch.no_grad():
-        logits = model.cpu().float().eval()(x)
-        difference = (peer.float().eval()(x).logits - logits).abs().max().item()
-    if not difference <= 1e-4:
-        raise UserError(f"export failed its check: logits differ by {difference:.2e}")
-    note(f"logits agree with {type(peer).__name__} to {difference:.1e}")
+    check_logits(hf_model(folder), loaded.model)
 
 
 def write_model_card(loaded: Loaded, folder: Path) -> None:
@@ -5694,12 +5792,12 @@ def write_model_card(loaded: Loaded, folder: Path) -> None:
         figures = f"Best validation loss {best:.4f} nats a token at step {step} of {total}."
     card = (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {interchange_kind(config)}, {loaded.model.n_params():,} parameters\n\n"
-        f"Trained with llm_pipeline.py: {config.n_layer} "
-        f"layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}, "
-        f"{config.vocab_size} token ids. {figures}\n\nEvery text begins with the "
-        f"bos token. Prompts of a tuned model look like this, and the answer ends with its "
-        f"separator token:\n\n```\n{instruction_prompt('INSTRUCTION', 'INPUT', 'SYSTEM')}\n```\n\n"
+        f"# {hf_kind(config)}, {loaded.model.n_params():,} parameters\n\n"
+        f"Trained with llm_pipeline.py: {config.n_layer} layers, {config.n_head} heads, width "
+        f"{config.n_embd}, context {config.block_size}, {config.vocab_size} token ids. {figures}\n\n"
+        f"Prompts of a tuned model look like this, and the answer, one space before it and a "
+        f"newline behind, ends with its separator token:\n\n"
+        f"```\n{instruction_prompt('INSTRUCTION', 'INPUT', 'SYSTEM')}\n```\n\n"
         f"The chat template renders the same; a user's message may have an `input` beside its "
         f"`content`. Special tokens written out in a message, such as `<|sep|>`, stay characters "
         f"in llm_pipeline.py, but become the special tokens in transformers and llama.cpp, which "
@@ -5711,41 +5809,48 @@ def write_model_card(loaded: Loaded, folder: Path) -> None:
 
 # --- template and tokenizer ---
 
+# `instruction_prompt` and `instruction_response` for transformers and llama.cpp. <|sep|> stands
+# for the separator's name. A user's message may have an `input` beside its content.
+CHAT_TEMPLATE = r"""
+{{- bos_token }}
+{%- for message in messages %}
+    {%- set text = message['content'] %}
+    {%- if text is not string %}
+        {%- for part in text %}
+            {%- if part['type'] != 'text' %}
+                {{- raise_exception('only parts of type text are supported, not ' + part['type']) }}
+            {%- endif %}
+        {%- endfor %}
+        {%- set text = text | map(attribute='text') | join %}
+    {%- endif %}
+    {%- if message['role'] == 'system' or message['role'] == 'developer' %}
+        {%- if text %}
+            {{- '### System: ' + text + '\n' }}
+        {%- endif %}
+    {%- elif message['role'] == 'user' %}
+        {{- '### Instruction: ' + text + '\n' }}
+        {{- '### Input: ' + (message['input'] or '') + '\n' }}
+        {{- '### Output:' }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- ' ' + text + '\n' + '<|sep|>' }}
+    {%- else %}
+        {{- raise_exception('roles are system, developer, user and assistant') }}
+    {%- endif %}
+{%- endfor %}
+""".strip()
 
-def chat_templates(sep: str) -> tuple[str, str]:
-    """`instruction_prompt` as templates: Jinja's (transformers, llama.cpp) and Go's (Ollama).
-
-    A user's message may have an `input` beside its content. An assistant's that is a response as
-    generated, space and newline included, stays so: llama.cpp's server hands them out like that.
-    """
-
-    def forms(text: str, input: str) -> dict[str, str]:
-        system = instruction_prompt("", "", text).removesuffix(instruction_prompt(""))
-        user, answer = instruction_prompt(text, input), instruction_response(text) + sep
-        return {"system": system, "user": user, "assistant": answer}
-
-    jinja, go = forms("{{ text }}", "{{ m['input'] or '' }}"), forms("{{ .Content }}", "")
-    jinja["assistant"] = (
-        r"{% if text[:1] == ' ' and text[-1:] == '\n' %}{{ text }}"
-        f"{sep}{{% else %}}{jinja['assistant']}{{% endif %}}"
-    )
-    text = "m['content'] if m['content'] is string else m['content']|map(attribute='text')|join"
-    begin = "{{ bos_token }}{% for m in messages %}{% set text = " + text + " %}{% if false %}"
-    cases = "".join(f"{{% elif m['role'] == '{role}' %}}{form}" for role, form in jinja.items())
-    refuse = "{% else %}{{ raise_exception('roles are system, user and assistant') }}{% endif %}"
-    ranges = "".join(f'{{{{ else if eq .Role "{role}" }}}}{form}' for role, form in go.items())
-    return (
-        begin + cases + refuse + "{% endfor %}",
-        "{{ range .Messages }}{{ if false }}" + ranges + "{{ end }}{{ end }}",
-    )
+# The same for Ollama, in Go's language.
+OLLAMA_TEMPLATE = """\
+{{ range .Messages }}{{ if eq .Role "system" }}### System: {{ .Content }}
+{{ else if eq .Role "user" }}### Instruction: {{ .Content }}
+### Input: \n### Output:{{ else if eq .Role "assistant" }} {{ .Content }}
+<|sep|>{{ end }}{{ end }}"""
 
 
-def byte_library():
-    """The byte tokenizer as a `tokenizers.Tokenizer` with the same 260 ids."""
-    model = optional("tokenizers").models.BPE(byte_alphabet(), [])
-    library = byte_level_library(model, cut=False)
-    library.add_special_tokens(list(SPECIAL_TOKENS))
-    return library
+def chat_template(tokenizer: Tokenizer, sep: str) -> str:
+    """CHAT_TEMPLATE for this vocabulary. Without a bos llama.cpp would put another token there."""
+    template = CHAT_TEMPLATE.replace("<|sep|>", sep)
+    return template if tokenizer.prefix else template.removeprefix("{{- bos_token }}\n")
 
 
 def export_library(loaded: Loaded):
@@ -5757,34 +5862,63 @@ def export_library(loaded: Loaded):
         library = tokenizers.Tokenizer.from_str(tokenizer.json)
         if not loaded.state:  # somebody else's model: as they made it
             return library
-    bos = library.id_to_token(tokenizer.bos_id)
+    prefix = [library.id_to_token(number) for number in tokenizer.prefix]
     library.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, tokenizer.bos_id)]
+        single=[*prefix, "$A"],
+        pair=[*prefix, "$A", *prefix, "$B:1"],
+        special_tokens=list(zip(prefix, tokenizer.prefix, strict=True)),
     )
     return library
 
 
 def export_tokenizer(loaded: Loaded, folder: Path) -> None:
-    tokenizer, library = loaded.tokenizer, export_library(loaded)
-    library.save(str(folder / "tokenizer.json"))
-    roles = ("bos", "eos", "pad", "sep")
-    tokens = {role: library.id_to_token(getattr(tokenizer, f"{role}_id")) for role in roles}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": loaded.model.config.block_size,
-        "clean_up_tokenization_spaces": False,
-        **{f"{role}_token": token for role, token in tokens.items()},
-    }
+    """Write the tokenizer, with its chat template if tuned. Raises UserError if ids differ."""
+    transformers, tokenizer, library = (
+        transformers_library(),
+        loaded.tokenizer,
+        export_library(loaded),
+    )
+    tokens = {role: getattr(tokenizer, f"{role}_id") for role in USUAL_NAMES}
+    tokens = {role: library.id_to_token(n) for role, n in tokens.items() if n is not None}
+    more = {f"{role}_token": token for role, token in tokens.items()}
     if loaded.is_tuned:
-        settings["chat_template"] = chat_templates(tokens["sep"])[0]
-        (folder / "chat_template.jinja").write_text(settings["chat_template"], encoding="utf-8")
+        more["chat_template"] = chat_template(tokenizer, tokens["sep"])
         ends = "|".join(re.escape(tokens[role]) for role in ("sep", "eos"))
-        settings["response_template"] = {  # how `transformers serve` finds the answer
+        more["response_template"] = {  # how `transformers serve` finds the answer
             "defaults": {"role": "assistant"},
             "start_anchor": "### Output:",
             "fields": {"content": {"content": "text", "close_pattern": rf"\s*(?:{ends})"}},
         }
-    write_json(folder / "tokenizer_config.json", settings)
+    # transformers 4 knows the class by this name; transformers 5 would write another.
+    kind = type("PreTrainedTokenizerFast", (transformers.PreTrainedTokenizerFast,), {})
+    theirs = kind(
+        tokenizer_object=library,
+        model_max_length=loaded.model.config.block_size,
+        clean_up_tokenization_spaces=False,
+        **more,
+    )
+    theirs.save_pretrained(folder)
+    check_tokenizer(tokenizer, transformers.AutoTokenizer.from_pretrained(folder), loaded.is_tuned)
+
+
+CHECK_TEXTS = (
+    "First Citizen:\nBefore we proceed any further, hear me speak.", " Größe 你好 e\u0301 😀",
+    "  two  spaces\t\r\n\n x" + " " * 20 + "y ", "1234567 3.14", "I'll don't WE'RE", "!?...#@",
+)  # fmt: skip
+
+
+def check_tokenizer(ours: Tokenizer, theirs, is_tuned: bool) -> None:
+    """Raise UserError unless texts, and chats of a tuned model, have the same ids there as here."""
+    for text in CHECK_TEXTS:
+        if theirs(text, add_special_tokens=False)["input_ids"] != ours.encode(text).tolist():
+            raise UserError(f"export failed its check: the tokenizer has other ids for {text!r}")
+    messages = []
+    for instruction, input, output in PROBE_TURNS:
+        messages.append({"role": "user", "content": instruction, "input": input})
+        messages.append({"role": "assistant", "content": output})
+    if is_tuned and theirs.apply_chat_template(messages, return_dict=False) != turn_ids(ours):
+        what = "a chat has other ids in one piece than turn by turn, as it was trained"
+        raise UserError(f"export failed its check: {what}; train with another tokenizer")
 
 
 # --- adapters: LoRA, as peft has it ---
@@ -5810,11 +5944,11 @@ def add_lora(model: GPT, lora: dict) -> None:
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=lora["targets"], **size), model)
 
 
-def adapted_layers(model: GPT) -> dict[str, nn.Module]:
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
-def remove_lora(model: GPT, merge: bool) -> None:
+def remove_lora(model: nn.Module, merge: bool) -> None:
     """Take the adapters out: merged into the weights, or dropped."""
     for name, layer in adapted_layers(model).items():
         if merge:
@@ -5824,42 +5958,42 @@ def remove_lora(model: GPT, merge: bool) -> None:
 
 
 def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
-    """A peft adapter for the exported base (export it with --no_merge), checked upon a local one.
+    """A peft adapter for the exported base (export it with --no_merge), checked upon its base.
 
     Where their model has several matrices for one of ours, each gets our A and its rows of B.
     """
     lora, config = loaded.state.get("lora"), loaded.model.config
     if not lora:
         raise UserError("--adapter: this checkpoint was not tuned with --method lora")
-    kind, layers = interchange_kind(config), adapted_layers(loaded.model)
-    source = loaded.state["config"].get("ckpt", "")
-    base = base or (source if Path(source).is_dir() else "")
-    is_local = bool(base) and Path(base).is_dir()
-    base = str(Path(base).resolve()) if is_local else base
+    peft, kind, layers = optional("peft"), hf_kind(config), adapted_layers(loaded.model)
     tensors, targets = {}, set()
-    for ours, _, theirs, rows, _ in table_rows(kind, config):
-        layer = layers.get(ours.removesuffix(".weight"))
+    for row in tensor_rows(config):
+        layer = layers.get(row.ours.removesuffix(".weight"))
         if not layer:
             continue
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        for name, part in zip(theirs, b.split(rows), strict=True):
+        for name, part in zip(row.theirs, b.split(row.rows), strict=True):
             name = name.removesuffix(".weight")
-            targets.add(name.split(".", 3)[-1] if kind == "gpt2" else name.rsplit(".", 1)[-1])
-            for letter, tensor in (("A", a), ("B", part)):
-                key = f"base_model.model.{name}.lora_{letter}.weight"
-                tensors[key] = tensor.detach().float().contiguous().clone()
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora["r"], "lora_alpha": lora["alpha"],
-        "lora_dropout": lora["dropout"], "target_modules": sorted(targets),
-        "fan_in_fan_out": kind == "gpt2", "bias": "none", "inference_mode": True,
-        "base_model_name_or_path": base or None,
-    }  # fmt: skip
-    save_tensors(tensors, folder / "adapter_model.safetensors")
-    write_json(folder / "adapter_config.json", settings)
+            targets.add(".".join(name.split(".")[3:]))  # within its layer
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().float()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = part.detach().float()
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=lora["r"], lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"], target_modules=sorted(targets),
+        fan_in_fan_out=kind == "gpt2",
+    )  # fmt: skip
+    peer = peft.get_peft_model(to_peer(loaded.model), settings)
+    peft.set_peft_model_state_dict(peer, tensors)
+    check_logits(peer, loaded.model)
+    source = loaded.state["config"].get("ckpt", "")
+    base = base or (source if Path(source).is_dir() else "")
+    is_local = bool(base) and Path(base).is_dir()
+    settings.base_model_name_or_path = str(Path(base).resolve()) if is_local else base or None
+    save_peer(peer, folder, save_embedding_layers=False)
+    export_tokenizer(loaded, folder)
     write_model_card(loaded, folder)
     if is_local:
-        peer = optional("peft").AutoPeftModelForCausalLM.from_pretrained(folder)
-        check_logits(peer, loaded.model, loaded.tokenizer)
+        check_logits(hf_model(folder), loaded.model)
     elif not base:
         note("peft needs the base: export it with --no_merge, and this with --base_model FOLDER")
 
@@ -5867,12 +6001,12 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
 # --- GGUF, the format of llama.cpp and Ollama ---
 
 # type of the matrices: (its number as a file type, the largest error of a stored value as a share
-# of the largest among its 32 neighbours, that of a log-probability in nats)
+# of the largest among its 32 neighbours)
 GGUF_TYPES = {
-    "f32": (0, 0.0, 0.02),
-    "f16": (1, 2**-11, 0.05),
-    "bf16": (32, 2**-8, 0.3),
-    "q8_0": (7, 1 / 254 + 2**-11, 0.5),
+    "f32": (0, 0.0),
+    "f16": (1, 2**-11),
+    "bf16": (32, 2**-8),
+    "q8_0": (7, 1 / 254 + 2**-11),
 }
 GGUF_SHAPE = {
     "context_length": "block_size", "embedding_length": "n_embd", "block_count": "n_layer",
@@ -5903,49 +6037,70 @@ def gguf_tensors(model: GPT, kind: str) -> dict[str, Tensor]:
 def gguf_vocabulary(loaded: Loaded) -> dict:
     """The tokenizer's settings, by the names of GGUFWriter's methods.
 
-    Raises UserError unless text is cut by GPT-2's pattern, the only one llama.cpp is told of here.
+    Raises UserError unless llama.cpp has a name for the way in which text is cut.
     """
     gguf, tokenizer, library = optional("gguf"), loaded.tokenizer, export_library(loaded)
     saved = json.loads(library.to_str())
-    if not isinstance(tokenizer, ByteTokenizer) and not is_gpt2_bpe(saved):
-        raise UserError("--gguf: llama.cpp would cut text as GPT-2 does, unlike this tokenizer")
-    special = {token["id"] for token in saved["added_tokens"]}
+    cut = "gpt-2" if isinstance(tokenizer, ByteTokenizer) else tokenizer.cut
+    if cut is None:
+        way = "export a folder and use llama.cpp's convert_hf_to_gguf.py"
+        raise UserError(f"--gguf: only GPT-2's and Qwen's ways to cut text are known here: {way}")
+    if saved["normalizer"]:
+        note("llama.cpp does not normalise text (NFC): write composed characters")
+    added = {t["id"]: "CONTROL" if t["special"] else "USER_DEFINED" for t in saved["added_tokens"]}
     tokens, types = [], []
     for i in range(loaded.model.config.vocab_size):
         token = library.id_to_token(i)
-        kind = "UNUSED" if token is None else "CONTROL" if i in special else "NORMAL"
         tokens.append(f"[PAD{i}]" if token is None else token)
-        types.append(gguf.TokenType[kind])
+        types.append(gguf.TokenType["UNUSED" if token is None else added.get(i, "NORMAL")])
     merges = [m if isinstance(m, str) else " ".join(m) for m in saved["model"]["merges"]]
     settings = {
-        "tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2",
+        "tokenizer_model": "gpt2", "tokenizer_pre": cut,
         "token_list": tokens, "token_types": types,
         "token_merges": merges or ["þ ÿ"],  # there must be one: of bytes that UTF-8 never has
-        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": tokenizer.eos_id,
         "eot_token_id": tokenizer.sep_id,  # where a tuned model stops
         "sep_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id,
-        "add_bos_token": True, "add_space_prefix": False,
+        "add_bos_token": bool(tokenizer.prefix), "add_space_prefix": False,
     }  # fmt: skip
+    if tokenizer.prefix:
+        settings["bos_token_id"] = tokenizer.bos_id
     if loaded.is_tuned:
-        settings["chat_template"] = chat_templates(library.id_to_token(tokenizer.sep_id))[0]
+        sep = library.id_to_token(tokenizer.sep_id)
+        settings["chat_template"] = chat_template(tokenizer, sep)
     return settings
 
 
-def export_gguf(loaded: Loaded, file: Path, dtype: str) -> None:
-    """Write a GGUF file and check it. Norms, biases and positions stay float32."""
-    gguf, config, tokenizer = optional("gguf"), loaded.model.config, loaded.tokenizer
+def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
+    """Write a GGUF file beside, check it, rename it. Norms, biases and positions stay float32."""
     loaded.model.float().eval()
     remove_lora(loaded.model, merge=False)
-    kind = interchange_kind(config)
-    tensors, vocabulary = gguf_tensors(loaded.model, kind), gguf_vocabulary(loaded)
-    head = dict(name=file.stem, quantization_version=gguf.GGML_QUANT_VERSION)
+    beside = target.with_name(f".{target.name}.writing")
+    try:
+        tensors = gguf_tensors(loaded.model, hf_kind(loaded.model.config))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_gguf(loaded, tensors, beside, dtype)
+        check_gguf(tensors, beside, dtype)
+        with atomic_write(target.with_name("Modelfile")) as file:
+            file.write(modelfile(loaded, target.name).encode())
+        os.replace(beside, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_gguf(loaded: Loaded, tensors: dict[str, Tensor], file: Path, dtype: str) -> None:
+    gguf, config, kind = optional("gguf"), loaded.model.config, hf_kind(loaded.model.config)
+    head = dict(name=kind, quantization_version=gguf.GGML_QUANT_VERSION)
     head["file_type"] = GGUF_TYPES[dtype][0]
     shape = {theirs: getattr(config, ours) for theirs, ours in GGUF_SETTINGS[kind].items()}
+    vocabulary = gguf_vocabulary(loaded)
     writer = gguf.GGUFWriter(file, kind)
     for name, value in (head | shape | vocabulary).items():
         getattr(writer, f"add_{name}")(value)
-    ends = sorted({tokenizer.eos_id, tokenizer.sep_id})
-    writer.add_array("tokenizer.ggml.eos_token_ids", ends)  # Ollama's engine reads these alone
+    # Ollama's engine reads these alone
+    writer.add_array("tokenizer.ggml.eos_token_ids", list(loaded.tokenizer.end_ids))
     for name, tensor in tensors.items():
         matrix = tensor.ndim == 2 and not name.startswith("position")
         number = gguf.GGMLQuantizationType[dtype.upper() if matrix else "F32"]
@@ -5958,9 +6113,6 @@ def export_gguf(loaded: Loaded, file: Path, dtype: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    file.with_name("Modelfile").write_text(modelfile(loaded, file.name), encoding="utf-8")
-    check_gguf(tensors, file, dtype)
-    check_llama_cpp(loaded, file, dtype)
 
 
 def modelfile(loaded: Loaded, name: str) -> str:
@@ -5968,7 +6120,7 @@ def modelfile(loaded: Loaded, name: str) -> str:
     template, stop = "{{ .Prompt }}", ""
     if loaded.is_tuned:
         sep = export_library(loaded).id_to_token(loaded.tokenizer.sep_id)
-        template, stop = chat_templates(sep)[1], f'PARAMETER stop "{sep}"\n'
+        template, stop = OLLAMA_TEMPLATE.replace("<|sep|>", sep), f'PARAMETER stop "{sep}"\n'
     head = f'{MODELFILE_MARK}\nFROM ./{name}\nTEMPLATE """{template}"""\n{stop}'
     n_ctx = loaded.model.config.block_size
     return f"{head}PARAMETER num_ctx {n_ctx}\nPARAMETER temperature 0.9\nPARAMETER top_k 30\n"
@@ -5991,68 +6143,41 @@ def check_gguf(tensors: dict[str, Tensor], file: Path, dtype: str) -> None:
             raise UserError(f"{what}; try --gguf_type f32")
 
 
-def llama_server(file: Path, n_ctx: int):
-    """llama.cpp's server on the loopback address, exact: (path, request) -> its JSON answer."""
-    from urllib.request import ProxyHandler, Request, build_opener
+# --- replacing an earlier export ---
 
-    llama = optional("xllamacpp")
-    params = llama.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(file), n_ctx, 1
-    params.verbosity, params.warmup, params.fit_params = -1, False, False
-    params.n_gpu_layers = 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-    params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server, opener = llama.Server(params), build_opener(ProxyHandler({}))
-
-    def ask(path: str, **request) -> dict:
-        body, header = json.dumps(request).encode(), {"Content-Type": "application/json"}
-        try:
-            return json.load(opener.open(Request(server.listening_address + path, body, header)))
-        except OSError as error:
-            raise UserError(f"llama.cpp's server failed at {path}: {one_line(error)}") from None
-
-    return ask
+MODELFILE_MARK = "# Ollama's recipe, written by llm_pipeline.py"
+EXPORT_FILES = {
+    "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja", "adapter_config.json",
+    "adapter_model.safetensors",
+}  # fmt: skip
 
 
-def check_llama_cpp(loaded: Loaded, file: Path, dtype: str) -> None:
-    """Compare ids, log-probabilities and 100 greedy tokens with llama.cpp, where it is installed."""
-    tokenizer, model, T = loaded.tokenizer, loaded.model.cpu(), loaded.model.config.block_size
-    try:
-        ask = llama_server(file, T)
-    except UserError as missing:
-        return note(f"not compared with llama.cpp: {missing}")
-    except RuntimeError as error:
-        why = one_line(error)
-        raise UserError(f"export failed its check: llama.cpp refuses it: {why}") from None
-    for text in CHECK_TEXTS:
-        ids = ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
-        if ids != [tokenizer.bos_id, *tokenizer.encode(text).tolist()]:
-            raise UserError(f"export failed its check: llama.cpp has other ids for {text!r}")
-    prompt = [tokenizer.bos_id, *tokenizer.encode("".join(CHECK_TEXTS)).tolist()][: max(T // 2, 1)]
-    greedy = dict(temperature=0, return_tokens=True, prompt=prompt)
-    room = min(100, T - len(prompt))
-    tokens = ask("/completion", n_predict=room, ignore_eos=True, **greedy)["tokens"]
-    with torch.no_grad():
-        table = model(torch.tensor([prompt + tokens]))[0].log_softmax(-1)  # (T, V)
-    steps = table[len(prompt) - 1 : -1].clone()
-    steps[:, [tokenizer.eos_id, tokenizer.sep_id]] = -math.inf  # ends are passed over
-    gaps = steps.amax(-1) - steps[range(len(tokens)), tokens]  # 0: our greedy token too
-    worst = 0.0
-    for n in range(1, min(len(prompt), 64) + 1):  # one step after each beginning of the prompt
-        step = ask("/completion", n_predict=1, n_probs=100, **greedy | dict(prompt=prompt[:n]))
-        for likeliest in step.get("completion_probabilities", []):  # none for half a character
-            for top in likeliest["top_logprobs"]:
-                worst = max(worst, abs(top["logprob"] - table[n - 1, top["id"]].item()))
-    limit = GGUF_TYPES[dtype][2]
-    if not (worst <= limit and (gaps <= 2 * limit).all()):
-        what = f"llama.cpp's log-probabilities differ by {max(worst, gaps.max().item()):.1e}"
-        raise UserError(f"export failed its check: {what}")
-    same = f"{int((gaps == 0).sum())} of {len(tokens)} greedy tokens are the same"
-    note(f"llama.cpp: log-probabilities agree to {worst:.1e}, {same}")
+def starts_with(file: Path, mark: bytes) -> bool:
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        return opened.read(len(mark)) == mark
+    return False
 
 
-# --- replacing an export or a store safely ---
+def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
+    """Raise UserError unless nothing stands in the way, or only an earlier export and overwrite."""
+    if is_file:
+        if target.is_dir():
+            raise UserError(f"{target} is a folder: name a file, such as {target / 'model.gguf'}")
+        marks = {target: b"GGUF", target.with_name("Modelfile"): MODELFILE_MARK.encode()}
+        there = [file for file in marks if file.exists()]
+        strange = [file for file in there if not starts_with(file, marks[file])]
+    else:
+        there = sorted(target.iterdir()) if target.is_dir() else [target] * target.exists()
+        card = target / "README.md"
+        ours = card.is_file() and "llm_pipeline.py" in card.read_text("utf-8", "replace")
+        strange = [file for file in there if not ours or file.name not in EXPORT_FILES]
+    if there and not overwrite:
+        where = there[0] if is_file else target
+        raise UserError(f"{where} is there already: pass --overwrite or choose another place")
+    if strange:
+        what = f"{strange[0]} is not an export of this program"
+        raise UserError(f"{what} and would be lost: choose another place")
 
 
 @contextlib.contextmanager
@@ -6082,92 +6207,6 @@ def write_beside(target: Path) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
-
-
-MODELFILE_MARK = "# Ollama's recipe, written by llm_pipeline.py"
-EXPORT_FILES = {
-    "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja", "adapter_config.json",
-    "adapter_model.safetensors",
-}  # fmt: skip
-
-
-def starts_with(file: Path, mark: bytes) -> bool:
-    with contextlib.suppress(OSError), open(file, "rb") as opened:
-        return opened.read(len(mark)) == mark
-    return False
-
-
-def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
-    """Raise UserError unless nothing stands in the way, or only an earlier export and overwrite."""
-    if is_file:
-        if target.is_dir():
-            raise UserError(f"{target} is a folder: name a file, such as {target / 'model.gguf'}")
-        marks = {target: b"GGUF", target.with_name("Modelfile"): MODELFILE_MARK.encode()}
-        there = [file for file in marks if file.exists()]
-        strange = [file for file in there if not starts_with(file, marks[file])]
-    else:
-        empty = target.is_dir() and not any(target.iterdir())
-        there = [target] if target.exists() and not empty else []
-        card, weights = target / "README.md", [*target.glob("*.safetensors"), *target.glob("*.pt*")]
-        ours = card.is_file() and "llm_pipeline.py" in card.read_text("utf-8", "replace")
-        strange = [] if ours and EXPORT_FILES.issuperset(f.name for f in weights) else there
-    if there and not overwrite:
-        raise UserError(f"{there[0]} is there already: pass --overwrite or choose another place")
-    if strange:
-        raise UserError(f"{strange[0]} is not an export of this program: choose another place")
-
-
-@contextlib.contextmanager
-def replacing(target: Path, is_file: bool, kind: str = "export"):
-    """An empty folder for the block to write an export or a store into; it then goes to its place.
-
-    Files go there one by one, a folder by two renames. Only one process makes the same thing at a
-    time. What a killed one left is swept first, after the old one is back in its place. A folder
-    that `target` is a link to is replaced, not the link.
-    """
-    target = target if is_file else Path(os.path.realpath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{kind}."
-    work = target.with_name(prefix + target.name)
-    new = work / "new"
-    try:
-        found = [*target.parent.glob(f"{prefix}*/new"), *target.parent.glob(f"{prefix}*/old")]
-        for leftover in {path.parent for path in found}:
-            with contextlib.suppress(UserError), run_lock(leftover):  # locked: another is at work
-                clear(target.with_name(leftover.name.removeprefix(prefix)), leftover)
-        with run_lock(work):
-            try:
-                new.mkdir()
-                yield new
-                for file in new.iterdir() if is_file else ():
-                    os.replace(file, target.with_name(file.name))
-                if not is_file:
-                    if target.exists():
-                        target.rename(work / "old")
-                    new.rename(target)
-            finally:
-                clear(target, work)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
-
-
-def clear(target: Path, work: Path) -> None:
-    """Remove what `replacing` made in `work`. The files of others in an old folder return from it,
-    and all of it where no new one stands.
-    """
-    old, ours = work / "old", STORE_FILES if work.name.startswith(".store.") else EXPORT_FILES
-    if old.exists() and not target.exists():
-        old.rename(target)
-    elif old.exists():
-        for entry in old.iterdir():
-            if entry.name not in ours and not (target / entry.name).exists():
-                entry.rename(target / entry.name)
-    for made in (work / "new", old):
-        shutil.rmtree(made, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        (work / ".lock").unlink()
-        work.rmdir()
 
 
 # ====================================================================================
@@ -7894,18 +7933,20 @@ class ExportConfig(RuntimeConfig):
 
 
 def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> Path:
+    """Write the export, check it, and return its path."""
     if config.gguf and config.adapter:
         raise UserError("--gguf and --adapter exclude each other: a GGUF file holds a whole model")
     target = Path(config.gguf or config.out_dir)
     check_replaceable(target, bool(config.gguf), config.overwrite)
-    with replacing(target.absolute(), bool(config.gguf)) as new:
-        loaded = load_model(config.ckpt, merge=config.merge and not config.adapter)
-        if config.gguf:
-            export_gguf(loaded, new / target.name, config.gguf_type)
-        elif config.adapter:
-            export_adapter(loaded, new, config.base_model)
-        else:
-            export_model(loaded, new)
+    loaded = load_model(config.ckpt, merge=config.merge and not config.adapter)
+    if config.gguf:
+        export_gguf(loaded, target, config.gguf_type)
+    else:
+        with write_beside(target) as new:
+            if config.adapter:
+                export_adapter(loaded, new, config.base_model)
+            else:
+                export_model(loaded, new)
     print(target)
     return target
 
@@ -8015,8 +8056,7 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
 def hf_peer(config: GPTConfig):
     """A transformers model of the same shape, with random weights."""
     transformers = transformers_library()
-    settings = transformers.AutoConfig.for_model(**hf_settings(config))
-    return transformers.AutoModelForCausalLM.from_config(settings)
+    return transformers.AutoModelForCausalLM.from_config(hf_config(config))
 
 
 def hf_step(config: BenchConfig, rt: Runtime, model: GPT, dtype: torch.dtype, batch: Batch):
