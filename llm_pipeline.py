@@ -2912,6 +2912,13 @@ class BPETokenizer:
         known = self.library.decode(list(before), skip_special_tokens=True)
         return self.library.decode([*before, *ids], skip_special_tokens=True)[len(known) :]
 
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: bytes of text that each token stands for, inside a text."""
+        sizes = np.zeros(self.vocab_size, np.int64)
+        vocabulary = self.library.get_vocab()
+        sizes[list(vocabulary.values())] = [len(token) for token in vocabulary]
+        return sizes
+
     def spec(self) -> dict:
         ids = {name: getattr(self, name) for name in SPECIAL_IDS}
         return {"kind": "bpe", "json": self.json, **ids, "end_ids": list(self.end_ids)}
@@ -5600,7 +5607,7 @@ def hf_model(folder: Path):
         raise UserError("quantised models are not supported")
     peer, found = transformers_library().AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-        trust_remote_code=False,
+        trust_remote_code=False, ignore_mismatched_sizes=True,  # told below, by name
     )  # fmt: skip
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         names = [n if isinstance(n, str) else n[0] for n in found.get(kind, ())]
@@ -5646,8 +5653,8 @@ def check_logits(peer, model: GPT) -> None:
         theirs, ours = peer.float().eval()(x).logits, model.cpu().float().eval()(x)
     gap, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not gap <= 1e-4 * scale:  # not a number is none either
-        what = f"{type(peer).__name__}'s logits differ from ours by {gap:.1e} of {scale:.1e}"
-        raise UserError(f"{what}: it has something that this program's model lacks")
+        what = f"its logits differ by {gap:.1e} of {scale:.1e}"
+        raise UserError(f"{type(peer).__name__} computes something else than our model: {what}")
     note(f"logits agree with {type(peer).__name__} to {gap:.1e} of {scale:.1e}")
 
 
@@ -5748,7 +5755,7 @@ def to_peer(model: GPT):
     weights = model_weights(model)
     weights = {n.replace(".base_layer", ""): t for n, t in weights.items() if ".lora_" not in n}
     tensors = to_hf(weights, model.config)
-    with torch.device("meta"):  # nothing is drawn
+    with torch.random.fork_rng(devices=[]):  # it begins with random weights
         peer = transformers_library().AutoModelForCausalLM.from_config(hf_config(model.config))
     peer.load_state_dict(tensors, strict=False, assign=True)
     peer.tie_weights()
