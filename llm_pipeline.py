@@ -4537,7 +4537,7 @@ class StoreWriter:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig):
-        self.tokenizer, self.config, self.dtype = tokenizer, config, id_dtype(tokenizer)
+        self.folder, self.tokenizer, self.config = folder, tokenizer, config
         self.report = Report()
         self.size = {"train": 0, "val": 0}  # tokens
         self.sources: dict[str, int] = {}
@@ -4547,37 +4547,31 @@ class StoreWriter:
         self.unk_id = getattr(tokenizer, "unk_id", None)
         self.prefix = getattr(tokenizer, "prefix", [tokenizer.bos_id])
         self.files = {name: open(folder / name, "wb") for name in TOKEN_FILES}
-        self.digests = {name: hashlib.blake2b(digest_size=16) for name in TOKEN_FILES}
-
-    def append(self, name: str, data: np.ndarray) -> None:
-        view = data.view(np.uint8).data
-        self.digests[name].update(view)
-        self.files[name].write(view)
 
     def write(self, piece: Piece, ids: np.ndarray) -> None:
-        split, source, tokenizer = piece.split, piece.source, self.tokenizer
-        special = self.config.add_special_tokens or piece.kind != "text"
+        split, tokenizer, is_text = piece.split, self.tokenizer, piece.kind == "text"
+        special = self.config.add_special_tokens or not is_text
         before = self.prefix if piece.first and special else []
         after = []
         if piece.kind == "answer":
             after = [tokenizer.sep_id]
-        elif piece.kind == "text" and piece.last and special:
+        elif is_text and piece.last and special:
             after = [tokenizer.eos_id]
         if piece.first:
             self.start = self.size[split]
-            self.report.count(source, split)
-        data = np.concatenate([before, ids, after], dtype=self.dtype, casting="unsafe")
-        self.append(f"{split}.bin", data)
+            self.report.count(piece.source, split)
+        data = np.concatenate([before, ids, after], dtype=id_dtype(tokenizer), casting="unsafe")
+        self.files[f"{split}.bin"].write(data)
         self.size[split] += len(data)
         self.count(piece, ids, len(data))
         length = self.size[split] - self.start
-        if piece.kind == "answer" or (piece.kind == "text" and piece.last):
+        if piece.kind == "answer" or (is_text and piece.last):
             prompt = length - len(data)
-            if piece.kind == "text":
+            if is_text:
                 prompt = len(self.prefix) if special else 0
-            number = self.sources.setdefault(source, len(self.sources))
+            number = self.sources.setdefault(piece.source, len(self.sources))
             row = (self.start, length, prompt, number, piece.trained, piece.last)
-            self.append(f"{split}.idx", np.array([row], INDEX))
+            self.files[f"{split}.idx"].write(np.array([row], INDEX))
         if piece.last:
             self.lengths[length] += 1
 
@@ -4589,8 +4583,6 @@ class StoreWriter:
         counts["bytes"] += size
         if piece.trained:
             counts[f"{piece.split}_bytes"] += size
-        else:
-            counts["answers not trained"] += 1
         if self.unk_id is not None:
             counts["unknown_tokens"] += int((ids == self.unk_id).sum())
 
@@ -4619,12 +4611,14 @@ class StoreWriter:
         for name, file in self.files.items():
             file.flush()
             os.fsync(file.fileno())
-            files[name] = {"bytes": file.tell(), "blake2b": self.digests[name].hexdigest()}
             file.close()
+            data = mapped(self.folder / name, np.dtype("u1"))
+            files[name] = {"bytes": len(data), "blake2b": content_digest(data)}
         return {
             "files": files,
             "sources": list(self.sources),
             "counts": {name: dict(row) for name, row in self.report.rows.items()},
+            "skipped": [[*key, where] for key, where in self.report.examples.items()],
             "tokens": self.size,
             "lengths": {str(k): n for k, n in sorted(self.lengths.items())},
         }
@@ -4640,13 +4634,21 @@ def tokens_needed(config: DataConfig) -> int:
     return steps and steps * config.batch_size * (config.block_size or 1024) + 1
 
 
+def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file's content, (n,), without reading it into memory."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def content_digest(data: np.ndarray) -> str:
+    return hashlib.blake2b(data.view(np.uint8).data, digest_size=16).hexdigest()
+
+
 # --- the store ---
 
 STORE_FORMAT = "llm_pipeline.store.3"
 # All that a store's folder may hold. Nothing else is ever removed.
 STORE_FILES = (*TOKEN_FILES, "meta.json", "tokenizer.json", "report.json", "sample_batch.json",
                "token_lengths.png")  # fmt: skip
-CHEAP = 64 * 2**20  # bytes whose checksum is verified whenever a store is opened
 
 
 class TokenStore:
@@ -4679,15 +4681,12 @@ class TokenStore:
             raise UserError(f"{what}; delete it and run prepare again") from None
 
     def map(self, name: str, dtype: np.dtype, verify: bool) -> np.ndarray:
-        path, stated = self.folder / name, self.meta["files"][name]
-        size = path.stat().st_size
-        if size != stated["bytes"]:
-            raise ValueError(f"{name} has {size:,} bytes, not {stated['bytes']:,}")
-        data = np.memmap(path, dtype, "r") if size else np.empty(0, dtype)  # nothing: no map
-        if verify or size <= CHEAP:
-            digest = hashlib.blake2b(data.view(np.uint8).data, digest_size=16)
-            if digest.hexdigest() != stated["blake2b"]:
-                raise ValueError(f"{name} is not what was written there")
+        data, stated = mapped(self.folder / name, dtype), self.meta["files"][name]
+        if data.nbytes != stated["bytes"]:
+            raise ValueError(f"{name} has {data.nbytes:,} bytes, not {stated['bytes']:,}")
+        cheap = data.nbytes <= 64 * 2**20
+        if (verify or cheap) and content_digest(data) != stated["blake2b"]:
+            raise ValueError(f"{name} is not what was written there")
         return data
 
     def whole_records(self, split: str) -> np.ndarray:
@@ -4721,14 +4720,17 @@ def source_name(config: DataConfig) -> dict:
     """Which data a store is made from, wherever the program is started."""
     if not config.hf_dataset:
         return {"data_dir": os.path.abspath(config.data_dir)}
-    names = {name: getattr(config, name) for name in ("hf_dataset", "hf_config", "hf_split")}
-    local = os.path.abspath(config.hf_dataset) if os.path.isdir(config.hf_dataset) else ""
-    files = os.path.abspath(config.hf_files) if config.hf_files else ""
-    return names | {"hf_dataset": local or config.hf_dataset, "hf_files": files}
+    name, files = config.hf_dataset, config.hf_files
+    return {
+        "hf_dataset": os.path.abspath(name) if os.path.isdir(name) else name,
+        "hf_config": config.hf_config,
+        "hf_split": config.hf_split,
+        "hf_files": os.path.abspath(files) if files and "://" not in files else files,
+    }
 
 
-def file_digest(path: Path) -> str:
-    """Of a file's first and last 64 KiB, and so of the whole of a small one."""
+def both_ends(path: Path) -> str:
+    """Digest of a file's first and last 64 KiB, and so of the whole of a small one."""
     with open(path, "rb") as file:
         digest = hashlib.blake2b(file.read(BLOCK), digest_size=8)
         file.seek(max(BLOCK, os.fstat(file.fileno()).st_size - BLOCK))
@@ -4742,12 +4744,9 @@ def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
     Files count by path, size, time and both ends. tokenizer: its spec, or what is asked of one
     that is to be trained.
     """
-    files = []
-    for path in find_files(config):
-        stat = path.stat()
-        files.append([str(path.absolute()), stat.st_size, stat.st_mtime_ns, file_digest(path)])
-    names = [f.name for f in fields(DataConfig) if f.name not in PLACES]
-    settings = {name: getattr(config, name) for name in names}
+    stats = [(path, path.stat()) for path in find_files(config)]
+    files = [[str(p.absolute()), s.st_size, s.st_mtime_ns, both_ends(p)] for p, s in stats]
+    settings = {f.name: getattr(config, f.name) for f in fields(DataConfig) if f.name not in PLACES}
     need = tokens_needed(config)
     parts = [STORE_FORMAT, source_name(config), files, settings, tokenizer, pairs, need]
     return short_hash(parts, 8)
@@ -4768,7 +4767,7 @@ def store_at(data_dir: str) -> TokenStore | None:
 
 def build_corpus_from_sources(
     data_dir: str | os.PathLike = "data/raw",
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | str | None = None,
     *,
     folder: Path | None = None,
     pairs: bool = False,
@@ -4777,12 +4776,14 @@ def build_corpus_from_sources(
 ) -> TokenStore:
     """The token store of a folder, file or --hf_dataset: opened if it was made before, else built.
 
-    tokenizer: the one to use; by default the one that the settings name, or train.
+    tokenizer: the one to use, or what --tokenizer says (bytes by default).
     folder: where the store goes; by default a folder of processed_dir, named by its fingerprint.
     pairs: keep preference records alone, chosen and rejected side by side.
     settings: those of `prepare`, by name; a command passes its own as `config`.
     Raises UserError where there is nothing to read, or a file is damaged.
     """
+    if isinstance(tokenizer, str):
+        settings, tokenizer = settings | {"tokenizer": tokenizer}, None
     if config is None:
         config = settle(PrepareConfig, {"data_dir": data_dir} | settings)
     verify = isinstance(config, EvalConfig)
@@ -7708,53 +7709,42 @@ def download(name: str, data_dir: Path, mirror: str = "") -> list[Path]:
 
     Raises UserError where there is no network or the bytes are not the pinned ones.
     """
-    import http.client
-
     address, wanted = DOWNLOADS[name]
     files = {data_dir / file: digest for file, digest in wanted.items()}
-    sha256 = {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
-    if sha256 == files:
+    if all(path.is_file() and sha256(path.read_bytes()) == d for path, d in files.items()):
         note(f"{name}: already in {data_dir}")
         return list(files)
     address = f"{mirror.rstrip('/')}/{address.rsplit('/', 1)[1]}" if mirror else address
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # of silence; torch sets no limit
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download.") as folder:
             fetched = Path(folder) / "fetched"
             note(f"{name}: fetching {address}")
             torch.hub.download_url_to_file(address, str(fetched))
-            unpack(fetched, files)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:
-        why = f"what {address} sent is not what it should be ({one_line(error, 80)})"
-        raise UserError(f"{name}: {why}; run the same command again") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
+            for path, digest in files.items():
+                data = member(fetched, path.name)
+                if sha256(data) != digest:
+                    raise ValueError(f"the sha256 of {path.name} differs")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as file:
+                    file.write(data)
+    except Exception as error:  # of urllib, http, zipfile, zlib: no common base
         why = f"cannot fetch {address} ({one_line(error, 80)})"
-        way = f"run it again, or put there by hand: {', '.join(map(str, files))}"
+        way = f"run the same command again, or put there by hand: {', '.join(map(str, files))}"
         raise UserError(f"{name}: {why}; {way}") from None
-    finally:
-        socket.setdefaulttimeout(patience)
     return list(files)
 
 
-def unpack(fetched: Path, files: dict[Path, str]) -> None:
-    """Check a fetched file, or the members of a fetched archive, and put them in their places.
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
-    Raises RuntimeError or what `zipfile` raises where the bytes are not the pinned ones.
-    """
-    archive = zipfile.ZipFile(fetched) if zipfile.is_zipfile(fetched) else None
-    for path, digest in files.items():
-        if archive:
-            member = next((n for n in archive.namelist() if n.endswith(path.name)), None)
-            data = archive.read(member) if member else b""
-        else:
-            data = fetched.read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise RuntimeError(f"the sha256 of {path.name} differs")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(data)
+
+def member(fetched: Path, name: str) -> bytes:
+    """What was fetched, or the file `name` out of it if it is an archive."""
+    if not zipfile.is_zipfile(fetched):
+        return fetched.read_bytes()
+    archive = zipfile.ZipFile(fetched)
+    return archive.read(next(n for n in archive.namelist() if n.endswith(name)))
 
 
 def download_command(config: PrepareConfig) -> str:
@@ -7775,9 +7765,10 @@ def prepare_store(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str:
     """What `prepare` does. Returns the folder of the store, or what was downloaded."""
     if config.download:
         return download_command(config)
-    store = build_corpus_from_sources(
-        config=config, folder=Path(config.out_dir) if config.out_dir else None
-    )
+    if config.save_raw:
+        config = saved_raw(config)
+    folder = Path(config.out_dir) if config.out_dir else None
+    store = build_corpus_from_sources(config=config, folder=folder)
     report = store_report(store)
     print("\n".join(report["lines"]))
     write_json(store.folder / "report.json", report)
@@ -7799,6 +7790,26 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> Non
     place = prepare_store(config, rt, stop)
     if not config.download:
         print(place)
+
+
+def saved_raw(config: PrepareConfig) -> PrepareConfig:
+    """Keep the rows of --hf_dataset under data_dir, as JSON Lines. Returns settings to read those.
+
+    One file for each split, up to --max_docs, or what --max_tokens can need.
+    """
+    names = (Path(config.hf_dataset).name, config.hf_config)
+    folder = Path(config.data_dir) / "-".join(filter(None, names))
+    room = 8 * config.max_tokens or math.inf
+    for split, rows in hub_splits(config).items():
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows_of(rows))
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', split)}.jsonl") as file:
+            for line in islice(lines, config.max_docs or None):
+                room -= file.write(line.encode("utf-8", "replace"))
+                if room < 0:
+                    break
+    note(f"{config.hf_dataset}: its rows are in {folder}")
+    return replace(config, data_dir=str(folder), hf_dataset="", streaming=False)
 
 
 def sample_batch(store: TokenStore, block_size: int, n_rows: int = 4) -> dict[str, list]:
