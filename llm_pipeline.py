@@ -4363,16 +4363,13 @@ def unusable(record: Record, size: int, config: DataConfig, pairs: bool) -> str:
     return "no preference" if pairs and record.rejected in ("", text) else ""
 
 
-def split_text(record: Record, split: str, size: int, val_fraction: float) -> Iterator[tuple]:
-    """(split, text) of each block of a plain text."""
+def split_text(record: Record, split: str, size: int, val_fraction: float) -> list[tuple]:
+    """(split, text) of the parts of a plain text."""
     text = record.response
-    parts = [(split, text)]
-    if split == "both":
-        cut = characters_in(text, size - math.ceil(size * val_fraction))
-        parts = [("train", text[:cut]), ("val", text[cut:])]
-    for part, piece in parts:
-        for block in blocks_of(piece):
-            yield part, block
+    if split != "both":
+        return [(split, text)]
+    cut = characters_in(text, size - math.ceil(size * val_fraction))
+    return [("train", text[:cut]), ("val", text[cut:])]
 
 
 def characters_in(text: str, n_bytes: int) -> int:
@@ -4408,16 +4405,14 @@ def record_pieces(
     """A record's texts in order. A long plain text comes in blocks, its validation part last."""
     source = record.source
     if record.is_plain:
-        parts = split_text(record, split, size, config.val_fraction)
-        for part, group in groupby(parts, key=lambda item: item[0]):
-            first = True
-            for text, last in safe_blocks((block for _, block in group), whole):
-                yield Piece(text, part, source, "text", first=first, last=last)
-                first = False
+        for part, text in split_text(record, split, size, config.val_fraction):
+            blocks = [*safe_blocks(text, whole)] if text else []
+            for n, block in enumerate(blocks, 1):
+                yield Piece(block, part, source, "text", first=n == 1, last=n == len(blocks))
         return
-    for number, turn in enumerate(record.turns, 1):
-        yield Piece(turn.prompt, split, source, "prompt", first=number == 1)
-        last = number == len(record.turns)
+    for n, turn in enumerate(record.turns, 1):
+        yield Piece(turn.prompt, split, source, "prompt", first=n == 1)
+        last = n == len(record.turns)
         yield Piece(turn.response, split, source, "answer", turn.prompt, turn.trained, last=last)
 
 
@@ -4444,27 +4439,20 @@ def corpus_pieces(
 
 # GPT-2's pattern begins a new word at a space behind anything else, and at a mark behind a letter
 # (the second helps where a language has no spaces). What stands further away has no say in it.
-SAFE_CUTS = (re.compile(r"\S(?=[ \t\r\n])"), re.compile(r"[^\W_](?=[.,;:!?。，、；：！？])"))
+SAFE_CUT = re.compile(r"\S(?=[ \t\r\n])|[^\W_](?=[.,;:!?。，、；：！？])")
 
 
-def safe_blocks(blocks: Iterable[str], whole: bool) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is the last) of blocks that end at a safe cut; one block if `whole`.
+def safe_blocks(text: str, whole: bool) -> Iterator[str]:
+    """A text in blocks that end at a safe cut; in one if `whole`.
 
     Ids of bytes and of GPT-2's words do not depend on the cuts. Of other vocabularies nothing is
     known: SentencePiece's mark where a text begins, normalisers look across spaces.
     """
-    if whole:
-        yield "".join(blocks), True
-        return
-    carry = ""
-    for block in blocks:
-        near_end = max(0, len(carry) - 4096)
-        found = ([*pattern.finditer(carry, near_end)] for pattern in SAFE_CUTS)
-        cut = next((matches[-1].end() for matches in found if matches), 0)
-        if cut:
-            yield carry[:cut], False
-        carry = carry[cut:] + block
-    yield carry, True
+    start = 0
+    while not whole and (cut := SAFE_CUT.search(text, start + BLOCK)):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
 
 
 def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
