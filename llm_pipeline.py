@@ -20,13 +20,13 @@
 `COMMAND --help` shows the flags to begin with, `--help_all` every one. The file is a book in two
 parts. Part I is the course, to be read from the top in one sitting:
 
-     1 Settings        what can be asked for: dataclasses, presets, recipes
-     2 Tokens          text as bytes, special tokens, the prompt template
-     3 Batches         windows and whole records; the batch of a step, and nothing random about it
-     4 Model           positions, attention, MLP, block, GPT
-     5 Optimisation    objectives, AdamW and Muon, schedules
-     6 Training        gradients, the step, validation, the loop
-     7 Sampling        the key/value cache, the next token, generation
+     1 Tokens          text as bytes, special tokens, the prompt template
+     2 Batches         windows and whole records; the batch of a step, and nothing random about it
+     3 Model           positions, attention, MLP, block, GPT
+     4 Optimisation    objectives, AdamW and Muon, schedules
+     5 Training        gradients, the step, validation, the loop
+     6 Sampling        the key/value cache, the next token, generation
+     7 Settings        what is left to be asked for, and the presets
 
 Part II, the workshop, makes it exact, fast and usable: 8 Runtime, 9 The same, faster, 10 BPE,
 11 Corpus, 12 Checkpoints, 13 Interchange, 14 Evaluation, 15 Commands, 16 Command line.
@@ -50,6 +50,7 @@ import math
 import os
 import pickle
 import platform
+import random
 import re
 import shlex
 import shutil
@@ -85,20 +86,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm import tqdm
 
 __version__ = "2.0"
-
-# ====================================================================================
-# PART I: THE COURSE
-# ====================================================================================
-# 1. Settings
-#
-# Each setting is stated once, in a typed field that carries its default, help and limits. Flags,
-# --config files and config.json are generated from these fields (section 16). Skim the fields;
-# look at PRESETS and RECIPES below them.
-# ====================================================================================
 
 
 class UserError(Exception):
@@ -124,9 +115,446 @@ def session_only(default, help: str, **limits):
 
 
 class Settings:
-    """What a command is told. `explicit` names what was asked for, in a file or by a flag."""
+    """What a command is told. `explicit` names what was asked for, rather than left at a default."""
 
     explicit: frozenset[str] = frozenset()
+
+
+# ====================================================================================
+# PART I: THE COURSE
+# ====================================================================================
+# 1. Tokens
+#
+# Text becomes numbers. Bytes need no training: 256 ids, and four special tokens that text cannot
+# spell. BPE (section 10) has the same interface: vocab_size, the special ids, prefix, encode,
+# encode_batch, decode, spec.
+#
+#     >>> import llm_pipeline as lp
+#     >>> lp.ByteTokenizer().encode("Größe").tolist()
+#     [71, 114, 195, 182, 195, 159, 101]
+#     >>> print(lp.instruction_prompt("Name a colour.") + lp.instruction_response("red"), end="")
+#     ### Instruction: Name a colour.
+#     ### Input:
+#     ### Output: red
+# ====================================================================================
+
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|sep|>")
+
+
+class ByteTokenizer:
+    """UTF-8 bytes 0..255, then pad, bos, eos, sep. Any string comes back as it was."""
+
+    vocab_size = 260
+    pad_id, bos_id, eos_id, sep_id = 256, 257, 258, 259
+    unk_id = None  # nothing is unknown
+    prefix = (bos_id,)  # what every text begins with; a foreign vocabulary may have nothing here
+    end_ids = (eos_id, sep_id)  # what ends a text
+    cuts_safely = True  # encoded in pieces, a text has the same ids
+
+    def encode(self, text: str) -> np.ndarray:
+        """The text's UTF-8 bytes, (n,) uint16. Lone surrogates, which UTF-8 lacks, survive too."""
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint16)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int], before: Sequence[int] = ()) -> str:
+        """Text of the ids, special tokens left out; bytes that are not UTF-8 become U+FFFD.
+
+        before: the ids that precede. Bytes mean the same everywhere; words of other vocabularies
+        begin with a space unless they begin the text.
+        """
+        data = bytes(i for i in map(int, ids) if i < 256)
+        try:
+            return data.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return data.decode("utf-8", "replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text that each id stands for, (vocab_size,)."""
+        return (np.arange(self.vocab_size) < 256).astype(np.int64)
+
+    def spec(self) -> dict:
+        """Plain data from which `tokenizer_from_spec` makes this tokenizer again."""
+        return {"kind": "byte"}
+
+
+def instruction_prompt(instruction: str, input: str = "", system: str = "") -> str:
+    """The one prompt template. The response follows as " text" and a newline, then `sep`.
+
+    Further turns of a conversation follow in the same form; only the first has a system text.
+    """
+    head = f"### System: {system}\n" if system else ""
+    return f"{head}### Instruction: {instruction}\n### Input: {input}\n### Output:"
+
+
+def instruction_response(output: str) -> str:
+    return f" {output}\n"
+
+
+# ====================================================================================
+# 2. Batches
+#
+# Token ids become inputs x and targets y, the same ids one token ahead. Data sets, samplers and
+# loaders are PyTorch's. What is special is the sampler: the batch of step s is a function of
+# (seed, s) alone, so that resuming costs nothing, and one process or four see the same batches.
+#
+#     >>> x, y = lp.LMDataset(range(17), block_size=8)[1]
+#     >>> x.tolist(), y.tolist()
+#     ([8, 9, 10, 11, 12, 13, 14, 15], [9, 10, 11, 12, 13, 14, 15, 16])
+#     >>> train, val = lp.create_dataloaders(lp.build_corpus_from_sources(), 64, batch_size=4)
+#     >>> [x.shape for x, y in train][0]
+#     torch.Size([4, 64])
+# ====================================================================================
+
+IGNORE = -100  # a target that does not count; F.cross_entropy knows the same number
+
+
+def set_seed(seed: int = 1337) -> None:
+    """Seed Python, NumPy and PyTorch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # Without a GPU, torch.manual_seed takes half a millisecond to note whom to seed if one came.
+    (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(seed)
+
+
+def derive_seed(*parts: int) -> int:
+    """An independent 63-bit seed for each tuple of integers, such as (seed, step, micro-batch)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def evenly_spaced(n: int, limit: int) -> np.ndarray:
+    """Up to `limit` (0: all) of range(n), evenly spaced."""
+    return np.linspace(0, n - 1, min(limit or n, n)).round().astype(np.int64)
+
+
+@dataclass
+class Batch:
+    """Inputs and targets, (B, T) int64 each; of preference pairs (B, 2, T), chosen and rejected.
+
+    `x, y = batch` takes it apart.
+    """
+
+    x: Tensor
+    y: Tensor  # IGNORE where nothing is to be learned
+    weight: Tensor | None = None  # (B, T) how much each target counts; None: all alike
+    reference: Tensor | None = None  # (B, 2) log-probabilities of a pair under the base model
+    n_targets: float | None = None  # what its summed loss is divided by: targets, weights or pairs
+
+    def __post_init__(self):
+        if self.n_targets is None and self.x.ndim == 3:
+            self.n_targets = len(self.x)
+        elif self.n_targets is None:
+            counted = self.y != IGNORE if self.weight is None else self.weight
+            self.n_targets = float(counted.sum())
+
+    def __getitem__(self, i: int) -> Tensor:  # and so it is unpacked, too
+        return (self.x, self.y)[i]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {n: t.to(device, non_blocking=True) for n, t in self.tensors().items()}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """Called by DataLoader, which knows no way to pin a class of ours."""
+        return replace(self, **{n: t.pin_memory() for n, t in self.tensors().items()})
+
+    def split(self, parts: int) -> list[Batch]:
+        """Micro-batches; fewer than `parts` where there are fewer rows. The whole batch alone has
+        its targets counted, which on a GPU is a wait."""
+        columns = {name: t.chunk(parts) for name, t in self.tensors().items()}
+        rows = zip(*columns.values(), strict=True)
+        return [Batch(**dict(zip(columns, row, strict=True)), n_targets=math.nan) for row in rows]
+
+
+class LMDataset(Dataset):
+    """Windows of `block_size` ids, `stride` apart; targets are the inputs, one token ahead.
+
+    tokens: (N,) ids of any kind, memory-mapped ones too. Where they are too few for one window,
+    it is as long as they allow. masked: (n, 2) positions [start, end) that are never targets.
+    Raises UserError for fewer than two tokens.
+    """
+
+    def __init__(self, tokens, block_size: int, stride: int = 0, masked=None):
+        if len(tokens) < 2:
+            raise UserError(f"{len(tokens)} tokens make no window: add data")
+        self.tokens, self.block_size = tokens, min(block_size, len(tokens) - 1)
+        self.stride = stride or self.block_size
+        self.masked = np.empty((0, 2), np.int64) if masked is None else masked
+        self.slack = (len(tokens) - 1 - self.block_size) % self.stride  # tokens behind the last
+        self.shift = 0  # of all windows, at most `slack`; another in each epoch of training
+
+    @classmethod
+    def from_store(cls, store: TokenStore, split: str, block_size: int, stride: int = 0):
+        return cls(store.tokens[split], block_size, stride, store.masked(split))
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1 - self.block_size) // self.stride + 1
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """(x, y) of window i: (block_size,) int64 each."""
+        start = self.shift + range(len(self))[i] * self.stride
+        end = start + self.block_size + 1
+        ids = torch.from_numpy(np.array(self.tokens[start:end], np.int64))
+        x, y = ids[:-1], ids[1:]
+        first = np.searchsorted(self.masked[:, 1], start + 1, "right")  # ends behind y's first
+        if first < len(self.masked) and self.masked[first, 0] < end:
+            y = y.clone()
+            for a, b in self.masked[first:].tolist():
+                if a >= end:
+                    break
+                y[max(0, a - start - 1) : b - start - 1] = IGNORE
+        return x, y
+
+    def collate(self, samples: list[tuple]) -> Batch:
+        return pad(samples, 0, self.block_size)
+
+
+def kept_parts(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, int]:
+    """Fit a record into `limit` tokens: lengths of prompt head, prompt tail and response to keep.
+
+    The response is kept as far as it fits beside one token of prompt; the prompt loses its middle,
+    since its beginning says what to do and its end asks for the answer.
+    """
+    response = min(n_response, limit - 1)
+    prompt = min(n_prompt, limit - response)
+    tail = prompt // 2 if prompt < n_prompt else 0
+    return prompt - tail, tail, response
+
+
+def fit_record(prompt: np.ndarray, response: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
+    """A record's ids cut to `limit`, as `kept_parts` says, and how many of them are prompt."""
+    head, tail, kept = kept_parts(len(prompt), len(response), limit)
+    parts = prompt[:head], prompt[len(prompt) - tail :], response[:kept]
+    return np.concatenate(parts), head + tail
+
+
+class InstructionDataset(Dataset):
+    """Whole records of a store. A sample is (x, y) or, with weights, (x, y, weight), unpadded.
+
+    loss_on: "all" tokens count, as in pretraining; or those of the "response" alone, and then each
+    trained answer of a conversation is a sample, behind all that stands before it.
+    answer_weight: how many times as much an answer's tokens count as the others.
+    Raises UserError where the split holds no record, or plain text has no answer to weigh.
+    """
+
+    def __init__(
+        self, store: TokenStore, split: str, block_size: int, loss_on="all", answer_weight=1
+    ):
+        self.store, self.split, self.block_size = store, split, block_size
+        self.loss_on, self.answer_weight = loss_on, answer_weight
+        index = store.index[split]
+        trained = np.flatnonzero(index["trained"])
+        self.rows = store.whole_records(split) if loss_on == "all" else trained  # of the index
+        if not len(self.rows):
+            raise UserError(f"the {split} split holds no records")
+        length, prompt = (index[name][self.rows].astype(np.int64) for name in ("length", "prompt"))
+        if answer_weight > 1 and (prompt <= 1).any():
+            raise UserError("plain text has no answers to weigh: leave out --answer_weight")
+        response = np.minimum(length - prompt, block_size)
+        self.lengths = np.minimum(prompt, block_size + 1 - response) + response  # once cut
+        self.n_cut = int((self.lengths < length).sum())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, i: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(ids, how much each counts as a target, tokens of prompt) of sample i, cut to the block.
+
+        Beneath it, an answer that is not to be trained counts 0.
+        """
+        index, row = self.store.index[self.split], int(self.rows[i])
+        start, length, prompt = (int(index[name][row]) for name in ("start", "length", "prompt"))
+        ids = self.store.ids(self.split, start, length)
+        weight = np.full(length, 1.0 if self.loss_on == "all" else 0.0, np.float32)
+        weight[prompt:] = self.answer_weight
+        while self.loss_on == "all" and row > 0 and index["start"][row - 1] == start:
+            row -= 1  # the answers before the last
+            answer = slice(int(index["prompt"][row]), int(index["length"][row]))
+            weight[answer] = self.answer_weight if index["trained"][row] else 0.0
+        limit = self.block_size + 1
+        ids, n_prompt = fit_record(ids[:prompt], ids[prompt:], limit)
+        return ids, fit_record(weight[:prompt], weight[prompt:], limit)[0], n_prompt
+
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+        ids, weight, _ = self.record(range(len(self))[i])
+        y = np.where(weight[1:] > 0, ids[1:], IGNORE)
+        sample = torch.from_numpy(ids[:-1]), torch.from_numpy(y)
+        return (*sample, torch.from_numpy(weight[1:])) if self.answer_weight > 1 else sample
+
+    def collate(self, samples: list[tuple]) -> Batch:
+        return pad(samples, self.store.tokenizer.pad_id, self.block_size)
+
+
+def pad(samples: list[tuple[Tensor, ...]], pad_id: int, block_size: int) -> Batch:
+    """Samples of unequal length side by side: padding is `pad_id` in x, IGNORE in y, weight 0.
+
+    In few different widths, multiples of 16, since kernels are made for each shape. Of no samples
+    it makes a batch in which nothing counts: what a process computes that is left without a share.
+    """
+    if not samples:
+        x = torch.full((1, min(16, block_size)), pad_id)
+        return Batch(x, torch.full_like(x, IGNORE), n_targets=0.0)
+    longest = max(len(x) for x, *_ in samples)
+    width = min(-(-longest // 16) * 16, max(longest, block_size))
+    columns = []
+    for column, filler in zip(zip(*samples, strict=True), (pad_id, IGNORE, 0.0), strict=False):
+        padded = nn.utils.rnn.pad_sequence(list(column), True, filler)  # (B, longest)
+        columns.append(F.pad(padded, (0, width - longest), value=filler))
+    return Batch(*columns)
+
+
+class StepSampler(Sampler):
+    """Sample numbers of one step's batch after the other, a function of (seed, step).
+
+    Each epoch has an order of its own; what does not fill its last batch is left out of it. A data
+    set smaller than a batch is one batch. Iterated again, the next epoch follows. Micro-batch k of
+    a step holds rows [k m, (k + 1) m) of the batch; process r of w takes micro-batches r, w + r, ...
+    so that any number of processes sees the same ones.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, seed=1337, grad_accum=1, rank=0, world_size=1
+    ):
+        n = len(dataset)
+        if n < world_size:
+            raise UserError(f"{n} samples for {world_size} processes: start fewer, or add data")
+        self.dataset, self.seed = dataset, seed
+        self.batch_size = min(batch_size, n - n % world_size)
+        self.steps_per_epoch = n // self.batch_size
+        self.first, self.end = 0, self.steps_per_epoch  # steps to go through
+        self.first_batch_only = False  # --overfit_batch
+        self.epoch, self.order = -1, np.empty(0, np.int64)
+        rows = np.arange(self.batch_size)
+        if self.batch_size % (grad_accum * world_size):  # the data set is smaller than a batch
+            self.rows = rows[rank::world_size]
+        else:
+            self.rows = rows.reshape(grad_accum, world_size, -1)[:, rank].ravel()
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def begin_epoch(self, epoch: int) -> None:
+        rng = np.random.default_rng((self.seed, epoch))
+        self.epoch, self.order = epoch, rng.permutation(len(self.dataset))
+        if isinstance(self.dataset, LMDataset):
+            self.dataset.shift = int(rng.integers(self.dataset.slack + 1))
+        else:
+            self.order = self.like_lengths_together(self.order, rng)
+
+    def like_lengths_together(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Keeps padding low: pools of 64 batches are sorted by length, then the batches shuffled.
+
+        In batches of 2, lengths 9 2 8 3 become 2 3 | 8 9, and these two come in any order.
+        """
+        size, n_batches = self.batch_size, self.steps_per_epoch
+        order, lengths = order[: n_batches * size], self.dataset.lengths
+        pools = [order[i : i + 64 * size] for i in range(0, len(order), 64 * size)]
+        pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+        return np.concatenate(pools).reshape(n_batches, size)[rng.permutation(n_batches)].ravel()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.end):
+            epoch, i = divmod(0 if self.first_batch_only else step, self.steps_per_epoch)
+            if epoch != self.epoch:
+                self.begin_epoch(epoch)
+            batch = self.order[i * self.batch_size : (i + 1) * self.batch_size]
+            yield batch[self.rows].tolist()
+        self.first, self.end = self.end, self.end + self.steps_per_epoch
+
+
+class ValidationSampler(Sampler):
+    """Up to `limit` (0: all) samples, evenly spaced, in batches that are the same every time.
+
+    They go to the processes in turns. Every process has as many: gathering sharded weights is work
+    that all do together, so one that is left without a share gets an empty batch.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, limit: int = 0, rank=0, world_size=1):
+        ids = evenly_spaced(len(dataset), limit)
+        if not isinstance(dataset, LMDataset):
+            ids = ids[np.argsort(dataset.lengths[ids], kind="stable")]
+        batches = [ids[i : i + batch_size].tolist() for i in range(0, len(ids), batch_size)]
+        batches += [[]] * (-len(batches) % world_size)
+        self.batches = batches[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+def make_loader(dataset: Dataset, sampler: Sampler, rt: Runtime | None = None) -> DataLoader:
+    """In this process: workers took ten times as long as they saved. A generator of its own keeps
+    `iter(loader)` from drawing a number that dropout would have drawn."""
+    pinned = rt is not None and rt.device.type == "cuda"
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=dataset.collate,
+        generator=torch.Generator(),
+        pin_memory=pinned,
+    )
+
+
+def create_dataloaders(
+    corpus: TokenStore,
+    block_size: int = 256,
+    batch_size: int = 32,
+    seed: int = 1337,
+    *,
+    dataset: Callable[[TokenStore, str, int], Dataset] | None = None,
+    stride: int = 0,
+    eval_batches: int = 0,
+    grad_accum: int = 1,
+    rt: Runtime | None = None,
+) -> tuple[DataLoader, DataLoader | None]:
+    """Loaders of training and validation batches; no second one where the split is empty.
+
+    `for x, y in train` is an epoch: (batch_size, block_size) int64 each. dataset: makes the data
+    set of a split (default: windows of the token stream). eval_batches: how many batches validate
+    (0: all). rt (section 8): which process this is. Raises UserError where there is no data.
+    """
+    rank, world_size = (rt.rank, rt.world_size) if rt else (0, 1)
+    dataset = dataset or LMDataset.from_store
+    if stride:
+        data = LMDataset.from_store(corpus, "train", block_size, stride)
+    else:
+        data = dataset(corpus, "train", block_size)
+    sampler = StepSampler(data, batch_size, seed, grad_accum, rank, world_size)
+    train = make_loader(data, sampler, rt)
+    if len(corpus.tokens["val"]) < 2:
+        return train, None
+    data = dataset(corpus, "val", block_size)
+    # No more rows at a time than training has: what fits there fits here.
+    rows = max(1, batch_size // (grad_accum * world_size))
+    sampler = ValidationSampler(data, rows, eval_batches * batch_size, rank, world_size)
+    return train, make_loader(data, sampler, rt)
+
+
+def steps(loader: DataLoader, first: int, end: int = sys.maxsize) -> Iterator[Batch]:
+    """Training batches of the steps first..end-1, through as many epochs as that takes."""
+    loader.batch_sampler.first, loader.batch_sampler.end = first, end
+    return iter(loader)
+
+
+# ====================================================================================
+# 3. Model
+#
+# A decoder-only Transformer, as GPT-2 or as Qwen3, by its settings. Shapes: B sequences, T tokens,
+# C = n_embd, H query heads, K key/value heads, D = head_dim, V = vocab_size. Operations are plain
+# PyTorch; section 9 lends some of them faster twins.
+#
+#     >>> model = lp.GPT(lp.GPTConfig(block_size=64, n_layer=2, n_head=4, n_embd=64))
+#     >>> logits, loss = model(torch.randint(256, (2, 8)), torch.randint(256, (2, 8)))
+#     >>> logits.shape, loss.item()  # about log(260), that of a uniform guess
+#     (torch.Size([2, 8, 260]), 5.57...)
+# ====================================================================================
 
 
 @dataclass
@@ -174,8 +602,10 @@ class GPTConfig(ModelSettings):
         """What makes this shape impossible, one line each."""
         found = []
         if not self.head_dim:
-            found.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change "
-                         "one of them, or give head_dim")  # fmt: skip
+            found.append(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of "
+                "them, or give head_dim"
+            )
         if self.n_head % self.n_kv_head:
             found.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.pos == "rope" and self.head_dim % 2:
@@ -187,6 +617,929 @@ def model_config(settings: ModelSettings, vocab_size: int = GPTConfig.vocab_size
     """The shape that a command's settings ask for, over a tokenizer of `vocab_size` ids."""
     shape = {f.name: getattr(settings, f.name) for f in fields(ModelSettings)}
     return GPTConfig(vocab_size=vocab_size, **shape)
+
+
+# --- operations, some of which have a faster twin ---
+
+KERNELS: dict[tuple[str, str], Callable] = {}  # (operation, device type) -> its faster twin
+
+
+def operation(plain: Callable) -> Callable:
+    """An operation written for the reader. Section 9 may register a faster twin for a device.
+
+    Tests hold each twin equal to its `plain` form.
+    """
+
+    @wraps(plain)
+    def dispatch(x: Tensor, *args):
+        return KERNELS.get((plain.__name__, x.device.type), plain)(x, *args)
+
+    dispatch.plain = plain
+    return dispatch
+
+
+@operation
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zeroes each element with probability p and scales the others by 1 / (1 - p)."""
+    return F.dropout(x, p)
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training and self.p else x
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:  # F.rms_norm warns of a weight of another dtype
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * value, the two halves of x (Shazeer, 2020)."""
+    gate, value = x.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+NORMS = {
+    "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
+    "rmsnorm": lambda config: RMSNorm(config.n_embd, config.norm_eps),
+}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "swiglu": swiglu,
+}
+
+
+# --- positions ---
+
+
+def rotary(config: GPTConfig, pos: Tensor) -> tuple[Tensor, Tensor] | None:
+    """cos and signed sin that turn queries and keys at the positions `pos`, (T, 1, D) each.
+
+    Pair (i, i + D/2) of a head turns by the angle pos * theta^(-2i/D) (Su et al., 2021), so that a
+    query and a key are compared by their distance, wherever the two stand.
+    """
+    if config.pos != "rope":
+        return None
+    half = config.head_dim // 2
+    exponent = torch.arange(half, device=pos.device, dtype=torch.float32) / half
+    angle = pos[:, None].float() * config.rope_theta**-exponent  # fp32: large angles
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T, 1, D/2)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys (B, T, heads, D), turned by their positions.
+
+    With D = 4 and angles a, b: (x0, x1, x2, x3) becomes
+    (x0 cos a - x2 sin a, x1 cos b - x3 sin b, x2 cos a + x0 sin a, x3 cos b + x1 sin b).
+    """
+    cos, sin = rotation
+    return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
+
+
+def alibi(config: GPTConfig, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
+    """What is added to attention scores, (H, Tq, Tk): they fall linearly with distance.
+
+    Each head has a slope of its own, so that some look near and some far; no position is ever
+    beyond what was trained (Press et al., 2022).
+    """
+    if config.pos != "alibi":
+        return None
+    H = config.n_head
+    n = 2 ** math.floor(math.log2(H))  # the paper's rule where H is not a power of two
+    head = torch.arange(H, device=q_pos.device)
+    exponents = torch.where(head < n, -8 * (head + 1) / n, -4 * (2 * (head - n) + 1) / n)
+    return exponents.exp2()[:, None, None] * (k_pos - q_pos[:, None])
+
+
+def attention_mask(config: GPTConfig, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
+    """What is added to scores, (Tq, Tk) or (H, Tq, Tk): -inf where a token may not look, ALiBi's
+    bias elsewhere. None where plain causality, the last query at the last key, says it all."""
+    bias, window = alibi(config, q_pos, k_pos), config.attn_window
+    narrow = 0 < window < len(k_pos)
+    if bias is None and not narrow and len(q_pos) in (1, len(k_pos)):
+        return None
+    distance = q_pos[:, None] - k_pos
+    hidden = distance < 0
+    if window:
+        hidden = hidden | (distance >= window)
+    return torch.where(hidden, -math.inf, 0.0 if bias is None else bias)
+
+
+# --- attention ---
+
+
+def attention_manual(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
+    """softmax(Q K^T / sqrt(D) + mask) V (Vaswani et al., 2017), step by step.
+
+    q: (B, H, Tq, D); k, v: (B, K, Tk, D), each key head serving H / K query heads;
+    mask broadcasts to (B, H, Tq, Tk). None means causal, the last query standing at the last key.
+    """
+    (H, Tq, D), (K, Tk) = q.shape[1:], k.shape[1:3]
+    k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # (B, H, Tk, D)
+    if mask is None:  # -inf above the diagonal: no token sees those after it
+        mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu(Tk - Tq + 1)
+    scores = q @ k.mT / math.sqrt(D) + mask  # (B, H, Tq, Tk)
+    weights = scores.softmax(-1)  # each row sums to 1
+    weights = dropout(weights, p_drop) if p_drop else weights
+    return weights @ v  # (B, H, Tq, D)
+
+
+@operation
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
+    """The same through PyTorch's fused kernels, which never hold the (Tq, Tk) scores."""
+    causal = False
+    if mask is None and q.shape[-2] > 1:  # as a branch: compiled, lengths may be symbols
+        causal = True
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, p_drop, causal, enable_gqa=grouped)
+
+
+ATTENTION = {"manual": attention_manual, "sdpa": attention_sdpa}
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over the past; key and value heads may serve groups of query heads."""
+
+    def __init__(self, config: GPTConfig, layer: int = 0):
+        super().__init__()
+        self.config, self.layer = config, layer
+        q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.qkv = nn.Linear(config.n_embd, q + 2 * kv, bias=config.bias)  # one product for three
+        self.proj = nn.Linear(q, config.n_embd, bias=config.bias)
+        self.drop = Dropout(config.dropout)
+        if config.qk_norm:  # keeps scores from growing with the weights
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rotation=None, mask: Tensor | None = None, cache=None) -> Tensor:
+        """(B, T, C) -> (B, T, C). rotation, mask: `rotary` and `attention_mask` of x's positions.
+
+        cache (section 6): what came before x; extended by x's keys and values.
+        """
+        c, (B, T, _) = self.config, x.shape
+        if rotation is None and mask is None and cache is None:  # used by itself, at 0..T-1
+            pos = torch.arange(T, device=x.device)
+            rotation, mask = rotary(c, pos), attention_mask(c, pos, pos)
+        qkv = self.qkv(x).view(B, T, -1, c.head_dim)  # (B, T, H + 2K, D)
+        q, k, v = qkv.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=2)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        # (B, heads, T, D); rotation and norm are in fp32, the products in what v is in.
+        q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        if mask is not None:
+            mask = mask.to(q.dtype)  # as fused kernels want it
+        y = ATTENTION[c.attn](q, k, v, mask, c.dropout if self.training else 0.0)
+        return self.drop(self.proj(y.transpose(1, 2).reshape(B, T, -1)))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Up, activation, down: where a token is worked on by itself."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.mlp]
+        halves = 2 if config.mlp == "swiglu" else 1  # gate and value stand in one matrix
+        self.up = nn.Linear(config.n_embd, halves * config.n_inner, bias=config.bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.drop = Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.down(self.activation(self.up(x))))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x)).
+
+    The norms stand beside the residual stream, not on it, so that gradients reach the first block
+    undiminished (Xiong et al., 2020).
+    """
+
+    def __init__(self, config: GPTConfig, layer: int = 0):
+        super().__init__()
+        self.norm1 = NORMS[config.norm](config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.norm2 = NORMS[config.norm](config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation=None, mask: Tensor | None = None, cache=None) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotation, mask, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+@operation
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor, reduction: str, bias=None) -> Tensor:
+    """Cross entropy of softmax(h W^T + bias) with the targets: (N,) losses, or their "sum".
+
+    h: (N, C); weight: (V, C); targets: (N,), those equal to IGNORE left out (loss 0).
+    """
+    logits = F.linear(h, weight, bias).float()  # (N, V)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.problems():
+            raise UserError("; ".join(config.problems()))
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.pos == "learned":  # a trained vector for each position (Radford et al., 2019)
+            self.positions = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
+        self.norm_f = NORMS[config.norm](config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.head.weight = self.tok_emb.weight
+        self.grad_checkpointing = False
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, init_std). Matrices that write to the residual stream, of which there are two
+        a block, shrink with its depth (Radford et al., 2019), or start at zero."""
+        std = self.config.init_std
+        small = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
+        for name, p in self.named_parameters():
+            if p.ndim >= 2:
+                p.normal_(0.0, small if name.endswith(("proj.weight", "down.weight")) else std)
+            elif name.endswith("bias"):
+                p.zero_()
+
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, C) after the final norm. A cache holds what came before idx.
+
+        Raises ValueError when T exceeds a block that positions are learned for.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + idx.shape[1]
+        if end > self.config.block_size and self.config.pos == "learned":
+            raise ValueError(f"{end} tokens exceed block_size {self.config.block_size}")
+        pos = torch.arange(start, end, device=idx.device)
+        k_pos = pos if cache is None else cache.positions(idx.shape[1])
+        h = self.trunk(idx, pos, attention_mask(self.config, pos, k_pos), cache)
+        if cache is not None:
+            cache.length = end
+        return h
+
+    def trunk(self, idx: Tensor, pos: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+        """`hidden` of tokens that stand at the positions `pos`, (T,)."""
+        rotation = rotary(self.config, pos)
+        x = self.tok_emb(idx)
+        if self.training and (p := self.config.token_dropout):  # the others must tell what it was
+            x = x * dropout(x.new_ones(x.shape[:2]), p)[..., None]  # (Gal and Ghahramani, 2016)
+        if self.config.pos == "learned":
+            x = x + self.positions(pos)
+        x = self.drop(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:  # activations are computed again
+                x = checkpoint(block, x, rotation, mask, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, cache)
+        return self.norm_f(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, T) ids -> logits (B, T, V), in fp32, of the token after each; and the mean cross
+        entropy with the targets, (B, T), those equal to IGNORE left out; None without targets."""
+        logits = self.head(self.hidden(idx)).float()
+        if targets is None:
+            return logits, None
+        flat = logits.flatten(0, 1), targets.flatten()
+        return logits, F.cross_entropy(*flat, ignore_index=IGNORE)
+
+    def losses(self, idx: Tensor, targets: Tensor, reduction="none", among=None) -> Tensor:
+        """The same cross entropy of each target, (B, T) and 0 where it is IGNORE, or their "sum".
+
+        For training and scoring: a large vocabulary's (B, T, V) logits need never exist (section
+        9). among: ids (M,) and a bias (M,), see `over_sampled_ids`: softmax over these; targets
+        are places in them.
+        """
+        h = self.hidden(idx).flatten(0, 1)  # (B T, C)
+        ids, bias = among or (None, None)
+        weight = self.head.weight if ids is None else F.embedding(ids, self.head.weight)
+        losses = head_loss(h, weight, targets.flatten(), reduction, bias)
+        return losses if reduction == "sum" else losses.view_as(targets)
+
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k=0, seed=None, **sampling
+    ) -> Tensor:
+        """(B, T) ids -> (B, T + max_new_tokens): each row with what the model writes behind it.
+
+        seed: None draws one from PyTorch's generator. sampling: see `sample_next` (section 6).
+        """
+        seed = torch.randint(2**62, ()).item() if seed is None else seed
+        sampling |= dict(temperature=temperature, top_k=top_k)
+        training = self.training
+        new = list(generate(self.eval(), idx, max_new_tokens, seed=seed, **sampling))  # steps of B
+        self.train(training)
+        return torch.cat([idx, torch.tensor(new, dtype=idx.dtype, device=idx.device).T], 1)
+
+
+def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
+    """How the rows of a fused weight divide into the matrices it stands for."""
+    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    halves = [config.n_inner] * (2 if config.mlp == "swiglu" else 1)
+    return {"attn.qkv": [q, kv, kv], "mlp.up": halves}
+
+
+# ====================================================================================
+# 4. Optimisation
+#
+# What is minimised (objectives), by what rule (AdamW, Muon), and at which rate (schedules). Each is
+# a row of a table, so that the loop never asks which one it runs.
+#
+#     >>> settings = lp.OptimConfig(warmup_steps=10, lr_schedule="linear", min_lr_ratio=0.0)
+#     >>> [round(lp.lr_multiplier(step, 100, settings), 2) for step in (0, 5, 10, 55, 99)]
+#     [0.09, 0.55, 1.0, 0.5, 0.01]
+# ====================================================================================
+
+
+@dataclass
+class OptimConfig(Settings):
+    """Optimisation: batches, optimizer, learning rate."""
+
+    batch_size: int = option(32, "sequences a step, over all processes", low=1, high=2**20)
+    grad_accum: int = changeable(1, "micro-batches, each with its own dropout", low=1, high=2**16)
+    lr: float = option(3e-4, "learning rate of AdamW", above=0.0, high=10.0)
+    optimizer: str = option("adamw", "optimizer", choices=("adamw", "muon"))
+    muon_lr: float = option(0.02, "learning rate of Muon", above=0.0, high=10.0)
+    muon_momentum: float = option(0.95, "momentum of Muon", low=0.0, high=0.9999)
+    head_lr_scale: float = option(1.0, "rate of an untied head, over lr", above=0.0, high=1e3)
+    weight_decay: float = option(0.01, "on matrices only", low=0.0, high=10.0)
+    beta2: float = option(0.99, "AdamW's second-moment decay", above=0.0, high=0.99999)
+    grad_clip: float = option(1.0, "largest gradient norm (0: none)", low=0.0)
+    lr_schedule: str = option("cosine", "schedule", choices=("cosine", "constant", "linear", "wsd"))
+    warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
+    decay_fraction: float = option(0.5, "share of steps in wsd's decay", low=0.0, high=1.0)
+    min_lr_ratio: float = option(0.1, "final learning rate, over lr", low=0.0, high=1.0)
+    compile: str = changeable("auto", "torch.compile", choices=("auto", "on", "off"))
+    grad_checkpointing: bool = changeable(False, "recompute activations to save memory")
+    fsdp: bool = changeable(False, "shard parameters over processes instead of copying them")
+    self_test: bool = session_only(True, "hold the device against the CPU before the first step")
+
+
+Objective = Callable[[Callable, Batch, Settings], tuple[Tensor, dict[str, Tensor]]]
+
+
+def next_token_loss(losses: Callable, batch: Batch, config=None) -> tuple[Tensor, dict]:
+    """Summed cross entropy of the next token, and nothing else to report."""
+    if batch.weight is not None:
+        return (losses(batch.x, batch.y) * batch.weight).sum(), {}
+    return losses(batch.x, batch.y, "sum"), {}
+
+
+# An objective: (model.losses or its like, batch, settings) -> (summed loss, sums to report). Both
+# are divided by the batch's n_targets.
+OBJECTIVES: dict[str, Objective] = {"ntp": next_token_loss}  # section 15 adds preference and reward
+
+
+@operation
+def newton_schulz(X: Tensor) -> Tensor:
+    """Pull the singular values of a matrix, or of a stack of them, towards 1.
+
+    X = U S V^T, rows <= columns. A polynomial in X X^T leaves U and V and changes S alone: each
+    round maps a singular value s to a s + b s^3 + c s^5 (Jordan, 2024), a few of which end near 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # all of them under 1
+    for _ in range(5):
+        G = X @ X.mT
+        X = a * X + (b * G + c * G @ G) @ X
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is made orthogonal (Jordan, 2024).
+
+    The gradient of a weight matrix is dominated by a few directions. Setting all singular values
+    of an update to the same size lets the rare ones learn as fast as those. A fused weight is
+    orthogonalised matrix by matrix, as `rows` divides it.
+    """
+
+    def __init__(
+        self,
+        params,
+        rows: dict[nn.Parameter, list[int]],
+        lr: float,
+        momentum=0.95,
+        weight_decay=0.1,
+    ):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.rows = rows
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            updates = []
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                updates.append(p.grad.lerp(momentum, group["momentum"]))  # Nesterov
+            for p, update in zip(params, self.orthogonalised(params, updates), strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"])
+
+    def orthogonalised(self, params: list, updates: list[Tensor]) -> list[Tensor]:
+        """Each update with its matrices' singular values near 0.2 sqrt(max(rows, columns)).
+
+        That makes an update's root mean square the same as AdamW's (Liu et al., 2025).
+        """
+        results = []
+        for p, update in zip(params, updates, strict=True):
+            parts = []
+            for m in update.split(self.rows.get(p) or [len(p)]):
+                wide = len(m) <= m.shape[1]
+                X = newton_schulz(m if wide else m.T)
+                parts.append((X if wide else X.T) * (0.2 * math.sqrt(max(m.shape))))
+            results.append(torch.cat(parts))
+        return results
+
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}
+EMBEDDINGS = ("tok_emb", "positions")
+
+
+def make_optimizers(
+    model: GPT, config: OptimConfig, kinds=OPTIMIZERS
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters that train, or Muon for the hidden matrices and AdamW for the rest.
+
+    Weight decay is on matrices alone. Each group keeps its `initial_lr`, which schedules scale.
+    kinds: the classes to use. Raises UserError where Muon does not suit the parameters.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for n, p in trained.items() if n.startswith("blocks.") and p.ndim == 2]
+    head = [p for n, p in trained.items() if n == "head.weight"]  # where it is not the embedding
+    outer = [p for n, p in trained.items() if p.ndim == 2 and n.split(".")[0] in EMBEDDINGS]
+    small = [p for p in trained.values() if p.ndim < 2]  # gains and biases
+    assert len(hidden) + len(head) + len(outer) + len(small) == len(trained)  # each exactly once
+    decay = config.weight_decay
+    groups = [
+        dict(params=outer, lr=config.lr, weight_decay=decay),
+        dict(params=head, lr=config.lr * config.head_lr_scale, weight_decay=decay),
+        dict(params=small, lr=config.lr, weight_decay=0.0),
+    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        if any("lora" in n for n in trained):
+            raise UserError("--optimizer muon does not suit LoRA's thin matrices; use adamw")
+        rows = {
+            model.get_parameter(f"blocks.{i}.{name}.weight"): sizes
+            for name, sizes in fused_rows(model.config).items()
+            for i in range(model.config.n_layer)
+        }
+        rates = dict(lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=decay)
+        optimizers.append(kinds["muon"](hidden, rows, **rates))
+    else:
+        groups.append(dict(params=hidden, lr=config.lr, weight_decay=decay))
+    groups = [g for g in groups if g["params"]]
+    fused = next(iter(trained.values())).device.type in ("cpu", "cuda")  # one kernel for them all
+    optimizers.append(kinds["adamw"](groups, betas=(0.9, config.beta2), fused=fused))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+# Share of the way from min_lr_ratio to 1, at `progress` from 0 to 1 after the warm-up.
+SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {
+    "constant": lambda progress, config: 1.0,
+    "linear": lambda progress, config: 1 - progress,
+    "cosine": lambda progress, config: 0.5 * (1 + math.cos(math.pi * progress)),
+    # Warm-up, stable, decay (Hu et al., 2024).
+    "wsd": lambda progress, config: min(1.0, (1 - progress) / max(config.decay_fraction, 1e-9)),
+}
+
+
+def lr_multiplier(step: int, total: int, config: OptimConfig) -> float:
+    """What every group's initial_lr is multiplied by at a step: a pure function of the step."""
+    warmup = min(config.warmup_steps, total // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    share = SCHEDULES[config.lr_schedule]((step - warmup) / max(1, total - warmup), config)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * share
+
+
+# ====================================================================================
+# 5. Training
+#
+# One loop for train and finetune: gradients of a batch, one step, an estimate of the validation
+# loss, and `fit` around them. It saves and records through what its `Run` was given.
+#
+#     $ python llm_pipeline.py train --preset cpu-debug --recipe fast
+#
+# does all of this; a loop of one's own over `create_dataloaders`, `GPT` and any optimizer works too.
+# ====================================================================================
+
+
+@dataclass
+class FitConfig(Settings):
+    """Run: how long it goes on, what it looks at and what it keeps."""
+
+    out_dir: str = session_only("ckpts", "folder of the run")
+    resume: bool = session_only(False, "continue last.pth of out_dir, bit for bit")
+    overwrite: bool = session_only(False, "replace a run that stands in out_dir")
+    epochs: int = option(5, "passes over the training data", low=1, high=10**6)
+    max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
+    max_minutes: float = changeable(0.0, "stop after this many minutes (0: never)", low=0.0)
+    stop_after: int = session_only(0, "save and stop after N steps of this session", low=0)
+    stride: int = option(0, "distance between windows (0: block_size)", low=0)
+    sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
+    eval_interval: int = changeable(200, "steps between evaluations", low=1)
+    eval_batches: int = changeable(50, "validation batches of an evaluation (0: all)", low=0)
+    sample_every: int = changeable(1, "a short sample every N evaluations, on a terminal", low=0)
+    log_interval: int = changeable(10, "steps between rows of metrics.csv", low=1)
+    save_interval: int = changeable(200, "steps between saves of last.pth", low=1)
+    patience: int = changeable(0, "stop after N evaluations without improvement (0: never)", low=0)
+    overfit_batch: bool = option(False, "sanity check: learn one batch by heart, save nothing")
+    wandb: str = changeable("", "log to this Weights & Biases project too")
+
+
+@dataclass
+class Progress:
+    """Training state besides weights and moments; stored in checkpoints."""
+
+    step: int = 0  # optimizer steps done
+    total: int = 0  # optimizer steps to do
+    best: float = option(math.inf, "best validation loss", high=math.inf)
+    best_step: int = 0
+    evaluated: int = 0  # step of the last finished evaluation
+    misses: int = 0  # evaluations since the best
+    grad_accum: int = 1  # may grow, and checkpointing come on, when memory runs out
+    grad_checkpointing: bool = False
+
+
+@dataclass
+class Run:
+    """What one training run consists of; `make_run` (section 15) puts it together."""
+
+    config: FitConfig
+    rt: Runtime  # device, dtype, processes (section 8)
+    model: GPT  # saved and evaluated
+    losses: Callable  # model.losses, perhaps compiled or distributed: trained
+    objective: Objective
+    optimizers: list[torch.optim.Optimizer]
+    train: DataLoader
+    val: DataLoader | None
+    store: TokenStore | None  # what they read
+    progress: Progress
+    scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; disabled otherwise
+    # Lent by the workshop; without them the loop does with less.
+    stop: Stop = False  # becomes true when a signal asks to stop
+    save: Callable[[str], None] = lambda name: None  # writes "best" or "last"
+    record: Recorder | None = None  # metrics.csv, the progress bar
+    gradients: Callable | None = None  # `gradients`, perhaps one that survives a full memory
+    grad_sync: Callable = lambda last: contextlib.nullcontext()  # between processes, at the last
+
+
+class Interrupted(KeyboardInterrupt):
+    """A stop signal came in the middle of a step or an evaluation."""
+
+
+class Diverged(UserError):
+    """A loss or gradient is not finite. Nothing has been updated."""
+
+
+def trained_parameters(run: Run) -> list[nn.Parameter]:
+    """As the optimizers hold them: after an evaluation, FSDP's model shows gathered ones instead."""
+    return [p for each in run.optimizers for group in each.param_groups for p in group["params"]]
+
+
+def drop_gradients(run: Run) -> None:
+    for p in trained_parameters(run):
+        p.grad = None
+
+
+def gradients(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict]:
+    """Leave the gradient of the loss per target in the parameters. Returns (summed loss, stats).
+
+    n_targets counts those of all processes: the sum of all micro-batches' and processes' gradients
+    is then that of the whole batch, whatever is masked where.
+    """
+    rt, step = run.rt, run.progress.step
+    micro_batches = batch.split(run.progress.grad_accum)
+    loss_sum, stats = 0.0, Counter()
+    for index, micro in enumerate(micro_batches):
+        if run.stop and rt.world_size == 1:
+            raise Interrupted  # this step's gradients are dropped; resume repeats it
+        set_seed(derive_seed(run.config.seed, step, index * rt.world_size + rt.rank))  # dropout
+        with run.grad_sync(index == len(micro_batches) - 1), rt.autocast():
+            loss, sums = run.objective(run.losses, micro, run.config)
+            # Processes average their gradients: undo that, the targets of all are counted.
+            run.scaler.scale(loss * (rt.world_size / n_targets)).backward()
+        loss_sum = loss_sum + loss.detach()
+        stats.update({name: value.detach() for name, value in sums.items()})
+    return loss_sum, stats
+
+
+def train_step(run: Run, batch: Batch) -> tuple[float, float, dict]:
+    """One optimizer step on this process's rows. Returns (loss per target, gradient norm, stats).
+
+    Raises Diverged, before anything is updated, when loss or gradient is not finite.
+    """
+    config, rt, step, scaler = run.config, run.rt, run.progress.step, run.scaler
+    n_targets = max(rt.sum(batch.n_targets)[0], 1.0)
+    loss_sum, stats = (run.gradients or gradients)(run, batch, n_targets)
+    for optimizer in run.optimizers:
+        scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(trained_parameters(run), config.grad_clip or math.inf)
+    norm = float(gather(norm))  # the step's one wait for the device
+    loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
+    loss = loss_sum / n_targets
+    # In fp16 a step that overflows only lowers the scale, which cannot save lasting NaN.
+    overflowed = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() >= 1
+    if not (math.isfinite(loss) and (math.isfinite(norm) or overflowed)):
+        raise Diverged(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the weights are not "
+            "updated"
+        )
+    scale = lr_multiplier(step, run.progress.total, config)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        if not overflowed:
+            scaler.step(optimizer)
+    scaler.update()
+    drop_gradients(run)
+    return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
+
+
+@torch.no_grad()
+def estimate_loss(
+    model: GPT, loader: DataLoader, objective: Objective, config, rt: Runtime, stop: Stop = False
+) -> tuple[float, dict]:
+    """Mean loss and statistics per target over a loader. Draws no random number.
+
+    Raises Interrupted when a stop signal comes.
+    """
+    sums, training = Counter(), model.training
+    model.eval()
+    try:
+        for batch in loader:
+            if any(rt.sum(bool(stop))):
+                raise Interrupted
+            with rt.autocast():
+                loss, stats = objective(model.losses, batch.to(rt.device), config)
+            if n_targets := batch.n_targets:  # else it stands in for none, see ValidationSampler
+                sums.update({"loss": float(loss), "targets": n_targets})
+                sums.update({name: float(value) for name, value in stats.items()})
+            else:
+                sums.update(dict.fromkeys(["loss", "targets", *stats], 0.0))
+    finally:
+        model.train(training)
+    sums = dict(zip(sums, rt.sum(*sums.values()), strict=True))
+    n_targets = max(sums.pop("targets"), 1.0)
+    means = {name: value / n_targets for name, value in sums.items()}
+    return means.pop("loss"), means
+
+
+def assess(run: Run, loss: float) -> None:
+    """Evaluate, record, and keep the best. Without validation data the training loss stands in."""
+    p = run.progress
+    if run.val:
+        how = run.objective, run.config, run.rt, run.stop
+        loss, stats = estimate_loss(run.model, run.val, *how)
+        run.record.validation(loss, stats)
+    p.evaluated, p.misses = p.step, p.misses + 1
+    if loss < p.best:
+        p.best, p.best_step, p.misses = loss, p.step, 0
+        run.save("best")
+
+
+def fit(run: Run) -> str:
+    """The loop of train and finetune. Returns why it ended: done, early, time, stopped, signal."""
+    config, p, first, saved, loss = run.config, run.progress, run.progress.step, -1, math.nan
+    steps_per_epoch, started = len(run.train), time.perf_counter()
+    batches = steps(run.train, p.step)
+    try:
+        while True:
+            # --- before the step: the model is looked at, never changed ---
+            last, new_epoch = p.step == p.total, p.step % steps_per_epoch == 0
+            if (p.step % config.eval_interval == 0 or new_epoch or last) and p.step > p.evaluated:
+                assess(run, loss)
+            late = 0 < config.max_minutes * 60 < time.perf_counter() - started
+            signalled, late = map(bool, run.rt.sum(bool(run.stop), late))  # all stop together
+            reasons = {
+                "done": last,
+                "early": 0 < config.patience <= p.misses,
+                "signal": signalled,
+                "time": late,
+                "stopped": 0 < config.stop_after <= p.step - first,
+            }
+            ended = next((reason for reason, holds in reasons.items() if holds), "")
+            due = p.step > first and p.step % config.save_interval == 0
+            if (ended or due) and p.step != saved:
+                run.save("last")
+                saved = p.step
+            if ended:
+                return ended
+            # --- the step ---
+            clock = time.perf_counter()
+            batch = next(batches).to(run.rt.device)
+            loss, norm, stats = train_step(run, batch)
+            p.step += 1
+            run.record.step(batch, loss, norm, stats, time.perf_counter() - clock)
+    except Interrupted:
+        run.save("last")
+        return "signal"
+
+
+# ====================================================================================
+# 6. Sampling
+#
+# One token after the other. The cache keeps keys and values, so that a new token costs one
+# position's work; `sample_next` chooses it; `generate` joins the two.
+#
+#     >>> lp.load("ckpts/best.pth").generate("Once upon a time", temperature=0.8, seed=1)
+# ====================================================================================
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in buffers allocated once.
+
+    With an attention window the buffers are a ring of that size and never fill up: position p
+    stands in slot p mod size. Of size 4, after 6 tokens:
+
+        slot       0  1  2  3
+        position   4  5  2  3
+
+    Otherwise they hold block_size tokens, after which `generate` starts again from the last half.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, limit=2**40):
+        """limit: how many tokens will be stored at most. In powers of two: few shapes to compile."""
+        self.config = c = config
+        # A learned position has no row beyond the block, so a window cannot slide past it.
+        self.ring = 0 < c.attn_window < c.block_size
+        self.size = c.attn_window if self.ring else min(c.block_size, 1 << (limit - 1).bit_length())
+        shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
+        self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
+        self.length = 0  # tokens stored so far, wherever they stand
+        self.step: StaticStep | None = None  # section 9's
+
+    @property
+    def full(self) -> bool:
+        """Whether the next token has no place."""
+        bounded = not self.ring or self.config.pos == "learned"
+        return bounded and self.length >= self.config.block_size
+
+    def repeat(self, times: int) -> None:
+        """Each prefilled sequence becomes `times` sequences that start with it."""
+        if times > 1:
+            self.keys = [t.repeat_interleave(times, 0) for t in self.keys]
+            self.values = [t.repeat_interleave(times, 0) for t in self.values]
+
+    def positions(self, T: int) -> Tensor:
+        """Of the keys that T new tokens (many behind an empty cache, or one) attend to."""
+        end, device = self.length + T, self.keys[0].device
+        if T > 1 or not self.ring or end <= self.size:
+            return torch.arange(end, device=device)
+        slots = torch.arange(self.size, device=device)
+        return end - 1 - (end - 1 - slots) % self.size
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, (B, K, T, D); return those to attend to. The model counts the
+        tokens when all layers have them."""
+        keys, values = self.keys[layer], self.values[layer]
+        end = self.length + k.shape[2]
+        if k.shape[2] == 1:
+            slot = self.length % self.size
+            keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
+        else:
+            kept = torch.arange(max(self.length, end - self.size), end)
+            slots = (kept % self.size).to(k.device)
+            keys[:, :, slots] = k[:, :, -len(kept) :].to(keys.dtype)
+            values[:, :, slots] = v[:, :, -len(kept) :].to(values.dtype)
+            if self.length == 0:
+                return k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def sample_next(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seen: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the next token of each sequence: logits (B, V) -> (B,) ids.
+
+    The filters apply in this order, as in transformers: repetition penalty (Keskar et al., 2019)
+    on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen et
+    al., 2024). Temperature 0 takes the likeliest.
+    """
+    if repetition_penalty != 1.0:
+        scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, scaled, logits)
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    # The likeliest at 0, and a temperature that fp32 can hold: nothing overflows to NaN.
+    logits = (logits - logits.max(-1, keepdim=True).values) / max(temperature, 1e-30)
+    if 0 < top_k < logits.shape[-1]:
+        floor = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -math.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        mass = (ordered.softmax(-1) * 2**40).long()  # integers: every device sums them alike
+        dropped = mass.cumsum(-1) - mass >= math.ceil(top_p * 2**40)  # enough likelier ones
+        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
+    probabilities = logits.softmax(-1)
+    if min_p > 0.0:
+        floor = min_p * probabilities.max(-1, keepdim=True).values
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    # A race: of exponential waiting times with rates p, number i ends first with probability p_i.
+    # torch.multinomial runs the same race, after it has made the CPU wait for two checks.
+    times = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / times).argmax(-1)
+
+
+@operation
+def next_logits(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
+    """Feed the newest token of each sequence, (B,) ids -> (B, V) logits of the one after it."""
+    return model.head(model.hidden(token[:, None], cache)[:, -1]).float()
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...] = (),
+    num_samples: int = 1,
+    seed: int = 0,
+    cache: KVCache | None = None,
+    **sampling,
+) -> Iterator[list[int]]:
+    """Yield the next id of each of B * num_samples samples, step by step; -1 once one has stopped.
+
+    idx: (B, T) ids; the samples of one row stand side by side and are drawn from one prefill.
+    cache: holds the first tokens of idx already, which must fit into the block.
+    sampling: the keyword arguments of `sample_next`.
+    When the cache is full, decoding goes on from the last half of the block.
+    """
+    device, config, (B, T) = idx.device, model.config, idx.shape
+    n, dtype = B * num_samples, model.tok_emb.weight.dtype
+    generator = torch.Generator(device).manual_seed(seed)
+    history = idx.repeat_interleave(num_samples, 0)  # (n, T)
+    seen = torch.zeros(n, config.vocab_size, dtype=torch.bool, device=device)
+    seen.scatter_(1, history, True)
+    cache = cache or KVCache(config, B, device, dtype, T + max_new_tokens)
+    if config.pos == "learned" or not cache.ring:
+        idx, history = idx[:, -config.block_size :], history[:, -config.block_size :]
+    h = model.hidden(idx[:, cache.length :], cache)[:, -1]
+    cache.repeat(num_samples)
+    logits = model.head(h).float().repeat_interleave(num_samples, 0)  # (n, V)
+    alive = [True] * n
+    keep = max(1, config.block_size // 2)  # what decoding goes on from when the cache is full
+    recent = deque(history.unbind(1), maxlen=keep)  # (n,) each
+    for step in range(1, max_new_tokens + 1):
+        token = sample_next(logits, seen=seen, generator=generator, **sampling)  # (n,)
+        if sampling.get("repetition_penalty", 1.0) != 1.0:
+            seen.scatter_(1, token[:, None], True)
+        ids = token.tolist()
+        alive = [a and i not in stop_ids for a, i in zip(alive, ids, strict=True)]
+        yield [i if a else -1 for a, i in zip(alive, ids, strict=True)]
+        if not any(alive) or step == max_new_tokens:
+            return
+        recent.append(token)
+        if cache.full:
+            cache = KVCache(config, n, device, dtype)
+            h = model.hidden(torch.stack(tuple(recent), 1), cache)[:, -1]
+            logits = model.head(h).float()
+        else:
+            logits = next_logits(token, model, cache)
+
+
+# ====================================================================================
+# 7. Settings
+#
+# The settings that no section above has introduced, and the tables of names that set many at once.
+# Each is stated once, in a typed field that carries its default, help and limits; flags, --config
+# files and config.json are generated from these fields (section 16).
+#
+#     $ python llm_pipeline.py train -h            # what a first user needs
+#     $ python llm_pipeline.py train --help_all    # every field, by topic
+# ====================================================================================
 
 
 @dataclass
@@ -246,57 +1599,8 @@ class RuntimeConfig(Settings):
 
 
 @dataclass
-class OptimConfig(Settings):
-    """Optimisation: batches, optimizer, learning rate."""
-
-    batch_size: int = option(32, "sequences a step, over all processes", low=1, high=2**20)
-    grad_accum: int = changeable(1, "micro-batches, each with its own dropout", low=1, high=2**16)
-    lr: float = option(3e-4, "learning rate of AdamW", above=0.0, high=10.0)
-    optimizer: str = option("adamw", "optimizer", choices=("adamw", "muon"))
-    muon_lr: float = option(0.02, "learning rate of Muon", above=0.0, high=10.0)
-    muon_momentum: float = option(0.95, "momentum of Muon", low=0.0, high=0.9999)
-    head_lr_scale: float = option(1.0, "rate of an untied head, over lr", above=0.0, high=1e3)
-    weight_decay: float = option(0.01, "on matrices only", low=0.0, high=10.0)
-    beta2: float = option(0.99, "AdamW's second-moment decay", above=0.0, high=0.99999)
-    grad_clip: float = option(1.0, "largest gradient norm (0: none)", low=0.0)
-    lr_schedule: str = option("cosine", "schedule", choices=("cosine", "constant", "linear", "wsd"))
-    warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
-    decay_fraction: float = option(0.5, "share of steps in wsd's decay", low=0.0, high=1.0)
-    min_lr_ratio: float = option(0.1, "final learning rate, over lr", low=0.0, high=1.0)
-    compile: str = changeable("auto", "torch.compile", choices=("auto", "on", "off"))
-    grad_checkpointing: bool = changeable(False, "recompute activations to save memory")
-    fsdp: bool = changeable(False, "shard parameters over processes instead of copying them")
-    self_test: bool = session_only(True, "hold the device against the CPU before the first step")
-
-
-@dataclass
-class FitConfig(OptimConfig, DataConfig, RuntimeConfig):
-    """Run: how long it goes on, what it looks at and what it keeps."""
-
-    out_dir: str = session_only("ckpts", "folder of the run")
-    resume: bool = session_only(False, "continue last.pth of out_dir, bit for bit")
-    overwrite: bool = session_only(False, "replace a run that stands in out_dir")
-    epochs: int = option(5, "passes over the training data", low=1, high=10**6)
-    max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
-    max_minutes: float = changeable(0.0, "stop after this many minutes (0: never)", low=0.0)
-    stop_after: int = session_only(0, "save and stop after N steps of this session", low=0)
-    stride: int = option(0, "distance between windows (0: block_size)", low=0)
-    sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
-    eval_interval: int = changeable(200, "steps between evaluations", low=1)
-    eval_batches: int = changeable(50, "validation batches of an evaluation (0: all)", low=0)
-    sample_every: int = changeable(
-        1, "show a short sample every N evaluations, on a terminal", low=0
-    )
-    log_interval: int = changeable(10, "steps between rows of metrics.csv", low=1)
-    save_interval: int = changeable(200, "steps between saves of last.pth", low=1)
-    patience: int = changeable(0, "stop after N evaluations without improvement (0: never)", low=0)
-    overfit_batch: bool = option(False, "sanity check: learn one batch by heart, save nothing")
-    wandb: str = changeable("", "log to this Weights & Biases project too")
-
-
-@dataclass
 class PresetConfig(Settings):
-    """Names that set many others at once: PRESETS, RECIPES and ARCHS below."""
+    """Names that set many others at once: the tables below."""
 
     preset: str = option("tiny-8g", "sizes that fit a machine")
     recipe: str = option("classic", "classic: what the preset says; fast: measured quickest")
@@ -304,7 +1608,9 @@ class PresetConfig(Settings):
 
 
 @dataclass
-class TrainConfig(PresetConfig, TokenizerConfig, ModelSettings, FitConfig):
+class TrainConfig(
+    PresetConfig, TokenizerConfig, ModelSettings, FitConfig, OptimConfig, DataConfig, RuntimeConfig
+):
     """Train a GPT from scratch, or go on from a pretrained one (--init_from)."""
 
     init_from: str = changeable("", "start from a checkpoint or a Hugging Face folder or name")
@@ -314,6 +1620,7 @@ class TrainConfig(PresetConfig, TokenizerConfig, ModelSettings, FitConfig):
     )
 
 
+# Sized for an RTX 4060 with 8 or 16 GB, but for the last two: a laptop, and GPT-2's smallest.
 PRESETS = {
     name: dict(zip(("block_size", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum", "lr",
                     "epochs"), row, strict=True))
@@ -332,1191 +1639,6 @@ ARCHS = {
     "modern": dict(pos="rope", norm="rmsnorm", norm_eps=1e-6, mlp="swiglu", qk_norm=True,
                    bias=False),
 }  # fmt: skip
-
-# The measured quickest rates, of 128 wide and 400 steps. Only AdamW's differs in finetuning.
-FAST_RATES = dict(
-    optimizer="muon", muon_lr=0.012, muon_momentum=0.85, head_lr_scale=0.4, beta2=0.95,
-    grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
-)  # fmt: skip
-
-
-def fast_recipe(sizes: dict, given: dict) -> dict:
-    """Tuned for the fewest steps to a given loss at 0.6 to 12 M parameters on four data sets.
-
-    Wider matrices and longer runs want lower rates. tests/bench/README.md has the tables.
-    """
-    sizes, stored = about_corpus(sizes)
-    n_head, (plan, steps) = sizes["n_head"], plan_for_text(sizes, stored | given)
-    rate = min(1, 128 / sizes["n_embd"]) * min(1, math.sqrt(400 / max(steps, 1)))
-    return FAST_RATES | plan | dict(
-        arch="modern", tie_weights=False, zero_init=True, n_inner=2 * sizes["n_embd"],
-        n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head, rope_theta=3.0 * sizes["block_size"],
-        lr=float(f"{0.02 * rate:.2g}"), muon_lr=float(f"{0.012 * rate:.2g}"),
-    ) | stored  # fmt: skip
-
-
-# A recipe is a function of the settings so far and of those given; it outranks arch and preset.
-RECIPES = {"classic": lambda sizes, given: {}, "fast": fast_recipe}
-
-
-# ====================================================================================
-# 2. Tokens
-#
-# Text becomes numbers. Bytes need no training: 256 ids, and four special tokens that text cannot
-# spell. BPE (section 10) has the same interface: vocab_size, the special ids, encode, encode_batch,
-# decode, token_bytes, spec.
-# ====================================================================================
-
-SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|sep|>")
-
-
-class ByteTokenizer:
-    """UTF-8 bytes 0..255, then pad, bos, eos, sep. Any string comes back as it was."""
-
-    vocab_size = 260
-    pad_id, bos_id, eos_id, sep_id = 256, 257, 258, 259
-    unk_id = None  # nothing is unknown
-    prefix = (bos_id,)  # what every text begins with; a foreign vocabulary may have nothing here
-    end_ids = (eos_id, sep_id)  # what ends a text
-    cuts_safely = True  # encoded in pieces, a text has the same ids
-
-    def encode(self, text: str) -> np.ndarray:
-        """The text's UTF-8 bytes, (n,) uint16. Lone surrogates, which UTF-8 lacks, survive too."""
-        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint16)
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Iterable[int], before: Sequence[int] = ()) -> str:
-        """Text of the ids, special tokens left out; bytes that are not UTF-8 become U+FFFD.
-
-        before: the ids that precede. Bytes mean the same everywhere; words of other vocabularies
-        begin with a space unless they begin the text.
-        """
-        data = bytes(i for i in map(int, ids) if i < 256)
-        try:
-            return data.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return data.decode("utf-8", "replace")
-
-    def token_bytes(self) -> np.ndarray:
-        """Bytes of text that each id stands for, (vocab_size,)."""
-        return (np.arange(self.vocab_size) < 256).astype(np.int64)
-
-    def spec(self) -> dict:
-        """Plain data from which `tokenizer_from_spec` makes this tokenizer again."""
-        return {"kind": "byte"}
-
-
-def instruction_prompt(instruction: str, input: str = "", system: str = "") -> str:
-    """The one prompt template. The response follows as " text" and a newline, then `sep`.
-
-    Further turns of a conversation follow in the same form; only the first has a system text.
-    """
-    head = f"### System: {system}\n" if system else ""
-    return f"{head}### Instruction: {instruction}\n### Input: {input}\n### Output:"
-
-
-def instruction_response(output: str) -> str:
-    return f" {output}\n"
-
-
-# ====================================================================================
-# 3. Batches
-#
-# The batch of step s is a function of (seed, s) alone: resuming costs nothing, and one process or
-# four see the same global batch. `rt` (section 8) says which process this is. A store (section 11)
-# is the corpus as token ids: `tokens[split]`, and `index[split]` with a row (start, length, prompt,
-# source) for each answer to learn.
-# ====================================================================================
-
-IGNORE = -100  # a target that does not count; F.cross_entropy knows the same number
-
-
-def set_seed(seed: int) -> None:
-    """Seed PyTorch on every device. NumPy draws come from generators with seeds of their own."""
-    # Without a GPU, torch.manual_seed takes half a millisecond to note whom to seed if one came.
-    (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(seed)
-
-
-def derive_seed(*parts: int) -> int:
-    """An independent 63-bit seed for each tuple of integers (seed, epoch), (seed, step, ...)."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def permuted(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a pseudo-random permutation of range(n) sends each index, in O(1) memory.
-
-    A Feistel network over the next power of four is a permutation that can be asked for single
-    values; results beyond n walk on along their cycle (Black and Rogaway, 2002).
-    """
-    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.default_rng(key).integers(0, 2**63, 6, np.uint64)
-
-    def encrypt(value: np.ndarray) -> np.ndarray:
-        left, right = value >> half, value & mask
-        for round_key in keys:
-            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
-        return left << half | right
-
-    value = encrypt(np.asarray(index, np.uint64))
-    while (outside := value >= n).any():
-        value[outside] = encrypt(value[outside])
-    return value.astype(np.int64)
-
-
-def evenly_spaced(n: int, limit: int) -> np.ndarray:
-    """Up to `limit` (0: all) of range(n), evenly spaced."""
-    return np.linspace(0, n - 1, min(limit or n, n)).round().astype(np.int64)
-
-
-@dataclass
-class Batch:
-    """Inputs and targets, (B, T) int64 each (of pairs: chosen, rejected, chosen, ...)."""
-
-    x: Tensor
-    y: Tensor  # IGNORE where it does not count
-    reference: Tensor | None = None  # (B,) log-probabilities of the targets under the base model
-    weight: Tensor | None = None  # (B, T) how much each target counts (None: all alike)
-
-    def to(self, device: torch.device) -> Batch:
-        tensors = vars(self).values()
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
-
-    def split(self, parts: int) -> list[Batch]:
-        columns = ([None] * parts if t is None else t.chunk(parts) for t in vars(self).values())
-        return [Batch(*row) for row in zip(*columns, strict=True)]
-
-
-class LMDataset:
-    """Windows of `block_size` tokens of the token stream; targets are the inputs, one token ahead.
-
-    Each epoch shifts the grid of windows by an offset and permutes them, both drawn from
-    (seed, epoch). A sample id is the position of the window's first token.
-    Raises UserError where the split holds fewer than two tokens.
-    """
-
-    def __init__(self, store: TokenStore, split: str, block_size: int, stride: int = 0,
-                 seed: int = 0):  # fmt: skip
-        self.store, self.split, self.seed = store, split, seed
-        n = len(store.tokens[split])
-        if n < 2:
-            raise UserError(f"the {split} split holds {n} tokens: add data")
-        self.block_size = min(block_size, n - 1)
-        self.stride = min(stride or block_size, n)
-        self.n_windows = max(1, (n - self.block_size) // self.stride)
-        self.slack = n - 1 - self.block_size - (self.n_windows - 1) * self.stride
-
-    def __len__(self) -> int:
-        return self.n_windows
-
-    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Sample ids at the given places of an epoch's order."""
-        key = derive_seed(self.seed, epoch)
-        offset = key % (self.slack + 1)
-        return permuted(places, self.n_windows, key) * self.stride + offset
-
-    def fixed_ids(self, limit: int) -> np.ndarray:
-        """Up to `limit` (0: all) evenly spaced ids for validation, the same every time."""
-        return evenly_spaced(self.n_windows, limit) * self.stride
-
-    def n_targets(self, ids: np.ndarray) -> int:
-        return len(ids) * self.block_size
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        """The given rows of the global batch that consists of the samples `ids`."""
-        tokens = torch.from_numpy(self.store.ids(self.split, ids[rows], self.block_size + 1))
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())  # (rows, T) each
-
-
-def kept_parts(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, int]:
-    """Fit a record into `limit` tokens: lengths of prompt head, prompt tail and response to keep.
-
-    The response is kept as far as it fits beside one token of prompt; the prompt loses its middle,
-    since its beginning says what to do and its end asks for the answer.
-    """
-    response = min(n_response, limit - 1)
-    prompt = min(n_prompt, limit - response)
-    tail = prompt // 2 if prompt < n_prompt else 0
-    return prompt - tail, tail, response
-
-
-def fit_record(prompt: np.ndarray, response: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
-    """A record's ids cut to `limit`, as `kept_parts` says, and how many of them are prompt."""
-    head, tail, kept = kept_parts(len(prompt), len(response), limit)
-    parts = prompt[:head], prompt[len(prompt) - tail :], response[:kept]
-    return np.concatenate(parts), head + tail
-
-
-def padded(sequences: list[tuple[np.ndarray, int]], pad_id: int, width: int) -> Batch:
-    """Sequences (ids, first target) of unequal length, side by side in a (B, width) batch.
-
-    Targets before the first that counts are IGNORE, and so is padding.
-    """
-    x = np.full((len(sequences), width), pad_id, np.int64)
-    y = np.full((len(sequences), width), IGNORE, np.int64)
-    for row, (ids, first) in enumerate(sequences):
-        x[row, : len(ids) - 1] = ids[:-1]
-        y[row, first - 1 : len(ids) - 1] = ids[first:]  # targets are the inputs, one token ahead
-    return Batch(torch.from_numpy(x), torch.from_numpy(y))
-
-
-def padded_width(longest: int, limit: int) -> int:
-    """Columns of a padded batch: few different widths, since kernels are made for each shape."""
-    return min(-(-longest // 16) * 16, max(longest, limit))
-
-
-class InstructionDataset:
-    """Whole records, bucketed by length and padded. A sample id is the record's number.
-
-    loss_on: "all" tokens count, as in pretraining; or those of the "response" alone, and then each
-    trained answer of a conversation is a sample, behind all that stands before it.
-    batch_size: how many records of like length an epoch's order puts side by side.
-    Raises UserError where the split holds no record.
-    """
-
-    group = 1  # index rows that make one sample
-
-    def __init__(self, store: TokenStore, split: str, block_size: int, seed: int = 0,
-                 loss_on: str = "all", batch_size: int = 1):  # fmt: skip
-        self.store, self.split, self.seed, self.block_size = store, split, seed, block_size
-        self.loss_on, self.batch_size = loss_on, batch_size
-        answers = np.flatnonzero(store.index[split]["trained"])
-        self.rows = store.whole_records(split) if loss_on == "all" else answers  # of the index
-        index = store.index[split][self.rows]
-        if len(index) < self.group:
-            what = "pairs" if self.group > 1 else "records"
-            raise UserError(f"the {split} split holds no {what}")
-        prompt = index["prompt"].astype(np.int64)
-        response = np.minimum(index["length"] - prompt, block_size)
-        self.lengths = np.minimum(prompt, block_size + 1 - response) + response  # once cut
-        self.targets = response if loss_on == "response" else self.lengths - 1
-        self.n_cut = int((self.lengths < index["length"]).sum())
-        self.order: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the epoch asked for last
-
-    def __len__(self) -> int:
-        return len(self.lengths) // self.group
-
-    def bucketed(self, epoch: int) -> np.ndarray:
-        """An epoch's order: shuffled, sorted by length in pools of 64 batches, batches shuffled.
-
-        Records of like length meet in a batch, which keeps padding low.
-        """
-        n, size, key = len(self), self.batch_size, derive_seed(self.seed, epoch)
-        n_batches = n // size
-        shuffled = permuted(np.arange(n), n, key)[: n_batches * size or n]
-        longest = self.lengths[: n * self.group].reshape(n, self.group).max(1)
-        pools = [shuffled[i : i + 64 * size] for i in range(0, len(shuffled), 64 * size)]
-        ordered = np.concatenate([p[np.argsort(longest[p], kind="stable")] for p in pools])
-        if n_batches == 0:
-            return ordered
-        batches = ordered.reshape(n_batches, size)
-        return batches[permuted(np.arange(n_batches), n_batches, key + 1)].ravel()
-
-    def epoch_ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        if self.order[0] != epoch:
-            self.order = epoch, self.bucketed(epoch)
-        return self.order[1][places]
-
-    def fixed_ids(self, limit: int) -> np.ndarray:
-        """Up to `limit` (0: all) evenly spaced records for validation, by length."""
-        chosen = evenly_spaced(len(self), limit)
-        return chosen[np.argsort(self.lengths[chosen * self.group], kind="stable")]
-
-    def n_targets(self, ids: np.ndarray) -> int:
-        return int(self.targets[ids].sum())
-
-    def record(self, number: int) -> tuple[np.ndarray, int]:
-        """Ids of a record, cut to the block, and how many of them are prompt."""
-        start, length, prompt, *_ = self.store.index[self.split][self.rows[number]].tolist()
-        ids = self.store.ids(self.split, start, length)
-        return fit_record(ids[:prompt], ids[prompt:], self.block_size + 1)
-
-    def numbers(self, ids: np.ndarray) -> np.ndarray:
-        """The records of the given samples."""
-        return (ids[:, None] * self.group + np.arange(self.group)).ravel()
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        """The given rows of a global batch, padded to the longest sequence of the whole of it."""
-        longest = int(self.lengths[self.numbers(ids)].max())
-        records = [self.record(number) for number in self.numbers(ids[rows])]
-        if self.loss_on == "all":
-            records = [(tokens, 1) for tokens, _ in records]
-        width = padded_width(longest - 1, self.block_size)
-        return padded(records, self.store.tokenizer.pad_id, width)
-
-
-class Loader:
-    """Batches of a dataset by step, each process taking its rows of the global batch.
-
-    Micro-batch k of a step holds rows [k m, (k + 1) m) of the global batch; process r of w takes
-    micro-batches r, w + r, 2 w + r, ... so that any number of processes sees the same ones.
-    """
-
-    def __init__(self, dataset, batch_size: int, grad_accum: int, rt: Runtime):
-        self.dataset, self.batch_size = dataset, batch_size
-        self.grad_accum, self.rt = grad_accum, rt
-        self.steps_per_epoch = max(1, len(dataset) // batch_size)
-        micro = batch_size // (grad_accum * rt.world_size)
-        rows = np.arange(batch_size).reshape(grad_accum, rt.world_size, micro)
-        self.rows = rows[:, rt.rank].ravel()
-
-    def ids(self, step: int) -> np.ndarray:
-        """Sample ids of the global batch; a data set smaller than one batch repeats itself."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        places = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        return self.dataset.epoch_ids(epoch, places % len(self.dataset))
-
-    def step(self, step: int) -> tuple[Batch, int]:
-        """This process's rows of a step's batch, and the number of targets in the whole of it."""
-        ids = self.ids(step)
-        return self.dataset.batch(ids, self.rows).to(self.rt.device), self.dataset.n_targets(ids)
-
-    def steps(self, first: int, end: int) -> Iterator[tuple[Batch, int]]:
-        """Batches of steps first..end-1. Section 9 prepares them ahead on a GPU."""
-        yield from map(self.step, range(first, end))
-
-    def fixed(self, limit: int) -> Iterator[Batch]:
-        """This process's share of `limit` fixed batches (0: all)."""
-        ids = self.dataset.fixed_ids(limit * self.batch_size)
-        # Without gradients to keep, four micro-batches take the room of one.
-        micro = max(1, 4 * self.batch_size // (self.grad_accum * self.rt.world_size))
-        parts = [ids[i : i + micro] for i in range(0, len(ids), micro)]
-        for first in range(0, len(parts), self.rt.world_size):
-            # Sharded weights are gathered by all processes together: one that is left without a
-            # part repeats the first, with every target ignored.
-            mine = first + self.rt.rank
-            batch = self.dataset.batch(parts[mine if mine < len(parts) else 0])
-            if mine >= len(parts):
-                batch.y.fill_(IGNORE)
-            yield batch.to(self.rt.device)
-
-
-# ====================================================================================
-# 4. Model
-#
-# A decoder-only Transformer, as GPT-2 or as Qwen3, by its settings. Shapes: B sequences, T tokens,
-# C = n_embd, H query heads, K key/value heads, D = head_dim, V = vocab_size. Operations are plain
-# PyTorch; section 9 lends some of them faster twins.
-# ====================================================================================
-
-KERNELS: dict[tuple[str, str], Callable] = {}  # (operation, device type) -> its faster twin
-
-
-def operation(plain: Callable) -> Callable:
-    """An operation written for the reader. Section 9 may register a faster twin for a device.
-
-    Tests hold each twin equal to its `plain` form.
-    """
-
-    @wraps(plain)
-    def dispatch(x: Tensor, *args):
-        return KERNELS.get((plain.__name__, x.device.type), plain)(x, *args)
-
-    dispatch.plain = plain
-    return dispatch
-
-
-class Positions(nn.Module):
-    """How a model knows where a token stands. A scheme overrides one of the three hooks."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-
-    def embed(self, pos: Tensor) -> Tensor | float:
-        """Added to the token embeddings: (T, C)."""
-        return 0.0
-
-    def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and signed sin by which every block turns its queries and keys: (T, 1, D) each."""
-        return None
-
-    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
-        """Added to the attention scores: (H, Tq, Tk)."""
-        return None
-
-
-class LearnedPositions(Positions):
-    """A trained vector for each position (Radford et al., 2019)."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
-        self.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
-
-    def embed(self, pos: Tensor) -> Tensor:
-        return F.embedding(pos, self.weight)
-
-
-class RotaryPositions(Positions):
-    """Rotates pairs (i, i + D/2) of each head by pos * theta^(-2i/D) (Su et al., 2021).
-
-    A query and a key are then compared by their distance, wherever the two stand.
-    """
-
-    def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        half = self.config.head_dim // 2
-        exponent = torch.arange(half, device=pos.device, dtype=torch.float32) / half
-        angle = pos[:, None].float() * self.config.rope_theta**-exponent  # fp32: large angles
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T, 1, D/2)
-        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
-
-def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Queries and keys (B, T, heads, D), turned by their positions."""
-    if rotation is None:
-        return heads
-    cos, sin = rotation
-    return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
-
-
-class ALiBiPositions(Positions):
-    """Scores fall linearly with distance, with a slope for each head (Press et al., 2022)."""
-
-    def bias(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        H = self.config.n_head
-        n = 2 ** math.floor(math.log2(H))  # the paper's rule where H is not a power of two
-        head = torch.arange(H, device=q_pos.device)
-        exponents = torch.where(head < n, -8 * (head + 1) / n, -4 * (2 * (head - n) + 1) / n)
-        return exponents.exp2()[:, None, None] * (k_pos - q_pos[:, None])
-
-
-@operation
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
-
-    weight: (D,), or (heads, D) to give each head its own.
-    """
-    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * value, the two halves of x (Shazeer, 2020)."""
-    gate, value = x.chunk(2, -1)
-    return F.silu(gate) * value
-
-
-POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions, "alibi": ALiBiPositions}
-NORMS = {
-    "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
-    "rmsnorm": lambda config: RMSNorm(config.n_embd, config.norm_eps),
-}
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "swiglu": swiglu,
-}
-
-
-@operation
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Zeroes each element with probability p and scales the others by 1 / (1 - p)."""
-    return F.dropout(x, p)
-
-
-class Dropout(nn.Dropout):
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p) if self.training and self.p else x
-
-
-def attention_manual(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
-    """softmax(Q K^T / sqrt(D) + mask) V (Vaswani et al., 2017), step by step.
-
-    q: (B, H, Tq, D); k, v: (B, K, Tk, D), each key head serving H / K query heads;
-    mask broadcasts to (B, H, Tq, Tk). None means causal, the last query standing at the last key.
-    """
-    (H, Tq, D), (K, Tk) = q.shape[1:], k.shape[1:3]
-    k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # (B, H, Tk, D)
-    if mask is None:  # -inf above the diagonal: no token sees those after it
-        mask = torch.full((Tq, Tk), -math.inf, dtype=q.dtype, device=q.device).triu(Tk - Tq + 1)
-    scores = q @ k.mT / math.sqrt(D) + mask  # (B, H, Tq, Tk)
-    weights = scores.softmax(-1)  # each row sums to 1
-    weights = dropout(weights, p_drop) if p_drop else weights
-    return weights @ v  # (B, H, Tq, D)
-
-
-@operation
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
-    """The same through PyTorch's fused kernels, which never hold the (Tq, Tk) scores."""
-    causal = False
-    if mask is None and q.shape[-2] > 1:  # as a branch: compiled, lengths may be symbols
-        causal = True
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, p_drop, causal, enable_gqa=grouped)
-
-
-ATTENTION = {"manual": attention_manual, "sdpa": attention_sdpa}
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention over the past; key and value heads may serve groups of query heads."""
-
-    def __init__(self, config: GPTConfig, layer: int):
-        super().__init__()
-        self.config, self.layer = config, layer
-        q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.qkv = nn.Linear(config.n_embd, q + 2 * kv, bias=config.bias)  # one product for three
-        self.proj = nn.Linear(q, config.n_embd, bias=config.bias)
-        self.drop = Dropout(config.dropout)
-        if config.qk_norm:  # keeps scores from growing with the weights
-            self.q_norm = nn.Parameter(torch.ones(config.head_dim))
-            self.k_norm = nn.Parameter(torch.ones(config.head_dim))
-
-    def forward(self, x: Tensor, rotation, mask: Tensor | None, cache=None) -> Tensor:
-        """x: (B, T, C). cache (section 7): what came before x; extended by x's keys and values."""
-        c = self.config
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, c.head_dim)  # (B, T, H + 2K, D)
-        qk, v = qkv.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=2)
-        if c.qk_norm:  # queries and keys in one go: half the operations
-            scales = self.q_norm.expand(c.n_head, -1), self.k_norm.expand(c.n_kv_head, -1)
-            qk = rms_norm(qk, torch.cat(scales), c.norm_eps)
-        qk = rotate(qk, rotation).to(v.dtype).transpose(1, 2)  # (B, H + K, T, D)
-        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
-        v = v.transpose(1, 2)  # (B, K, T, D)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        y = ATTENTION[c.attn](q, k, v, mask, c.dropout if self.training else 0.0)
-        return self.drop(self.proj(y.transpose(1, 2).reshape(B, T, -1)))  # (B, T, C)
-
-
-class MLP(nn.Module):
-    """Up, activation, down: where a token is worked on by itself."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.activation = ACTIVATIONS[config.mlp]
-        halves = 2 if config.mlp == "swiglu" else 1  # gate and value stand in one matrix
-        self.up = nn.Linear(config.n_embd, halves * config.n_inner, bias=config.bias)
-        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
-        self.drop = Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.down(self.activation(self.up(x))))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x)).
-
-    The norms stand beside the residual stream, not on it, so that gradients reach the first block
-    undiminished (Xiong et al., 2020).
-    """
-
-    def __init__(self, config: GPTConfig, layer: int):
-        super().__init__()
-        self.norm1 = NORMS[config.norm](config)
-        self.attn = CausalSelfAttention(config, layer)
-        self.norm2 = NORMS[config.norm](config)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, rotation, mask: Tensor | None, cache=None) -> Tensor:
-        x = x + self.attn(self.norm1(x), rotation, mask, cache)
-        return x + self.mlp(self.norm2(x))
-
-
-@operation
-def head_loss(h: Tensor, weight: Tensor, targets: Tensor, reduction: str, bias=None) -> Tensor:
-    """Cross entropy of softmax(h W^T + bias) with the targets: (N,) losses, or their "sum".
-
-    h: (N, C); weight: (V, C); targets: (N,), those equal to IGNORE left out (loss 0).
-    """
-    logits = F.linear(h, weight, bias).float()  # (N, V)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
-
-
-class GPT(nn.Module):
-    """A decoder-only Transformer."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        if config.problems():
-            raise UserError("; ".join(config.problems()))
-        self.config = config
-        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.positions = POSITIONS[config.pos](config)
-        self.drop = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
-        self.norm_f = NORMS[config.norm](config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:
-            self.head.weight = self.tok_emb.weight
-        self.grad_checkpointing = False
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Normal(0, init_std). Matrices that write to the residual stream, of which there are two
-        a block, shrink with its depth (Radford et al., 2019), or start at zero."""
-        std = self.config.init_std
-        small = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
-        for name, p in self.named_parameters():
-            if p.ndim >= 2:
-                p.normal_(0.0, small if name.endswith(("proj.weight", "down.weight")) else std)
-            elif name.endswith("bias"):
-                p.zero_()
-
-    def n_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def mask(self, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
-        """Additive attention mask, (Tq, Tk) or (H, Tq, Tk); None where plain causality suffices."""
-        bias, window = self.positions.bias(q_pos, k_pos), self.config.attn_window
-        plain = bias is None and not (0 < window < len(k_pos))
-        if plain and len(q_pos) in (1, len(k_pos)):  # else several queries follow a cache
-            return None
-        distance = q_pos[:, None] - k_pos
-        hidden = distance < 0
-        if window:
-            hidden = hidden | (distance >= window)
-        zero = torch.zeros((), device=q_pos.device) if bias is None else bias
-        mask = torch.where(hidden, -math.inf, zero)
-        if torch.is_autocast_enabled(mask.device.type):  # fused kernels want the queries' dtype
-            return mask.to(torch.get_autocast_dtype(mask.device.type))
-        return mask.to(self.tok_emb.weight.dtype)
-
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, C) after the final norm. A cache holds what came before idx.
-
-        Raises ValueError when T exceeds a block that positions are learned for.
-        """
-        T = idx.shape[1]
-        start = 0 if cache is None else cache.length
-        if start + T > self.config.block_size and self.config.pos == "learned":
-            raise ValueError(f"{start + T} tokens exceed block_size {self.config.block_size}")
-        pos = torch.arange(start, start + T, device=idx.device)
-        mask = self.mask(pos, pos if cache is None else cache.advance(T))
-        return self.trunk(idx, pos, mask, cache)
-
-    def trunk(self, idx: Tensor, pos: Tensor, mask: Tensor | None, cache=None) -> Tensor:
-        """`hidden` of tokens that stand at the positions `pos`, (T,)."""
-        rotation = self.positions.rotation(pos)
-        x = self.tok_emb(idx)
-        if self.training and (p := self.config.token_dropout):  # the others must tell what it was
-            x = x * dropout(x.new_ones(x.shape[:2]), p)[..., None]  # (Gal and Ghahramani, 2016)
-        x = self.drop(x + self.positions.embed(pos))
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:  # activations are computed again
-                x = checkpoint(block, x, rotation, mask, use_reentrant=False)
-            else:
-                x = block(x, rotation, mask, cache)
-        return self.norm_f(x)
-
-    def forward(self, idx: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, V) logits, in fp32: of the token after each of them."""
-        return self.head(self.hidden(idx)).float()
-
-    def losses(self, idx: Tensor, targets: Tensor, reduction="none", among=None) -> Tensor:
-        """Cross entropy of each target, (B, T) and 0 where it is IGNORE, or the "sum" of them.
-
-        idx, targets: (B, T). A large vocabulary's (B, T, V) logits need never exist (section 9).
-        among: ids (M,) and a bias (M,) (section 8): softmax over these; targets are places in them.
-        """
-        h = self.hidden(idx).flatten(0, 1)  # (B T, C)
-        ids, bias = among or (None, None)
-        weight = self.head.weight if ids is None else F.embedding(ids, self.head.weight)
-        losses = head_loss(h, weight, targets.flatten(), reduction, bias)
-        return losses if reduction == "sum" else losses.view_as(targets)
-
-
-def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
-    """How the rows of a fused weight divide into the matrices it stands for."""
-    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    halves = [config.n_inner] * (2 if config.mlp == "swiglu" else 1)
-    return {"attn.qkv": [q, kv, kv], "mlp.up": halves}
-
-
-# ====================================================================================
-# 5. Optimisation
-#
-# What is minimised (objectives), by what rule (AdamW, Muon), and at which rate (schedules). Each is
-# a row of a table, so that the loop never asks which one it runs.
-# ====================================================================================
-
-Objective = Callable[[Callable, Batch], tuple[Tensor, int | Tensor, dict[str, Tensor]]]
-
-
-def next_token_loss(losses: Callable, batch: Batch, config=None) -> tuple[Tensor, Tensor, dict]:
-    """Summed cross entropy of the next token, the number of targets, and nothing else to report."""
-    if batch.weight is not None:
-        return (losses(batch.x, batch.y) * batch.weight).sum(), batch.weight.sum(), {}
-    return losses(batch.x, batch.y, "sum"), (batch.y != IGNORE).sum(), {}
-
-
-# An objective: (model.losses or its like, batch, settings) -> (loss_sum, n_targets, stats_sums).
-OBJECTIVES = {"ntp": next_token_loss}  # section 15 adds preferences: DPO
-
-
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan, 2024) with all matrices of one shape in one batched product.
-
-    A fused weight is orthogonalised matrix by matrix, as `rows` divides it. A small model's step
-    would otherwise go into launching hundreds of tiny products.
-    """
-
-    def __init__(self, params, rows: dict[nn.Parameter, list[int]], **settings):
-        super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
-        self.rows = rows
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params]
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
-            updates = self.orthogonalised(params, updates, group)
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, updates, alpha=-group["lr"])
-
-    def orthogonalised(self, params: list, updates: list[Tensor], group: dict) -> list[Tensor]:
-        """Each update with its matrices' singular values near 0.2 sqrt(max(rows, columns)).
-
-        That makes an update's root mean square the same as AdamW's (Liu et al., 2025).
-        """
-        results = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in updates]
-        shapes: dict[tuple, list] = {}  # (rows, columns) -> (matrix, where its result goes)
-        for p, update, result in zip(params, updates, results, strict=True):
-            rows = self.rows.get(p) or [len(p)]
-            for m, out in zip(update.split(rows), result.split(rows), strict=True):
-                wide = len(m) <= m.shape[1]
-                pair = (m, out) if wide else (m.T, out.T)
-                shapes.setdefault(tuple(sorted(m.shape)), []).append(pair)
-        for (_, longest), pairs in shapes.items():
-            X = newton_schulz(torch.stack([m for m, _ in pairs]), group)
-            scale = 0.2 * math.sqrt(longest)
-            torch._foreach_copy_([out for _, out in pairs], list((X * scale).unbind()))
-        return results
-
-
-@operation
-def newton_schulz(X: Tensor, group: dict) -> Tensor:
-    """(N, rows, columns), rows <= columns, with singular values pulled towards 1.
-
-    Each round applies the polynomial a x + b x^3 + c x^5 to them.
-    """
-    a, b, c = group["ns_coefficients"]
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=group["eps"])  # all of them under 1
-    for _ in range(group["ns_steps"]):
-        gram = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
-    return X
-
-
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}
-EMBEDDINGS = ("tok_emb", "positions")
-
-
-def make_optimizers(
-    model: GPT, config: OptimConfig, kinds=OPTIMIZERS
-) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters that train, or Muon for the hidden matrices and AdamW for the rest.
-
-    Weight decay is on matrices alone. Each group keeps its `initial_lr`, which schedules scale.
-    kinds: the classes to use. Raises UserError where Muon does not suit the parameters.
-    """
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for n, p in trained.items() if n.startswith("blocks.") and p.ndim == 2]
-    head = [p for n, p in trained.items() if n == "head.weight"]  # where it is not the embedding
-    outer = [p for n, p in trained.items() if p.ndim == 2 and n.split(".")[0] in EMBEDDINGS]
-    small = [p for p in trained.values() if p.ndim < 2]  # gains and biases
-    assert len(hidden) + len(head) + len(outer) + len(small) == len(trained)  # each exactly once
-    decay = config.weight_decay
-    groups = [
-        dict(params=outer, lr=config.lr, weight_decay=decay),
-        dict(params=head, lr=config.lr * config.head_lr_scale, weight_decay=decay),
-        dict(params=small, lr=config.lr, weight_decay=0.0),
-    ]
-    optimizers: list[torch.optim.Optimizer] = []
-    if config.optimizer == "muon":
-        if any("lora" in n for n in trained):
-            raise UserError("--optimizer muon does not suit LoRA's thin matrices; use adamw")
-        rows = {model.get_parameter(f"blocks.{i}.{name}.weight"): sizes
-                for name, sizes in fused_rows(model.config).items()
-                for i in range(model.config.n_layer)}  # fmt: skip
-        rates = dict(lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=decay)
-        optimizers.append(kinds["muon"](hidden, rows, **rates))
-    else:
-        groups.append(dict(params=hidden, lr=config.lr, weight_decay=decay))
-    groups = [g for g in groups if g["params"]]
-    fused = next(iter(trained.values())).device.type in ("cpu", "cuda")  # one kernel for them all
-    optimizers.append(kinds["adamw"](groups, betas=(0.9, config.beta2), fused=fused))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
-
-
-# Share of the way from min_lr_ratio to 1, at `progress` from 0 to 1 after the warm-up.
-SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {
-    "constant": lambda progress, config: 1.0,
-    "linear": lambda progress, config: 1 - progress,
-    "cosine": lambda progress, config: 0.5 * (1 + math.cos(math.pi * progress)),
-    # Warm-up, stable, decay (Hu et al., 2024).
-    "wsd": lambda progress, config: min(1.0, (1 - progress) / max(config.decay_fraction, 1e-9)),
-}
-
-
-def lr_multiplier(step: int, total: int, config: OptimConfig) -> float:
-    """What every group's initial_lr is multiplied by at a step: a pure function of the step."""
-    warmup = min(config.warmup_steps, total // 10)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    share = SCHEDULES[config.lr_schedule]((step - warmup) / max(1, total - warmup), config)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * share
-
-
-# ====================================================================================
-# 6. Training
-#
-# One loop for train and finetune: gradients of a batch, one step, an estimate of the validation
-# loss, and `fit` around them. It saves and records through what its `Run` was given.
-# ====================================================================================
-
-
-@dataclass
-class Progress:
-    """Training state besides weights and moments; stored in checkpoints."""
-
-    step: int = 0  # optimizer steps done
-    total: int = 0  # optimizer steps to do
-    best: float = option(math.inf, "best validation loss", high=math.inf)
-    best_step: int = 0
-    evaluated: int = 0  # step of the last finished evaluation
-    misses: int = 0  # evaluations since the best
-    grad_accum: int = 1  # may grow, and checkpointing come on, when memory runs out
-    grad_checkpointing: bool = False
-
-
-@dataclass
-class Run:
-    """What one training run consists of. The last six entries are lent by the workshop."""
-
-    config: FitConfig
-    rt: Runtime
-    model: GPT  # saved and evaluated
-    losses: Callable  # model.losses, perhaps compiled or distributed: trained
-    objective: Objective
-    optimizers: list[torch.optim.Optimizer]
-    train: Loader
-    val: Loader | None
-    progress: Progress
-    scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; disabled otherwise
-    stop: Stop = False  # becomes true when a signal asks to stop
-    save: Callable[[str], None] = lambda name: None  # writes "best" or "last"
-    record: Recorder | None = None  # metrics.csv, the progress bar
-    gradients: Callable | None = None  # `gradients`, perhaps one that survives a full memory
-    exchange: Callable = lambda last: contextlib.nullcontext()  # of gradients, after the last part
-    scalar: Callable[[Tensor], float] = float  # of a norm that processes hold parts of
-
-
-class Interrupted(KeyboardInterrupt):
-    """A stop signal came in the middle of a step or an evaluation."""
-
-
-class Diverged(UserError):
-    """A loss or gradient is not finite. Nothing has been updated."""
-
-
-def trained_parameters(run: Run) -> list[nn.Parameter]:
-    """As the optimizers hold them: after an evaluation, FSDP's model shows gathered ones instead."""
-    return [p for each in run.optimizers for group in each.param_groups for p in group["params"]]
-
-
-def drop_gradients(run: Run) -> None:
-    for p in trained_parameters(run):
-        p.grad = None
-
-
-def gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
-    """Leave the gradient of the loss per target in the parameters. Returns (summed loss, stats).
-
-    n_targets counts those of the global batch: the sum of all micro-batches' and processes'
-    gradients is then that of the whole, whatever is masked where.
-    """
-    rt, step, accum = run.rt, run.progress.step, run.progress.grad_accum
-    loss_sum, stats = 0.0, Counter()
-    for index, micro in enumerate(batch.split(accum)):
-        if run.stop and rt.world_size == 1:
-            raise Interrupted  # this step's gradients are dropped; resume repeats it
-        set_seed(derive_seed(run.config.seed, step, index * rt.world_size + rt.rank))  # dropout
-        with run.exchange(index == accum - 1), rt.autocast():
-            loss, _, found = run.objective(run.losses, micro)
-            # Processes average their gradients: undo that, the targets of all are counted.
-            run.scaler.scale(loss * (rt.world_size / n_targets)).backward()
-        loss_sum = loss_sum + loss.detach()
-        stats.update({name: value.detach() for name, value in found.items()})
-    return loss_sum, stats
-
-
-def train_step(run: Run, batch: Batch, n_targets: int) -> tuple[float, float, dict]:
-    """One optimizer step on this process's rows. Returns (loss per target, gradient norm, stats).
-
-    Raises Diverged, before anything is updated, when loss or gradient is not finite.
-    """
-    loss_sum, stats = (run.gradients or gradients)(run, batch, n_targets)
-    config, rt, step = run.config, run.rt, run.progress.step
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trained_parameters(run), config.grad_clip or math.inf)
-    norm = run.scalar(norm)  # the step's one wait for the device
-    loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
-    loss = loss_sum / n_targets
-    # In fp16 a step that overflows only lowers the scale, which cannot save lasting NaN.
-    scalable = run.scaler.is_enabled() and (math.isfinite(norm) or run.scaler.get_scale() >= 1)
-    if not (math.isfinite(loss) and (math.isfinite(norm) or scalable)):
-        raise Diverged(f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the "
-                       "weights are not updated")  # fmt: skip
-    scale = lr_multiplier(step, run.progress.total, config)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
-        if math.isfinite(norm):
-            run.scaler.step(optimizer)
-    run.scaler.update()
-    drop_gradients(run)
-    return loss, norm, {n: s / n_targets for n, s in zip(stats, sums, strict=True)}
-
-
-def estimate_loss(
-    model: GPT, loader: Loader, objective: Objective, limit: int, stop: Stop = False
-) -> tuple[float, dict]:
-    """Mean loss and statistics over `limit` fixed batches (0: all). Draws no random number.
-
-    Raises Interrupted when a stop signal comes.
-    """
-
-    def score(batch: Batch) -> dict:
-        losses = loader.rt.losses(model)  # model.losses, in parts where memory is short
-        loss, n_targets, stats = objective(losses, batch)
-        return {"loss": loss, "targets": n_targets} | stats
-
-    training = model.training
-    model.eval()
-    try:
-        sums = loader.rt.sum_over(loader.fixed(limit), score, stop)
-    finally:
-        model.train(training)
-    n_targets = max(sums.pop("targets"), 1.0)
-    means = {name: value / n_targets for name, value in sums.items()}
-    return means.pop("loss"), means
-
-
-def assess(run: Run, loss: float) -> None:
-    """Evaluate, record, and keep the best. Without validation data the training loss stands in."""
-    p, stats = run.progress, {}
-    if run.val:
-        limit = run.config.eval_batches
-        loss, stats = estimate_loss(run.model, run.val, run.objective, limit, run.stop)
-        run.record.validation(loss, stats)
-    p.evaluated, p.misses = p.step, p.misses + 1
-    if loss < p.best:
-        p.best, p.best_step, p.misses = loss, p.step, 0
-        run.save("best")
-
-
-def fit(run: Run) -> str:
-    """The loop of train and finetune. Returns why it ended: done, early, time, stopped, signal."""
-    config, p, first, saved, loss = run.config, run.progress, run.progress.step, -1, math.nan
-    started = time.perf_counter()
-    batches = run.train.steps(p.step, p.total)
-    try:
-        while True:
-            # --- before the step: the model is looked at, never changed ---
-            last, new_epoch = p.step == p.total, p.step % run.train.steps_per_epoch == 0
-            if (p.step % config.eval_interval == 0 or new_epoch or last) and p.step > p.evaluated:
-                assess(run, loss)
-            late = 0 < config.max_minutes * 60 < time.perf_counter() - started
-            signalled, late = map(bool, run.rt.sum(bool(run.stop), late))  # all stop together
-            reasons = {
-                "done": last,
-                "early": 0 < config.patience <= p.misses,
-                "signal": signalled,
-                "time": late,
-                "stopped": 0 < config.stop_after <= p.step - first,
-            }
-            ended = next((reason for reason, holds in reasons.items() if holds), "")
-            due = p.step > first and p.step % config.save_interval == 0
-            if (ended or due) and p.step != saved:
-                run.save("last")
-                saved = p.step
-            if ended:
-                return ended
-            # --- the step ---
-            clock = time.perf_counter()
-            batch, n_targets = next(batches)
-            loss, norm, stats = train_step(run, batch, n_targets)
-            p.step += 1
-            run.record.step(batch, loss, norm, stats, time.perf_counter() - clock)
-    except Interrupted:
-        run.save("last")
-        return "signal"
-    finally:
-        batches.close()
-
-
-# ====================================================================================
-# 7. Sampling
-#
-# One token after the other. The cache keeps keys and values, so that a new token costs one
-# position's work; `sample_next` chooses it; `generate` joins the two.
-# ====================================================================================
-
-
-class KVCache:
-    """Keys and values of the tokens so far, in buffers allocated once.
-
-    With an attention window the buffers are a ring of that size and never fill up; otherwise
-    they hold block_size tokens, after which `generate` starts again from the last half.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, limit=2**40):
-        """limit: how many tokens will be stored at most. In powers of two: few shapes to compile."""
-        self.config = c = config
-        # A learned position has no row beyond the block, so a window cannot slide past it.
-        self.ring = 0 < c.attn_window < c.block_size
-        self.size = c.attn_window if self.ring else min(c.block_size, 1 << (limit - 1).bit_length())
-        shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
-        self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
-        self.length = 0  # tokens seen, wherever they are stored
-        self.step: StaticStep | None = None  # section 9's
-
-    @property
-    def full(self) -> bool:
-        """Whether the next token has no place."""
-        bounded = not self.ring or self.config.pos == "learned"
-        return bounded and self.length >= self.config.block_size
-
-    def expand(self, batch: int) -> None:
-        """One prefilled sequence becomes `batch` sequences that start with it."""
-        if batch != len(self.keys[0]):
-            self.keys = [t.expand(batch, -1, -1, -1).contiguous() for t in self.keys]
-            self.values = [t.expand(batch, -1, -1, -1).contiguous() for t in self.values]
-
-    def advance(self, T: int) -> Tensor:
-        """Count T new tokens (many into an empty cache, or one). Returns the keys' positions."""
-        self.old, self.length = self.length, self.length + T
-        device = self.keys[0].device
-        if T > 1 or not self.ring or self.length <= self.size:
-            return torch.arange(self.length, device=device)
-        slots = torch.arange(self.size, device=device)  # slot s holds the latest p = s mod size
-        last = self.length - 1
-        return last - (last - slots) % self.size
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, (B, K, T, D); return those to attend to."""
-        keys, values = self.keys[layer], self.values[layer]
-        if k.shape[2] == 1:
-            slot = self.old % self.size
-            keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
-        else:
-            kept = torch.arange(max(self.old, self.length - self.size), self.length)
-            slots = (kept % self.size).to(k.device)
-            keys[:, :, slots] = k[:, :, -len(kept) :].to(keys.dtype)
-            values[:, :, slots] = v[:, :, -len(kept) :].to(values.dtype)
-            if self.old == 0:
-                return k, v
-        return keys[:, :, : self.length], values[:, :, : self.length]
-
-
-def sample_next(
-    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
-    repetition_penalty: float = 1.0, seen: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """Draw the next token of each sequence: logits (B, V) -> (B,) ids.
-
-    The filters apply in this order, as in transformers: repetition penalty (Keskar et al., 2019)
-    on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen et
-    al., 2024). Temperature 0 takes the likeliest.
-    """
-    if repetition_penalty != 1.0:
-        scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, scaled, logits)
-    if temperature == 0.0:
-        return logits.argmax(-1)
-    # The likeliest at 0, and a temperature that fp32 can hold: nothing overflows to NaN.
-    logits = (logits - logits.max(-1, keepdim=True).values) / max(temperature, 1e-30)
-    if 0 < top_k < logits.shape[-1]:
-        floor = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, -math.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        mass = (ordered.softmax(-1) * 2**40).long()  # integers: every device sums them alike
-        dropped = mass.cumsum(-1) - mass >= math.ceil(top_p * 2**40)  # enough likelier ones
-        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
-    probabilities = logits.softmax(-1)
-    if min_p > 0.0:
-        floor = min_p * probabilities.max(-1, keepdim=True).values
-        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
-    # A race of exponential variables with these rates. torch.multinomial runs it too, after it has
-    # made the CPU wait for two checks.
-    times = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / times).argmax(-1)
-
-
-@operation
-def next_logits(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
-    """Feed the newest token of each sequence, (B,) ids -> (B, V) logits of the one after it."""
-    return model.head(model.hidden(token[:, None], cache)[:, -1]).float()
-
-
-@torch.inference_mode()
-def generate(
-    model: GPT, prompt: Tensor, max_new_tokens: int, stop_ids: tuple[int, ...] = (),
-    num_samples: int = 1, seed: int = 0, cache: KVCache | None = None, **sampling,
-) -> Iterator[list[int]]:  # fmt: skip
-    """Yield the next id of each sample, step by step; -1 for a sample that has stopped.
-
-    prompt: (T,) ids, shared by all samples, which are drawn from one prefill.
-    cache: holds the first tokens of the prompt already, which must fit into the block.
-    sampling: the keyword arguments of `sample_next`.
-    When the cache is full, decoding goes on from the last half of the block.
-    """
-    device, config = prompt.device, model.config
-    generator = torch.Generator(device).manual_seed(seed)
-    history = prompt[None].expand(num_samples, -1)
-    seen = torch.zeros(num_samples, config.vocab_size, dtype=torch.bool, device=device)
-    seen.scatter_(1, history, True)
-    dtype = model.tok_emb.weight.dtype
-    cache = cache or KVCache(config, 1, device, dtype, len(prompt) + max_new_tokens)
-    if config.pos == "learned" or not cache.ring:
-        history = history[:, -config.block_size :]
-    h = model.hidden(history[:1, cache.length :], cache)[:, -1]
-    cache.expand(num_samples)
-    logits = model.head(h.expand(num_samples, -1)).float()
-    alive = [True] * num_samples
-    keep = max(1, config.block_size // 2)  # what decoding goes on from when the cache is full
-    recent = deque(history.unbind(1), maxlen=keep)  # (num_samples,) each
-    for made in range(max_new_tokens):
-        token = sample_next(logits, seen=seen, generator=generator, **sampling)  # (num_samples,)
-        if sampling.get("repetition_penalty", 1.0) != 1.0:
-            seen.scatter_(1, token[:, None], True)
-        ids = token.tolist()
-        alive = [a and i not in stop_ids for a, i in zip(alive, ids, strict=True)]
-        yield [i if a else -1 for a, i in zip(alive, ids, strict=True)]
-        if not any(alive) or made == max_new_tokens - 1:
-            return
-        recent.append(token)
-        if cache.full:
-            cache = KVCache(config, num_samples, device, dtype)
-            h = model.hidden(torch.stack(tuple(recent), 1), cache)[:, -1]
-            logits = model.head(h).float()
-        else:
-            logits = next_logits(token, model, cache)
 
 
 # ====================================================================================
@@ -2052,10 +2174,10 @@ MORE_COLUMNS = {"dpo": ("reward_margin", "reward_accuracy", "chosen_loss")}  # o
 
 def short_sample(run: Run) -> str:
     """What the model writes at present, on one line; drawn from the same numbers every time."""
-    model, tokenizer = run.model, run.train.dataset.store.tokenizer
+    model, tokenizer = run.model, run.store.tokenizer
     training, start = model.training, torch.tensor([tokenizer.bos_id], device=run.rt.device)
     ends = tokenizer.eos_id, tokenizer.sep_id
-    steps = generate(model.eval(), start, 60, ends, temperature=0.8, top_k=30)
+    steps = generate(model.eval(), start[None], 60, ends, temperature=0.8, top_k=30)
     text = tokenizer.decode([token for (token,) in steps if token >= 0])
     model.train(training)
     return " / ".join(line for line in text.splitlines() if line.strip())
@@ -2099,7 +2221,7 @@ class Recorder:
 
     def write(self, split: str, value: float, **more) -> None:
         step = self.run.progress.step
-        epoch = max(0, step - 1) // self.run.train.steps_per_epoch
+        epoch = max(0, step - 1) // len(self.run.train)
         row = dict(step=step, epoch=epoch, split=split, loss=value, timestamp=time.time(), **more)
         if self.log:
             self.log.log(**row)
@@ -2135,7 +2257,7 @@ def surviving(attempt: Callable, shrink: Callable[[], str]):
         torch.cuda.empty_cache()
 
 
-def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor, dict]:
+def surviving_gradients(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict]:
     """`gradients`, with smaller micro-batches, then checkpointing, when CUDA memory runs out.
 
     Nothing is updated yet when that happens: the step is repeated on the same global batch.
@@ -2153,8 +2275,6 @@ def surviving_gradients(run: Run, batch: Batch, n_targets: int) -> tuple[Tensor,
             p.grad_checkpointing = run.model.grad_checkpointing = True
         else:
             raise UserError("one sequence fills the GPU: lower --block_size, or shrink the model")
-        if run.val:  # evaluate with the micro-batch size that fits
-            run.val.grad_accum = p.grad_accum
         now = f"grad_accum {p.grad_accum}, grad_checkpointing {p.grad_checkpointing}"
         return f"at step {p.step + 1}: going on with {now}"
 
@@ -2239,7 +2359,7 @@ def can_compile(device: torch.device, required: bool) -> bool:
     return True
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """A tensor as one piece on the CPU, gathered where FSDP shards it."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return tensor.detach().cpu()
@@ -2284,44 +2404,6 @@ def short_hash(value, size: int = 4) -> str:
 #
 # Kernels for CPUs and GPUs, the chunked loss, a self-test of the device, decoding in one graph.
 # ====================================================================================
-
-
-def normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms and 1 / rms, over the last dimension."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return x * inverse, inverse
-
-
-class FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm whose gradient is written out: half the passes over memory that autograd would take.
-
-    With xhat = x / rms: dx = (g w - xhat mean(g w xhat)) / rms.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normal, inverse = normalised(x, eps)
-        ctx.save_for_backward(normal, inverse, weight)
-        return (normal * weight).to(torch.promote_types(x.dtype, weight.dtype))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        normal, inverse, weight = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):  # vecdot would go to bf16
-            product = grad * normal
-            grad_weight = product.flatten(0, -1 - weight.ndim).sum(0)
-            grad = grad * weight
-            mean = torch.linalg.vecdot(grad, normal).div_(normal.shape[-1]).unsqueeze(-1)
-            return torch.addcmul(grad, normal, mean, value=-1).mul_(inverse), grad_weight, None
-
-
-def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Without gradients it goes past autograd, which for one token costs as much as the work."""
-    if torch.is_grad_enabled():
-        return FusedRMSNorm.apply(x, weight, eps)
-    return (normalised(x, eps)[0] * weight).to(torch.promote_types(x.dtype, weight.dtype))
 
 
 def dropout_by_bytes(x: Tensor, p: float) -> Tensor:
@@ -2513,7 +2595,7 @@ def static_logits(model: GPT, token: Tensor, pos: Tensor, keys: list, values: li
     size = keys[0].shape[2]
     slots = torch.arange(size, device=pos.device)
     k_pos = pos - (pos - slots) % size  # the latest p = s mod size
-    bias = model.positions.bias(pos, k_pos)
+    bias = alibi(model.config, pos, k_pos)
     bias = torch.zeros_like(k_pos, dtype=torch.float32)[None] if bias is None else bias
     mask = bias.masked_fill(k_pos < 0, -math.inf).to(keys[0].dtype)
     h = model.trunk(token[:, None], pos, mask, Slots(pos, keys, values))
@@ -2597,7 +2679,6 @@ def next_logits_as_asked(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
 
 
 KERNELS |= {
-    ("rms_norm", "cpu"): fused_rms_norm,
     ("dropout", "cpu"): dropout_by_bytes,
     ("attention_sdpa", "cpu"): attention_folded,
     ("attention_sdpa", "cuda"): attention_on_cuda,
@@ -2766,11 +2847,17 @@ def undecorated(method: Callable) -> Callable:
     return getattr(method, "__wrapped__", method)
 
 
-def newton_schulz_in_bf16(X: Tensor, group: dict) -> Tensor:
+def newton_schulz_in_bf16(X: Tensor) -> Tensor:
     """Each round corrects the rounding of the one before, so that bf16 will do, where the hardware
-    multiplies it: elsewhere it is emulated, thirty times slower than fp32."""
+    multiplies it: elsewhere it is emulated, thirty times slower than fp32. Sums are fused."""
     native = X.is_cuda or cpu_has_bf16()
-    return newton_schulz.plain(X.bfloat16() if native else X, group)
+    X = X.bfloat16() if native else X
+    X = X if X.ndim == 3 else X[None]
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        G = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(G, G, G, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return X
 
 
 class QuickAdamW(torch.optim.AdamW):
@@ -2779,33 +2866,30 @@ class QuickAdamW(torch.optim.AdamW):
 
 
 class QuickMuon(Muon):
-    """Muon on plain and on sharded parameters: every process orthogonalises the whole matrix."""
+    """Muon with all matrices of one shape in one batched product: a small model's step would go
+    into launching hundreds of tiny ones. Sharded matrices are orthogonalised whole by each process.
+    """
 
     add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
 
-    def orthogonalised(self, params: list, updates: list[Tensor], group: dict) -> list[Tensor]:
+    def orthogonalised(self, params: list, updates: list[Tensor]) -> list[Tensor]:
         updates = [u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates]
-        results = super().orthogonalised(params, updates, group)
+        results = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in updates]
+        shapes: dict[tuple, list] = {}  # (rows, columns) -> (matrix, where its result goes)
+        for p, update, result in zip(params, updates, results, strict=True):
+            rows = self.rows.get(p) or [len(p)]
+            for m, out in zip(update.split(rows), result.split(rows), strict=True):
+                wide = len(m) <= m.shape[1]
+                pair = (m, out) if wide else (m.T, out.T)
+                shapes.setdefault(tuple(sorted(m.shape)), []).append(pair)
+        for (_, longest), pairs in shapes.items():
+            X = newton_schulz(torch.stack([m for m, _ in pairs])) * (0.2 * math.sqrt(longest))
+            torch._foreach_copy_([out for _, out in pairs], list(X.unbind()))
         return [distribute_like(r, p) for p, r in zip(params, results, strict=True)]
 
 
 OPTIMIZERS |= {"adamw": QuickAdamW, "muon": QuickMuon}
 KERNELS |= {("newton_schulz", kind): newton_schulz_in_bf16 for kind in ("cpu", "cuda")}
-
-
-class PrefetchingLoader(Loader):
-    """A loader whose thread prepares two batches ahead, while the GPU is at work."""
-
-    def steps(self, first: int, end: int) -> Iterator[tuple[Batch, int]]:
-        pool, ahead = ThreadPoolExecutor(1), deque()
-        try:
-            for step in range(first, end + 2):
-                if step < end:
-                    ahead.append(pool.submit(self.step, step))
-                if step >= first + 2:
-                    yield ahead.popleft().result()
-        finally:  # the thread ends with the run and holds no batch
-            pool.shutdown(cancel_futures=True)
 
 
 # ====================================================================================
@@ -2911,6 +2995,10 @@ class BPETokenizer:
             return self.library.decode(ids, skip_special_tokens=True)
         known = self.library.decode(list(before), skip_special_tokens=True)
         return self.library.decode([*before, *ids], skip_special_tokens=True)[len(known) :]
+
+    @property
+    def prefix(self) -> list[int]:
+        return [self.bos_id]
 
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text that each token stands for, inside a text."""
@@ -4895,69 +4983,6 @@ def write_store(
     write_json(folder / "meta.json", origin | content)
 
 
-# --- datasets ---
-
-
-class RecordDataset(InstructionDataset):
-    """Whole records to pretrain on, whose (last) answer counts `weight` times as much as the rest.
-
-    Else the few tokens of a label would count for little beside the dozens of its text.
-    Raises UserError where a record is plain text, which has no answer.
-    """
-
-    def __init__(self, store: TokenStore, split: str, block_size: int, seed: int, batch_size: int,
-                 weight: int):  # fmt: skip
-        super().__init__(store, split, block_size, seed, "all", batch_size)
-        index = store.index[split][self.rows]
-        if (index["prompt"] == 1).any():
-            raise UserError("plain text has no answers to weigh: leave out --answer_weight")
-        self.weight = weight
-        self.targets += (weight - 1) * np.minimum(index["length"] - index["prompt"], block_size)
-
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        batch = super().batch(ids, rows)
-        if self.weight > 1:
-            batch.weight = torch.ones(batch.y.shape)
-            for row, number in enumerate(ids[rows]):
-                batch.weight[row, self.record(number)[1] - 1 :] = self.weight
-            batch.weight *= batch.y != IGNORE
-        return batch
-
-
-def create_dataloaders(
-    config: FitConfig, store: TokenStore, block_size: int, rt: Runtime
-) -> tuple[Loader, Loader | None]:
-    """Loaders of training and validation batches; no validation loader where the split is empty."""
-
-    def loader(split: str) -> Loader:
-        shape, stride = (store, split, block_size), config.stride if split == "train" else 0
-        if weight := getattr(config, "answer_weight", 0):  # a setting of `train` alone
-            weight = weight if split == "train" else 1
-            data = RecordDataset(*shape, config.seed, config.batch_size, weight)
-        elif not isinstance(config, FinetuneConfig):
-            data = LMDataset(*shape, stride, config.seed)
-        elif config.objective == "dpo":
-            data = PreferenceDataset(*shape, config.seed, config.batch_size)
-        else:
-            data = InstructionDataset(*shape, config.seed, config.loss_on, config.batch_size)
-        if data.block_size < block_size:
-            note(f"{split}: fewer tokens than one block; windows have {data.block_size}")
-        if isinstance(data, InstructionDataset) and data.n_cut:
-            what = f"{split}: {data.n_cut:,} records are longer than {block_size} tokens"
-            note(f"{what} and lose the middle of their prompt or the end of their response")
-        kind = PrefetchingLoader if rt.device.type == "cuda" else Loader
-        return kind(data, config.batch_size, config.grad_accum, rt)
-
-    train = loader("train")
-    try:
-        return train, loader("val")
-    except UserError:
-        if len(store.tokens["val"]) > 1:
-            raise
-        note("the validation split is empty: best.pth will follow the training loss")
-        return train, None
-
-
 # ====================================================================================
 # 12. Checkpoints
 #
@@ -5178,7 +5203,7 @@ def restored(state: dict) -> Loaded:
 def model_weights(model: GPT) -> dict[str, Tensor]:
     """Every weight once, by name, whole and on the CPU."""
     state = model.state_dict()
-    return {n: whole(t) for n, t in state.items() if not is_tied(model.config, n)}
+    return {n: gather(t) for n, t in state.items() if not is_tied(model.config, n)}
 
 
 def weights_digest(model: GPT) -> str:
@@ -5194,7 +5219,7 @@ def optimizer_state(model: GPT, optimizers: list) -> dict[str, dict[str, Tensor]
     """{parameter name: {moment: tensor}}, whole and on the CPU, whatever shards them."""
     names = {p: n for n, p in model.named_parameters()}
     return {
-        names[p]: {k: whole(torch.as_tensor(v)) for k, v in state.items()}
+        names[p]: {k: gather(torch.as_tensor(v)) for k, v in state.items()}
         for optimizer in optimizers
         for p, state in optimizer.state.items()
     }
@@ -5639,7 +5664,7 @@ def check_logits(peer, model: GPT) -> None:
     draw = torch.Generator().manual_seed(0)
     x = torch.randint(model.config.vocab_size, (1, length), generator=draw)
     with torch.no_grad():
-        theirs, ours = peer.float().eval()(x).logits, model.cpu().float().eval()(x)
+        theirs, ours = peer.float().eval()(x).logits, model.cpu().float().eval()(x)[0]
     gap, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not gap <= 1e-4 * scale:  # not a number is none either
         what = f"its logits differ by {gap:.1e} of {scale:.1e}"
@@ -6214,8 +6239,12 @@ def write_beside(target: Path) -> Iterator[Path]:
 
 def padded_batch(sequences: list[tuple[np.ndarray, int]], pad_id: int, limit: int) -> Batch:
     """Sequences (ids, first target) as a batch as wide as the longest, of at most `limit`."""
-    longest = max(len(ids) for ids, _ in sequences) - 1
-    return padded(sequences, pad_id, padded_width(longest, limit))
+    samples = []
+    for ids, first in sequences:
+        x, y = torch.from_numpy(ids[:-1].astype(np.int64)), ids[1:].astype(np.int64)
+        y[: first - 1] = IGNORE
+        samples.append((x, torch.from_numpy(y)))
+    return pad(samples, pad_id, limit)
 
 
 def evaluate_perplexity(
@@ -6507,13 +6536,14 @@ def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: L
     datasets = {}
     with contextlib.suppress(UserError):  # nothing is held out
         for loss_on in ("all", "response"):
-            datasets[f"loss_{loss_on}"] = InstructionDataset(store, "val", block_size, 0, loss_on)
+            datasets[f"loss_{loss_on}"] = InstructionDataset(store, "val", block_size, loss_on)
     if old := base_store(rt, base):
-        datasets["loss_base"] = LMDataset(old, "val", block_size)
+        datasets["loss_base"] = LMDataset.from_store(old, "val", block_size)
     report = {}
     for name, data in datasets.items():
-        loader = Loader(data, config.batch_size, config.grad_accum, rt)
-        report[name], _ = estimate_loss(model, loader, next_token_loss, 20)
+        sampler = ValidationSampler(data, config.batch_size, 20 * config.batch_size)
+        loader = make_loader(data, sampler, rt)
+        report[name], _ = estimate_loss(model, loader, next_token_loss, config, rt)
     if config.report_samples and "loss_response" in datasets:
         report |= report_answers(config, rt, loaded, datasets["loss_response"])
     return report
@@ -6541,7 +6571,7 @@ def report_answers(
     answers = []
     numbers = np.flatnonzero(data.store.index["val"]["prompt"] > 1)  # plain text has no answer
     for number in numbers[evenly_spaced(len(numbers), config.report_samples)].tolist():
-        ids, n_prompt = data.record(number)
+        ids, _, n_prompt = data.record(number)
         answers.append(continued(loaded, rt, ids, n_prompt, len(ids) - n_prompt + 32))
     if not answers:
         return {}
@@ -6560,7 +6590,7 @@ def continued(
     """Texts of a record's prompt, of what follows it there, and of what the model puts there."""
     tokenizer, prompt = loaded.tokenizer, torch.from_numpy(ids[:n_prompt].astype(np.int64))
     ends = (tokenizer.sep_id, tokenizer.eos_id)
-    steps = generate(loaded.model, prompt.to(rt.device), n_new, ends, temperature=temperature)
+    steps = generate(loaded.model, prompt[None].to(rt.device), n_new, ends, temperature=temperature)
     made = [token for (token,) in steps]
     parts = {
         "prompt": prompt.tolist(),
@@ -6672,8 +6702,35 @@ def shortened(text: str) -> str:
 # ====================================================================================
 # 15. Commands
 #
-# Each begins with its settings; those of train stand in section 1.
+# Each begins with its settings; those of train stand in section 7.
 # ====================================================================================
+
+# --- the fast recipe ---
+
+# The measured quickest rates, of 128 wide and 400 steps. Only AdamW's differs in finetuning.
+FAST_RATES = dict(
+    optimizer="muon", muon_lr=0.012, muon_momentum=0.85, head_lr_scale=0.4, beta2=0.95,
+    grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
+)  # fmt: skip
+
+
+def fast_recipe(sizes: dict, given: dict) -> dict:
+    """Tuned for the fewest steps to a given loss at 0.6 to 12 M parameters on four data sets.
+
+    Wider matrices and longer runs want lower rates. tests/bench/README.md has the tables.
+    """
+    sizes, stored = about_corpus(sizes)
+    n_head, (plan, steps) = sizes["n_head"], plan_for_text(sizes, stored | given)
+    rate = min(1, 128 / sizes["n_embd"]) * min(1, math.sqrt(400 / max(steps, 1)))
+    return FAST_RATES | plan | dict(
+        arch="modern", tie_weights=False, zero_init=True, n_inner=2 * sizes["n_embd"],
+        n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head, rope_theta=3.0 * sizes["block_size"],
+        lr=float(f"{0.02 * rate:.2g}"), muon_lr=float(f"{0.012 * rate:.2g}"),
+    ) | stored  # fmt: skip
+
+
+# A recipe is a function of the settings so far and of those given; it outranks arch and preset.
+RECIPES = {"classic": lambda sizes, given: {}, "fast": fast_recipe}
 
 
 # --- train and finetune ---
@@ -6697,7 +6754,7 @@ class CheckpointConfig(DataConfig):
 
 
 @dataclass
-class FinetuneConfig(CheckpointConfig, FitConfig):
+class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
     """Tune a checkpoint, or a Hugging Face model, on instruction records or preferences."""
 
     preset: str = option("", "batch_size and grad_accum of a training preset")
@@ -6768,6 +6825,19 @@ def open_split_store(
     return store
 
 
+def dataset_of(config: FitConfig) -> Callable | None:
+    """What makes the data set of a split: see `create_dataloaders`."""
+    if weight := getattr(config, "answer_weight", 0):  # a setting of `train` alone
+        return lambda store, split, block_size: InstructionDataset(
+            store, split, block_size, "all", weight if split == "train" else 1
+        )
+    if not isinstance(config, FinetuneConfig):
+        return None
+    if config.objective == "dpo":
+        return PreferenceDataset
+    return partial(InstructionDataset, loss_on=config.loss_on)
+
+
 def make_run(
     config: FitConfig, rt: Runtime, stop: Stop, folder: RunFolder, loaded: Loaded, store: TokenStore
 ) -> Run:
@@ -6778,16 +6848,27 @@ def make_run(
     if config.self_test:
         self_test(loaded.model.config, rt)
     model = loaded.model.to(rt.device).train()
-    train, val = create_dataloaders(config, store, model.config.block_size, rt)
-    total = config.max_steps or config.epochs * train.steps_per_epoch
+    train, val = create_dataloaders(
+        store,
+        model.config.block_size,
+        config.batch_size,
+        config.seed,
+        dataset=dataset_of(config),
+        stride=config.stride,
+        eval_batches=config.eval_batches,
+        grad_accum=config.grad_accum,
+        rt=rt,
+    )
+    if not val:
+        note("the validation split is empty: best.pth will follow the training loss")
+    total = config.max_steps or config.epochs * len(train)
     progress = Progress(
         total=total, grad_accum=config.grad_accum, grad_checkpointing=config.grad_checkpointing
     )
     if resumed:
         progress = resumed_progress(config, rt, resumed, total)
     if config.overfit_batch:
-        first = train.step
-        train.step, val = lambda step: first(0), None
+        train.batch_sampler.first_batch_only, val = True, None
     model.grad_checkpointing = progress.grad_checkpointing
     losses = distribute(model, config, rt, total)
     sampled = over_sampled_ids(losses, config.sampled_softmax, model.config.vocab_size)
@@ -6798,13 +6879,10 @@ def make_run(
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if resumed and resumed["scaler"]:
         scaler.load_state_dict(resumed["scaler"])
-    objective = partial(OBJECTIVES[getattr(config, "objective", "ntp")], config=config)
-    if val:  # evaluate with the micro-batch size that fits
-        val.grad_accum = progress.grad_accum
+    objective = OBJECTIVES[getattr(config, "objective", "ntp")]
     run = Run(
-        config, rt, model, sampled, objective, optimizers, train, val, progress, scaler, stop,
-        gradients=surviving_gradients, exchange=partial(synchronised, model, losses),
-        scalar=lambda norm: float(whole(norm)),
+        config, rt, model, sampled, objective, optimizers, train, val, store, progress, scaler, stop,
+        gradients=surviving_gradients, grad_sync=partial(synchronised, model, losses),
     )  # fmt: skip
     run.save = lambda name: save_run(run, folder.about, folder.file(f"{name}.pth"))
     return run
@@ -6880,8 +6958,8 @@ def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
         seconds = timedelta(seconds=round(run.record.bar.format_dict["elapsed"]))
         data, width = run.train.dataset, run.model.config.block_size
         if isinstance(data, InstructionDataset):  # whole records, padding left out
-            width = data.group * data.lengths.mean()
-        tokens = round(p.step * run.train.batch_size * width)
+            width = data.lengths.mean()
+        tokens = round(p.step * run.config.batch_size * width)
         best = f"best {kind} loss {p.best:.4f} at step {p.best_step}{compared}"
         return f"done: {best}; {tokens:,} tokens seen; this session took {seconds}"
     if ended == "early":
@@ -6894,8 +6972,8 @@ def measure_base(run: Run, folder: RunFolder) -> None:
     """Validate the base that a finetune begins with, so that its end can be compared with it."""
     folder.about["base_loss"] = (folder.state or {}).get("base_loss")
     if isinstance(run.config, FinetuneConfig) and run.val and not folder.state:
-        limit = run.config.eval_batches
-        loss, stats = estimate_loss(run.model, run.val, run.objective, limit, run.stop)
+        how = run.objective, run.config, run.rt, run.stop
+        loss, stats = estimate_loss(run.model, run.val, *how)
         run.record.validation(loss, stats)
         folder.about["base_loss"] = loss
 
@@ -6987,7 +7065,7 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
     run = new_run(config, rt, stop, folder)
     best = run_fit(run, folder)
     if best and run.val and not stop:  # a fortieth of the steps: less than a percent of the time
-        store = run.train.dataset.store
+        store = run.store
         shape = config.batch_size, max(1, run.progress.step // 40 // len(store.sources))
         note(training_report(load_model(best), store, rt, *shape))
     return best
@@ -7091,18 +7169,16 @@ def measured(
     began = time.perf_counter()
     run = new_run(config, rt, stop, folder)
     start, run.progress.total = time.perf_counter() - began, 10**9
-    with contextlib.closing(run.train.steps(0, 10**9)) as batches, training_precision(rt.device):
-        step = partial(next_step, run, batches)
+    with training_precision(rt.device):
+        step = partial(next_step, run, steps(run.train, 0))
         took = in_turns({"": step}, rt, 1)[""]
         if (rounds := int(rt.of_first(min(50, seconds / took)))) > 1:
             took = in_turns({"": step}, rt, rounds)[""]
     look, looks = 0.0, 0.0
     if run.val:
-        validate = partial(estimate_loss, run.model, run.val, run.objective, 1, stop)
+        validate = partial(estimate_loss, run.model, islice(run.val, 1), run.objective, config, rt)
         look = in_turns({"": validate}, rt, 1)[""]
-        windows = run.val.dataset.fixed_ids
-        every, one = (len(windows(n * config.batch_size)) for n in (config.eval_batches, 1))
-        looks = every / one
+        looks = len(run.val)
     began = time.perf_counter()
     scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `sweep` knows
     save_run(run, folder.about, scratch)
@@ -7112,7 +7188,7 @@ def measured(
     params = sum(p.numel() for p in run.model.blocks.parameters())
     run.save = None  # which holds the run, whose memory the next one needs
     seconds = map(rt.of_first, (start, took, look, save))
-    return Pace(config, *seconds, looks, run.train.steps_per_epoch, params)
+    return Pace(config, *seconds, looks, len(run.train), params)
 
 
 def shareable(size: dict, given: dict, rt: Runtime) -> dict:
@@ -7182,61 +7258,88 @@ def pretrained(config: TrainConfig) -> Loaded:
 
 
 class PreferenceDataset(InstructionDataset):
-    """Pairs of responses to one prompt, for DPO: records two by two, chosen then rejected.
+    """Pairs of responses to one prompt: records two by two, chosen then rejected. A sample is the
+    two records' samples.
 
-    reference: (records,) log-probabilities of the responses under the base model.
+    reference: (pairs, 2) log-probabilities of the responses under the base model.
     """
 
-    group, reference = 2, None
+    reference: np.ndarray | None = None
 
-    def __init__(
-        self, store: TokenStore, split: str, block_size: int, seed: int = 0, batch_size: int = 1
-    ):
-        super().__init__(store, split, block_size, seed, "response", batch_size)
+    def __init__(self, store: TokenStore, split: str, block_size: int):
+        super().__init__(store, split, block_size, "response")
+        self.of_each = self.lengths
+        self.lengths = self.lengths.reshape(-1, 2).max(1)
 
-    def n_targets(self, ids: np.ndarray) -> int:
-        return len(ids)  # the loss is one of pairs
+    def __len__(self) -> int:
+        return len(self.rows) // 2
 
-    def batch(self, ids: np.ndarray, rows: np.ndarray | slice = slice(None)) -> Batch:
-        batch = super().batch(ids, rows)
-        if self.reference is not None:
-            batch.reference = torch.from_numpy(self.reference[self.numbers(ids[rows])])
+    def __getitem__(self, i: int) -> tuple:
+        first = 2 * range(len(self))[i]
+        pair = []
+        for row in (first, first + 1):
+            ids, weight, _ = self.record(row)
+            y = np.where(weight[1:] > 0, ids[1:], IGNORE)
+            pair.append((torch.from_numpy(ids[:-1]), torch.from_numpy(y)))
+        reference = None if self.reference is None else torch.from_numpy(self.reference[i])
+        return (*pair, reference)
+
+    def collate(self, samples: list[tuple]) -> Batch:
+        """A batch of pairs, (B, 2, T)."""
+        both = super().collate([one for pair in samples for one in pair[:2]])
+        if not samples:
+            return replace(
+                both, x=both.x[:, None].expand(-1, 2, -1), y=both.y[:, None].expand(-1, 2, -1)
+            )
+        batch = Batch(*(t.unflatten(0, (-1, 2)) for t in both))
+        if samples[0][2] is not None:
+            batch.reference = torch.stack([sample[2] for sample in samples])
         return batch
 
 
-def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, int, dict]:
+def pair_log_probs(losses: Callable, batch: Batch) -> Tensor:
+    """Log-probabilities of the responses, (B, 2)."""
+    flat = losses(batch.x.flatten(0, 1), batch.y.flatten(0, 1))
+    return -flat.sum(-1).view(-1, 2)
+
+
+def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dict]:
     """Direct preference optimisation (Rafailov et al., 2023, eq. 7), summed over pairs.
 
     The model is its own reward: how much likelier than under the base it makes a response.
     """
-    log_probs = -losses(batch.x, batch.y).sum(-1)  # (B,): chosen, rejected, chosen, ...
-    reward = config.dpo_beta * (log_probs - batch.reference)
-    margin = reward[0::2] - reward[1::2]  # chosen over rejected
+    log_probs = pair_log_probs(losses, batch)
+    reference = torch.zeros_like(log_probs) if batch.reference is None else batch.reference
+    reward = config.dpo_beta * (log_probs - reference)
+    margin = reward[:, 0] - reward[:, 1]  # chosen over rejected
     stats = {
         "reward_margin": margin.sum(),
         "reward_accuracy": (margin > 0).float().sum(),
-        "chosen_loss": (-log_probs[0::2] / (batch.y[0::2] != IGNORE).sum(-1)).sum(),
+        "chosen_loss": (-log_probs[:, 0] / (batch.y[:, 0] != IGNORE).sum(-1)).sum(),
     }
-    return -F.logsigmoid(margin).sum(), len(margin), stats
+    return -F.logsigmoid(margin).sum(), stats
 
 
 OBJECTIVES["dpo"] = preference_loss
 
 
+@torch.no_grad()
 def reference_log_probs(
     config: FinetuneConfig, rt: Runtime, model: GPT, store: TokenStore
 ) -> dict[str, np.ndarray]:
-    """Log-probability of every preference record's response under the base model, by split."""
-    found, losses = {}, rt.losses(model.to(rt.device).eval())
+    """Log-probabilities of every pair's responses under the base model, (pairs, 2), by split."""
+    found = {}
+    model.to(rt.device).eval()
     for split in ("train", "val"):
+        if not len(store.index[split]):
+            continue
         data = PreferenceDataset(store, split, model.config.block_size)
-        found[split] = np.zeros(len(data) * 2, np.float32)
-        numbers = np.argsort(data.lengths[::2], kind="stable")
-        groups = list(map(np.array, batched(numbers, config.batch_size)))
+        found[split] = np.zeros((len(data), 2), np.float32)
+        groups = ValidationSampler(data, config.batch_size)
         for ids in tqdm(groups, desc=f"reference, {split}", delay=1, disable=not rt.is_main):
-            batch = data.batch(ids).to(rt.device)
-            with torch.no_grad(), rt.autocast():
-                found[split][data.numbers(ids)] = -losses(batch.x, batch.y).sum(-1).cpu().numpy()
+            batch = data.collate([data[i] for i in ids]).to(rt.device)
+            with rt.autocast():
+                found[split][ids] = pair_log_probs(model.losses, batch).cpu().numpy()
     return found
 
 
@@ -7453,7 +7556,7 @@ def generated_texts(
     """
     tokenizer = loaded.tokenizer
     steps = generate(
-        loaded.model, torch.tensor(ids, device=rt.device), config.max_new_tokens,
+        loaded.model, torch.tensor([ids], device=rt.device), config.max_new_tokens,
         (tokenizer.sep_id, tokenizer.eos_id), config.num_samples, seed, cache,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         min_p=config.min_p, repetition_penalty=config.repetition_penalty,
@@ -7993,9 +8096,9 @@ def in_turns(sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = "
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
 
 
-def next_step(run: Run, batches: Iterator[tuple[Batch, int]]) -> None:
+def next_step(run: Run, batches: Iterator[Batch]) -> None:
     """A step of a run that is measured, and thrown away."""
-    train_step(run, *next(batches))
+    train_step(run, next(batches).to(run.rt.device))
     run.progress.step += 1
 
 
@@ -8022,7 +8125,7 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     run = Run(
         config=config, rt=rt, model=model, losses=distribute(model, config, rt, total),
         objective=next_token_loss, optimizers=make_optimizers(model, config),
-        train=None, val=None, gradients=surviving_gradients,
+        train=None, val=None, store=None, gradients=surviving_gradients,
         progress=Progress(total=total, grad_accum=config.grad_accum,
                           grad_checkpointing=config.grad_checkpointing),
         scaler=torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16),
@@ -8032,7 +8135,7 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     ids = torch.randint(model.config.vocab_size, shape, device=rt.device)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     tokens = config.batch_size * config.block_size
-    our_step = partial(next_step, run, repeat((batch, tokens)))
+    our_step = partial(next_step, run, repeat(batch))
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     our_step()
@@ -8088,7 +8191,9 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     n, batch = config.block_size // 2, config.decode_batch
     prompt = torch.arange(8, device=rt.device)
     ours = for_decoding(GPT(model.config), rt.device, rt.dtype, config.compile == "on")
-    sides = {"": lambda: [None for _ in generate(ours, prompt, n, (), batch, temperature=0.0)]}
+    sides = {
+        "": lambda: [None for _ in generate(ours, prompt[None], n, (), batch, temperature=0.0)]
+    }
     if config.vs:
         peer = hf_peer(model.config).to(rt.device).eval()
         peer.generation_config.eos_token_id = None
