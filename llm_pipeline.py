@@ -7465,7 +7465,9 @@ class SampleConfig(RuntimeConfig):
     """Generate text. Without --prompt on a terminal: an interactive session."""
 
     dtype: str = option("float32", "of weights and matrix products", choices=(*DTYPES, "int8"))
-    compile: str = option("off", "torch.compile: slow to start, then quick", choices=("off", "on"))
+    compile: str = option(
+        "off", "torch.compile: slow to start, then quick", choices=("auto", "off", "on")
+    )
     ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     prompt: str | None = option(None, "text to continue, or the instruction")
     input: str = option("", "the instruction's input")
@@ -8328,7 +8330,7 @@ class Command(NamedTuple):
     settings: type
     run: Callable
     first: str  # the flags that a first user needs
-    examples: str  # command lines without the program's name
+    examples: list[str]  # command lines without the program's name
     parallel: bool = True  # under torchrun, in all processes; False: in the first one alone
 
 
@@ -8337,52 +8339,52 @@ COMMANDS = {
         TrainConfig, fit_command(train_loop),
         "data_dir minutes preset recipe tokenizer epochs max_steps batch_size lr block_size n_layer "
         "n_head n_embd threads out_dir resume config",
-        """train --preset cpu-debug --recipe fast
-        train --data_dir book.txt --minutes 10 --out_dir runs/book
-        train --resume --out_dir runs/book""",
+        ["train --preset cpu-debug --recipe fast",
+         "train --data_dir book.txt --minutes 10 --out_dir runs/book",
+         "train --resume --out_dir runs/book"],
     ),
     "finetune": Command(
         FinetuneConfig, fit_command(finetune_loop),
         "ckpt data_dir epochs max_steps batch_size lr recipe method loss_on objective block_size "
         "threads out_dir resume config",
-        """finetune --ckpt ckpts/best.pth --data_dir data/raw
-        finetune --ckpt ckpts/best.pth --method lora --lora_r 8
-        finetune --ckpt ckpts/best_finetune.pth --objective dpo --data_dir pairs.jsonl --out_dir dpo""",
+        ["finetune --ckpt ckpts/best.pth --data_dir data/raw",
+         "finetune --ckpt ckpts/best.pth --method lora --lora_r 8",
+         "finetune --ckpt ckpts/best_finetune.pth --objective dpo --data_dir pairs.jsonl --out_dir dpo"],
     ),
     "eval": Command(
         EvalConfig, eval_command,
         "ckpt data_dir split block_size batch_size max_batches threads json config",
-        """eval --ckpt ckpts/best.pth
-        eval --ckpt ckpts/best_finetune.pth --data_dir data/raw --json figures.json""",
+        ["eval --ckpt ckpts/best.pth",
+         "eval --ckpt ckpts/best_finetune.pth --data_dir data/raw --json figures.json"],
     ),
     "sample": Command(
         SampleConfig, sample_command,
         "ckpt prompt input template max_new_tokens temperature top_k top_p stop num_samples seed "
         "threads config",
-        """sample --ckpt ckpts/best.pth --prompt "Once upon a time"
-        sample --ckpt ckpts/best_finetune.pth --prompt "Reverse the word." --input lamp
-        sample --ckpt ckpts/best_finetune.pth""",
+        ['sample --ckpt ckpts/best.pth --prompt "Once upon a time"',
+         'sample --ckpt ckpts/best_finetune.pth --prompt "Reverse the word." --input lamp',
+         "sample --ckpt ckpts/best_finetune.pth"],
         parallel=False,
     ),
     "prepare": Command(
         PrepareConfig, prepare_command,
         "data_dir download hf_dataset tokenizer vocab_size out_dir max_docs preview config",
-        """prepare --data_dir data/raw --preview 2
-        prepare --download tinyshakespeare
-        prepare --data_dir books --tokenizer bpe --vocab_size 4096 --out_dir data/processed/books""",
+        ["prepare --data_dir data/raw --preview 2",
+         "prepare --download tinyshakespeare",
+         "prepare --data_dir books --tokenizer bpe --vocab_size 4096 --out_dir data/processed/books"],
         parallel=False,
     ),
     "export": Command(
         ExportConfig, export_command, "ckpt out_dir gguf gguf_type adapter merge overwrite config",
-        """export --ckpt ckpts/best.pth --out_dir hf
-        export --ckpt ckpts/best.pth --gguf model.gguf --gguf_type q8_0""",
+        ["export --ckpt ckpts/best.pth --out_dir hf",
+         "export --ckpt ckpts/best.pth --gguf model.gguf --gguf_type q8_0"],
         parallel=False,
     ),
     "bench": Command(
         BenchConfig, bench_command,
         "preset recipe batch_size block_size n_layer n_head n_embd threads dtype compile vs json config",
-        """bench --preset cpu-debug
-        bench --preset tiny-8g --vs hf --json speed.json""",
+        ["bench --preset cpu-debug",
+         "bench --preset tiny-8g --vs hf --json speed.json"],
     ),
 }  # fmt: skip
 
@@ -8403,28 +8405,28 @@ EXCLUSIVE = [("resume", "overwrite"), ("resume", "overfit_batch"), ("minutes", "
 
 # What other programs call our settings: understood in a --config file, a hint for a flag.
 FOREIGN_NAMES = {
-    "seq_length": "block_size", "seq_len": "block_size", "max_seq_length": "block_size",
-    "max_seq_len": "block_size", "max_length": "block_size", "context_length": "block_size",
-    "n_ctx": "block_size", "n_positions": "block_size", "max_position_embeddings": "block_size",
-    "num_hidden_layers": "n_layer", "num_layers": "n_layer", "n_layers": "n_layer",
-    "layers": "n_layer", "depth": "n_layer",
-    "num_attention_heads": "n_head", "num_heads": "n_head", "n_heads": "n_head", "heads": "n_head",
-    "num_key_value_heads": "n_kv_head", "n_kv_heads": "n_kv_head",
-    "hidden_size": "n_embd", "d_model": "n_embd", "n_embed": "n_embd", "embed_dim": "n_embd",
-    "dim": "n_embd", "intermediate_size": "n_inner", "d_ff": "n_inner",
-    "learning_rate": "lr", "max_lr": "lr", "lr_scheduler_type": "lr_schedule",
-    "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "grad_accum", "accumulate_grad_batches": "grad_accum",
-    "gradient_checkpointing": "grad_checkpointing", "torch_compile": "compile",
-    "max_grad_norm": "grad_clip", "gradient_clip_val": "grad_clip", "adam_beta2": "beta2",
-    "num_train_epochs": "epochs", "num_epochs": "epochs", "max_epochs": "epochs",
-    "max_iters": "max_steps", "eval_steps": "eval_interval", "logging_steps": "log_interval",
-    "save_steps": "save_interval", "wandb_project": "wandb",
-    "dataset_name": "hf_dataset", "dataset_config": "hf_config", "dataset_split": "hf_split",
-    "dataset_config_name": "hf_config", "text_column": "text_field",
-    "data_path": "data_dir", "output_dir": "out_dir", "save_dir": "out_dir",
-    "model_name_or_path": "ckpt", "checkpoint": "ckpt", "model": "ckpt",
-    "lora_rank": "lora_r", "num_return_sequences": "num_samples", "gpu": "device",
+    theirs: ours
+    for ours, names in {
+        "block_size": "seq_length seq_len max_seq_length max_seq_len max_length context_length "
+                      "n_ctx n_positions max_position_embeddings",
+        "n_layer": "num_hidden_layers num_layers n_layers layers depth",
+        "n_head": "num_attention_heads num_heads n_heads heads",
+        "n_kv_head": "num_key_value_heads n_kv_heads",
+        "n_embd": "hidden_size d_model n_embed embed_dim dim",
+        "n_inner": "intermediate_size d_ff",
+        "lr": "learning_rate max_lr", "lr_schedule": "lr_scheduler_type",
+        "batch_size": "per_device_train_batch_size train_batch_size",
+        "grad_accum": "gradient_accumulation_steps accumulate_grad_batches",
+        "grad_clip": "max_grad_norm gradient_clip_val", "beta2": "adam_beta2",
+        "grad_checkpointing": "gradient_checkpointing", "compile": "torch_compile",
+        "epochs": "num_train_epochs num_epochs max_epochs", "max_steps": "max_iters",
+        "eval_interval": "eval_steps", "log_interval": "logging_steps",
+        "save_interval": "save_steps", "num_samples": "num_return_sequences",
+        "hf_dataset": "dataset_name", "hf_config": "dataset_config dataset_config_name",
+        "hf_split": "dataset_split", "text_field": "text_column", "data_dir": "data_path",
+        "out_dir": "output_dir save_dir", "ckpt": "model_name_or_path checkpoint model",
+    }.items()
+    for theirs in names.split()
 }  # fmt: skip
 
 
@@ -8450,83 +8452,57 @@ def choices_of(spec) -> list[str]:
     return [word for word in spec.metadata.get("choices") or TABLES.get(spec.name, ()) if word]
 
 
-def as_bool(value) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, not {value!r}")
-    return value
-
-
-def as_text(value) -> str:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if not isinstance(value, str):
-        raise ValueError(f"must be text (in a file: between quotes), not {value!r}")
-    if "\0" in value:
-        raise ValueError("must not hold a NUL character")
-    try:  # an argument's bytes are UTF-8, whatever Python took the locale to be
-        return value.encode("utf-8", "surrogateescape").decode()
-    except UnicodeError:
-        raise ValueError(f"must be valid UTF-8, not {value!r}") from None
-
-
-def as_number(value, kind: type) -> int | float:
-    try:  # an int not by way of float, which does not hold large ones
-        exact = kind(value) if isinstance(value, str | kind) else float(value)
-        if isinstance(value, bool) or (kind is int and int(exact) != exact):
-            raise ValueError
-        return kind(exact)
-    except (TypeError, ValueError, OverflowError):
-        what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"must be {what}, not {str(value)[:80]!r}") from None
-
-
-def check_limits(value: int | float, limits: dict) -> None:
-    highest = limits.get("high", 2**53)
-    if not math.isfinite(value) and value != highest:
-        raise ValueError(f"must be finite, not {value}")
-    if 0 < abs(value) < 1e-30:  # near the smallest float32, where 1 / value is infinite
-        raise ValueError(f"must be 0 or at least 1e-30, not {value}")
-    if "low" in limits and value < limits["low"]:
-        raise ValueError(f"must be at least {limits['low']}, not {value}")
-    if "above" in limits and value <= limits["above"]:
-        raise ValueError(f"must be above {limits['above']}, not {value}")
-    if value > highest:
-        raise ValueError(f"must be at most {highest}, not {value}")
-
-
-def as_choice(value, spec) -> str:
-    """One of the field's words, in whatever case; `off` and `on` are booleans to YAML."""
-    words = choices_of(spec)
-    if isinstance(value, bool) and {"on", "off"} <= set(words):
-        return "on" if value else "off"
-    value = as_text(value)
-    for word in [*words, spec.default]:
-        if word is not None and word.lower() == value.lower():
-            return word
-    raise ValueError(
-        f"must be one of {', '.join(words)}, not {value!r}{did_you_mean(value, words)}"
-    )
-
-
 def checked(spec, value):
-    """What a flag, a file or a caller gives, as the setting of a dataclass field.
+    """What a flag, a file or a caller gives, as the value of a dataclass field.
 
     Raises ValueError whose text begins with the field's name and says what it must be.
     """
     kind, *nullable = spec.type.split(" | ")
+    words = choices_of(spec)
+
+    def wrong(what: str) -> ValueError:
+        hint = did_you_mean(str(value), words)
+        return ValueError(f"{spec.name} must be {what}, not {str(value)[:80]!r}{hint}")
+
     if value is None and nullable:
         return None
+    if isinstance(value, bool) and {"on", "off"} <= {*words}:  # as YAML reads these words
+        value = "on" if value else "off"
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise wrong("true or false")
+        return value
+    if kind in ("int", "float"):
+        return checked_number(spec, value, wrong)
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or "\0" in text:
+        raise wrong("text (in a file: between quotes)")
+    if spec.name in PATHS:
+        return os.path.expanduser(os.path.expandvars(text))
+    for word in [*words, spec.default]:
+        if words and word is not None and word.lower() == text.lower():
+            return word
+    if words:
+        raise wrong(f"one of {', '.join(words)}")
+    return text
+
+
+def checked_number(spec, value, wrong: Callable) -> int | float:
+    """A number within a field's limits; text will do. `wrong` makes the ValueError of a sentence."""
+    kind = {"int": int, "float": float}[spec.type.split(" | ")[0]]
     try:
-        if kind == "bool":
-            return as_bool(value)
-        if kind in ("int", "float"):
-            number = as_number(value, {"int": int, "float": float}[kind])
-            check_limits(number, spec.metadata)
-            return number
-        text = as_choice(value, spec) if choices_of(spec) else as_text(value)
-    except ValueError as error:
-        raise ValueError(f"{spec.name} {error}") from None
-    return os.path.expanduser(os.path.expandvars(text)) if spec.name in PATHS else text
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    fits = number == value or (isinstance(value, str) and number == number)  # not nan
+    if isinstance(value, bool) or not fits:
+        raise wrong("a whole number" if kind is int else "a number")
+    limits = spec.metadata
+    low, high = limits.get("low", limits.get("above", -(2**53))), limits.get("high", 2**53)
+    if not low <= number <= high or number == limits.get("above"):
+        above = "above " if "above" in limits else ""
+        raise wrong(f"{above}{low}" + (f" to {high}" if "high" in limits else " or more"))
+    return number
 
 
 # --- where settings come from ---
@@ -8647,37 +8623,21 @@ def leaves_of(table: dict) -> Iterator[tuple[str, object]]:
             yield str(name), value
 
 
-def fields_named(name: str) -> list:
-    """The field of this name in each command that has one."""
-    every = [fields_of(command.settings) for command in COMMANDS.values()]
-    return [known[name] for known in every if name in known]
-
-
-def takes(spec, value) -> bool:
-    """Whether a field may have this value."""
-    try:
-        checked(spec, value)
-    except ValueError:
-        return False
-    return True
-
-
 def read_config(cls: type, path: str) -> dict:
-    """{setting: value} of a --config file, however it is nested. Raises UserError.
+    """{setting: value} of a --config file, however it is nested. Null leaves a setting open.
 
-    Settings of other commands are left out with one line, and so are values that only others take,
-    so that the config.json of any run will do.
+    Settings of other commands are left out with one line: any run's config.json will do. Raises
+    UserError.
     """
     own, found, left_out, where = fields_of(cls), {}, [], f"--config {path}"
+    known = {name for command in COMMANDS.values() for name in fields_of(command.settings)}
     for leaf, value in leaves_of(read_table(Path(path), where)):
-        name = leaf if fields_named(leaf) else FOREIGN_NAMES.get(leaf, leaf)
-        if not fields_named(name):
+        name = leaf if leaf in known else FOREIGN_NAMES.get(leaf, leaf)
+        if name not in known:
             raise UserError(f"{where}: {unknown_setting(cls, leaf)}")
         if name not in own:
             left_out.append(leaf)
-            continue
-        if not takes(own[name], value) and any(takes(spec, value) for spec in fields_named(name)):
-            left_out.append(leaf)
+        if name not in own or value is None or (value == "" and choices_of(own[name])):
             continue
         try:
             value = checked(own[name], value)
@@ -8755,116 +8715,83 @@ def program_parser(every_flag: bool = False) -> tuple[FlagParser, dict[str, Flag
     """
     shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
     usual = dict(formatter_class=shape, add_help=False, allow_abbrev=False)
-    program = FlagParser(
-        prog=Path(__file__).name, description=__doc__.split("\n")[0], epilog=program_examples(), **usual
-    )  # fmt: skip
+    about, examples, *_ = __doc__.split("\n\n")
+    program = FlagParser(prog=Path(__file__).name, description=about, epilog=examples, **usual)
     version = f"%(prog)s {__version__}, torch {torch.__version__}"
-    program.add_argument("--version", action="version", version=version)
+    program.add_argument("--version", action="version", version=version, help="of the program")
     program.add_argument("-h", "--help", "--help_all", action="help", help="this page")
-    commands = program.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = program.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parsers = {}
     for name, command in COMMANDS.items():
         about = first_line(command.settings)
-        epilog = "examples:\n" + command_lines(command.examples)
+        lines = [f"  python {program.prog} {line}" for line in command.examples]
+        epilog = "\n".join(["examples:", *lines])
         parser = commands.add_parser(name, help=about, description=about, epilog=epilog, **usual)
         parser.usage = f"{program.prog} {name} [--flag VALUE ...]"
-        parser.settings = command.settings
-        count = len(fields(command.settings))
-        parser.add_argument(
-            "-h", "--help", "--help_all", action="help",
-            help=f"the flags to begin with; --help_all shows all {count}, by topic",
-        )  # fmt: skip
-        add_flags(parser, command.first.split(), every_flag)
-        parsers[name] = parser
+        parser.settings, parsers[name] = command.settings, parser
+        what = f"the flags to begin with; --help_all: all {len(fields_of(command.settings))}"
+        parser.add_argument("-h", "--help", "--help_all", action="help", help=what)
+        add_flags(parser, fields_of(command.settings) if every_flag else command.first.split())
     return program, parsers
 
 
-def add_flags(parser: FlagParser, first: list[str], every_flag: bool) -> None:
-    """A flag for each field of a command's settings, in groups by the class that introduces it."""
+def add_flags(parser: FlagParser, shown: Iterable[str]) -> None:
+    """A flag for each field of a command's settings, in groups by the class that introduces it.
+
+    shown: those that help speaks of. What is not given is not in the result of parsing.
+    """
     groups = {}
     for origin in parser.settings.__mro__:
         title = "this command" if origin is parser.settings else first_line(origin).rstrip(".")
         groups[origin] = parser.add_argument_group(title)
     for spec in fields(parser.settings):
         origin = [base for base in parser.settings.__mro__ if spec.name in vars(base)][-1]
-        shown = every_flag or spec.name in first
-        about = flag_help(spec, limits=every_flag) if shown else argparse.SUPPRESS
-        add_flag(groups[origin], spec, about)
+        about = flag_help(spec) if spec.name in shown else argparse.SUPPRESS
+        add = partial(groups[origin].add_argument, dest=spec.name, default=argparse.SUPPRESS)
+        if spec.type == "bool":  # the one that changes the default is shown
+            on, off = (argparse.SUPPRESS, about) if spec.default else (about, argparse.SUPPRESS)
+            add(f"--{spec.name}", action="store_true", help=on)
+            add(f"--no_{spec.name}", action="store_false", help=off)
+        else:
+            kind = {"int": "N", "float": "X", "str": "TEXT"}[spec.type.split(" | ")[0]]
+            choices = ",".join(choices_of(spec))
+            value = f"{{{choices}}}" if choices else kind
+            add(f"--{spec.name}", type=partial(flag_value, spec), metavar=value, help=about)
 
 
-def add_flag(group, spec, about: str) -> None:
-    """One setting: --name VALUE, or --name and --no_name. What is not given is not in the result."""
-    usual = dict(dest=spec.name, default=argparse.SUPPRESS)
+def flag_value(spec, text: str):
+    """A flag's text as the field's value; argparse puts the flag's name before the error."""
+    try:
+        return checked(spec, text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(f"{spec.name} ")) from None
+
+
+def flag_help(spec) -> str:
+    """What a setting means and its default, for argparse."""
+    about = spec.metadata["help"].replace("%", "%%")
     if spec.type == "bool":
-        on, off = (argparse.SUPPRESS, about) if spec.default else (about, argparse.SUPPRESS)
-        group.add_argument(f"--{spec.name}", action="store_true", help=on, **usual)
-        group.add_argument(f"--no_{spec.name}", action="store_false", help=off, **usual)
-        return
-
-    def value_of(text: str):
-        try:
-            return checked(spec, text)
-        except ValueError as error:  # argparse says the name itself
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{spec.name} ")) from None
-
-    usual_words = {"int": "N", "float": "X", "str": "TEXT"}
-    metavar = "{" + ",".join(choices_of(spec)) + "}"
-    if not choices_of(spec):
-        metavar = usual_words[spec.type.split(" | ")[0]]
-    group.add_argument(f"--{spec.name}", type=value_of, metavar=metavar, help=about, **usual)
-
-
-def flag_help(spec, limits: bool) -> str:
-    """What a setting means, its default and, if wanted, its limits."""
-    if spec.type == "bool":
-        return ("turns off: " if spec.default else "") + spec.metadata["help"].replace("%", "%%")
-    remarks = [] if spec.default in ("", None) else [f"default: {spec.default}"]
-    if limits and "high" in spec.metadata:
-        low = spec.metadata.get("low", spec.metadata.get("above"))
-        above = "above " if "above" in spec.metadata else ""
-        remarks.append(f"{above}{low:,} to {spec.metadata['high']:,}")
-    text = spec.metadata["help"] + (f" ({'; '.join(remarks)})" if remarks else "")
-    return text.replace("%", "%%")
+        return f"turns off: {about}" if spec.default else about
+    return about if spec.default in ("", None) else f"{about} (default: {spec.default})"
 
 
 def first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().split("\n")[0]
 
 
-def command_lines(text: str) -> str:
-    return "\n".join(f"  python llm_pipeline.py {line.strip()}" for line in text.split("\n"))
-
-
-def program_examples() -> str:
-    """The end of the program's own help."""
-    path = [
-        COMMANDS[name].examples.split("\n")[0] for name in ("train", "sample", "eval", "finetune")
-    ]
-    about = "the shortest path, on your text in data/raw (if empty, a built-in toy corpus):"
-    return f"{about}\n{command_lines(chr(10).join(path))}\n\nCOMMAND -h shows its flags."
-
-
-def underscored(word: str) -> str:
-    """--max-steps=5 is --max_steps=5."""
-    flag, equals, value = word.partition("=")
-    if re.fullmatch(r"--\w[\w-]*", flag):
-        flag = "--" + flag[2:].replace("-", "_")
-    return flag + equals + value
-
-
 def parse(argv: list[str]) -> tuple[str, Settings]:
     """(command, its settings). What is wrong ends in the usage line and SystemExit with code 2."""
-    argv = [underscored(word) for word in argv]
-    program, parsers = program_parser("--help_all" in argv)
-    if not argv:
-        program.parse_args(["--help"])
-    if argv[0] not in parsers and not argv[0].startswith("-"):
-        hint = did_you_mean(argv[0], parsers) or f"; the commands are {', '.join(parsers)}"
-        program.error(f"unknown command {argv[0]!r}{hint}")
-    given = vars(program.parse_args(argv))
-    name = given.pop("command")
+    words = []
+    for word in argv or ["--help"]:  # --max-steps=5 is --max_steps=5
+        flag, equals, value = word.partition("=")
+        if re.fullmatch(r"--\w[\w-]*", flag):
+            flag = "--" + flag[2:].replace("-", "_")
+        words.append(flag + equals + value)
+    program, parsers = program_parser("--help_all" in words)
+    explicit = vars(program.parse_args(words))
+    name = explicit.pop("command")
     try:
-        return name, settle(COMMANDS[name].settings, given)
+        return name, settle(COMMANDS[name].settings, explicit)
     except UserError as error:
         parsers[name].error(str(error))
 
