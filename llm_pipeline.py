@@ -8461,7 +8461,7 @@ def checked(spec, value):
     words = choices_of(spec)
 
     def wrong(what: str) -> ValueError:
-        hint = did_you_mean(str(value), words)
+        hint = did_you_mean(str(value).lower(), words)
         return ValueError(f"{spec.name} must be {what}, not {str(value)[:80]!r}{hint}")
 
     if value is None and nullable:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import SHAPE, differences, run
+from conftest import SHAPE, differences, needs, run
 
 import llm_pipeline as lp
 
@@ -27,6 +27,29 @@ def test_a_checkpoint_loads_and_generates(tiny_checkpoint, capfd):
     assert capfd.readouterr().out == ""
     flags = ["--ckpt", tiny_checkpoint, "--device", "cpu", "--max_new_tokens", 9]
     assert run("sample", *flags, "--prompt", "Repeat", "--temperature", 0).out == text + "\n"
+
+
+def test_several_samples_are_a_list_of_texts(tiny_checkpoint):
+    model = lp.load(tiny_checkpoint, device="cpu", max_new_tokens=6)
+    texts = model.generate("Repeat", num_samples=3)
+    assert isinstance(texts, list) and len(texts) == 3
+    assert all(isinstance(text, str) for text in texts)
+    assert isinstance(model.generate("Repeat"), str)
+    greedy = model.generate("Repeat", temperature=0)
+    assert model.generate("Repeat", temperature=0, num_samples=2) == [greedy, greedy]
+
+
+def test_a_store_and_an_export_from_python(source, tiny_checkpoint, tmp_path, capfd):
+    store = lp.prepare(**source, out_dir=tmp_path / "store", tokenizer="byte")
+    assert store == str(tmp_path / "store")
+    best = lp.train(**TINY | {"max_steps": 2}, data_dir=store, out_dir=tmp_path / "run")
+    assert lp.evaluate(ckpt=best, data_dir=store, device="cpu")["tokens"] > 0
+    needs("transformers")
+    assert lp.export(ckpt=best, out_dir=tmp_path / "hf") == str(tmp_path / "hf")
+    assert (tmp_path / "hf/model.safetensors").exists()
+    assert capfd.readouterr().out == ""
+    with pytest.raises(lp.UserError, match="--gguf and --adapter"):
+        lp.export(ckpt=best, gguf="x.gguf", adapter=True)
 
 
 def test_training_from_python_is_the_same_as_by_the_command(source, corpus, tmp_path, capfd):
@@ -74,10 +97,13 @@ def test_training_works_in_another_thread(source, tmp_path):
         ({"epcohs": 1}, "did you mean epochs?"),
         ({"temperature": 1}, "belongs to sample"),
         ({"lr": -1}, "lr must be above 0"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"lr": None}, "lr must be a number"),
         ({"data_dir": "missing"}, "missing"),
         ({"batch_size": [8]}, "batch_size must be a whole number"),
         ({"resume": "yes"}, "resume must be true or false"),
+        ({"config": "none.json"}, "none.json"),
+        ({"preset": "Tiny"}, "did you mean tiny-8g?"),
     ],
 )
 def test_a_wrong_setting_is_an_exception_that_says_so(settings, word, tmp_path, monkeypatch):
@@ -95,7 +121,7 @@ def test_a_missing_checkpoint_is_an_exception_that_says_so(tmp_path):
 def test_the_public_names_stand():
     names = """set_seed ByteTokenizer build_corpus_from_sources LMDataset create_dataloaders
         CausalSelfAttention TransformerBlock GPTConfig GPT train_loop finetune_loop
-        evaluate_perplexity sample_text CSVLogger train finetune evaluate load"""
+        evaluate_perplexity sample_text CSVLogger train finetune evaluate prepare export load"""
     assert [name for name in names.split() if not callable(getattr(lp, name, None))] == []
 
 
