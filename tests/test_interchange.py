@@ -378,7 +378,15 @@ def test_exported_tokenizer_is_ours(talker):
     ours, theirs, folder = talker
     back = lp.load_model(str(folder)).tokenizer
     assert type(back) is type(ours)
-    texts = [*random_texts(2000), " leading", "trailing ", "a  b . , n't", "e\u0301", "", "a<|tool|>"]
+    texts = [
+        *random_texts(2000),
+        " leading",
+        "trailing ",
+        "a  b . , n't",
+        "e\u0301",
+        "",
+        "a<|tool|>",
+    ]
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False)["input_ids"], strict=True):
         assert ids == ours.encode(text).tolist() == back.encode(text).tolist(), repr(text)
         assert theirs.decode(ids) == ours.decode(ids) == text
