@@ -2924,11 +2924,10 @@ class BPETokenizer:
             self.vocab_size = max(self.library.get_vocab().values(), default=0) + 1
         if self.vocab_size > 2**24:
             raise UserError(f"the tokenizer has ids up to {self.vocab_size - 1:,}: too many")
-        needed = {"pad_id": pad_id, "eos_id": eos_id, "sep_id": sep_id}
-        for name, number in (
-            needed.items() if bos_id is None else [*needed.items(), ("bos_id", bos_id)]
-        ):
-            if type(number) is not int or not 0 <= number < self.vocab_size:
+        ids = {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id, "sep_id": sep_id}
+        for name, number in ids.items():
+            usable = type(number) is int and 0 <= number < self.vocab_size
+            if not usable and not (name == "bos_id" and number is None):
                 raise UserError(f"the tokenizer has no usable {name} (got {number!r})")
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = pad_id, bos_id, eos_id, sep_id
         self.end_ids = tuple(sorted({eos_id, sep_id, *end_ids}))
@@ -2948,8 +2947,8 @@ class BPETokenizer:
     def keeps_turns(self) -> bool:
         """Whether a chat encoded turn by turn, as here, has the ids of the chat in one piece.
 
-        Chat templates give it in one piece. Vocabularies that put a space before every text, as
-        some of SentencePiece's do, or that merge across its beginning, fail.
+        Chat templates give it in one piece, where a vocabulary that puts a space before the first
+        text alone, as some of SentencePiece's do, has other ids.
         """
         text = "".join(map(self.library.id_to_token, self.prefix))
         for instruction, input, output in PROBE_TURNS:
@@ -2996,10 +2995,6 @@ class BPETokenizer:
         known = self.library.decode(list(before), skip_special_tokens=True)
         return self.library.decode([*before, *ids], skip_special_tokens=True)[len(known) :]
 
-    @property
-    def prefix(self) -> list[int]:
-        return [self.bos_id]
-
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text that each token stands for, inside a text."""
         sizes = np.zeros(self.vocab_size, np.int64)
@@ -3045,11 +3040,11 @@ PROBE_TURNS = (("What is 1 + 1?", "Größe 3", "two"), (" ", "", " a\n"), ("Who?
 
 
 def turn_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids of a chat of PROBE_TURNS, encoded as records are stored: turn by turn."""
+    """The ids of a chat of PROBE_TURNS, as records are stored: a prompt and its answer at a time."""
     ids = list(tokenizer.prefix)
     for instruction, input, output in PROBE_TURNS:
-        ids += tokenizer.encode(instruction_prompt(instruction, input)).tolist()
-        ids += [*tokenizer.encode(instruction_response(output)).tolist(), tokenizer.sep_id]
+        text = instruction_prompt(instruction, input) + instruction_response(output)
+        ids += [*tokenizer.encode(text).tolist(), tokenizer.sep_id]
     return ids
 
 
@@ -4553,6 +4548,9 @@ def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[tuple[P
     if tokenizer.cuts_safely:
         yield from zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True)
         return
+    if any(piece.behind for piece in pieces) and not tokenizer.keeps_turns:
+        what = "this tokenizer reads the turns of a chat otherwise apart than together"
+        raise UserError(f"{what}: choose another --tokenizer for instructions")
     prompts = tokenizer.encode_batch([piece.behind for piece in pieces])
     texts = tokenizer.encode_batch([piece.behind + piece.text for piece in pieces])
     for piece, prompt, ids in zip(pieces, prompts, texts, strict=True):

@@ -288,7 +288,7 @@ BROKEN = {  # name: (model, how it is spoiled, a word of the error)
     "scaled by layer": ("gpt2", edit_json(scale_attn_by_inverse_layer_idx=True), "logits"),
     "attention not scaled": ("gpt2", edit_json(scale_attn_weights=False), "logits"),
     "broken config": ("gpt2", lambda folder: (folder / "config.json").write_text("{"), "config"),
-    "config is a list": ("gpt2", lambda folder: (folder / "config.json").write_text("[]"), "config"),
+    "config is a list": ("gpt2", lambda f: (f / "config.json").write_text("[]"), "config"),
     "no config": ("gpt2", lambda folder: (folder / "config.json").unlink(), "config.json"),
     "broken tokenizer": ("gpt2", lambda folder: (folder / "tokenizer.json").write_text("{"),
                          "tokenizer.json"),
