@@ -2931,7 +2931,7 @@ class BPETokenizer:
                 raise UserError(f"the tokenizer has no usable {name} (got {number!r})")
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = pad_id, bos_id, eos_id, sep_id
         self.end_ids = tuple(sorted({eos_id, sep_id, *end_ids}))
-        self.prefix = () if bos_id is None else (bos_id,)
+        self.prefix = [] if bos_id is None else [bos_id]
         library = json.loads(library_json)
         self.unk_id = unknown_id(library)
         self.cut = known_cut(library)  # by llama.cpp's name

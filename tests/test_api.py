@@ -131,4 +131,4 @@ def test_the_parts_work_by_themselves():
     size = {flag.removeprefix("--"): int(n) for flag, n in zip(SHAPE[:8:2], SHAPE[1:8:2])}  # noqa: B905
     model = lp.GPT(lp.GPTConfig(vocab_size=tokenizer.vocab_size, **size)).eval()
     ids = torch.from_numpy(tokenizer.encode("hello").astype("int64"))
-    assert list(lp.generate(model, ids, 3, ()))
+    assert len(list(lp.generate(model, ids[None], 3, ()))) == 3
