@@ -8328,7 +8328,7 @@ class Command(NamedTuple):
     settings: type
     run: Callable
     first: str  # the flags that a first user needs
-    examples: list[str]  # command lines without the program's name
+    examples: list[str]  # what may follow the command's name
     parallel: bool = True  # under torchrun, in all processes; False: in the first one alone
 
 
@@ -8337,52 +8337,43 @@ COMMANDS = {
         TrainConfig, fit_command(train_loop),
         "data_dir minutes preset recipe tokenizer epochs max_steps batch_size lr block_size n_layer "
         "n_head n_embd threads out_dir resume config",
-        ["train --preset cpu-debug --recipe fast",
-         "train --data_dir book.txt --minutes 10 --out_dir runs/book",
-         "train --resume --out_dir runs/book"],
+        ["--preset cpu-debug --recipe fast", "--data_dir book.txt --minutes 10 --out_dir runs/book",
+         "--resume --out_dir runs/book"],
     ),
     "finetune": Command(
         FinetuneConfig, fit_command(finetune_loop),
         "ckpt data_dir epochs max_steps batch_size lr recipe method loss_on objective block_size "
         "threads out_dir resume config",
-        ["finetune --ckpt ckpts/best.pth --data_dir data/raw",
-         "finetune --ckpt ckpts/best.pth --method lora --lora_r 8",
-         "finetune --ckpt ckpts/best_finetune.pth --objective dpo --data_dir pairs.jsonl --out_dir dpo"],
+        ["--ckpt ckpts/best.pth --data_dir qa.csv", "--ckpt gpt2 --method lora --data_dir chats.jsonl",
+         "--ckpt ckpts/best_finetune.pth --objective dpo --data_dir pairs.jsonl --out_dir runs/dpo"],
     ),
     "eval": Command(
         EvalConfig, eval_command,
         "ckpt data_dir split block_size batch_size max_batches threads json config",
-        ["eval --ckpt ckpts/best.pth",
-         "eval --ckpt ckpts/best_finetune.pth --data_dir data/raw --json figures.json"],
+        ["--ckpt ckpts/best.pth", "--ckpt ckpts/best_finetune.pth --data_dir qa.csv --json e.json"],
     ),
     "sample": Command(
         SampleConfig, sample_command,
         "ckpt prompt input template max_new_tokens temperature top_k top_p stop num_samples seed "
         "threads config",
-        ['sample --ckpt ckpts/best.pth --prompt "Once upon a time"',
-         'sample --ckpt ckpts/best_finetune.pth --prompt "Reverse the word." --input lamp',
-         "sample --ckpt ckpts/best_finetune.pth"],
+        ['--ckpt ckpts/best.pth --prompt "Once upon a time"', "--ckpt ckpts/best_finetune.pth"],
         parallel=False,
     ),
     "prepare": Command(
         PrepareConfig, prepare_command,
         "data_dir download hf_dataset tokenizer vocab_size out_dir max_docs preview config",
-        ["prepare --data_dir data/raw --preview 2",
-         "prepare --download tinyshakespeare",
-         "prepare --data_dir books --tokenizer bpe --vocab_size 4096 --out_dir data/processed/books"],
+        ["--download tinyshakespeare", "--data_dir books --tokenizer bpe --out_dir data/books"],
         parallel=False,
     ),
     "export": Command(
         ExportConfig, export_command, "ckpt out_dir gguf gguf_type adapter merge overwrite config",
-        ["export --ckpt ckpts/best.pth --out_dir hf",
-         "export --ckpt ckpts/best.pth --gguf model.gguf --gguf_type q8_0"],
+        ["--ckpt ckpts/best.pth --out_dir hf", "--ckpt ckpts/best_finetune.pth --gguf model.gguf"],
         parallel=False,
     ),
     "bench": Command(
         BenchConfig, bench_command,
         "preset recipe batch_size block_size n_layer n_head n_embd threads dtype compile vs json config",
-        ["bench --preset cpu-debug",
-         "bench --preset tiny-8g --vs hf --json speed.json"],
+        ["--preset cpu-debug", "--preset tiny-8g --vs hf --json speed.json"],
     ),
 }  # fmt: skip
 
@@ -8721,8 +8712,8 @@ def program_parser(every_flag: bool = False) -> tuple[FlagParser, dict[str, Flag
     commands = program.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parsers = {}
     for name, command in COMMANDS.items():
-        about = first_line(command.settings)
-        lines = [f"  python {program.prog} {line}" for line in command.examples]
+        about = command.settings.__doc__.split("\n")[0]
+        lines = [f"  python {program.prog} {name} {flags}" for flags in command.examples]
         epilog = "\n".join(["examples:", *lines])
         parser = commands.add_parser(name, help=about, description=about, epilog=epilog, **usual)
         parser.usage = f"{program.prog} {name} [--flag VALUE ...]"
@@ -8740,7 +8731,9 @@ def add_flags(parser: FlagParser, shown: Iterable[str]) -> None:
     """
     groups = {}
     for origin in parser.settings.__mro__:
-        title = "this command" if origin is parser.settings else first_line(origin).rstrip(".")
+        title = origin.__doc__.split("\n")[0].rstrip(".")
+        if origin is parser.settings:
+            title = "this command"
         groups[origin] = parser.add_argument_group(title)
     for spec in fields(parser.settings):
         origin = [base for base in parser.settings.__mro__ if spec.name in vars(base)][-1]
@@ -8771,10 +8764,6 @@ def flag_help(spec) -> str:
     if spec.type == "bool":
         return f"turns off: {about}" if spec.default else about
     return about if spec.default in ("", None) else f"{about} (default: {spec.default})"
-
-
-def first_line(cls: type) -> str:
-    return (cls.__doc__ or "").strip().split("\n")[0]
 
 
 def parse(argv: list[str]) -> tuple[str, Settings]:
@@ -8847,16 +8836,6 @@ def carry_out(function: Callable, config: Settings, stop: StopSignal, alone: boo
         return function(config, rt, stop, *folder)
 
 
-def run_command(name: str, config: Settings, stop: StopSignal) -> None:
-    command = COMMANDS[name]
-    if not command.parallel and not is_main():
-        return  # torchrun waits for the first process, which does the work
-    # In a session of `sample`, ctrl-c ends an answer.
-    with contextlib.nullcontext() if command.settings is SampleConfig else stop:
-        carry_out(command.run, config, stop, alone=not command.parallel)
-    sys.stdout.flush()  # a full disk shows here, while it can still be said
-
-
 @guarded_output()
 def main(argv: list[str] | None = None) -> int:
     """Run one command; never raises for what a user can fix.
@@ -8868,7 +8847,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
             raise UserError(f"PyTorch {torch.__version__} is too old: pip install torch==2.13.0")
-        run_command(*parse(argv), stop)
+        name, config = parse(argv)
+        command = COMMANDS[name]
+        if not command.parallel and not is_main():
+            return 0  # torchrun waits for the first process, which does the work
+        # In a session of `sample`, ctrl-c ends an answer.
+        with contextlib.nullcontext() if name == "sample" else stop:
+            carry_out(command.run, config, stop, alone=not command.parallel)
+        sys.stdout.flush()  # a full disk shows here, while it can still be said
         return 0
     except KeyboardInterrupt:  # Interrupted among them
         return 128 + (stop.number or signal.SIGINT)

@@ -253,11 +253,7 @@ def test_debug_shows_where(tmp_path):
     assert "Traceback" in result.err
 
 
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you "
-                                 "tried to allocate 99 bytes. Error code 12")],
-)  # fmt: skip
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("x: can't allocate memory: 99 b")])
 def test_running_out_of_memory_says_what_to_lower(error):
     assert "lower --batch_size" in lp.explanation(error)
 
@@ -445,11 +441,9 @@ def test_one_setting_twice_with_one_value_is_fine(tmp_path):
     assert lp.parse(["train", "--config", str(tmp_path / "c.json")])[1].lr == 0.1
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_a_config_that_is_not_a_file_is_refused_at_once(kind, tmp_path):
-    path = tmp_path / "c.json"
-    path.mkdir() if kind == "folder" else os.mkfifo(path)
-    run("train", "--config", path).fails(2, f"{path} is not a file")
+def test_a_config_that_is_not_a_file_is_refused_at_once(tmp_path):
+    (tmp_path / "c.json").mkdir()
+    run("train", "--config", tmp_path / "c.json").fails(2, "c.json is not a file")
 
 
 def test_home_and_variables_in_paths(tmp_path, monkeypatch):
@@ -537,19 +531,10 @@ def test_every_setting_says_what_resuming_means_for_it():
 # --- the environment ---
 
 
-@pytest.mark.parametrize(
-    ("env", "word"),
-    [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
-        ({"RANK": "-1"}, "RANK"),
-        ({"RANK": "4", "WORLD_SIZE": "4"}, "torchrun"),
-    ],
-)
-def test_a_malformed_place_among_processes_is_one_line(env, word, corpus, tmp_path):
-    result = run("train", *corpus, *ONE, cwd=tmp_path, **env)
-    result.fails(result.code or 1, word)
-    assert len(result.errors) == 1
+def test_a_malformed_place_among_processes_is_one_line(tmp_path):
+    for env in (dict(WORLD_SIZE="two"), dict(RANK="4", WORLD_SIZE="4")):
+        result = run("train", "--data_dir", tmp_path, cwd=tmp_path, **env)
+        assert len(result.fails(result.code or 1, next(iter(env))).errors) == 1
 
 
 def test_training_ends_well_whatever_the_locale(tmp_path):
