@@ -529,7 +529,8 @@ def foreign_folder(folder, hf, **said):
     save_peer("qwen3, more ids than its tokenizer", folder, hf)
     library = tokenizers.ByteLevelBPETokenizer()
     names = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
-    library.train_from_iterator(["a b"], vocab_size=300, special_tokens=names)
+    text = "the cat sees the dog and the other cat sings far away " * 9
+    library.train_from_iterator([text], vocab_size=300, special_tokens=names)
     library.save(str(folder / "tokenizer.json"))
     config = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", bos_token=None) | said
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -561,7 +562,6 @@ def test_more_ids_than_the_model_has_rows(hf, tmp_path):
     save_peer("gpt2", tmp_path / "hf", hf)
     for file in foreign_folder(tmp_path / "other", hf).glob("tokenizer*"):
         shutil.copy(file, tmp_path / "hf")
-    edit_json("tokenizer_config.json", additional_special_tokens=["<x>"])(tmp_path / "hf")
     run("sample", "--ckpt", tmp_path / "hf", "--prompt", "x").fails(1, "ids", "260")
 
 

@@ -345,13 +345,12 @@ def test_trained_special_tokens_keep_their_roles(trained):
 
 def test_tokens_of_the_user_are_made_from_text(tmp_path):
     """In the store and anywhere else, whole, whatever stands around them; ours never are."""
-    text = "<|user|>hi<|sep|> <|tool|>x<|user|>\n" * 50
+    text = "".join(f"<|user|>hi {n}<|sep|> <|tool|>x<|user|>\n" for n in range(50))
     store = trained_on(tmp_path, text, extra_special_tokens="<|user|>,<|tool|>", vocab_size=300)
     library = tokenizers.Tokenizer.from_str(store.tokenizer.json)
     user, tool, sep = map(library.token_to_id, ("<|user|>", "<|tool|>", "<|sep|>"))
     ids = [*store.tokens["train"].tolist(), *store.tokens["val"].tolist()]
-    records = sum(counts["records"] for counts in store.meta["counts"].values())
-    assert ids.count(user) == 2 * records and ids.count(tool) == records and sep not in ids
+    assert ids.count(user) == 100 and ids.count(tool) == 50 and sep not in ids
     assert store.tokenizer.decode(store.tokenizer.encode("a<|user|> b")) == "a<|user|> b"
     assert not any("user" in token for token in library.get_vocab() if token != "<|user|>")
 
