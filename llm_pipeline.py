@@ -4520,15 +4520,15 @@ def corpus_pieces(
             yield from record_pieces(each, split, size, config, whole)
 
 
-# GPT-2's pattern begins a new word at a space behind anything else, and at a mark behind a letter
-# (the second helps where a language has no spaces). What stands further away has no say in it.
-SAFE_CUT = re.compile(r"\S(?=[ \t\r\n])|[^\W_](?=[.,;:!?。，、；：！？])")
+# GPT-2 and its like begin a new word at a space between letters, and at a mark behind a letter (in
+# languages without spaces). What stands further away has no say in it.
+SAFE_CUT = re.compile(r"[^\W\d_](?= [^\W\d_])|[^\W\d_](?=[.,;:!?。，、；：！？])")
 
 
 def safe_blocks(text: str, whole: bool) -> Iterator[str]:
     """A text in blocks that end at a safe cut; in one if `whole`.
 
-    Ids of bytes and of GPT-2's words do not depend on the cuts. Of other vocabularies nothing is
+    Where `tokenizer.cuts_safely`, ids do not depend on these cuts. Of other vocabularies nothing is
     known: SentencePiece's mark where a text begins, normalisers look across spaces.
     """
     start = 0
@@ -4618,14 +4618,12 @@ class StoreWriter:
         self.lengths = Counter()  # {tokens: records}
         self.start = 0  # of the record being written
         self.need = tokens_needed(config)
-        self.unk_id = getattr(tokenizer, "unk_id", None)
-        self.prefix = getattr(tokenizer, "prefix", [tokenizer.bos_id])
         self.files = {name: open(folder / name, "wb") for name in TOKEN_FILES}
 
     def write(self, piece: Piece, ids: np.ndarray) -> None:
         split, tokenizer, is_text = piece.split, self.tokenizer, piece.kind == "text"
         special = self.config.add_special_tokens or not is_text
-        before = self.prefix if piece.first and special else []
+        before = tokenizer.prefix if piece.first and special else ()
         after = []
         if piece.kind == "answer":
             after = [tokenizer.sep_id]
@@ -4642,7 +4640,7 @@ class StoreWriter:
         if piece.kind == "answer" or (is_text and piece.last):
             prompt = length - len(data)
             if is_text:
-                prompt = len(self.prefix) if special else 0
+                prompt = len(tokenizer.prefix) if special else 0
             number = self.sources.setdefault(piece.source, len(self.sources))
             row = (self.start, length, prompt, number, piece.trained, piece.last)
             self.files[f"{split}.idx"].write(np.array([row], INDEX))
@@ -4657,8 +4655,8 @@ class StoreWriter:
         counts["bytes"] += size
         if piece.trained:
             counts[f"{piece.split}_bytes"] += size
-        if self.unk_id is not None:
-            counts["unknown_tokens"] += int((ids == self.unk_id).sum())
+        if self.tokenizer.unk_id is not None:
+            counts["unknown_tokens"] += int((ids == self.tokenizer.unk_id).sum())
 
     def is_full(self) -> bool:
         """Whether --max_tokens are written, or all that a run on a stream will read."""
@@ -4680,11 +4678,9 @@ class StoreWriter:
             bar.update(sum(len(piece.text) for piece in batch))
 
     def close(self) -> dict:
-        """Force all to disk. Returns what meta.json says of the content, plain data."""
+        """Returns what meta.json says of the content, plain data."""
         files = {}
         for name, file in self.files.items():
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
             data = mapped(self.folder / name, np.dtype("u1"))
             files[name] = {"bytes": len(data), "blake2b": content_digest(data)}

@@ -93,7 +93,7 @@ SLOW = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, **SLOW)
+@settings(max_examples=10, **SLOW)
 @given(plain=st.lists(TEXTS, max_size=4), talks=TALKS, data=st.data())
 def test_counted_bytes_are_the_text(tmp_path_factory, vocabularies, kind, plain, talks, data):
     """And what is masked is what was marked, whatever the tokenizer makes of either."""
@@ -218,12 +218,12 @@ def test_a_tokenizer_that_joins_prompt_and_answer_is_refused(tmp_path):
 
 
 def test_plain_texts_without_special_tokens(tmp_path):
-    rows = [{"text": "ab"}, {"instruction": "Do", "output": "x"}, {"text": "cd"}]
+    rows = [{"text": "ab"}, {"text": "cd"}, {"instruction": "Do", "output": "x"}]
     store = build(tmp_path, rows, val_fraction=1e-9, add_special_tokens=False)
     turn = [257, *b"### Instruction: Do\n### Input: \n### Output: x\n", 259]
-    assert store.tokens["train"].tolist() == [*b"ab", *turn, *b"cd"]
-    assert store.index["train"]["prompt"].tolist() == [0, len(turn) - 4, 0]
-    assert store.index["train"]["length"].tolist() == [2, len(turn), 2]
+    assert store.tokens["train"].tolist() == [*b"abcd", *turn]
+    assert store.index["train"]["prompt"].tolist() == [0, 0, len(turn) - 4]
+    assert store.index["train"]["length"].tolist() == [2, 2, len(turn)]
     path = tmp_path / "raw/rows.jsonl"
     flags = ["--data_dir", path, "--no_add_special_tokens", "--processed_dir", tmp_path / "p"]
     folder = run("prepare", *flags, "--val_fraction", 1e-9).ok().out.splitlines()[-1]
