@@ -8486,7 +8486,7 @@ def checked_number(spec, value, wrong: Callable) -> int | float:
     low, high = limits.get("low", limits.get("above", -(2**53))), limits.get("high", 2**53)
     if not low <= number <= high or number == limits.get("above"):
         above = "above " if "above" in limits else ""
-        raise wrong(f"{above}{low}" + (f" to {high}" if "high" in limits else " or more"))
+        raise wrong(f"{above}{low}" + (f" up to {high}" if "high" in limits else " or more"))
     return number
 
 

@@ -115,25 +115,20 @@ def test_importing_has_no_side_effect(tmp_path):
 
 PROBLEMS = {
     "train --lr nan": "--lr: must be a number",
-    "train --lr -0.1": "--lr: must be above 0.0 to 10.0",
-    "train --lr 1e9": "--lr: must be above 0.0 to 10.0",
+    "train --lr -0.1": "--lr: must be above 0.0 up to 10.0",
+    "train --lr 1e9": "--lr: must be above 0.0 up to 10.0",
     "train --lr x": "--lr: must be a number",
     "train --lr": "--lr: expected one argument",
     "train --batch_size 2.5": "--batch_size: must be a whole number",
-    "train --batch_size 99999999999999999999": "--batch_size",
-    "train --batch_size 1e400": "--batch_size",
     "train --dropout 1": "--dropout",
-    "train --seed -1": "--seed",
     "train --lr_schedule cosinus": "did you mean cosine?",
     "train --preset tiny8g": "did you mean tiny-8g?",
     "train --arch gpt3": "gpt2, modern",
     "train --device gpu": "--device must be auto",
-    "train --device cuda:" + "9" * 20: "--device must be auto",
     "train --resume=5": "--resume",
     "train --data_dir a\0b": "--data_dir: must be text",
     "train --n_embd 510 --n_head 8": "n_embd 510 is not divisible by n_head 8",
     "train --n_head 8 --n_kv_head 3 --n_embd 64": "n_kv_head 3",
-    "train --n_embd 6 --n_head 2 --pos rope": "even",
     "train --batch_size 8 --grad_accum 3": "batch_size 8",
     "train --resume --overwrite": "--overwrite",
     "train --minutes 3 --max_steps 9": "--max_steps",
@@ -141,26 +136,20 @@ PROBLEMS = {
     "train --epcohs 3": "did you mean --epochs?",
     "train --n-embed 64": "did you mean --n_embd?",
     "train --heads 4": "did you mean --n_head?",
-    "train --epoch 3": "did you mean --epochs?",  # no abbreviations
     "train --learning_rate 1e-3": "did you mean --lr?",
     "train --temperature 1": "--temperature belongs to sample",
     "train --qwertyuiop 1": "--help_all lists every one",
     "train stray": "unexpected 'stray'",
     "trian": "invalid choice: 'trian' (choose from",
     "--lr 3": "llm_pipeline.py: error",
-    "sample --temperature -1": "--temperature",
-    "sample --top_p nan": "--top_p",
     "sample --template jinja": "--template",
     "sample --prompt --top-k 3": "--prompt: expected one argument",
     "eval --split test": "--split",
     "eval --checkpoint x.pth": "did you mean --ckpt?",
     "finetune --method qlora": "did you mean lora?",
-    "finetune --lora_r 0": "--lora_r",
-    "prepare --vocab_size 3": "--vocab_size",
     "prepare --streaming": "--hf_dataset",
     "export --adaptor": "did you mean --adapter?",
     "export --gguf x --adapter": "--gguf and --adapter",
-    "bench --vs jax": "--vs",
 }  # fmt: skip
 
 
@@ -226,24 +215,16 @@ def test_a_failed_command_leaves_what_was_there(tmp_path):
     assert (tmp_path / "runs/notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "file/x"])
 @pytest.mark.parametrize(
-    "argv",
-    [
-        "train --out_dir LONG", "train --data_dir LONG", "train --config LONG",
-        "train --init_from LONG", "eval --ckpt LONG", "eval --json LONG/x", "sample --ckpt LONG",
-        "train --tokenizer LONG", "train --out_dir FILE", "train --processed_dir FILE/x",
-        "export --out_dir FILE/x", "eval --json FILE/x", "sample --ckpt FILE/x",
-    ],
-)  # fmt: skip
-def test_names_that_cannot_be_are_one_line(argv, corpus, tiny_checkpoint, tmp_path):
+    "argv", words("train.out_dir train.data_dir train.tokenizer sample.ckpt eval.json export.ckpt")
+)
+def test_names_that_cannot_be_are_one_line(argv, name, corpus, tiny_checkpoint, tmp_path):
     (tmp_path / "file").write_text("x")
-    command, *flags = [w.replace("LONG", "x" * 300).replace("FILE", "file") for w in words(argv)]
-    base = {"train": [*corpus, *ONE], "export": ["--ckpt", tiny_checkpoint]}.get(command, [])
-    if command == "eval":
-        base = [*corpus, "--ckpt", tiny_checkpoint]
-    result = run(command, *base, *flags, cwd=tmp_path)
-    result.fails(result.code or 1)
-    assert len(result.errors) == 1, result.err
+    command, flag = argv.split(".")
+    base = {"train": [*corpus, *ONE], "eval": [*corpus, "--ckpt", tiny_checkpoint]}
+    result = run(command, *base.get(command, []), f"--{flag}={name}", cwd=tmp_path)
+    assert len(result.fails(result.code or 1).errors) == 1, result.err
     assert "Error:" not in result.err
 
 
@@ -311,42 +292,32 @@ def test_presets_are_as_documented_in_any_case():
         assert config == lp.parse(["train", "--preset", preset.lower()])[1]
 
 
-def write_config(file: Path, table: dict) -> Path:
-    """A nested table in the format that the file's ending says."""
-    if file.suffix == ".json":
-        file.write_text(json.dumps(table), encoding="utf-8")
-    elif file.suffix == ".toml":
-        if sys.version_info < (3, 11):
-            pytest.skip("TOML needs Python 3.11 or newer")
-        lines = []
-        for section, values in table.items():
-            lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
-        file.write_text("\n".join(lines), encoding="utf-8")
-    else:
-        lines = []
-        for section, values in table.items():
-            lines += [f"{section}:", *(f"  {k}: {v}" for k, v in values.items())]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return file
+NESTED = {
+    "json": """{"data": {"dataset_name": "wikitext", "dataset_config": "wikitext-2-raw-v1",
+        "seq_length": 128}, "model": {"hidden_size": 64, "num_attention_heads": 4},
+        "training": {"batch_size": 32, "optimizer": {"learning_rate": 0.002}}}""",
+    "toml": """[data]\ndataset_name = "wikitext"\ndataset_config = "wikitext-2-raw-v1"
+        seq_length = 128\n[model]\nhidden_size = 64\nnum_attention_heads = 4
+        [training]\nbatch_size = 32\n[training.optimizer]\nlearning_rate = 0.002""",
+    "yaml": """data: {dataset_name: wikitext, dataset_config: wikitext-2-raw-v1, seq_length: 128}
+model:\n  hidden_size: 64\n  num_attention_heads: 4
+training:\n  batch_size: 32\n  optimizer:\n    learning_rate: 2e-3""",
+}
 
 
-@pytest.mark.parametrize("ending", ["json", "toml", "yaml", "yml"])
+@pytest.mark.parametrize("ending", ["json", "toml", "yaml"])
 def test_nested_config_files_with_the_names_of_others(ending, tmp_path):
-    if ending.startswith("y"):
-        needs("yaml")
-    table = {
-        "data": {"dataset_name": "wikitext", "dataset_config": "wikitext-2-raw-v1",
-                 "seq_length": 128},
-        "model": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
-        "training": {"batch_size": 32, "learning_rate": 0.002, "num_train_epochs": 2},
-    }  # fmt: skip
-    file = write_config(tmp_path / f"c.{ending}", table)
+    needs({"toml": "tomllib", "yaml": "yaml"}.get(ending, "json"))
+    file = tmp_path / f"c.{ending}"
+    file.write_text(NESTED[ending], encoding="utf-8")
+    for package in ("datasets", "tokenizers"):
+        needs(package)
     config = lp.parse(["train", "--config", str(file)])[1]
     assert (config.hf_dataset, config.hf_config) == ("wikitext", "wikitext-2-raw-v1")
-    assert (config.block_size, config.batch_size, config.lr, config.epochs) == (128, 32, 2e-3, 2)
-    assert (config.n_embd, config.n_layer, config.n_head) == (64, 3, 4)
-    result = run("prepare", "--config", file, "--no_debug", "--hf_files", "none", cwd=tmp_path)
-    assert "left out hidden_size, num_hidden_layers" in result.err
+    assert (config.block_size, config.batch_size, config.lr) == (128, 32, 2e-3)
+    assert (config.n_embd, config.n_head) == (64, 4)
+    result = run("prepare", "--config", file, "--hf_files", "none", cwd=tmp_path)
+    assert "left out hidden_size, num_attention_heads, batch_size, learning_rate, of" in result.err
     for command in COMMANDS:
         lp.parse([command, "--config", str(file)])
 
@@ -522,12 +493,6 @@ def test_a_resumed_run_keeps_its_settings_but_for_what_may_change(corpus, tmp_pa
     assert (stored["max_steps"], stored["n_embd"]) == (4, 32)
 
 
-def test_every_setting_says_what_resuming_means_for_it():
-    for command in ("train", "finetune"):
-        for spec in settings_of(command).values():
-            assert spec.metadata["resume"] in ("fixed", "changeable", "session_only")
-
-
 # --- the environment ---
 
 
@@ -599,46 +564,38 @@ def test_results_go_to_stdout_and_all_else_to_stderr(corpus, tmp_path):
 
 # --- mutated command lines ---
 
-ODD = [
-    "nan", "-inf", "-1", "0", "1e400", "3.5", "", "x", " ", "\0", "你好", "--", "-", "true", "[]",
-    "1e-5", "9" * 40, "\ud800", "%s", "%(default)s", "$HOME", "a\nb", "-h5", "--n_embd=", "--=",
-    "--no-lr", "cuda:99", "..", "none/x", "@x", "raw", "base.pth", "text.txt", "~",
-]  # fmt: skip
+ODD = ["nan", "-inf", "-1", "0", "1e400", "3.5", "", "x", " ", "\0", "你好", "--", "-", "true",
+       "[]", "1e-5", "9" * 40, "\ud800", "%(default)s", "a\nb", "-h5", "--n_embd=", "--=",
+       "cuda:99", "..", "none/x", "raw", "base.pth", "text.txt", "~"]  # fmt: skip
 # What would fetch from a network, compile, or fill a disk is left out.
-LEFT_OUT = {"download", "mirror", "compile", "hf_dataset", "wandb", "tokenizer", "check_model",
-            "init_from", "threads", "debug", "max_new_tokens", "num_samples",
-            "minutes"}  # fmt: skip
-SMALL = words("--device cpu --data_dir raw --processed_dir stores")
+LEFT_OUT = words("download mirror compile hf_dataset wandb tokenizer check_model init_from threads "
+                 "debug max_new_tokens num_samples minutes")  # fmt: skip
 BASES = {
-    "train": words("--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --max_steps 1"
-                   " --overwrite") + SMALL,
-    "finetune": words("--ckpt base.pth --max_steps 1 --batch_size 4 --report_samples 0 --overwrite")
-                + SMALL,
-    "eval": words("--ckpt base.pth --max_batches 1") + SMALL,
-    "sample": words("--ckpt base.pth --prompt x --max_new_tokens 3 --device cpu"),
-    "prepare": words("--block_size 32") + SMALL,
+    "train": "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --max_steps 1 "
+             "--overwrite --data_dir raw",
+    "eval": "--ckpt base.pth --max_batches 1 --data_dir raw",
+    "sample": "--ckpt base.pth --prompt x --max_new_tokens 3",
+    "prepare": "--data_dir raw --block_size 32",
 }  # fmt: skip
 
 
 @st.composite
 def mutated(draw) -> list[str]:
-    """A good command line with a few words changed, dropped, doubled or put in."""
+    """A good command line with a few words changed, dropped or put in."""
     command = draw(st.sampled_from(list(BASES)))
-    argv = [command, *BASES[command]]
+    argv = [command, *words(BASES[command]), "--device", "cpu"]
     flags = [f"--{name}" for name in settings_of(command) if name not in LEFT_OUT]
     for _ in range(draw(st.integers(1, 3))):
         i = draw(st.integers(0, len(argv) - 1))
-        what = draw(st.sampled_from(["odd", "drop", "twice", "flag", "letter"]))
+        what = draw(st.sampled_from(["odd", "drop", "flag", "letter"]))
         if what == "odd":
             argv[i] = draw(st.sampled_from(ODD))
         elif what == "drop" and len(argv) > 1:
             del argv[i]
-        elif what == "twice":
-            argv.insert(i, argv[i])
         elif what == "flag":
             argv[i + 1 : i + 1] = [draw(st.sampled_from(flags)), draw(st.sampled_from(ODD))]
-        elif argv[i]:
-            j = draw(st.integers(0, len(argv[i]) - 1))
+        else:
+            j = draw(st.integers(0, len(argv[i])))
             argv[i] = argv[i][:j] + draw(st.characters(codec="utf-8")) + argv[i][j + 1 :]
     return argv
 
@@ -652,7 +609,7 @@ def playground(tmp_path_factory, corpus, tiny_checkpoint):
     (folder / "text.txt").write_text("Once upon a time. " * 300)
     (folder / "base.pth").write_bytes(tiny_checkpoint.read_bytes())
     for command, flags in BASES.items():
-        run(command, *flags, cwd=folder).ok()
+        run(command, *words(flags), cwd=folder).ok()
     return folder
 
 
