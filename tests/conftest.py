@@ -37,11 +37,17 @@ import torch
 import llm_pipeline as lp
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker a core. None for a single file, which would wait longer for them than it runs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    files = [path for path in config.args if not Path(path.split("::")[0]).is_dir()]
-    return 0 if cores == 1 or len(files) == len(config.args) == 1 else cores
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--count", type=int, default=1, help="kills and signals, times N")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """One line on what was skipped for want of public data."""
+    if "LLM_PIPELINE_DATA" not in os.environ:
+        skipped = terminalreporter.stats.get("skipped", [])
+        n = sum("LLM_PIPELINE_DATA" in str(report.longrepr) for report in skipped)
+        where = "set LLM_PIPELINE_DATA as tests/bench/README.md says"
+        terminalreporter.write_line(f"{n} tests on public data were skipped: {where}")
 
 
 def words(text: str) -> list[str]:
@@ -286,10 +292,15 @@ def needs(package: str):
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The real data sets; tests that need them are skipped where there are none."""
-    folder = os.environ.get("LLM_PIPELINE_DATA")
-    if not folder:
+    if "LLM_PIPELINE_DATA" not in os.environ:
         pytest.skip("needs public data: set LLM_PIPELINE_DATA as tests/bench/README.md says")
-    return Path(folder)
+    return Path(os.environ["LLM_PIPELINE_DATA"])
+
+
+@pytest.fixture(scope="session")
+def count(request) -> int:
+    """How many times over kills and signals are tried (--count N)."""
+    return request.config.getoption("--count")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import SHAPE, differences, largest_difference, metrics, run, run_process, words
 from test_decoding import decode, naive, prompt_of
 from test_model import SHAPES, assert_close, gradients, make, random_ids, same_weights
@@ -76,18 +75,6 @@ def test_fused_attention_is_the_textbooks(device, dtype, heads, queries, masked)
     pairs = [(found, wanted), *((a.grad, b.grad) for a, b in zip(inputs, exact, strict=True))]
     for mine, true in pairs:
         assert (mine.cpu().float() - true).norm() < error * true.norm()
-
-
-def test_rms_norm_is_torchs(device):
-    torch.manual_seed(0)
-    x, weight, grad = to(device, torch.randn(5, 7, 64), torch.randn(64), torch.randn(5, 7, 64))
-    results = []
-    for norm in (lp.rms_norm, lambda x, w, eps: F.rms_norm(x, (64,), w, eps)):
-        inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        y = norm(*inputs, 1e-6)
-        y.backward(grad)
-        results.append(dict(enumerate([y, *(t.grad for t in inputs)])))
-    assert_close(*results)
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean(device):

@@ -660,7 +660,7 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
 
 
 def test_mutated_files(tmp_path):
-    """Whatever a file holds: records, or one clear line. tests/bench/faults.py tries more."""
+    """Whatever a file holds: records, or one clear line."""
     pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
     parquet.write_table(pa.Table.from_pylist(SHAPES["alpaca"]), tmp_path / "a.parquet")
     parquet.write_table(pa.Table.from_pylist(SHAPES["text"]), tmp_path / "t.parquet")

@@ -142,99 +142,28 @@ def test_greedy_equals_transformers_over_200_tokens(arch):
 
 
 CPU = torch.device("cpu")
-LINEARS = {"float32": lp.DecodingLinear, "bfloat16": lp.PackedLinear, "int8": lp.Int8Linear}
 
 
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("shape", [{}, MODERN, dict(tie_weights=True, n_embd=24)])
-@pytest.mark.parametrize("dtype", LINEARS)
-def test_weights_laid_out_for_decoding_give_the_same_logits(dtype, shape, rows):
-    expected = make(**shape)
-    ready = lp.for_decoding(copy.deepcopy(expected), CPU, getattr(torch, dtype))
-    if dtype != "bfloat16":
-        assert type(ready.blocks[0].mlp.up) is LINEARS[dtype]
-    elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert type(ready.blocks[0].mlp.up) is lp.PackedLinear
-    if dtype == "int8":
-        for (_, layer), (_, coded) in zip(linears(expected), linears(ready), strict=True):
-            layer.weight = torch.nn.Parameter(coded.weight)
-    elif dtype == "bfloat16":
-        expected.bfloat16()
-    for length in (12, 1):  # whole matrices, and for one row alone a vector
-        idx = prompt_of(length).expand(rows, -1)
+def test_weights_packed_for_decoding_give_the_same_logits(shape):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU packs no bf16: run on one with AVX-512")
+    expected = make(**shape).bfloat16()
+    ready = lp.for_decoding(copy.deepcopy(expected), CPU, torch.bfloat16)
+    assert type(ready.blocks[0].mlp.up) is lp.PackedLinear
+    for idx in (prompt_of(12).expand(3, -1), prompt_of(1)[None]):
         with torch.inference_mode():
-            a, b = ready(idx), expected(idx)
-        tolerance = 1e-5 if dtype == "float32" else 0.05
-        assert torch.allclose(a, b, atol=tolerance * b.abs().max().item())
-        assert not torch.equal(a, torch.zeros_like(a))
-
-
-def linears(model):
-    kinds = (torch.nn.Linear, *LINEARS.values())
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
-
-
-def test_a_tied_head_stays_tied_when_its_weight_is_laid_out():
-    model = lp.for_decoding(make(tie_weights=True), CPU, torch.float32)
-    assert model.head.weight is model.tok_emb.weight
-    assert model.head.weight.shape == (61, 32) and model.head.weight.T.is_contiguous()
-
-
-def test_int8_weights_are_the_nearest_codes_and_rows_are_worked_on_alone():
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(40, 23)
-    with torch.no_grad():
-        linear.weight[5] = 0.0
-        linear.weight[6] *= 1e-4
-    layer = lp.Int8Linear(linear)
-    step = linear.weight.abs().amax(1, keepdim=True) / 127
-    assert ((layer.weight - linear.weight).abs() <= 0.51 * step + 2e-3 * step * 127).all()
-    error = (layer.weight - linear.weight).norm() / linear.weight.norm()
-    assert error < 0.006  # a code is off by a third of a step, a step is a 127th of the largest
-    x = torch.randn(9, 40)
-    with torch.inference_mode():
-        y = layer(x)
-        assert torch.equal(y, torch.cat([layer(x[i : i + 1]) for i in range(9)]))
-        assert torch.equal(y, layer(x.view(3, 3, 40)).view(9, 23))
-        assert torch.equal(y[::3], layer(x.view(3, 3, 40)[:, 0]))
-        torch.testing.assert_close(y, linear(x), atol=0.02, rtol=0.02)
-
-
-def close_to_the_likeliest(model, prompt, made):
-    """Each token is the likeliest of the naive loop, or as likely but for bf16's rounding."""
-    context = prompt
-    for token in made:
-        if len(context) > 16 and not slides(model.config):
-            context = context[-8:]
-        with torch.no_grad():
-            logits = model(context[None])[0, -1]
-        assert logits.max() - logits[token] <= 2**-6 * logits.abs().max()
-        context = torch.cat([context, torch.tensor([token])])
-
-
-@pytest.mark.parametrize("name", ["gpt2", "modern, grouped", "modern, window"])
-def test_cached_equals_naive_in_int8(name):
-    model = lp.for_decoding(make(**SHAPES[name]), CPU, torch.int8)
-    prompt = prompt_of(8)
-    made = decode(model, prompt, 40, temperature=0.0)[0]
-    close_to_the_likeliest(model, prompt, made)
-    assert len(set(made)) > 5
+            found, wanted = ready(idx)[0], expected(idx)[0]
+        assert torch.allclose(found, wanted, atol=0.05 * wanted.abs().max().item())
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.parametrize("name", ["gpt2", "modern, grouped, window", "alibi, window"])
+@pytest.mark.parametrize("name", ["gpt2", "modern, grouped, window"])
 def test_a_compiled_step_decodes_the_same(name, capsys):
     """Over a full cache and around a ring; two samples too."""
-    dtype = torch.int8 if name.startswith("modern") else torch.float32
-    model, compiled = (
-        lp.for_decoding(make(**SHAPES[name]), CPU, dtype, how) for how in (False, True)
-    )
-    count = 2 if name.startswith("alibi") else 1
-    made = decode(compiled, prompt_of(8), 40, num_samples=count, temperature=0.0)
-    if dtype == torch.int8:
-        close_to_the_likeliest(model, prompt_of(8), made[0])
-    else:
-        assert made == count * [naive(model, prompt_of(8), 40)]
+    model = lp.for_decoding(make(**SHAPES[name]), CPU, torch.float32, compiled=True)
+    made = decode(model, prompt_of(8), 40, num_samples=2, temperature=0.0)
+    assert made == 2 * [naive(model, prompt_of(8), 40)]
     assert "without a graph" not in capsys.readouterr().err
 
 

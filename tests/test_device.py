@@ -1,15 +1,14 @@
 """What the program does on a GPU, as far as a CPU can show: pretended devices, direct calls."""
 
-import json
+import csv
 import math
 import platform
-import threading
-import weakref
+from datetime import datetime, timedelta, timezone
 from functools import partial
 
 import pytest
 import torch
-from conftest import CPU, largest_difference, run, words
+from conftest import CPU, run, words
 from test_decoding import SHAPES, decode, make, naive, prompt_of
 from test_training import SHORT, spoil
 
@@ -113,6 +112,83 @@ def test_fp16_with_lasting_nan_stops(corpus, tmp_path, monkeypatch):
     assert 20 < len(calls) < 30
 
 
+# --- threads ---
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_are_chosen_said_and_kept(two_threads, corpus, tmp_path):
+    """The choice changes sums in their last bits, so that a resumed run has to keep it."""
+    command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
+    first = run(*command, "--stop_after", 2).ok()
+    chosen = lp.load_checkpoint(tmp_path / "last.pth")["config"]["threads"]
+    assert chosen in (1, 2) and f"--threads {chosen}" in first.err
+    resumed = run(*command, "--resume").ok()
+    assert "--threads" not in resumed.err and "threads was" not in resumed.err
+    assert lp.load_checkpoint(tmp_path / "last.pth")["config"]["threads"] == chosen
+
+
+def test_threads_that_are_given_are_taken(two_threads, corpus, tmp_path):
+    result = run("train", *corpus, *SHORT, "--threads", 2, "--out_dir", tmp_path).ok()
+    assert "measured" not in result.err
+    assert lp.load_checkpoint(tmp_path / "last.pth")["versions"]["threads"] == 2
+
+
+def test_measuring_threads_draws_nothing(two_threads):
+    before, config = torch.get_rng_state(), lp.RuntimeConfig()
+    shape = lp.GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32)
+    lp.choose_threads(config, lp.Runtime(torch.device("cpu"), torch.float32), shape, 4)
+    assert config.threads == torch.get_num_threads()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --- the log ---
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_log_has_iso_times_and_takes_further_columns(tmp_path):
+    log = lp.CSVLogger(str(tmp_path / "m.csv"))
+    log.log(1, 0, "train", 2.5)
+    log.log(2, 0, "train", 2.25, lr=0.1)
+    log.log(2, 0, "val", 2.0, **{"a, b": 1})
+    log.close()
+    rows = rows_of(tmp_path / "m.csv")
+    assert list(rows[0]) == [*words("step epoch split loss timestamp lr"), "a, b"]
+    assert [row["loss"] for row in rows] == ["2.5", "2.25", "2.0"]
+    assert [(row["lr"], row["a, b"]) for row in rows] == [("", ""), ("0.1", ""), ("", "1")]
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(rows[0]["timestamp"])
+    assert timedelta(0) <= age < timedelta(minutes=1)
+
+
+def test_a_log_goes_on_at_a_step(tmp_path):
+    path = tmp_path / "m.csv"
+    log = lp.CSVLogger(path)
+    for step in range(1, 6):
+        log.log(step, 0, "train", 1 / step)
+    log.close()
+    with open(path, "ab") as file:
+        file.write(b"6,0,train,\xff\0\n7,0,tra")
+    log = lp.CSVLogger(path, 3)
+    log.log(4, 0, "train", 9.0)
+    log.close()
+    assert [(row["step"], row["loss"]) for row in rows_of(path)][2:] == [("3", repr(1 / 3)),
+                                                                        ("4", "9.0")]  # fmt: skip
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(lp.UserError, match="is not a log"):
+        lp.CSVLogger(tmp_path / "other.csv")
+    assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
+
+
 # --- decoding ---
 
 
@@ -137,33 +213,14 @@ def test_alibi_slopes_come_without_a_copy_from_the_host(n_head, monkeypatch):
     n = 2 ** int(math.log2(n_head))
     wanted = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     wanted += [2 ** (-4 * (2 * i + 1) / n) for i in range(n_head - n)]
-    scheme = lp.ALiBiPositions(lp.GPTConfig(n_head=n_head, n_embd=4 * n_head))
+    config = lp.GPTConfig(n_head=n_head, n_embd=4 * n_head, pos="alibi")
     monkeypatch.setattr(torch, "tensor", None)
-    bias = scheme.bias(torch.arange(1, 2), torch.arange(2))
+    bias = lp.alibi(config, torch.arange(1, 2), torch.arange(2))
     monkeypatch.undo()
     torch.testing.assert_close(-bias[:, 0, 0], torch.tensor(wanted))
 
 
 # --- kernels and compilation ---
-
-
-@pytest.mark.parametrize("vocab_size", [260, 5003])
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_a_head_filled_up_to_a_multiple_is_the_same_head(vocab_size, reduction):
-    """5,003 columns become 5,056 where products are computed, and nowhere else."""
-    h, weight = torch.randn(70, 16), torch.randn(vocab_size, 16)
-    targets = torch.randint(vocab_size, (70,))
-    targets[::7], targets[1] = lp.IGNORE, vocab_size - 1
-    scale = torch.rand(70) if reduction == "none" else torch.tensor(3.0)
-    results = []
-    for head_loss in (lp.head_loss.plain, partial(lp.chunked_head_loss, multiple=64)):
-        leaves = h.requires_grad_(), weight.requires_grad_()
-        loss = (head_loss(*leaves, targets, reduction) * scale).sum()
-        results.append([loss, *torch.autograd.grad(loss, leaves)])
-    wanted, found = results
-    assert found[2].shape == weight.shape
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert lp.with_rows_of_zeros(weight, 64).shape[0] % 64 == 0
 
 
 @pytest.fixture
@@ -234,68 +291,6 @@ def test_compilation_that_was_asked_for_and_fails(corpus, tiny_checkpoint, tmp_p
         assert len(result.errors) == 1
 
 
-# --- memory ---
-
-
-@pytest.fixture
-def small_memory(monkeypatch):
-    """Memory runs out, without gradients, with more than two sequences, once called."""
-    real, fitted = lp.GPT.losses, []
-
-    def losses(model, idx, targets, reduction="none"):
-        if not torch.is_grad_enabled():
-            if len(idx) > 2:
-                raise torch.OutOfMemoryError("injected")
-            fitted.append(len(idx))
-        return real(model, idx, targets, reduction)
-
-    yield lambda: monkeypatch.setattr(lp.GPT, "losses", losses)
-    assert max(fitted) == 2
-
-
-def test_evaluation_survives_a_small_memory(tiny_checkpoint, corpus, tmp_path, small_memory):
-    shown = {}
-    for name in ("clean", "small"):
-        place = dict(data_dir=corpus[1], processed_dir=corpus[3], device="cpu")
-        result = lp.evaluate(ckpt=str(tiny_checkpoint), batch_size=7, **place)
-        shown[name] = result["loss"], result["tokens"]
-        small_memory()
-    torch.testing.assert_close(shown["small"], shown["clean"], rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("objective", ["ntp", "dpo"])
-def test_finetune_survives_a_small_memory(
-    objective, tiny_checkpoint, tmp_path, small_memory, monkeypatch
-):
-    """Its report, its evaluations, and the log-probabilities under the base."""
-    keys = ("chosen", "rejected") if objective == "dpo" else ("output", "input")
-    rows = [{"prompt": f"p{i}", keys[0]: "yes" * (i % 5 + 1), keys[1]: "no"} for i in range(40)]
-    (tmp_path / "raw.json").write_text(json.dumps(rows), encoding="utf-8")
-    command = ["finetune", *CPU, *words("--max_steps 4 --batch_size 7 --report_samples 1"),
-               "--objective", objective, "--ckpt", tiny_checkpoint, "--data_dir",
-               tmp_path / "raw.json", "--processed_dir", tmp_path / "stores"]  # fmt: skip
-    run(*command, "--out_dir", tmp_path / "clean").ok()
-    small_memory()
-    result = run(*command, "--out_dir", tmp_path / "small").ok()
-    assert "going on with 2 sequences at a time" in result.err
-    names = [tmp_path / name / "last_finetune.pth" for name in ("clean", "small")]
-    assert largest_difference(*names) < 1e-5
-
-
-def test_processes_with_whole_models_shrink_by_themselves(small_memory, monkeypatch):
-    """Those that shard one compute together: none of them may go another way."""
-    model, x = make(), prompt_of(10).expand(5, -1)
-    wanted = model.losses(x, x)
-    small_memory()
-    with torch.no_grad():
-        rt = lp.Runtime(torch.device("cpu"), torch.float32, rank=1, world_size=2)
-        torch.testing.assert_close(rt.losses(model)(x, x), wanted)
-        assert rt.rows == 2
-        model.set_requires_gradient_sync = None  # as FSDP's have
-        with pytest.raises(lp.UserError, match="batch_size"):
-            lp.Runtime(rt.device, rt.dtype, rank=1, world_size=2).losses(model)(x, x)
-
-
 # --- the self-test ---
 
 
@@ -303,10 +298,6 @@ def test_processes_with_whole_models_shrink_by_themselves(small_memory, monkeypa
 def untrusted(monkeypatch):
     """This CPU is held against itself."""
     monkeypatch.setattr(lp, "TRUSTED", ())
-
-
-def slightly_wrong(x, weight, eps):
-    return lp.rms_norm.plain(x, weight, eps) * 1.01
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
@@ -319,7 +310,8 @@ def test_a_sound_device_passes_and_draws_nothing(untrusted, arch, dtype):
 
 
 def test_wrong_results_stop_a_run_before_it_begins(untrusted, corpus, tmp_path, monkeypatch):
-    monkeypatch.setitem(lp.KERNELS, ("rms_norm", "cpu"), slightly_wrong)
+    wrong = lambda *args: lp.head_loss.plain(*args) * 1.01  # noqa: E731
+    monkeypatch.setitem(lp.KERNELS, ("head_loss", "cpu"), wrong)
     command = ["train", *corpus, *SHORT, "--arch", "modern", "--out_dir", tmp_path]
     result = run(*command).fails(1, "against", "on the CPU", "--no_self_test")
     assert len(result.errors) == 1 and "loss" in result.errors[0]
@@ -351,89 +343,41 @@ def test_finetune_and_bench_test_the_device_too(
     run(command, *CPU, *flags[command]).fails(1, "cpu computes wrongly in float32")
 
 
-# --- the thread that prepares batches ---
-
-
-def test_prefetching_ends_with_its_run_and_holds_no_batch():
-    made = []
-
-    class Data:
-        def __len__(self):
-            return 8
-
-        def epoch_ids(self, epoch, places):
-            return places
-
-        def n_targets(self, ids):
-            return len(ids)
-
-        def batch(self, ids, rows=slice(None)):
-            batch = lp.Batch(torch.from_numpy(ids[rows]), torch.from_numpy(ids[rows]))
-            made.append(weakref.ref(batch.x))
-            return batch
-
-    rt = lp.Runtime(torch.device("cpu"), torch.float32)
-    plain = [batch.x.tolist() for batch, _ in lp.Loader(Data(), 2, 1, rt).steps(3, 9)]
-    threads = threading.active_count()
-    steps = lp.PrefetchingLoader(Data(), 2, 1, rt).steps(3, 9)
-    assert [next(steps)[0].x.tolist() for _ in range(3)] == plain[:3]
-    assert threading.active_count() == threads + 1
-    steps.close()
-    assert threading.active_count() == threads
-    assert not any(tensor() is not None for tensor in made)
-
-
-def test_prefetching_hands_on_what_went_wrong():
-    class Broken:
-        def __len__(self):
-            return 8
-
-        def epoch_ids(self, epoch, places):
-            raise OSError("the disk is gone")
-
-    rt = lp.Runtime(torch.device("cpu"), torch.float32)
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(lp.PrefetchingLoader(Broken(), 2, 1, rt).steps(0, 4))
-
-
 # --- decoding in one graph ---
 
 
 @pytest.fixture
-def static_decoding(monkeypatch):
-    twins = {("next_logits", "cpu"): lp.next_logits_replayed,
-             ("attention_sdpa", "cpu"): lp.attention_on_cuda}  # fmt: skip
-    monkeypatch.setattr(lp, "KERNELS", twins)
+def static(monkeypatch):
+    """Make a model decode by the step that a graph or a compiler holds, with CUDA's attention."""
+    kernels = lp.KERNELS | {("attention_sdpa", "cpu"): lp.attention_on_cuda}
+    monkeypatch.setattr(lp, "KERNELS", kernels)
+
+    def make_static(model):
+        model.compiled_step = partial(lp.static_logits, model)
+        return model
+
+    return make_static
 
 
 @pytest.mark.parametrize("length", [1, 9, 16, 40])
 @pytest.mark.parametrize("name", SHAPES)
-def test_static_shapes_decode_the_same(static_decoding, name, length):
-    """The step that a CUDA graph holds, in every shape, over a full cache and around a ring."""
+def test_static_shapes_decode_the_same(static, name, length):
+    """In every shape, over a full cache and around a ring."""
     model, prompt = make(**SHAPES[name]), prompt_of(length)
-    assert decode(model, prompt, 45, temperature=0.0) == [naive(model, prompt, 45)]
+    assert decode(static(model), prompt, 45, temperature=0.0) == [naive(model, prompt, 45)]
 
 
-def test_static_shapes_draw_the_same_samples(monkeypatch, static_decoding):
+def test_static_shapes_draw_the_same_samples(static):
     model, settings = make(**SHAPES["modern"]), dict(num_samples=3, seed=5, top_p=0.9)
-    static = decode(model, prompt_of(5), 30, **settings)
-    monkeypatch.undo()
-    assert static == decode(model, prompt_of(5), 30, **settings)
+    plain = decode(model, prompt_of(5), 30, **settings)
+    assert decode(static(model), prompt_of(5), 30, **settings) == plain
 
 
-def test_a_step_that_cannot_be_captured_is_taken_plainly(static_decoding, monkeypatch, capsys):
+def test_a_step_that_cannot_be_prepared_is_taken_plainly(static, monkeypatch, capsys):
     def fail(step, token, position):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(lp.StaticStep, "__call__", fail)
-    model, prompt = make(), prompt_of(5)
+    model, prompt = static(make()), prompt_of(5)
     assert decode(model, prompt, 20, temperature=0.0) == [naive(model, prompt, 20)]
     assert capsys.readouterr().err.count("without a graph") == 1
-
-
-def test_draws_are_those_of_torch_multinomial():
-    logits = torch.randn(50, 300)
-    first, second = (torch.Generator().manual_seed(3) for _ in range(2))
-    for _ in range(20):
-        drawn = lp.sample_next(logits, generator=first)
-        assert torch.equal(drawn, torch.multinomial(logits.softmax(-1), 1, generator=second)[:, 0])

@@ -1,7 +1,6 @@
 """Kills, signals, two runs in one folder, several processes: the result is the same bits."""
 
 import functools
-import json
 import os
 import random
 import shutil
@@ -148,14 +147,17 @@ def kill_until_done(command: list, folder: Path, rng: random.Random, kills: int)
     return done
 
 
-def test_kills_at_random_moments(command, whole, tmp_path):
-    kill_until_done(command, tmp_path / "run", random.Random(1), 6)
-    run(*command, "--resume").ok()
-    same(whole, tmp_path / "run")
+def test_kills_at_random_moments(command, whole, tmp_path, count):
+    """`--count 10` for sixty."""
+    for number in range(count):
+        folder = tmp_path / f"run-{number}"
+        kill_until_done([*command[:-1], folder], folder, random.Random(number), 6)
+        run(*command[:-1], folder, "--resume").ok()
+        same(whole, folder)
 
 
 def killed_at_every_call(command: list, whole: Path, base: Path, folder: Path, after: bool) -> int:
-    """End the run at its 1st, 2nd, 3rd ... sync or rename, until one has no such call."""
+    """End the run at its 1st, 2nd, 3rd ... sync or rename. Returns how many there were."""
     for count in range(1, 1000):
         shutil.rmtree(folder, ignore_errors=True)
         if base.exists():
@@ -296,34 +298,6 @@ def test_nohup_is_respected(command, whole, tmp_path):
     same(whole, tmp_path / "run")
 
 
-def lose_stderr(how: str) -> None:
-    """In the third step, as when the reader of `2>&1 | tee` goes; or from the beginning."""
-    if how == "none":
-        os.close(2)
-        sys.stderr = None
-        return
-    reader, writer = os.pipe()
-    lost = writer if how == "pipe" else os.open("/dev/full", os.O_WRONLY)
-    passes = []
-
-    def lose(training):
-        passes.append(1)
-        if len(passes) == 3:
-            os.dup2(lost, 2)
-            os.close(reader)
-
-    around_losses(lose)
-
-
-@pytest.mark.parametrize("how", ["pipe", "full", "none"])
-def test_a_lost_stderr_costs_no_step(how, command, whole, tmp_path):
-    if how == "full" and not os.path.exists("/dev/full"):
-        pytest.skip("this system has no /dev/full: run the tests on Linux")
-    result = Child(*command, hook=functools.partial(lose_stderr, how)).finish()
-    assert result.code == 0, result.err
-    same(whole, tmp_path / "run")
-
-
 # --- two runs, one folder ---
 
 
@@ -399,21 +373,6 @@ def test_two_processes_train_like_one(flags, corpus, tmp_path):
     assert vals[0] == pytest.approx(vals[1], rel=1e-3)
 
 
-def test_preferences_are_validated_by_two_as_by_one(tiny_checkpoint, tmp_path):
-    """So few pairs that the second process has none of its own."""
-    rows = [{"prompt": f"p{i}", "chosen": "yes" * (i % 5 + 1), "rejected": "no"} for i in range(40)]
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw/pairs.json").write_text(json.dumps(rows), encoding="utf-8")
-    base = ["finetune", "--objective", "dpo", "--data_dir", tmp_path / "raw", "--processed_dir",
-            tmp_path / "stores", "--ckpt", tiny_checkpoint, *CPU, "--max_steps", 1,
-            *words("--batch_size 4 --report_samples 0 --lr 1e-10")]  # fmt: skip
-    run(*base, "--out_dir", tmp_path / "one").ok()
-    run_together(*base, "--out_dir", tmp_path / "two")
-    one, two = (metrics(tmp_path / f, "val", "_finetune")[-1] for f in ("one", "two"))
-    for name in ("loss", "reward_margin", "chosen_loss"):
-        assert float(two[name]) == pytest.approx(float(one[name]), abs=1e-5)
-
-
 def test_an_evaluation_leaves_sharded_gradients_alone(corpus, tmp_path):
     """At such a rate no evaluation is the best, whose save would put the shards back in place."""
     base = ["train", *corpus, *SHORT, *words("--dropout 0 --lr 1e-10 --eval_interval 1")]
@@ -445,38 +404,6 @@ def test_two_processes_finetune_like_one(corpus, tiny_checkpoint, tmp_path):
     assert largest_difference(*pair) < 1e-4
 
 
-def test_any_number_of_processes_sees_the_same_samples():
-    class Everything:
-        def __len__(self):
-            return 100
-
-        def epoch_ids(self, epoch, places):
-            return places
-
-        def batch(self, ids, rows):
-            return lp.Batch(torch.from_numpy(ids[rows])[:, None], torch.zeros(len(ids[rows]), 1))
-
-        def n_targets(self, ids):
-            return len(ids)
-
-    def micro_batches(step: int, accum: int, world: int) -> list:
-        """Samples of each micro-batch, in the order in which their gradients are summed."""
-        found = {}
-        for rank in range(world):
-            rt = lp.Runtime(torch.device("cpu"), torch.float32, rank, world)
-            batch, _ = lp.Loader(Everything(), 8, accum, rt).step(step)
-            for i, part in enumerate(batch.split(accum)):
-                found[i * world + rank] = part.x[:, 0].tolist()
-        return [found[key] for key in sorted(found)]
-
-    for step in (0, 3, 11, 12, 40):
-        for parts in (2, 4, 8):
-            alone = micro_batches(step, parts, 1)
-            for world in (2, 4, 8):
-                if parts % world == 0:
-                    assert micro_batches(step, parts // world, world) == alone
-
-
 def signal_one(rank: int, where: str, number: int) -> None:
     if os.environ["RANK"] == str(rank):
         signal_in(where, 4, number)
@@ -492,70 +419,6 @@ def test_a_signal_to_one_process_stops_all(rank, where, whole_of_two, corpus, tm
     assert steps_done(tmp_path / "run") < 10
     run_together(*base, tmp_path / "run", "--resume")
     same(whole_of_two, tmp_path / "run")
-
-
-def impatient() -> None:
-    lp.START_TIMEOUT = lp.PEER_TIMEOUT = lp.timedelta(seconds=4)
-    slow(0.1)
-
-
-def test_a_process_that_does_not_come_is_not_waited_for_without_end(corpus, tmp_path):
-    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    argv = ["train", *corpus, *SHORT, "--out_dir", tmp_path / "run"]
-    result = Child(*argv, hook=impatient, **env).finish(40).fails(1, "torchrun")
-    assert len(result.errors) == 1
-
-
-def test_a_second_signal_is_obeyed_inside_a_library(corpus, tmp_path):
-    """Such as one that waits for a process that does not come."""
-    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    child = Child("train", *corpus, *SHORT, "--out_dir", tmp_path / "run", **env)
-    wait_for((tmp_path / "run").exists)
-    time.sleep(1)
-    for _ in range(2):
-        child.send(signal.SIGTERM)
-        time.sleep(0.3)
-    assert child.finish(10).code == 143
-
-
-def test_a_process_that_hangs_is_not_waited_for_without_end(corpus, tmp_path):
-    children = together("train", *corpus, *SHORT, "--out_dir", tmp_path / "run", hook=impatient)
-    wait_for((tmp_path / "run/last.pth").exists)
-    children[1].send(signal.SIGSTOP)
-    try:
-        result = children[0].finish(40).fails(1, "another process", "--resume")
-        assert len(result.errors) == 1
-    finally:
-        children[1].send(signal.SIGKILL)
-        children[1].process.join()
-    assert steps_done(tmp_path / "run") > 0
-
-
-def build_slowly() -> None:
-    build = lp.build_corpus_from_sources
-
-    def slowly(*args, **more):
-        if os.environ["RANK"] == "0":
-            time.sleep(4)
-        return build(*args, **more)
-
-    lp.build_corpus_from_sources = slowly
-    lp.PEER_TIMEOUT = lp.timedelta(seconds=2)
-
-
-def test_a_store_may_take_longer_than_processes_wait_for_each_other(corpus, tmp_path):
-    children = together("train", *corpus, *SHORT, "--out_dir", tmp_path, hook=build_slowly)
-    assert [child.finish(60).code for child in children] == [0, 0]
-
-
-def test_a_signal_to_a_process_that_waits_for_a_store(corpus, tmp_path):
-    children = together("train", *corpus, *SHORT, "--out_dir", tmp_path, hook=build_slowly)
-    wait_for((tmp_path / ".lock").exists)
-    time.sleep(1.5)
-    children[1].send(signal.SIGTERM)
-    assert children[1].finish(2).code == 143
-    children[0].send(signal.SIGKILL)
-    children[0].process.join()
 
 
 def test_the_death_of_a_process_ends_the_others(corpus, tmp_path):

@@ -317,7 +317,7 @@ def killed_at_random_moments(folder: Path, rng: random.Random, kills: int, size:
 
 @needs_fork
 def test_killed_at_random_moments(tmp_path):
-    """A few; tests/bench/faults.py has more."""
+    """A few."""
     killed_at_random_moments(tmp_path, random.Random(0), 3, 400)
 
 

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 PROGRAM = Path(__file__).resolve().parents[2] / "llm_pipeline.py"
@@ -44,7 +45,8 @@ def steps_per_second(data: Path, threads: int, steps: int, spin: str) -> float:
         subprocess.run([sys.executable, PROGRAM, "train", *folders, *FLAGS, *more],
                        check=True, capture_output=True, cwd=work, env=env)  # fmt: skip
         with open(f"{work}/run/metrics.csv", newline="", encoding="utf-8") as file:
-            times = [float(r["timestamp"]) for r in csv.DictReader(file) if r["split"] == "train"]
+            rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    times = [datetime.fromisoformat(row["timestamp"]).timestamp() for row in rows]
     half = len(times) // 2
     return (len(times) - 1 - half) / (times[-1] - times[half])
 

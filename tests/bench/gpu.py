@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from memory import write_text  # its neighbour
@@ -86,7 +87,6 @@ ROWS = [
         "--block_size 256 --batch_size 64 --dropout 0.2 --max_steps 1000 --eval_interval 100 "
         "--eval_batches 0 --compile on", 120, time_to_loss, "60 s"),
     Row("transformers", f"bench {GPT2} --vs hf", 120, against_peer, "1.5 x"),
-    Row("transformers_compiled", f"bench {GPT2} --vs hf_compiled", 150, against_peer, "1.0 x"),
     Row("tiny-8g_deterministic", "bench --preset tiny-8g --vram_limit_gb 7.5 --deterministic", 60,
         cost_of_determinism, "+10%"),
     Row("gpt2-124m_deterministic", f"bench {GPT2} --deterministic", 90,
@@ -108,7 +108,8 @@ def trained(folder: Path, started: float) -> dict:
     """Best loss of a run, its size, and the seconds after which it was as good as the peer."""
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "val"]
-    curve = [(float(row["timestamp"]) - started, float(row["loss"])) for row in rows]
+    times = [datetime.fromisoformat(row["timestamp"]).timestamp() - started for row in rows]
+    curve = [(at, float(row["loss"])) for at, row in zip(times, rows, strict=True)]
     reached = [seconds for seconds, loss in curve if loss <= PEER_LOSS]
     return {"best_loss": min(loss for _, loss in curve), "curve": curve,
             "seconds_to_peer_loss": min(reached, default=None)}  # fmt: skip
