@@ -4845,6 +4845,12 @@ def load_checkpoint(path: str | Path) -> dict:
 # --- the model in it ---
 
 
+def checked_model_config(values: dict) -> GPTConfig:
+    """A GPTConfig from a file's claims. Raises ValueError naming the field."""
+    specs = fields_of(GPTConfig)
+    return GPTConfig(**{name: checked(specs[name], value) for name, value in values.items()})
+
+
 def is_tied(config: GPTConfig, name: str) -> bool:
     """Whether this entry of a state dict is another name of the token embedding."""
     return config.tie_weights and name == "head.weight"
