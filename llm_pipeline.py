@@ -2925,7 +2925,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "byte":
         return ByteTokenizer()
     path = Path(name)
-    if path.is_file() and (path.parent / "tokenizer_config.json").is_file():
+    if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file():
         path = path.parent
     elif path.is_file():
         with library_errors(f"{path} is not a tokenizer"):
@@ -5131,7 +5131,7 @@ FAMILIES = {
     ),
 }  # fmt: skip
 GPT2_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh",
-               "gelu_new": "gelu_tanh"}  # fmt: skip
+                    "gelu_new": "gelu_tanh"}  # fmt: skip
 
 
 def hf_kind(c: GPTConfig) -> str:
@@ -5191,13 +5191,11 @@ def to_hf(weights: dict[str, Tensor], c: GPTConfig, conv1d: bool = True) -> dict
 
 
 def from_hf(tensors: dict[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
-    """Their tensors under our names. Raises UserError naming one that is missing or left over."""
+    """Their tensors under our names. Raises UserError naming one that is left over."""
     left, weights = dict(tensors), {}
     if c.tie_weights:
         left.pop("lm_head.weight", None)
     for row in tensor_rows(c):
-        if missing := [name for name in row.theirs if name not in left]:
-            raise UserError(f"the model lacks the tensor {missing[0]}")
         parts = [left.pop(name) for name in row.theirs]
         weights[row.ours] = torch.cat([p.T if row.transposed else p for p in parts]).contiguous()
     if left:
@@ -5244,7 +5242,7 @@ def hf_shape(hf) -> GPTConfig:
             raise UserError(f"rope_type {rope['rope_type']!r} is not supported, only 'default'")
         if len(kinds) > 1:
             raise UserError("layers that mix full and sliding attention are not supported")
-        window = hf.sliding_window if kinds == {"sliding_attention"} else 0
+        window = hf.sliding_window or 0 if kinds == {"sliding_attention"} else 0
         shape |= {"rope_theta": float(rope["rope_theta"]), "attn_window": window, "dropout": 0.0}
     return checked_model_config(asdict(GPTConfig(**shape)))
 
@@ -5254,14 +5252,11 @@ def check_stored(folder: Path) -> None:
 
     transformers would take whole numbers for weights; a pickle can run code.
     """
-    safetensors = optional("safetensors")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickled = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
-        hint = f"; {pickled[0]} is a pickle, which can run code: not read" if pickled else ""
-        raise UserError(f"no .safetensors file{hint}")
+        raise UserError("no .safetensors file; others, such as pickles, are not read")
     for file in files:
-        with safetensors.safe_open(file, "pt") as opened:
+        with optional("safetensors").safe_open(file, "pt") as opened:
             kinds = {n: opened.get_slice(n).get_dtype() for n in list(opened.keys())}
         for name, kind in kinds.items():
             if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(OLD_BUFFERS):
@@ -5396,12 +5391,12 @@ def resize_block(model: GPT, block_size: int | None) -> None:
     config.block_size = block_size
 
 
-WITHOUT_SHAPE = ("dropout", "token_dropout", "attn")  # settings that any weights go with
+OVERRIDABLE = ("dropout", "token_dropout", "attn")  # settings that any weights go with
 
 
-def without_shape(config) -> dict:
-    """Those of WITHOUT_SHAPE that a command sets."""
-    return {n: getattr(config, n) for n in WITHOUT_SHAPE if getattr(config, n) is not None}
+def overrides(config) -> dict:
+    """Those of OVERRIDABLE that a command sets."""
+    return {n: getattr(config, n) for n in OVERRIDABLE if getattr(config, n) is not None}
 
 
 def with_settings(model: GPT, **changes) -> GPT:
@@ -5482,20 +5477,30 @@ def write_model_card(loaded: Loaded, folder: Path) -> None:
     if progress := state.get("progress"):
         best, step, total = (progress[name] for name in ("best", "best_step", "total"))
         figures = f"Best validation loss {best:.4f} nats a token at step {step} of {total}."
-    card = (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {hf_kind(config)}, {loaded.model.n_params():,} parameters\n\n"
-        f"Trained with llm_pipeline.py: {config.n_layer} layers, {config.n_head} heads, width "
-        f"{config.n_embd}, context {config.block_size}, {config.vocab_size} token ids. {figures}\n\n"
-        f"Prompts of a tuned model look like this, and the answer, one space before it and a "
-        f"newline behind, ends with its separator token:\n\n"
-        f"```\n{instruction_prompt('INSTRUCTION', 'INPUT', 'SYSTEM')}\n```\n\n"
-        f"The chat template renders the same; a user's message may have an `input` beside its "
-        f"`content`. Special tokens written out in a message, such as `<|sep|>`, stay characters "
-        f"in llm_pipeline.py, but become the special tokens in transformers and llama.cpp, which "
-        f"look for them in the rendered text.\n\n## Training settings\n\n"
-        f"| setting | value |\n|---|---|\n{settings}\n"
-    )
+    example = instruction_prompt("INSTRUCTION", "INPUT", "SYSTEM") + instruction_response("ANSWER")
+    card = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {hf_kind(config)}, {loaded.model.n_params():,} parameters
+
+Trained with llm_pipeline.py: {config.n_layer} layers, {config.n_head} heads, width {config.n_embd},
+context {config.block_size}, {config.vocab_size} token ids. {figures}
+
+A tuned model was trained on texts of this form, with a separator token behind each answer:
+
+```
+{example}```
+
+The chat template renders the same; a user's message may have an `input` beside its `content`.
+Special tokens written out in a message, such as `<|sep|>`, stay characters in llm_pipeline.py, but
+become the special tokens in transformers and llama.cpp.
+
+| setting | value |
+|---|---|
+{settings}
+"""
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -5845,31 +5850,29 @@ EXPORT_FILES = {
 }  # fmt: skip
 
 
-def starts_with(file: Path, mark: bytes) -> bool:
-    with contextlib.suppress(OSError), open(file, "rb") as opened:
-        return opened.read(len(mark)) == mark
-    return False
+def is_export(path: Path) -> bool:
+    """Whether an earlier export wrote this file, or this folder and all that is in it."""
+    if path.is_dir():
+        card = path / "README.md"
+        named = card.is_file() and "llm_pipeline.py" in card.read_text("utf-8", "replace")
+        return named and all(file.name in EXPORT_FILES for file in path.iterdir())
+    mark = MODELFILE_MARK.encode() if path.name == "Modelfile" else b"GGUF"
+    with open(path, "rb") as file:
+        return file.read(len(mark)) == mark
 
 
 def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
     """Raise UserError unless nothing stands in the way, or only an earlier export and overwrite."""
-    if is_file:
-        if target.is_dir():
-            raise UserError(f"{target} is a folder: name a file, such as {target / 'model.gguf'}")
-        marks = {target: b"GGUF", target.with_name("Modelfile"): MODELFILE_MARK.encode()}
-        there = [file for file in marks if file.exists()]
-        strange = [file for file in there if not starts_with(file, marks[file])]
-    else:
-        there = sorted(target.iterdir()) if target.is_dir() else [target] * target.exists()
-        card = target / "README.md"
-        ours = card.is_file() and "llm_pipeline.py" in card.read_text("utf-8", "replace")
-        strange = [file for file in there if not ours or file.name not in EXPORT_FILES]
-    if there and not overwrite:
-        where = there[0] if is_file else target
-        raise UserError(f"{where} is there already: pass --overwrite or choose another place")
-    if strange:
-        what = f"{strange[0]} is not an export of this program"
-        raise UserError(f"{what} and would be lost: choose another place")
+    if is_file and target.is_dir():
+        raise UserError(f"{target} is a folder: name a file, such as {target / 'model.gguf'}")
+    for path in [target, target.with_name("Modelfile")] if is_file else [target]:
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            continue
+        if not overwrite:
+            raise UserError(f"{path} is there already: pass --overwrite or choose another place")
+        if not is_export(path):
+            what = f"{path} is not an export of this program, or holds more than that"
+            raise UserError(f"{what}, which would be lost: choose another place")
 
 
 @contextlib.contextmanager
@@ -6919,13 +6922,13 @@ def pretrained(config: TrainConfig) -> Loaded:
     """--init_from's model, with the settings that may be asked of it. Raises UserError."""
     loaded = load_model(config.init_from)
     own = asdict(loaded.model.config)
-    asked = config.explicit & own.keys() - {"block_size", "vocab_size", *WITHOUT_SHAPE}
+    asked = config.explicit & own.keys() - {"block_size", "vocab_size", *OVERRIDABLE}
     clash = [name for name in asked if getattr(config, name) != own[name]]
     if clash:
         raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
     if "block_size" in config.explicit or config.block_size < own["block_size"]:
         resize_block(loaded.model, config.block_size)
-    loaded.model = with_settings(loaded.model, **without_shape(config))
+    loaded.model = with_settings(loaded.model, **overrides(config))
     return loaded
 
 
@@ -7021,7 +7024,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     pairs = config.objective == "dpo"
     store = open_split_store(config, rt, base, bool(folder.state), pairs)
     before = first_report(config, rt, base, folder)
-    changes = without_shape(config)
+    changes = overrides(config)
     if pairs:  # as the reference log-probabilities are computed, unless asked otherwise
         changes = dict(dropout=0.0, token_dropout=0.0) | changes
     model = base.model = with_settings(base.model, **changes)  # one copy is enough
