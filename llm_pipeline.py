@@ -96,22 +96,17 @@ class UserError(Exception):
     """An error the user can fix. Its message is one line that says what to do next."""
 
 
-def option(default, help: str, **limits):
+def option(default, help: str, resume="fixed", **limits):
     """A dataclass field that is also a flag. Limits: low, high, above (exclusive), choices.
 
-    Weights depend on it, so a resumed run keeps its own and refuses another value.
+    resume: a resumed run keeps its own value and refuses another ("fixed"), keeps it unless
+    another is given ("changeable"), or never stored it ("session_only").
     """
-    return field(default=default, metadata={"help": help, "resume": "fixed", **limits})
+    return field(default=default, metadata={"help": help, "resume": resume, **limits})
 
 
-def changeable(default, help: str, **limits):
-    """An option that a resumed run may change, and otherwise keeps."""
-    return option(default, help, resume="changeable", **limits)
-
-
-def session_only(default, help: str, **limits):
-    """An option of one call of the program: never stored, so a resumed run forgets it."""
-    return option(default, help, resume="session_only", **limits)
+changeable = partial(option, resume="changeable")
+session_only = partial(option, resume="session_only")
 
 
 class Settings:
@@ -249,23 +244,18 @@ class Batch:
             counted = self.y != IGNORE if self.weight is None else self.weight
             self.n_targets = float(counted.sum())
 
-    def __getitem__(self, i: int) -> Tensor:  # and so it is unpacked, too
+    def __getitem__(self, i: int) -> Tensor:  # which is how it is taken apart, too
         return (self.x, self.y)[i]
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
 
     def to(self, device: torch.device) -> Batch:
-        moved = {n: t.to(device, non_blocking=True) for n, t in self.tensors().items()}
-        return replace(self, **moved)
-
-    def pin_memory(self) -> Batch:
-        """Called by DataLoader, which knows no way to pin a class of ours."""
-        return replace(self, **{n: t.pin_memory() for n, t in self.tensors().items()})
+        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
 
     def split(self, parts: int) -> list[Batch]:
-        """Micro-batches; fewer than `parts` where there are fewer rows. The whole batch alone has
-        its targets counted, which on a GPU is a wait."""
+        """Micro-batches, fewer than `parts` where there are fewer rows; their targets, which would
+        make a GPU wait, are not counted."""
         columns = {name: t.chunk(parts) for name, t in self.tensors().items()}
         rows = zip(*columns.values(), strict=True)
         return [Batch(**dict(zip(columns, row, strict=True)), n_targets=math.nan) for row in rows]
@@ -300,37 +290,28 @@ class LMDataset(Dataset):
         start = self.shift + range(len(self))[i] * self.stride
         end = start + self.block_size + 1
         ids = torch.from_numpy(np.array(self.tokens[start:end], np.int64))
-        x, y = ids[:-1], ids[1:]
-        first = np.searchsorted(self.masked[:, 1], start + 1, "right")  # ends behind y's first
-        if first < len(self.masked) and self.masked[first, 0] < end:
-            y = y.clone()
-            for a, b in self.masked[first:].tolist():
-                if a >= end:
-                    break
-                y[max(0, a - start - 1) : b - start - 1] = IGNORE
+        x, y = ids[:-1], ids[1:].clone()
+        for a, b in self.masked[np.searchsorted(self.masked[:, 1], start + 1, "right") :]:
+            if a >= end:
+                break
+            y[max(0, a - start - 1) : b - start - 1] = IGNORE
         return x, y
 
     def collate(self, samples: list[tuple]) -> Batch:
         return pad(samples, 0, self.block_size)
 
 
-def kept_parts(n_prompt: int, n_response: int, limit: int) -> tuple[int, int, int]:
-    """Fit a record into `limit` tokens: lengths of prompt head, prompt tail and response to keep.
+def fit_record(prompt: np.ndarray, response: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
+    """A record cut to `limit` ids, and how many of them are prompt.
 
     The response is kept as far as it fits beside one token of prompt; the prompt loses its middle,
     since its beginning says what to do and its end asks for the answer.
     """
-    response = min(n_response, limit - 1)
-    prompt = min(n_prompt, limit - response)
-    tail = prompt // 2 if prompt < n_prompt else 0
-    return prompt - tail, tail, response
-
-
-def fit_record(prompt: np.ndarray, response: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
-    """A record's ids cut to `limit`, as `kept_parts` says, and how many of them are prompt."""
-    head, tail, kept = kept_parts(len(prompt), len(response), limit)
-    parts = prompt[:head], prompt[len(prompt) - tail :], response[:kept]
-    return np.concatenate(parts), head + tail
+    response = response[: limit - 1]
+    room = limit - len(response)
+    if len(prompt) > room:
+        prompt = np.concatenate([prompt[: room - room // 2], prompt[len(prompt) - room // 2 :]])
+    return np.concatenate([prompt, response]), len(prompt)
 
 
 class InstructionDataset(Dataset):
@@ -342,12 +323,11 @@ class InstructionDataset(Dataset):
     Raises UserError where the split holds no record, or plain text has no answer to weigh.
     """
 
-    def __init__(
-        self, store: TokenStore, split: str, block_size: int, loss_on="all", answer_weight=1
-    ):
+    def __init__(self, store: TokenStore, split: str, block_size: int, loss_on="all",
+                 answer_weight=1):  # fmt: skip
         self.store, self.split, self.block_size = store, split, block_size
         self.loss_on, self.answer_weight = loss_on, answer_weight
-        index = store.index[split]
+        self.index = index = store.index[split]
         trained = np.flatnonzero(index["trained"])
         self.rows = store.whole_records(split) if loss_on == "all" else trained  # of the index
         if not len(self.rows):
@@ -363,11 +343,8 @@ class InstructionDataset(Dataset):
         return len(self.rows)
 
     def record(self, i: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """(ids, how much each counts as a target, tokens of prompt) of sample i, cut to the block.
-
-        Beneath it, an answer that is not to be trained counts 0.
-        """
-        index, row = self.store.index[self.split], int(self.rows[i])
+        """(ids, how much each counts as a target, tokens of prompt) of sample i, cut to the block."""
+        index, row = self.index, int(self.rows[i])
         start, length, prompt = (int(index[name][row]) for name in ("start", "length", "prompt"))
         ids = self.store.ids(self.split, start, length)
         weight = np.full(length, 1.0 if self.loss_on == "all" else 0.0, np.float32)
@@ -417,45 +394,38 @@ class StepSampler(Sampler):
     so that any number of processes sees the same ones.
     """
 
-    def __init__(
-        self, dataset: Dataset, batch_size: int, seed=1337, grad_accum=1, rank=0, world_size=1
-    ):
+    def __init__(self, dataset: Dataset, batch_size: int, seed=1337, grad_accum=1, rank=0,
+                 world_size=1):  # fmt: skip
         n = len(dataset)
         if n < world_size:
             raise UserError(f"{n} samples for {world_size} processes: start fewer, or add data")
         self.dataset, self.seed = dataset, seed
-        self.batch_size = min(batch_size, n - n % world_size)
-        self.steps_per_epoch = n // self.batch_size
+        self.batch_size = size = min(batch_size, n - n % world_size)
+        self.steps_per_epoch = n // size
         self.first, self.end = 0, self.steps_per_epoch  # steps to go through
         self.first_batch_only = False  # --overfit_batch
         self.epoch, self.order = -1, np.empty(0, np.int64)
-        rows = np.arange(self.batch_size)
-        if self.batch_size % (grad_accum * world_size):  # the data set is smaller than a batch
-            self.rows = rows[rank::world_size]
-        else:
-            self.rows = rows.reshape(grad_accum, world_size, -1)[:, rank].ravel()
+        self.rows = np.arange(size)[rank::world_size]  # this process's
+        if size % (grad_accum * world_size) == 0:  # else the data set is smaller than a batch
+            self.rows = np.arange(size).reshape(grad_accum, world_size, -1)[:, rank].ravel()
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
     def begin_epoch(self, epoch: int) -> None:
+        """Records of like length share a batch, which keeps padding low: pools of 64 batches are
+        sorted, then the batches shuffled. In batches of 2, lengths 9 2 8 3 become 2 3 | 8 9."""
         rng = np.random.default_rng((self.seed, epoch))
-        self.epoch, self.order = epoch, rng.permutation(len(self.dataset))
+        self.epoch, order = epoch, rng.permutation(len(self.dataset))
         if isinstance(self.dataset, LMDataset):
-            self.dataset.shift = int(rng.integers(self.dataset.slack + 1))
-        else:
-            self.order = self.like_lengths_together(self.order, rng)
-
-    def like_lengths_together(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Keeps padding low: pools of 64 batches are sorted by length, then the batches shuffled.
-
-        In batches of 2, lengths 9 2 8 3 become 2 3 | 8 9, and these two come in any order.
-        """
+            self.order, self.dataset.shift = order, int(rng.integers(self.dataset.slack + 1))
+            return
         size, n_batches = self.batch_size, self.steps_per_epoch
         order, lengths = order[: n_batches * size], self.dataset.lengths
         pools = [order[i : i + 64 * size] for i in range(0, len(order), 64 * size)]
         pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
-        return np.concatenate(pools).reshape(n_batches, size)[rng.permutation(n_batches)].ravel()
+        batches = np.concatenate(pools).reshape(n_batches, size)
+        self.order = batches[rng.permutation(n_batches)].ravel()
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.end):
@@ -489,52 +459,35 @@ class ValidationSampler(Sampler):
         return iter(self.batches)
 
 
-def make_loader(dataset: Dataset, sampler: Sampler, rt: Runtime | None = None) -> DataLoader:
-    """In this process: workers took ten times as long as they saved. A generator of its own keeps
-    `iter(loader)` from drawing a number that dropout would have drawn."""
-    pinned = rt is not None and rt.device.type == "cuda"
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=dataset.collate,
-        generator=torch.Generator(),
-        pin_memory=pinned,
-    )
+def make_loader(dataset: Dataset, sampler: Sampler) -> DataLoader:
+    """Without worker processes: they took ten times as long as they saved. A generator of its own
+    keeps `iter(loader)` from drawing a number that dropout would have drawn."""
+    own = torch.Generator()
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate, generator=own)
 
 
 def create_dataloaders(
-    corpus: TokenStore,
-    block_size: int = 256,
-    batch_size: int = 32,
-    seed: int = 1337,
-    *,
-    dataset: Callable[[TokenStore, str, int], Dataset] | None = None,
-    stride: int = 0,
-    eval_batches: int = 0,
-    grad_accum: int = 1,
-    rt: Runtime | None = None,
-) -> tuple[DataLoader, DataLoader | None]:
+    corpus: TokenStore, block_size: int = 256, batch_size: int = 32, seed: int = 1337, *,
+    dataset: Callable[[TokenStore, str, int], Dataset] = LMDataset.from_store, stride: int = 0,
+    eval_batches: int = 0, grad_accum: int = 1, rt: Runtime | None = None,
+) -> tuple[DataLoader, DataLoader | None]:  # fmt: skip
     """Loaders of training and validation batches; no second one where the split is empty.
 
     `for x, y in train` is an epoch: (batch_size, block_size) int64 each. dataset: makes the data
-    set of a split (default: windows of the token stream). eval_batches: how many batches validate
-    (0: all). rt (section 8): which process this is. Raises UserError where there is no data.
+    set of a split. stride: between training windows (0: block_size). eval_batches: how many
+    batches validate (0: all). rt (section 8): which process this is. Raises UserError without data.
     """
     rank, world_size = (rt.rank, rt.world_size) if rt else (0, 1)
-    dataset = dataset or LMDataset.from_store
-    if stride:
-        data = LMDataset.from_store(corpus, "train", block_size, stride)
-    else:
-        data = dataset(corpus, "train", block_size)
-    sampler = StepSampler(data, batch_size, seed, grad_accum, rank, world_size)
-    train = make_loader(data, sampler, rt)
+    more = {"stride": stride} if stride else {}
+    data = dataset(corpus, "train", block_size, **more)
+    train = make_loader(data, StepSampler(data, batch_size, seed, grad_accum, rank, world_size))
     if len(corpus.tokens["val"]) < 2:
         return train, None
     data = dataset(corpus, "val", block_size)
     # No more rows at a time than training has: what fits there fits here.
     rows = max(1, batch_size // (grad_accum * world_size))
     sampler = ValidationSampler(data, rows, eval_batches * batch_size, rank, world_size)
-    return train, make_loader(data, sampler, rt)
+    return train, make_loader(data, sampler)
 
 
 def steps(loader: DataLoader, first: int, end: int = sys.maxsize) -> Iterator[Batch]:
@@ -1031,14 +984,8 @@ class Muon(torch.optim.Optimizer):
     orthogonalised matrix by matrix, as `rows` divides it.
     """
 
-    def __init__(
-        self,
-        params,
-        rows: dict[nn.Parameter, list[int]],
-        lr: float,
-        momentum=0.95,
-        weight_decay=0.1,
-    ):
+    def __init__(self, params, rows: dict[nn.Parameter, list[int]], lr: float, momentum=0.95,
+                 weight_decay=0.1):  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.rows = rows
 
@@ -1100,11 +1047,9 @@ def make_optimizers(
     if config.optimizer == "muon":
         if any("lora" in n for n in trained):
             raise UserError("--optimizer muon does not suit LoRA's thin matrices; use adamw")
-        rows = {
-            model.get_parameter(f"blocks.{i}.{name}.weight"): sizes
-            for name, sizes in fused_rows(model.config).items()
-            for i in range(model.config.n_layer)
-        }
+        rows = {model.get_parameter(f"blocks.{i}.{name}.weight"): sizes
+                for name, sizes in fused_rows(model.config).items()
+                for i in range(model.config.n_layer)}  # fmt: skip
         rates = dict(lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=decay)
         optimizers.append(kinds["muon"](hidden, rows, **rates))
     else:
@@ -1433,15 +1378,10 @@ class KVCache:
 
 
 def sample_next(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seen: Tensor | None = None,
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+    repetition_penalty: float = 1.0, seen: Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Draw the next token of each sequence: logits (B, V) -> (B,) ids.
 
     The filters apply in this order, as in transformers: repetition penalty (Keskar et al., 2019)
@@ -1481,15 +1421,9 @@ def next_logits(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
-    idx: Tensor,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...] = (),
-    num_samples: int = 1,
-    seed: int = 0,
-    cache: KVCache | None = None,
-    **sampling,
-) -> Iterator[list[int]]:
+    model: GPT, idx: Tensor, max_new_tokens: int, stop_ids: tuple[int, ...] = (),
+    num_samples: int = 1, seed: int = 0, cache: KVCache | None = None, **sampling,
+) -> Iterator[list[int]]:  # fmt: skip
     """Yield the next id of each of B * num_samples samples, step by step; -1 once one has stopped.
 
     idx: (B, T) ids; the samples of one row stand side by side and are drawn from one prefill.
@@ -6216,7 +6150,7 @@ def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: L
     report = {}
     for name, data in datasets.items():
         sampler = ValidationSampler(data, config.batch_size, 20 * config.batch_size)
-        loader = make_loader(data, sampler, rt)
+        loader = make_loader(data, sampler)
         report[name], _ = estimate_loss(model, loader, next_token_loss, config, rt)
     if config.report_samples and "loss_response" in datasets:
         report |= report_answers(config, rt, loaded, datasets["loss_response"])
