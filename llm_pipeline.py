@@ -6439,7 +6439,7 @@ def dataset_of(config: FitConfig) -> Callable | None:
             store, split, block_size, "all", weight if split == "train" else 1
         )
     if not isinstance(config, FinetuneConfig):
-        return None
+        return LMDataset.from_store
     if config.objective == "dpo":
         return PreferenceDataset
     return partial(InstructionDataset, loss_on=config.loss_on)
