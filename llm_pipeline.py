@@ -3482,7 +3482,7 @@ def records_from_rows(
         yield from trained_part(record, report)
     if unused:
         report.count(source, f"not used: {', '.join(unused)}", max(unused.values()))
-    if n_blank > 0.2 * n_texts and not (config.join_rows or config.doc_delimiter):
+    if n_blank > 0.1 * n_texts and not (config.join_rows or config.doc_delimiter):
         what = f"{source}: {n_blank:,} of {n_texts:,} rows are blank, as lines of a text are"
         report.advise(f"{what}: --join_rows makes one text of them")
 
@@ -3720,14 +3720,16 @@ def load_hub(config: DataConfig, report: Report) -> Iterator[Record]:
     """
     name, splits = config.hf_dataset, hub_splits(config)
     roles = roles_of([Path(split) for split in splits], Path("."))
-    labels = "" if config.streaming else label_column(splits.values(), config.text_field)
+    limit = 1000 if config.streaming else None  # a stream shows its labels early, or never
+    tables = (islice(rows_of(rows), limit) for rows in splits.values())
+    labels = label_column(tables, config.text_field)
     for split, rows in splits.items():
         role = roles[Path(split)]
         if role == "test":
             report.skip(name, "test split, kept out", f"{name} {split}")
             continue
         numbers = count(1)
-        numbered = ((f"{name} {split}: row {next(numbers)}", row) for row in rows)
+        numbered = ((f"{name} {split}: row {next(numbers)}", row) for row in rows_of(rows))
         numbered = classified(numbered, labels, config.text_field)
         try:
             for record in records_from_rows(numbered, name, config, report):
@@ -3823,6 +3825,7 @@ def classified(rows: Iterable[tuple], column: str, text_field: str) -> Iterator[
             others = {n: value for n, value in row.items() if n not in (column, text_field)}
             task = f"classify the text by {column}"
             row = others | dict(instruction=task, input=row[text_field], output=row[column])
+            row = row if row["output"] is not None else ValueError(f"{column!r} is null")
         yield where, row
 
 

@@ -1,0 +1,410 @@
+"""What people's files hold, one row a case: what is read of it, or what its refusal says."""
+
+import bz2
+import gzip
+import json
+import lzma
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from conftest import needs, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llm_pipeline as lp
+
+
+def jsonl(*rows, end: str = "\n") -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows).encode()
+
+
+def chat(*texts: str, **last) -> dict:
+    """A dialogue of these texts; `last` are further fields of its last message."""
+    messages = [dict(role=("user", "assistant")[i % 2], content=t) for i, t in enumerate(texts)]
+    messages[-1] |= last
+    return dict(messages=messages)
+
+
+def shown(record: lp.Record) -> str:
+    """A record on a line: plain text as it is, else `question > answer`, or `(answer)` if that is
+    not trained; `question + input`; `/ rejected` of a pair."""
+    if record.is_plain:
+        return record.response
+    turns = []
+    for turn in record.turns:
+        task, _, text = turn.prompt.removesuffix("\n### Output:").partition("\n### Input: ")
+        answer = turn.response.strip("\n").removeprefix(" ")
+        answer = answer if turn.trained else f"({answer})"
+        task = task.removeprefix("### Instruction: ")
+        turns.append(f"{task} + {text} > {answer}" if text else f"{task} > {answer}")
+    return " | ".join(turns) + (f" / {record.rejected.strip()}" if record.rejected else "")
+
+
+def read(folder: Path, **more) -> tuple[list[tuple[str, str]], str]:
+    """((record, side) of all, the report's lines) of a folder, file or data set."""
+    more = {"data_dir": str(folder)} | more
+    config, report = lp.DataConfig(**more), lp.Report()
+    found = lp.split_records(lp.read_records(config, report), config, report)
+    sides = [(shown(record), record.split or side) for record, side, _ in found]
+    return sides, "\n".join(report.lines())
+
+
+@dataclass
+class Case:
+    files: dict[str, bytes]
+    wanted: list[str] | None = None  # the records, in order; None: it is refused
+    said: tuple[str, ...] = ()  # words of the report or of the refusal
+    settings: dict = field(default_factory=dict)
+
+
+QA = [dict(instruction=f"q{i}", output=f"a{i}") for i in range(3)]
+READ = [f"q{i} > a{i}" for i in range(3)]
+TEXTS = [dict(text=f"Text {i}") for i in range(3)]
+PLAIN = [f"Text {i}" for i in range(3)]
+PAIR, OTHER = dict(prompt="q", completion="a"), dict(prompt="r", completion="b")
+SPAM = [dict(text=f"Message {i}", label=("ham", "spam")[i % 2]) for i in range(4)]
+CLASSES = [f"classify the text by label + Message {i} > {('ham', 'spam')[i % 2]}" for i in range(4)]
+TABLE = "instruction,output\nq0,a0\nq1,a1\nq2,a2\n"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+BOM = b"\xef\xbb\xbf"
+
+CASES = {
+    # masks
+    "weight 0 inside": Case({"a.jsonl": jsonl(
+        dict(messages=chat("q", "bad", weight=0)["messages"] + chat("r", "good")["messages"])
+    )}, ["q > (bad) | r > good"], ("answers not trained", ": 1")),
+    "weight 0 at the end": Case({"a.jsonl": jsonl(chat("q", "a", "r", "b", weight=0))},
+                                ["q > a"], ("answers not trained", ": 1")),
+    "no answer is trained": Case({"a.jsonl": jsonl(chat("q", "a", train=False), PAIR)}, ["q > a"],
+                                 ("no answer to train: 1",)),
+    "a mask of a row": Case({"a.jsonl": jsonl(PAIR | {"weight": 0}, *QA)}, READ,
+                            ("no answer to train: 1",)),
+    "a mask of a question": Case({"a.jsonl": jsonl(
+        dict(messages=[dict(role="user", content="q", train=False),
+                       dict(role="assistant", content="a", train=True)])
+    )}, ["q > a"], ("masks of questions", "--loss_on response")),
+    "half a weight": Case({"a.jsonl": jsonl(chat("q", "a", weight=0.5))}, None, ("weight 0.5",)),
+    "masks inside a message": Case({"a.jsonl": jsonl(chat("q", "a", train_detail=[{"end": 1}]))},
+                                   None, ("'train_detail'",)),
+    # labels
+    **{f"kto, {label!r}": Case({"a.jsonl": jsonl(PAIR, OTHER | dict(label=label))}, ["q > a"],
+                               ("no answer to train: 1",))
+       for label in (False, 0, 0.0, "0", "False", "false")},
+    **{f"kto, {label!r}": Case({"a.jsonl": jsonl(OTHER | dict(label=label))}, ["r > b"])
+       for label in (True, 1, 1.0, "1", "True", None)},
+    "kto in a table": Case({"a.csv": b"prompt,completion,label\nq,a,True\nr,b,False\n"}, ["q > a"],
+                           ("no answer to train: 1",)),
+    "a label of another kind": Case({"a.jsonl": jsonl(PAIR | {"label": "funny"})}, ["q > a"],
+                                    ("not used: label",)),
+    "text and label": Case({"a.jsonl": jsonl(*SPAM)}, CLASSES),
+    "text and label in a table": Case({"spam.csv": b"label,text\n" + b"".join(
+        f"{row['label']},{row['text']}\n".encode() for row in SPAM)}, CLASSES),
+    "labels as numbers": Case({"a.jsonl": jsonl(*({"text": f"t{i}", "label": i % 2}
+                                                  for i in range(4)))},
+                              [f"classify the text by label + t{i} > {i % 2}" for i in range(4)]),
+    "labels in two files of a split": Case(
+        {"train.jsonl": jsonl(*SPAM), "valid.jsonl": jsonl(dict(text="Other", label="ham"))},
+        [*CLASSES, "classify the text by label + Other > ham"]),
+    "labels that do not repeat": Case(
+        {"a.jsonl": jsonl(*(row | dict(label=str(i)) for i, row in enumerate(TEXTS)))}, PLAIN,
+        ("not used: label",)),
+    "a text without its label": Case({"a.jsonl": jsonl(*SPAM, dict(text="x", label=None))}, None,
+                                     ("'label' is null",)),
+    # encodings
+    **{name: Case({"a.txt": "Größe\nzwei".encode(name)}, ["Größe\nzwei"])
+       for name in ("utf-8", "utf-8-sig", "utf-16", "utf-32")},
+    "marked big-endian": Case({"a.txt": b"\xfe\xff" + "Größe".encode("utf-16-be")}, ["Größe"]),
+    "marked twice": Case({"a.jsonl": BOM * 2 + jsonl(*QA)}, READ),
+    "UTF-16 lines of JSON": Case({"a.jsonl": jsonl(*QA).decode().encode("utf-16")}, READ),
+    "UTF-16 of no known ending": Case({"notes": "Größe".encode("utf-16")}, ["Größe"]),
+    "UTF-16 without a mark": Case({"a.txt": "Size".encode("utf-16-le")}, None, ("NULs", "UTF-16")),
+    "text with NULs": Case({"a.txt": b"a\0b"}, None, ("NULs", "save it as UTF-8"),
+                           dict(encoding_errors="replace")),
+    "a cell with NULs": Case({"a.jsonl": jsonl(dict(text="a\0b"))}, None, ("'text' holds NULs",)),
+    # line ends
+    "\\r\\n and an empty line": Case({"a.txt": b"One\r\ntwo\r\n\r\nThree"}, ["One\ntwo", "Three"],
+                                     settings=dict(doc_delimiter=r"\n\n")),
+    "a lone \\r": Case({"a.txt": b"One\r\rTwo"}, ["One", "Two"],
+                       settings=dict(doc_delimiter=r"\n\n")),
+    "\\r in JSON": Case({"a.jsonl": jsonl(dict(text="a\r\nb\rc"))}, ["a\nb\nc"]),
+    "\\r in messages": Case({"a.jsonl": jsonl(chat("q\r\nr", "a\rb"))}, ["q\nr > a\nb"]),
+    "lines that end in \\r": Case({"a.jsonl": jsonl(*QA, end="\r")}, READ),
+    "a table of \\r": Case({"a.csv": TABLE.replace("\n", "\r").encode()}, READ),
+    # raw JSON
+    **{f"JSON Lines as {name}": Case({name: jsonl(*QA)}, READ)
+       for name in ("a.jsonlines", "a.jl", "a.ndjson", "train_data", "a.log", "a.txt", "a.json")},
+    **{f"a JSON list as {name}": Case({name: json.dumps(QA, indent=1).encode()}, READ)
+       for name in ("a.json", "a.jsonl", "a.jl", "data", "a.txt")},
+    "one object": Case({"a.json": json.dumps(QA[0], indent=1).encode()}, READ[:1]),
+    "rows under a key": Case({"a.json": json.dumps(dict(data=QA)).encode()}, None, ("(data)",)),
+    "text that begins with a bracket": Case({"a.txt": b"[1] A note.\n{2} Another."},
+                                            ["[1] A note.\n{2} Another."]),
+    "a pointer": Case({"train.jsonl": POINTER}, None, ("git lfs pull",)),
+    "a pointer to a table": Case({"train.parquet": POINTER}, None, ("git lfs pull",)),
+    "a pointer to a packed file": Case({"train.jsonl.gz": POINTER}, None, ("git lfs pull",)),
+    # what describes a data set
+    "a cloned data set": Case(
+        {"README.md": b"---\nlicense: mit\n---\n# Card", "data/train.jsonl": jsonl(*QA),
+         "dataset_infos.json": b'{"default": {}}'}, READ,
+        ("README.md", "describes a data set")),
+    "a folder of notes": Case({"README.md": b"My notes", "monday.md": b"Rain"},
+                              ["My notes", "Rain"]),
+    # lost things
+    "reasoning": Case({"a.jsonl": jsonl(chat("q", "a", reasoning_content="hm"))}, None,
+                      ("'reasoning_content'", "into the content", "--bad_records skip")),
+    "a message's other fields": Case({"a.jsonl": jsonl(chat("q", "a", name="Ann", id=""))},
+                                     ["q > a"], ("not used: name in messages",)),
+    "other columns": Case({"a.jsonl": jsonl(PAIR | dict(hint="think", n=3, score=0.5))}, ["q > a"],
+                          ("not used: hint: 1",)),
+    "messages of a tree": Case({"a.jsonl": jsonl(
+        dict(message_id="1", parent_id=None, text="hi", role="prompter"),
+        dict(message_id="2", parent_id="1", text="hello", role="assistant"),
+    )}, None, ("one message of a dialogue", "messages")),
+    # values
+    "an object as answer": Case({"a.jsonl": jsonl(dict(instruction="q", output={"ä": [1, 2]}))},
+                                ['q > {"ä": [1, 2]}']),
+    "an empty list as answer": Case({"a.jsonl": jsonl(dict(instruction="q", output=[]))},
+                                    ["q > []"]),
+    "numbers": Case({"a.jsonl": jsonl(dict(question=2, answer=4.5),
+                                      dict(question="r", answer=True))},
+                    ["2 > 4.5", "r > true"]),
+    "messages as JSON text": Case(
+        {"a.jsonl": jsonl(dict(messages=json.dumps(chat("q", "a")["messages"])))}, ["q > a"]),
+    "a pair of JSON texts": Case({"a.jsonl": jsonl(
+        {name: json.dumps(chat("q", answer)["messages"])
+         for name, answer in dict(chosen="a", rejected="b").items()}
+    )}, ["q > a / b"]),
+    "an answer that is JSON text": Case({"a.jsonl": jsonl(dict(prompt="q", chosen="[1]",
+                                                               rejected="[2]"))},
+                                        ["q > [1] / [2]"]),
+    "an empty list of messages": Case({"a.jsonl": jsonl(dict(messages=[]))}, None, ("no messages",)),
+    "a null answer": Case({"a.json": json.dumps([dict(instruction="q", output=None)]).encode()},
+                          None, ("'output' is null",)),
+    "a null question": Case({"a.jsonl": jsonl(dict(prompt=None, completion="a"))}, None,
+                            ("'prompt' is null",)),
+    # tables
+    "sep=;": Case({"a.csv": b"sep=;\r\ninstruction;output\r\nq0;a,0\r\n"}, ["q0 > a,0"]),
+    "Excel's UTF-16": Case({"a.csv": "instruction\toutput\r\nGröße?\t3 m\r\n".encode("utf-16")},
+                           ["Größe? > 3 m"]),
+    "spaces behind commas": Case({"a.csv": b'instruction, output\nq0, "a, 0"\n'}, ["q0 > a, 0"]),
+    "spaces around names": Case({"a.csv": b" instruction ;output \nq0;a0\n"}, ["q0 > a0"]),
+    "a row that is short": Case({"a.csv": b"instruction,output\nq0\n"}, None,
+                                (":2", "'output' is null")),
+    "a row that is long": Case({"a.csv": b"text\na,b\n"}, None, (":2", "more cells")),
+    "an open quote": Case({"a.csv": b'text,n\n"two\nlines",1\n"open,2\nb,3\n'}, None,
+                          (":4", "never closed"), dict(bad_records="skip")),
+    # packed
+    "bz2": Case({"a.jsonl.bz2": bz2.compress(jsonl(*QA))}, READ),
+    "xz": Case({"a.txt.xz": lzma.compress(b"Text")}, ["Text"]),
+    "gz without an ending": Case({"a.gz": gzip.compress(jsonl(*QA))}, READ),
+    # counts and repeats
+    "blank rows": Case({"a.jsonl": jsonl(*TEXTS, dict(text=""), dict(text=" "), dict(text=""))},
+                       PLAIN, ("short or empty: 3", "--join_rows")),
+    "repeats": Case({"a.jsonl": jsonl(*QA, *QA)}, READ, ("duplicate: 3", "--keep_duplicates")),
+    "repeats that are kept": Case({"a.jsonl": jsonl(*QA, *QA)}, READ * 2,
+                                  settings=dict(keep_duplicates=True)),
+    "rows that are lines": Case(
+        {"a.jsonl": jsonl(*(dict(text=line) for line in ("", " = Title = \n", "", "One.")))},
+        ["\n = Title = \n\nOne.\n"], settings=dict(join_rows=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases(tmp_path, name):
+    case = CASES[name]
+    for file, content in case.files.items():
+        (tmp_path / "raw" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / file).write_bytes(content)
+    if case.wanted is None:
+        with pytest.raises(lp.UserError) as caught:
+            read(tmp_path / "raw", **case.settings)
+        said = str(caught.value)
+        assert "replace" not in said and "\n" not in said
+    else:
+        found, said = read(tmp_path / "raw", **case.settings)
+        assert [text for text, _ in found] == case.wanted
+    for word in case.said:
+        assert word in said, said
+
+
+# --- against other readers ---
+
+CELLS = st.text(st.sampled_from("ab ,;\"\n'é你"), min_size=1, max_size=8).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(
+    rows=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6, unique_by=lambda row: row[0]),
+    delimiter=st.sampled_from(",;\t"),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+def test_tables_as_pandas_reads_them(tmp_path_factory, rows, delimiter, encoding, end):
+    pandas = needs("pandas")
+    path = tmp_path_factory.mktemp("raw") / "a.csv"
+    table = pandas.DataFrame(rows, columns=["question", "answer"])
+    table.to_csv(path, sep=delimiter, encoding=encoding, lineterminator=end, index=False)
+    known = pandas.read_csv(path, sep=delimiter, encoding=encoding, keep_default_na=False)
+    config = lp.DataConfig(data_dir=str(path), keep_duplicates=True)
+    found = [(r.prompt, r.response) for r in lp.read_records(config, lp.Report())]
+    wanted = [
+        (lp.instruction_prompt(question), lp.instruction_response(answer))
+        for question, answer in known.itertuples(index=False)
+    ]
+    assert found == wanted
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet", "arrow"])
+def test_rows_as_datasets_reads_them(tmp_path, ending):
+    """What `datasets` saves, by each of its formats and by save_to_disk, split by split."""
+    datasets = needs("datasets")
+    rows = [dict(prompt=f"Größe {i}?", completion=f"{i} m\n\nund", n=i) for i in range(20)]
+    parts = datasets.DatasetDict(
+        train=datasets.Dataset.from_list(rows[:12]),
+        validation=datasets.Dataset.from_list(rows[12:16]),
+        test=datasets.Dataset.from_list(rows[16:]),
+    )
+    if ending == "arrow":
+        parts.save_to_disk(tmp_path / "raw")
+    for name, part in parts.items() if ending != "arrow" else ():
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        getattr(part, f"to_{ending}")(tmp_path / f"raw/{name}-00000-of-00001.{ending}")
+    found, said = read(tmp_path / "raw")
+    wanted = [f"{row['prompt']} > {row['completion']}" for row in rows]
+    assert [text for text, side in found if side == "train"] == wanted[:12]
+    assert [text for text, side in found if side == "val"] == wanted[12:16]
+    assert len(found) == 16 and "test split, kept out" in said
+    assert sorted(found) == sorted(read("", hf_dataset=str(tmp_path / "raw"))[0])
+
+
+# --- data sets of Hugging Face ---
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A local data set with official splits, whose rows are lines."""
+    needs("datasets")
+    for split in ("train", "validation", "test"):
+        lines = [
+            "",
+            f" = The {split} text = \n",
+            "",
+            *(f" Line {i} of {split}.\n" for i in range(9)),
+        ]
+        rows = jsonl(*(dict(text=line) for line in lines))
+        (tmp_path / f"{split}.jsonl").write_bytes(rows)
+    return tmp_path
+
+
+def test_official_splits_are_used_by_their_names(hub):
+    found, said = read("", hf_dataset=str(hub))
+    assert {side for text, side in found if "train" in text} == {"train"}
+    assert {side for text, side in found if "validation" in text} == {"val"}
+    assert not [text for text, _ in found if "test" in text] and "kept out" in said
+    assert "--join_rows" in said
+    found, _ = read("", hf_dataset=str(hub), hf_split="test")
+    assert len(found) == 10 and {side for _, side in found} <= {"train", "val"}
+
+
+def test_joined_rows_are_the_running_text(hub):
+    """One text a split: the standard perplexity's."""
+    found, _ = read("", hf_dataset=str(hub), join_rows=True)
+    wanted = []
+    for split in ("train", "validation"):
+        rows = [json.loads(line)["text"] for line in (hub / f"{split}.jsonl").open()]
+        wanted.append("".join(row.removesuffix("\n") + "\n" for row in rows))
+    assert [text for text, _ in found] == wanted
+    assert [side for _, side in found] == ["train", "val"]
+
+
+def test_slices_of_a_split(hub):
+    found, _ = read("", hf_dataset=str(hub), hf_split="train[:50%]")
+    assert len(found) == 4
+    with pytest.raises(lp.UserError, match="a stream has no slices"):
+        read("", hf_dataset=str(hub), hf_split="train[:50%]", streaming=True)
+
+
+def test_names_of_classes(tmp_path):
+    datasets = needs("datasets")
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["neg", "pos"])
+    )
+    rows = dict(text=[f"t{i}" for i in range(6)], label=[0, 0, 1, 1, 0, 1])
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "data")
+    names = [("neg", "pos")[label] for label in rows["label"]]
+    wanted = {f"classify the text by label + t{i} > {name}" for i, name in enumerate(names)}
+    assert {text for text, _ in read("", hf_dataset=str(tmp_path / "data"))[0]} == wanted
+    assert {text for text, _ in read(tmp_path / "data")[0]} == wanted
+
+
+def test_a_pattern_that_matches_no_file(tmp_path):
+    needs("datasets")
+    with pytest.raises(lp.UserError, match="matches no file"):
+        read("", hf_dataset="json", hf_files=str(tmp_path / "*.jsonl"))
+    with pytest.raises(lp.UserError, match="cannot load dataset"):
+        read("", hf_dataset=str(tmp_path / "none"))
+
+
+# --- masks ---
+
+FLAGS = {True: [True, 1, 1.0, "true", "1"], False: [False, 0, 0.0, "False", "0"]}
+
+
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@given(data=st.data(), trained=st.lists(st.booleans(), min_size=1, max_size=5))
+def test_masked_answers_are_context_or_dropped(tmp_path_factory, data, trained):
+    """Whatever the mask is called and however it is written."""
+    talk = []
+    for i, is_trained in enumerate(trained):
+        name = data.draw(st.sampled_from(["weight", "train", "training", "trainable", "loss"]))
+        flag = data.draw(st.sampled_from(FLAGS[is_trained]))
+        answer = dict(role="assistant", content=f"a{i}")
+        if not is_trained or data.draw(st.booleans()):
+            answer[name] = flag
+        talk += [dict(role="user", content=f"q{i}"), answer]
+    path = tmp_path_factory.mktemp("raw") / "a.jsonl"
+    path.write_bytes(jsonl(dict(messages=talk)))
+    report = lp.Report()
+    found = list(lp.read_records(lp.DataConfig(data_dir=str(path)), report))
+    counted = report.rows.get("instructions", {})
+    masked = counted.get("answers not trained (weight 0, train false, label false)", 0)
+    assert masked == trained.count(False)
+    if not any(trained):
+        assert not found
+        return
+    [record] = found
+    last = max(i for i, is_trained in enumerate(trained) if is_trained)
+    assert [turn.trained for turn in record.turns] == trained[: last + 1]
+
+
+# --- end to end ---
+
+
+def test_masked_answers_never_reach_a_loss(tmp_path):
+    """In a store the ranges of masked answers are known, and hold their ids to the last."""
+    rows = [
+        dict(messages=[
+            dict(role="user", content=f"q{i}"),
+            dict(role="assistant", content=f"BAD {i}", weight=0),
+            dict(role="user", content="again"), dict(role="assistant", content=f"good {i}"),
+        ])
+        for i in range(40)
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*rows))
+    flags = ["--data_dir", tmp_path / "a.jsonl", "--out_dir", tmp_path / "st"]
+    run("prepare", *flags).ok()
+    store = lp.TokenStore(tmp_path / "st")
+    for split in ("train", "val"):
+        ranges = store.masked(split)
+        assert len(ranges) == len(store.whole_records(split)) > 0
+        for start, end in ranges.tolist():
+            text = bytes(store.tokens[split][start : end - 1].tolist()).decode()
+            assert text.startswith(" BAD") and store.tokens[split][end - 1] == 259
+
+
+def test_the_toy_corpus_is_announced_each_time(tmp_path):
+    flags = ["--data_dir", "./data/raw"]
+    for _ in range(2):
+        assert "built-in toy corpus" in run("prepare", *flags, cwd=tmp_path).ok().err
+    run("prepare", "--data_dir", "other", cwd=tmp_path).fails(1, "other", "does not exist")
