@@ -3188,7 +3188,7 @@ UNSUPPORTED = {
                     "masks inside a message are not supported: split the message"),
 }  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")
-MASKS = ("weight", "train", "training", "trainable", "loss")  # OpenAI's, axolotl's and swift's
+MASKS = {"weight", "train", "training", "trainable", "loss"}  # OpenAI's, axolotl's and swift's
 KNOWN_COLUMNS = {*QUESTIONS, *ANSWERS, *DIALOGUES, *PREFERENCES, *INPUTS, *SYSTEMS, *LABELS,
                  *UNSUPPORTED, *MASKS, "history", "text", "role", "message_id", "parent_id"}  # fmt: skip
 MESSAGE_FIELDS = {"role", "from", "content", "value", *MASKS, *UNSUPPORTED}
@@ -3237,17 +3237,19 @@ def text_in(row: dict, names: Iterable[str]) -> str:
     return text_from(row[name], name) if name else ""
 
 
+FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+
+
 def flag(value) -> bool | None:
     """A yes or no, as JSON, numbers or a table's cells have it; None for anything else."""
-    known = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
-    return known.get(str(value).strip().lower())
+    return None if value is None else FLAGS.get(str(value).strip().lower())
 
 
 def refuse_unsupported(row: dict, place: str) -> None:
     """Tool calls and media cannot be rendered; without them a dialogue would be half read."""
-    for name, why in UNSUPPORTED.items():
-        if row.get(name) not in (None, "", "[]", [], {}):
-            raise ValueError(f"{name!r} in {place}: {why}")
+    for name in row.keys() & UNSUPPORTED.keys():
+        if row[name] not in (None, "", "[]", [], {}):
+            raise ValueError(f"{name!r} in {place}: {UNSUPPORTED[name]}")
 
 
 def content_of(entry: dict, name: str, column: str) -> str:
@@ -3409,7 +3411,7 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
     rejected = rejected_answer(row["rejected"], body) if pair else ""
     if flag(row.get("label")) is False:  # KTO's: an answer that people did not like
         body[-1] = body[-1]._replace(trained=False)
-    if any(flag(row.get(name)) is False for name in MASKS):  # of the row, and so of its answers
+    if any(flag(row[name]) is False for name in row.keys() & MASKS):  # of all its answers
         body = [message._replace(trained=False) for message in body]
     return Record(source, turns_of(preamble_of(row, body) + body), rejected, where)
 
@@ -3439,20 +3441,20 @@ def plain_record(row: dict, source: str, text_field: str, where: str, half: str)
 
 def unused_in(row: dict, record: Record, text_field: str) -> Iterator[str]:
     """Names of what a row holds, numbers apart, and its record does not."""
-    for name, value in row.items():
-        is_empty = isinstance(value, int | float) or not value
-        if name not in KNOWN_COLUMNS and name != text_field and not is_empty:
+    for name in row.keys() - KNOWN_COLUMNS - {text_field}:
+        if row[name] and not isinstance(row[name], int | float):
             yield str(name)
-        if name in LABELS and value is not None and (record.is_plain or flag(value) is None):
+    for name in row.keys() & LABELS:
+        if row[name] is not None and (record.is_plain or flag(row[name]) is None):
             yield name
-    for column in (*DIALOGUES, *PREFERENCES):
-        entries = row.get(column)
-        for entry in filter(speaks, entries if isinstance(entries, list) else ()):
+    for column in row.keys() & {*DIALOGUES, *PREFERENCES}:
+        entries = row[column] if isinstance(row[column], list) else []
+        for entry in filter(speaks, entries):
             for name in entry.keys() - MESSAGE_FIELDS:
                 if isinstance(entry[name], str) and entry[name]:
                     yield f"{name} in {column}"
-            role = ROLES.get(entry.get("role") or entry.get("from"))
-            if role != "assistant" and any(flag(entry.get(name)) is False for name in MASKS):
+            is_answer = ROLES.get(entry.get("role") or entry.get("from")) == "assistant"
+            if not is_answer and any(flag(entry.get(name)) is False for name in MASKS):
                 yield "masks of questions, which --loss_on response leaves out"
 
 
@@ -3647,7 +3649,9 @@ def plain_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple
             what = f"{path} holds <|endoftext|>, read as plain characters"
             report.advise(f"{what}: --doc_delimiter '<|endoftext|>' makes a record of each part")
         where = str(path) if number == 1 else f"{path}: part {number}"
-        yield where, {config.text_field: "".join(batch)}
+        text = "".join(batch)
+        batch.clear()  # which is as large again
+        yield where, {config.text_field: text}
 
 
 READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[tuple]]] = {
@@ -4070,7 +4074,7 @@ class SeenHashes:
     def __contains__(self, value: int) -> bool:
         if value in self.recent:
             return True
-        place = np.searchsorted(self.sorted, np.uint64(value))
+        place = self.sorted.searchsorted(np.uint64(value))
         return place < len(self.sorted) and int(self.sorted[place]) == value
 
     def add(self, value: int) -> None:
@@ -4120,11 +4124,9 @@ def split_records(
     other side of the split too.
     """
     threshold = int(config.val_fraction * 2**64)
-    seen = {side: SeenHashes() for side in ("train", "val", "both")}
+    seen, marks = SeenHashes(), {"train": 1, "val": 2, "both": 3}
     prompts: set[int] = set()  # places of up to two
-    waiting: tuple[Record, str, int] | None = (
-        None  # the first short plain text: is it the only one?
-    )
+    waiting: tuple[Record, str, int] | None = None  # the first short plain text: the only one?
     n_kept = n_plain = 0
     for record in records:
         report.count(record.source, "records")
@@ -4132,25 +4134,29 @@ def split_records(
         side = record.split or ("val" if place < threshold else "train")
         if record.is_plain and size > LONG_TEXT and not record.split and config.val_fraction:
             side = "both"
+        own, others = identity, [identity]
+        if config.keep_duplicates:  # but for those on another side
+            own = identity ^ marks[side]
+            others = [identity ^ mark for mark in marks.values() if mark != marks[side]]
         why = unusable(record, size, config, pairs)
-        others = [seen[s] for s in seen if s != side or not config.keep_duplicates]
-        if not why and any(identity in hashes for hashes in others):
+        if not why and any(key in seen for key in others):
             why = "duplicate"
         if why:
             report.skip(record.source, why, record.where)
             continue
-        seen[side].add(identity)
+        seen.add(own)
         n_kept += 1
-        n_plain += record.is_plain
         if len(prompts) < 2:
             prompts.add(place)
-        if record.is_plain and waiting:
-            yield waiting
-            waiting = None
-        if record.is_plain and n_plain == 1 and side != "both" and not record.split:
-            waiting = record, side, size
-        else:
-            yield record, side, size
+        if record.is_plain:
+            n_plain += 1
+            if waiting:
+                yield waiting
+                waiting = None
+            if n_plain == 1 and side != "both" and not record.split:
+                waiting = record, side, size
+                continue
+        yield record, side, size
     if waiting:
         yield waiting[0], "both" if config.val_fraction else "train", waiting[2]
     advise_on_split(config, report, n_kept, len(prompts))
