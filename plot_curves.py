@@ -1,13 +1,13 @@
-"""Pictures of runs, token stores and evaluations.
+"""Pictures of runs and token stores.
 
     python plot_curves.py ckpts                        # a run's folder, or its metrics.csv
     python plot_curves.py runs/* --x minutes --log     # several runs laid over one another
-    python plot_curves.py data/processed/corpus        # lengths of a token store's documents
-    python plot_curves.py eval.json                    # confusion tables of eval --json eval.json
+    python plot_curves.py ckpts/metrics.csv --out_dir .
+    python plot_curves.py data/processed/*             # lengths of the documents of token stores
 
 A run gives curves.png (training and validation together) and, each by itself, train_loss.png,
-val_loss.png and val_ppl.png; a store token_lengths.png; an evaluation confusion.png. The images
-land beside the first input, or in --out_dir; their paths are printed.
+val_loss.png and val_ppl.png; a store token_lengths.png. The images land beside the first input, or
+in --out_dir; their paths are printed. What holds nothing to draw is passed over, and that is said.
 """
 
 from __future__ import annotations
@@ -19,107 +19,107 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
 WORDS = {"train": "training", "val": "validation"}
-# file name: (splits, label of the y axis, from loss to the value drawn)
-CURVES = {
-    "curves.png": (("train", "val"), "loss (nats per token)", float),
-    "train_loss.png": (("train",), "training loss (nats per token)", float),
-    "val_loss.png": (("val",), "validation loss (nats per token)", float),
-    "val_ppl.png": (("val",), "validation perplexity", lambda loss: math.exp(min(20.0, loss))),
+PICTURES = {  # file name: (splits, what is drawn)
+    "curves.png": (("train", "val"), "loss"),
+    "train_loss.png": (("train",), "training loss"),
+    "val_loss.png": (("val",), "validation loss"),
+    "val_ppl.png": (("val",), "validation perplexity"),
 }
 # Legible at half size; opaque, so that a dark page leaves the letters readable.
 STYLE = {
     "font.size": 13, "legend.fontsize": 12, "axes.titlesize": 13, "savefig.dpi": 120,
     "figure.facecolor": "white", "savefig.transparent": False, "axes.grid": True,
-    "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+    "grid.alpha": 0.3, "axes.spines.top": False,
 }  # fmt: skip
 
 
-def read(path: Path) -> tuple[str, list | dict]:
-    """("run", rows), ("store", {length: documents}) or ("eval", sources), told by content."""
-    text = path.read_text(encoding="utf-8")
-    if not text.startswith("{"):
-        return "run", read_metrics(text)
-    content = json.loads(text)
-    if lengths := content.get("lengths"):
-        return "store", {int(length): documents for length, documents in lengths.items()}
-    tables = {k: v for k, v in content.get("sources", {}).items() if "confusion" in v}
-    if not tables:
-        raise ValueError("neither a token store nor an evaluation with a confusion table")
-    return "eval", tables
+@dataclass
+class Curves:
+    """A run's rows, with step and loss as numbers, and x: their place on the axis."""
+
+    rows: list[dict]
+    unit: str  # of its losses: only those of one unit may share an axis
+    weighted: bool  # whether the training loss weighs answers, unlike the validation's
 
 
-def read_metrics(text: str) -> list[dict]:
-    """Rows of a metrics.csv, step and loss as numbers. Raises ValueError saying what is wrong."""
-    rows, found = csv.DictReader(text.splitlines()), []
-    if missing := {"step", "split", "loss"} - set(rows.fieldnames or ()):
-        raise ValueError(f"not a metrics.csv: no column {', '.join(sorted(missing))}")
-    for row in rows:
-        try:
-            if row["split"] in WORDS:
-                found.append(row | {"step": int(row["step"]), "loss": float(row["loss"])})
-        except (TypeError, ValueError):
-            raise ValueError(f"line {rows.line_num} lacks a step or a loss") from None
-    if not found:
+def read_curves(path: Path, x: str) -> Curves:
+    """A metrics.csv, and the config.json beside it. Raises ValueError saying what is wrong."""
+    with open(path, encoding="utf-8", newline="") as file:
+        reader, rows = csv.DictReader(file), []
+        if missing := {"step", "split", "loss"} - set(reader.fieldnames or ()):
+            raise ValueError(f"not a metrics.csv: no column {', '.join(sorted(missing))}")
+        for row in reader:
+            try:
+                if row["split"] in WORDS:
+                    rows.append(row | {"step": int(row["step"]), "loss": float(row["loss"])})
+            except (TypeError, ValueError):
+                raise ValueError(f"line {reader.line_num} lacks a step or a loss") from None
+    if not rows:
         raise ValueError("no train or val rows yet")
-    return found
+    config_file = path.with_name(path.stem.replace("metrics", "config") + ".json")
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+    places = by_minutes(rows) if x == "minutes" else [row["step"] for row in rows]
+    for row, place in zip(rows, places, strict=True):
+        row["x"] = place
+    return Curves(rows, unit_of(config), (config.get("answer_weight") or 0) > 1)
 
 
-def steps(path: Path, rows: list[dict]) -> list[float]:
-    return [row["step"] for row in rows]
+def unit_of(config: dict) -> str:
+    """What a loss is counted in: nats per byte and per token of some vocabulary are not alike."""
+    if config.get("objective", "ntp") != "ntp":
+        return config["objective"]
+    if config.get("tokenizer") == "bpe":
+        return f"nats per token of {config.get('vocab_size', 0):,}"
+    return "nats per byte" if config.get("tokenizer") == "byte" else "nats per token"
 
 
-def tokens(path: Path, rows: list[dict]) -> list[float]:
-    """By the batch size and block size in the config.json beside the CSV."""
-    config = path.with_name(path.stem.replace("metrics", "config") + ".json")
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        size = settings["batch_size"] * settings["block_size"]
-    except (OSError, KeyError):
-        raise ValueError(f"--x tokens: no batch_size and block_size in {config.name}") from None
-    return [row["step"] * size for row in rows]
-
-
-def minutes(path: Path, rows: list[dict]) -> list[float]:
+def by_minutes(rows: list[dict]) -> list[float]:
     """Since the first row. The pause before a resumed session counts as a usual gap does."""
     try:
-        times = [float(row["timestamp"]) for row in rows]
-    except (KeyError, TypeError, ValueError):
+        times = [seconds(row["timestamp"]) for row in rows]
+    except (KeyError, AttributeError, ValueError):
         raise ValueError("--x minutes: a row has no timestamp") from None
-    pairs = zip(rows[1:], pairwise(times), strict=True)
-    gaps = [(row["split"], max(0.0, after - before)) for row, (before, after) in pairs]
-    usual = {split: median([gap for s, gap in gaps if s == split] or [0.0]) for split in WORDS}
-    spent = (usual[s] if gap > 10 + 10 * usual[s] else gap for s, gap in gaps)
-    return [seconds / 60 for seconds in accumulate(spent, initial=0.0)]
+    gaps = [max(0.0, after - before) for before, after in pairwise(times)]
+    usual = median(gaps or [0.0])
+    spent = [usual if gap > 60 + 10 * usual else gap for gap in gaps]
+    return [total / 60 for total in accumulate(spent, initial=0.0)]
 
 
-# --x: label of the axis, places of a run's rows on it
-UNITS = {
-    "steps": ("optimizer steps", steps),
-    "tokens": ("training tokens", tokens),
-    "minutes": ("minutes of training", minutes),
-}
+def seconds(timestamp: str) -> float:
+    """Of a time in ISO form, or in seconds."""
+    try:
+        return float(timestamp)
+    except ValueError:
+        return datetime.fromisoformat(timestamp.replace("Z", "+00:00")).timestamp()
+
+
+X_AXES = {"steps": "optimizer steps", "minutes": "minutes of training"}  # --x: label
 
 
 def smooth(values: list[float]) -> list[float]:
     """The mean of the tenth of all points around each; of fewer near the steep beginning."""
-    n, sums = len(values), [0.0, *accumulate(values)]
-    spans = [(i - h, min(n, i + h + 1)) for i in range(n) for h in [min(i, n // 20)]]
-    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+    n, sums, means = len(values), [0.0, *accumulate(values)], []
+    for i in range(n):
+        half = min(i, n // 20)
+        start, end = i - half, min(n, i + half + 1)
+        means.append((sums[end] - sums[start]) / (end - start))
+    return means
 
 
 def short_names(files: list[Path]) -> list[str]:
-    """Names of the folders, with as many parents as tell them apart; of files if folders repeat."""
-    names = [file.resolve().with_suffix("").parts for file in files]
-    if len({parts[:-1] for parts in names}) == len(names):
-        names = [parts[:-1] for parts in names]
-    lengths = range(1, max(map(len, names), default=1))
-    n = next((n for n in lengths if len({parts[-n:] for parts in names}) == len(names)), 0)
-    return ["/".join(parts[-n:]) for parts in names]
+    """Names of the files' folders, with as many parents as tell them apart; else whole paths."""
+    for n in range(1, 5):
+        names = ["/".join(file.resolve().parent.parts[-n:]) for file in files]
+        if len(set(names)) == len(names):
+            return names
+    return [str(file) for file in files]
 
 
 @contextlib.contextmanager
@@ -139,21 +139,39 @@ def picture(path: Path, panels: int = 1) -> Iterator[list]:
     print(path)
 
 
-def draw_curves(out_dir: Path, runs: dict[str, list], args) -> None:
-    """CURVES, the runs laid over one another. runs: by name, [(row, place on the x axis)]."""
+def draw_curves(out_dir: Path, runs: dict[str, Curves], args: argparse.Namespace) -> None:
+    """PICTURES, the runs laid over one another; a panel for each unit of their losses."""
+    units = sorted({run.unit for run in runs.values()})
+    if len(runs) == 1:  # one needs no name
+        runs = {"": run for run in runs.values()}
+    for file, (splits, what) in PICTURES.items():
+        with picture(out_dir / file, len(units)) as panels:
+            for unit, axes in zip(units, panels, strict=True):
+                mine = {name: run for name, run in runs.items() if run.unit == unit}
+                draw_panel(axes, mine, splits, f"{what} ({unit})", args)
+
+
+def draw_panel(axes, runs: dict[str, Curves], splits: tuple, label: str, args) -> None:
+    """Curves of one unit. A weighted training loss has an axis of its own, on the right."""
     scale = "log" if args.log else "linear"
-    for file, (splits, label, value) in CURVES.items():
-        with picture(out_dir / file) as (axes,):
-            for number, (name, rows) in enumerate(runs.items()):
-                for split in splits:
-                    x = [place for row, place in rows if row["split"] == split]
-                    y = [value(row["loss"]) for row, _ in rows if row["split"] == split]
-                    colour, words = f"C{number}", f"{name}: {WORDS[split]}"
-                    if len(runs) == 1:
-                        colour, words = f"C{list(WORDS).index(split)}", WORDS[split]
-                    draw_line(axes, split, x, y, colour, words)
-            axes.set(xlabel=UNITS[args.x][0], ylabel=label, xscale=scale, yscale=scale)
-            finish(axes)
+    axes.set(xlabel=X_AXES[args.x], ylabel=label, xscale=scale, yscale=scale)
+    aside = None
+    if "train" in splits and any(run.weighted for run in runs.values()):
+        aside = axes.twinx()
+        aside.set(ylabel="training loss, answers weighing more", yscale=scale)
+        aside.grid(False)
+    for number, (name, run) in enumerate(runs.items()):
+        for split in splits:
+            rows = [row for row in run.rows if row["split"] == split]
+            losses = [row["loss"] for row in rows]
+            if "perplexity" in label:
+                losses = [math.exp(min(20.0, loss)) for loss in losses]
+            colour, words = f"C{number}", f"{name}: {WORDS[split]}"
+            if not name:
+                colour, words = f"C{list(WORDS).index(split)}", WORDS[split]
+            place = aside if aside and run.weighted and split == "train" else axes
+            draw_line(place, split, [row["x"] for row in rows], losses, colour, words)
+    finish(axes, *([aside] if aside else []))
 
 
 def draw_line(axes, split: str, x: list, y: list, colour: str, label: str) -> None:
@@ -168,23 +186,27 @@ def draw_line(axes, split: str, x: list, y: list, colour: str, label: str) -> No
         axes.plot(x[best], y[best], "--*", color=colour, lw=1.8, ms=17, mec="white", label=label)
 
 
-def finish(axes) -> None:
+def finish(*every) -> None:
     """A legend above, where it hides nothing; plain numbers: 20 M rather than 2e7."""
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
     def plain(value: float, place: int) -> str:
         return EngFormatter()(value) if value >= 1000 else f"{value:g}"
 
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(plain)
+    for axis in (every[0].xaxis, *(axes.yaxis for axes in every)):
         if axis.get_scale() == "log":
-            axis.set_minor_formatter(lambda v, place: f"{v:g}" if f"{v:e}"[0] in "25" else "")
-    handles = axes.get_legend_handles_labels()[0]
-    loc = dict(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=1 + (len(handles) > 1))
-    axes.legend(frameon=False, **loc)
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            if high < 10 * low:  # within a decade, the ticks of a linear axis
+                axis.set_major_locator(FixedLocator(MaxNLocator(6).tick_values(low, high)))
+            axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(plain)
+    lines = [handle for axes in every for handle in axes.get_legend_handles_labels()[0]]
+    where = dict(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2 if len(lines) > 1 else 1)
+    every[0].legend(handles=lines, frameon=False, **where)
 
 
-def draw_lengths(out_dir: Path, stores: dict[str, dict], args) -> None:
+def draw_lengths(out_dir: Path, stores: dict[str, dict], args: argparse.Namespace) -> None:
     """token_lengths.png: documents by their length, with the length that 95% stay within."""
     import numpy as np
 
@@ -203,29 +225,7 @@ def draw_lengths(out_dir: Path, stores: dict[str, dict], args) -> None:
         finish(axes)
 
 
-def draw_tables(out_dir: Path, evals: dict[str, dict], args) -> None:
-    """confusion.png: the counts of each source, coloured by their share of the true class."""
-    tables = [(f"{name}, " * (len(evals) > 1) + source, row)
-              for name, sources in evals.items() for source, row in sources.items()]  # fmt: skip
-    with picture(out_dir / "confusion.png", len(tables)) as panels:
-        for axes, (name, row) in zip(panels, tables, strict=True):
-            labels = [label[:12] for label in row["confusion"]["labels"]]
-            for i, counts in enumerate(row["confusion"]["true_by_predicted"]):
-                shares = [n / max(sum(counts), 1) for n in counts]
-                axes.imshow([shares], cmap="Blues", vmin=0, vmax=1,
-                            extent=(-0.5, len(labels) - 0.5, i + 0.5, i - 0.5))  # fmt: skip
-                for j, n in enumerate(counts):
-                    colour = "white" if shares[j] > 0.5 else "black"
-                    axes.text(j, i, f"{n:,}", ha="center", va="center", color=colour)
-            places, edges = range(len(labels)), (-0.5, len(labels) - 0.5)
-            axes.set_xticks(places, labels, rotation=45 * (len(labels) > 4))
-            axes.set_yticks(places, labels)
-            axes.set(xlabel="predicted", ylabel="true", xlim=edges, ylim=edges[::-1])
-            axes.set_title(f"{name}: accuracy {row['accuracy']:.4f}")
-            axes.grid(False)
-
-
-PICTURES = {"run": draw_curves, "store": draw_lengths, "eval": draw_tables}
+DRAW = {"run": draw_curves, "store": draw_lengths}
 
 
 def files_of(path: Path) -> list[Path]:
@@ -237,33 +237,50 @@ def files_of(path: Path) -> list[Path]:
     raise ValueError("holds no metrics.csv, and no meta.json of a token store")
 
 
+def read(path: Path, x: str) -> tuple[str, Curves | dict]:
+    """("run", curves) or ("store", {length: documents}), told by the content."""
+    if path.suffix != ".json":
+        return "run", read_curves(path, x)
+    lengths = json.loads(path.read_text(encoding="utf-8")).get("lengths")
+    if not lengths:
+        raise ValueError("not the meta.json of a token store")
+    return "store", {int(length): documents for length, documents in lengths.items()}
+
+
 def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("path", nargs="+", type=Path, help="folder of a run or store, csv or json")
-    parser.add_argument("--x", choices=UNITS, default="steps", help="(default: steps)")
+    parser.add_argument("--x", choices=X_AXES, default="steps", help="(default: steps)")
     parser.add_argument("--log", action="store_true", help="curves on logarithmic scales")
     parser.add_argument("--out_dir", "--out-dir", type=Path, help="(default: beside the first)")
     args = parser.parse_args(argv)
-    found: dict[str, dict[Path, list | dict]] = {kind: {} for kind in PICTURES}
-    try:
-        for path in args.path:
+    found: dict[str, dict[Path, Curves | dict]] = {kind: {} for kind in DRAW}
+    problems = []
+    for path in args.path:
+        try:
             for file in files_of(path):
-                kind, content = read(file)
-                if kind == "run":
-                    content = list(zip(content, UNITS[args.x][1](file, content), strict=True))
+                kind, content = read(file, args.x)
                 found[kind][file] = content
-        path = args.out_dir or files_of(args.path[0])[0].parent
-        path.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError, csv.Error) as error:
+            problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+    files = [file for inputs in found.values() for file in inputs]
+    for problem in problems:
+        print("passed over" if files else "error", problem, sep=": ", file=sys.stderr)
+    if not files:
+        return 1
+    out_dir = args.out_dir or files[0].parent
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
         for kind, inputs in found.items():
             if inputs:
-                names = dict(zip(short_names(list(inputs)), inputs.values(), strict=True))
-                PICTURES[kind](path, names, args)
+                names = short_names(list(inputs))
+                DRAW[kind](out_dir, dict(zip(names, inputs.values(), strict=True)), args)
     except ImportError:
         print("error: plotting needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 1
-    except (OSError, ValueError, csv.Error) as error:
-        print(f"error: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {out_dir}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
 

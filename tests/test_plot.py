@@ -1,4 +1,4 @@
-"""plot_curves.py: the images it writes, what they show, how it refuses."""
+"""plot_curves.py: the images it writes, what they show, what it passes over."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, finish, needs, run, words
+from conftest import ROOT, finish, needs, run
 
 import plot_curves
 
@@ -17,27 +17,34 @@ ROWS = (
 )
 
 
+def a_run(folder, rows=ROWS, **config):
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text(HEADER + rows, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder / "metrics.csv"
+
+
 @pytest.fixture
 def metrics(tmp_path):
-    path = tmp_path / "run" / "metrics.csv"
-    path.parent.mkdir()
-    path.write_text(HEADER + ROWS, encoding="utf-8")
-    return path
+    return a_run(tmp_path / "run")
 
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Every figure that is closed, by the label of its y axis, before it is closed."""
+    """The panels of every figure that is closed, by the beginning of the first's y label."""
     pyplot = needs("matplotlib.pyplot")
     found, close = {}, pyplot.close
 
     def keep(figure):
-        axes = figure.axes[0]
-        found[axes.get_ylabel().split(" (")[0]] = axes
+        found[figure.axes[0].get_ylabel().split(" (")[0]] = figure.axes
         close(figure)
 
     monkeypatch.setattr(pyplot, "close", keep)
     return found
+
+
+def plot(*argv):
+    return plot_curves.main([str(a) for a in argv])
 
 
 def points(line):
@@ -56,37 +63,88 @@ def labels(axes):
 
 
 def test_images_beside_the_csv(metrics, figures, capsys):
-    assert plot_curves.main([str(metrics)]) == 0
+    assert plot(metrics) == 0
     assert capsys.readouterr().out.split("\n") == [*(str(metrics.parent / n) for n in NAMES), ""]
     assert_images(metrics.parent)
     training = [(1, 5.5), (2, 4.5), (4, 4.1)]
-    assert points(figures["training loss"].lines[0]) == training
-    validation, best = figures["validation loss"].lines
+    assert points(figures["training loss"][0].lines[0]) == training
+    validation, best = figures["validation loss"][0].lines
     assert points(validation) == [(2, 4.0), (4, 30.0)] and points(best) == [(2, 4.0)]
     ppl = [(2, math.exp(4)), (4, math.exp(20))]  # capped as in `eval`
-    assert points(figures["validation perplexity"].lines[0]) == ppl
-    raw, _, validation, best = figures["loss"].lines
+    assert points(figures["validation perplexity"][0].lines[0]) == ppl
+    (both,) = figures["loss"]
+    raw, _, validation, best = both.lines
     assert points(raw) == training and points(best) == [(2, 4.0)]
-    assert labels(figures["loss"]) == ["training", "validation, best 4"]
+    assert labels(both) == ["training", "validation, best 4"]
+
+
+def test_the_working_folder_can_be_asked_for(metrics, monkeypatch, tmp_path):
+    needs("matplotlib")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert plot(metrics, "--out_dir", ".") == 0
+    assert_images(tmp_path / "here")
 
 
 def test_several_runs_have_short_names_of_their_own(metrics, figures, tmp_path):
-    other = tmp_path / "deep" / "run" / "metrics.csv"
-    other.parent.mkdir(parents=True)
-    other.write_text(HEADER + "7,0,train,2.5,t,\n", encoding="utf-8")
+    other = a_run(tmp_path / "deep" / "run", "7,0,train,2.5,t,\n")
     out = tmp_path / "plots"
-    runs = [str(metrics), str(other.parent), "--out_dir", str(out), "--log"]
-    assert plot_curves.main(runs) == 0
+    assert plot(metrics, other.parent, "--out_dir", out, "--log") == 0
     assert_images(out)
     assert not list(metrics.parent.glob("*.png"))
-    axes = figures["training loss"]
+    (axes,) = figures["training loss"]
     assert points(axes.lines[2]) == [(7, 2.5)]
     names = [f"{tmp_path.name}/run", "deep/run"]
     assert labels(axes) == [f"{name}: training" for name in names]
     assert axes.get_xscale() == axes.get_yscale() == "log"
-    files = [metrics, metrics.with_name("metrics_finetune.csv")]
-    assert plot_curves.short_names(files) == ["metrics", "metrics_finetune"]
-    assert plot_curves.short_names([metrics]) == ["run"]
+
+
+def test_what_holds_no_curve_is_passed_over(metrics, tmp_path, capsys):
+    needs("matplotlib")
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / ".lock").write_text("")
+    a_run(tmp_path / "begun", "")
+    assert plot(tmp_path / "failed", tmp_path / "begun", metrics.parent) == 0
+    out, err = capsys.readouterr()
+    assert out.count(".png\n") == 4 and str(metrics.parent) in out
+    first, second = err.splitlines()
+    assert "passed over" in first and "failed: holds no metrics.csv" in first
+    assert "passed over" in second and "no train or val rows" in second
+
+
+def test_losses_of_different_units_have_panels_of_their_own(tmp_path, figures):
+    runs = [
+        a_run(tmp_path / "bytes", tokenizer="byte"),
+        a_run(tmp_path / "other", tokenizer="byte"),
+    ]
+    runs += [a_run(tmp_path / "bpe", tokenizer="bpe", vocab_size=2000)]
+    assert plot(*runs) == 0
+    for name in ("loss", "training loss", "validation perplexity"):
+        one, two = figures[name]
+        assert one.get_ylabel().endswith("(nats per byte)") and len(one.get_lines()) >= 4
+        assert two.get_ylabel().endswith("(nats per token of 2,000)")
+        assert all(label.startswith("bpe: ") for label in labels(two))
+
+
+def test_a_weighted_training_loss_has_an_axis_of_its_own(tmp_path, figures):
+    assert plot(a_run(tmp_path / "run", answer_weight=30)) == 0
+    validation, training = figures["loss"]
+    assert "answers weighing more" in training.get_ylabel()
+    assert points(training.lines[0])[0] == (1, 5.5)
+    assert points(validation.lines[0]) == [(2, 4.0), (4, 30.0)]
+    assert labels(validation) == ["validation, best 4", "training"]
+    assert len(figures["validation loss"]) == 1
+
+
+@pytest.mark.parametrize("losses", [(1.41, 1.88), (2.0, 9.0), (0.01, 300.0)])
+def test_log_axes_have_ticks(tmp_path, figures, losses):
+    rows = "".join(f"{10 + i},0,train,{loss},t,\n" for i, loss in enumerate(losses))
+    assert plot(a_run(tmp_path / "run", rows), "--log") == 0
+    (axes,) = figures["training loss"]
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        inside = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+        assert len(inside) >= 3, (losses, inside)
 
 
 def test_smoothing_keeps_the_mean_and_the_steep_beginning():
@@ -97,53 +155,46 @@ def test_smoothing_keeps_the_mean_and_the_steep_beginning():
     assert max(abs(value - 1.0) for value in smooth[30:]) < 0.06
 
 
-def test_minutes_leave_out_the_pause_between_sessions(metrics, figures):
-    times = [0, 30, 31, 60, 5000, 5001, 5030]  # resumed at 5000
-    kinds = ["train", "train", "val", "train", "train", "val", "train"]
-    rows = [
-        f"{i},0,{kind},2.0,{t},\n" for i, (t, kind) in enumerate(zip(times, kinds, strict=True))
-    ]
-    metrics.write_text(HEADER + "".join(rows), encoding="utf-8")
-    assert plot_curves.main([str(metrics), "--x", "minutes"]) == 0
-    places = [round(60 * x) for x, _ in points(figures["training loss"].lines[0])]
-    usual = 29.5  # the median gap before a training row
-    assert places == [0, 30, 60, round(60 + usual), round(60 + usual + 30)]
+@pytest.mark.parametrize("iso", [False, True])
+def test_minutes_leave_out_the_pause_between_sessions(tmp_path, figures, iso):
+    times = [0, 30, 60, 90, 5000, 5030]  # resumed at 5000
+
+    def written(seconds):
+        if not iso:
+            return seconds
+        return f"2026-11-30T{10 + seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}.250000"
+
+    rows = [f"{i},0,train,2.0,{written(t)},\n" for i, t in enumerate(times)]
+    assert plot(a_run(tmp_path / "run", "".join(rows)), "--x", "minutes") == 0
+    (axes,) = figures["training loss"]
+    assert [round(60 * x) for x, _ in points(axes.lines[0])] == [0, 30, 60, 90, 120, 150]
+    assert axes.get_xlabel() == "minutes of training"
 
 
-def test_a_real_run_by_tokens(tiny_checkpoint, tmp_path, figures):
-    folder = tiny_checkpoint.parent
-    assert plot_curves.main([str(folder), "--x", "tokens", "--out_dir", str(tmp_path)]) == 0
+def test_the_csv_of_the_program_and_the_plain_five_columns(tiny_checkpoint, tmp_path, figures):
+    plain = tmp_path / "plain.csv"
+    plain.write_text("step,epoch,split,loss,timestamp\n1,0,train,2.5,2025-01-01T10:00:00.123456\n")
+    for path in (tiny_checkpoint.parent, plain):
+        assert plot(path, "--x", "minutes", "--out_dir", tmp_path) == 0
     assert_images(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    last, _ = points(figures["loss"].lines[0])[-1]
-    assert last == 12 * config["batch_size"] * config["block_size"]
 
 
-@pytest.mark.parametrize("unit", ["tokens", "minutes"])
-def test_a_unit_that_the_run_cannot_give(metrics, capsys, unit):
-    assert plot_curves.main([str(metrics), "--x", unit]) == 1
+def test_minutes_without_times(metrics, capsys):
+    assert plot(metrics, "--x", "minutes") == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and f"--x {unit}" in err
+    assert err.count("\n") == 1 and "--x minutes" in err
 
 
-def test_a_store_and_an_evaluation(corpus, tiny_checkpoint, tmp_path, figures):
-    store, table = tmp_path / "store", tmp_path / "eval.json"
+def test_lengths_of_a_store(tmp_path, figures):
     rows = [f"{'ham' if i % 3 else 'spam'}\t{'word ' * (i % 9 + 1)}{i}\n" for i in range(90)]
     (tmp_path / "sms").mkdir()
     (tmp_path / "sms" / "SMSSpamCollection").write_text("".join(rows), encoding="utf-8")
-    data = ["--data_dir", tmp_path / "sms", "--processed_dir", tmp_path / "processed"]
-    run("prepare", *data, "--out_dir", store).ok()
-    run("eval", "--ckpt", tiny_checkpoint, *data, *words("--device cpu --json"), table).ok()
-    out = tmp_path / "plots"
-    assert plot_curves.main([str(store), str(table), "--out_dir", str(out)]) == 0
-    assert {p.name for p in out.glob("*.png")} == {"token_lengths.png", "confusion.png"}
-    bars = figures["documents"].patches
-    assert sum(bar.get_height() for bar in bars) == 90
-    assert labels(figures["documents"])[0].startswith("store: 90 documents")
-    confusion = json.loads(table.read_text())["sources"]["sms"]["confusion"]
-    counts = [n for row in confusion["true_by_predicted"] for n in row]
-    assert [text.get_text() for text in figures["true"].texts] == [str(n) for n in counts]
-    assert [t.get_text() for t in figures["true"].get_xticklabels()] == confusion["labels"]
+    run("prepare", "--data_dir", tmp_path / "sms", "--out_dir", tmp_path / "store").ok()
+    assert plot(tmp_path / "store", "--out_dir", tmp_path / "plots") == 0
+    assert [p.name for p in (tmp_path / "plots").iterdir()] == ["token_lengths.png"]
+    (axes,) = figures["documents"]
+    assert sum(bar.get_height() for bar in axes.patches) == 90
+    assert labels(axes)[0].startswith("store: 90 documents")
 
 
 @pytest.mark.parametrize(
@@ -153,43 +204,32 @@ def test_a_store_and_an_evaluation(corpus, tiny_checkpoint, tmp_path, figures):
         (b"", "no column"),
         (b"a,b\n1,2\n", "no column loss, split, step"),
         (HEADER.encode(), "no train or val rows"),
-        (HEADER.encode() + b"1,0,train,high,t,\n", "line 2"),
         (HEADER.encode() + b"1,0,train,3.0,t,\none,0,val,3.0,t,\n", "line 3"),
         (HEADER.encode() + b"1,0,train\n", "line 2"),
         (b"\x89PNG\xff\xfe" * 9, ""),
-        (b"step,split,loss\n1,train,\0\n", ""),
-        (b'{"loss": 1.0', ""),
-        (b'{"loss": 1.0, "sources": {"a": {}}}', "confusion"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, content, message):
     path = tmp_path / "metrics.csv"
     if content is not None:
         path.write_bytes(content)
-    assert plot_curves.main([str(path)]) == 1
+    assert plot(path) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith(f"error: {path}: ")
-    assert message in err
-    assert not list(tmp_path.glob("*.png"))
+    assert message in err and not list(tmp_path.glob("*.png"))
 
 
-def test_a_folder_of_something_else(tmp_path, capsys):
-    assert plot_curves.main([str(tmp_path)]) == 1
-    assert f"error: {tmp_path}: holds no metrics.csv" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_made(metrics, tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_made(metrics, tmp_path, capsys):
     needs("matplotlib")
-    file = tmp_path / "file"
-    file.write_text("")
-    assert plot_curves.main([str(metrics), "--out_dir", str(file)]) == 1
+    (tmp_path / "file").write_text("")
+    assert plot(metrics, "--out_dir", tmp_path / "file") == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and str(file) in err
+    assert err.count("\n") == 1 and str(tmp_path / "file") in err
 
 
 def test_without_matplotlib(metrics, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plot_curves.main([str(metrics)]) == 1
+    assert plot(metrics) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "pip install matplotlib" in err
 
