@@ -143,7 +143,7 @@ def draw_curves(out_dir: Path, runs: dict[str, Curves], args: argparse.Namespace
     """PICTURES, the runs laid over one another; a panel for each unit of their losses."""
     units = sorted({run.unit for run in runs.values()})
     if len(runs) == 1:  # one needs no name
-        runs = {"": run for run in runs.values()}
+        runs = {"": next(iter(runs.values()))}
     for file, (splits, what) in PICTURES.items():
         with picture(out_dir / file, len(units)) as panels:
             for unit, axes in zip(units, panels, strict=True):
