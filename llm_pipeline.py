@@ -5292,7 +5292,9 @@ class Loaded:
 
     @property
     def is_tuned(self) -> bool:
-        return self.uses_our_chat_template or self.state.get("command") == "finetune"
+        """Whether it was trained on answers, and so expects prompts in the template."""
+        weighed = (self.state.get("config") or {}).get("answer_weight", 0) > 0
+        return self.uses_our_chat_template or weighed or self.state.get("command") == "finetune"
 
     @property
     def data(self) -> dict:
@@ -5850,216 +5852,284 @@ def write_beside(target: Path) -> Iterator[Path]:
 # ====================================================================================
 # 14. Evaluation
 #
-# Each record by itself, each token once.
+# `evaluate_perplexity` scores, `report` asks what is to be known of a model on a corpus, and
+# `report_lines` prints it: train, finetune and eval end with the same table. Each record is scored
+# by itself, each of its tokens once.
+#
+#     $ python llm_pipeline.py eval --ckpt ckpts/best.pth --json figures.json
+#     >>> train, val = lp.create_dataloaders(lp.build_corpus_from_sources(), block_size=64)
+#     >>> lp.evaluate_perplexity(model, val)
+#     {'loss': 5.5..., 'ppl': 2..., 'tokens': ...}
 # ====================================================================================
 
 
-def padded_batch(sequences: list[tuple[np.ndarray, int]], pad_id: int, limit: int) -> Batch:
-    """Sequences (ids, first target) as a batch as wide as the longest, of at most `limit`."""
-    samples = []
-    for ids, first in sequences:
-        x, y = torch.from_numpy(ids[:-1].astype(np.int64)), ids[1:].astype(np.int64)
-        y[: first - 1] = IGNORE
-        samples.append((x, torch.from_numpy(y)))
-    return pad(samples, pad_id, limit)
-
-
+@torch.no_grad()
 def evaluate_perplexity(
-    model: GPT, store: TokenStore, split: str, rt: Runtime, batch_size=32, max_batches=0
+    model: GPT, loader: Iterable, max_batches: int = 0, rt: Runtime | None = None
 ) -> dict:
-    """Loss, perplexity exp(min(20, loss)), bits per byte and word perplexity, per source and in all.
+    """Mean loss of a target in nats, ppl = exp(min(20, loss)), and tokens: how many targets.
 
-    Each record is scored by itself, after bos. Bits per byte and word perplexity count the tokens
-    that stand for text; a plain text's eos is how texts are joined and is not scored. Where a
-    source's responses form a small closed set, they are also ranked by likelihood, as a
-    classifier would.
+    loader: pairs (x, y) of ids, (B, T) each, y being IGNORE where it does not count; the first
+    `max_batches` of them (0: all). Of several processes each brings its share. Draws no random
+    number. Raises UserError where there is no target.
     """
-    model.to(rt.device).eval()
-    splits = ("train", "val") if split == "all" else (split,)
-    block_size, pad_id = model.config.block_size, store.tokenizer.pad_id
-    limit = -(-max_batches * batch_size // len(splits))
-    score = partial(text_losses, rt.losses(model), torch.from_numpy(store.tokenizer.token_bytes()))
-    sources, total = {}, Counter()
-    for name in store.sources:
-        rows = partial(scored_rows, store, name, splits, block_size, limit)
-        batches = scored_batches(rows(), pad_id, block_size, batch_size, rt)
-        batches = tqdm(batches, desc=name, delay=1, leave=False, disable=not rt.is_main)
-        sums = rt.sum_over(batches, score)
-        if sums.get("tokens"):
-            sums |= text_statistics(rows(), store.tokenizer)
-            total.update(sums)
-            sources[name] = measures(sums)
-            sources[name] |= classify(model, store, name, splits, rt, batch_size, max_batches)
-    if not sources:
-        raise UserError(f"the {split} split of this data is empty; --split all scores all of it")
-    return measures(total) | {"sources": sources}
+    rt = rt or Runtime(next(model.parameters()).device, torch.float32)
+    training, nll, tokens = model.training, 0.0, 0
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):  # iter(DataLoader) may draw a seed for workers
+            for x, y in islice(loader, max_batches or None):
+                with rt.autocast():
+                    losses = model.losses(x.to(rt.device), y.to(rt.device))
+                nll += float(losses.cpu().double().sum())
+                tokens += int((y != IGNORE).sum())
+    finally:
+        model.train(training)
+    nll, tokens = rt.sum(nll, tokens)
+    if not tokens:
+        raise UserError("there is no token to score: add data, or choose another split")
+    return {"loss": nll / tokens, "ppl": math.exp(min(20.0, nll / tokens)), "tokens": int(tokens)}
 
 
-def text_losses(losses: Callable, token_bytes: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Sums of a batch: loss and tokens, in all and of the tokens that stand for text."""
-    nll, y = losses(batch.x, batch.y).cpu().double(), batch.y.cpu()
-    size = token_bytes[y.clamp(min=0)] * (y != IGNORE)
-    return {
-        "nll": nll.sum(),
-        "tokens": (y != IGNORE).sum(),
-        "text_nll": nll[size > 0].sum(),
-        "bytes": size.sum(),
-    }
+class RecordWindows(Dataset):
+    """A source's records, each by itself, cut so that each token is a target once: ds[i] -> (x, y).
 
-
-def scored_batches(
-    rows: Iterable[ScoredRow], pad_id: int, limit: int, batch_size: int, rt: Runtime
-) -> Iterator[Batch]:
-    """This process's share of the rows, in padded batches; every process yields as many."""
-    for group in batched(rows, batch_size * rt.world_size):
-        mine = group[rt.rank * batch_size : (rt.rank + 1) * batch_size]
-        # A process without a share computes as the others do, and counts nothing.
-        sequences = [(row.ids, row.first) for row in mine] or [(group[0].ids, len(group[0].ids))]
-        yield padded_batch(sequences, pad_id, limit).to(rt.device)
-
-
-def text_statistics(rows: Iterable[ScoredRow], tokenizer: Tokenizer) -> dict:
-    """Records and words (between white space) of what is scored, and its size to simpler models.
-
-    In bits: gzip, and the entropy of single bytes, the least that a unigram model could need.
+    Windows follow one another, but a record's last reaches back for as much context as the block
+    holds, as lm_eval's rolling windows do. No targets are a record's first token, answers that the
+    data says not to train, and a plain text's eos, which is how texts are joined.
     """
-    records = words = packed = 0
-    counts, packer = np.zeros(256, np.int64), zlib.compressobj(9, wbits=31)
-    expected, before, held = -1, [], []  # held: ids of a character that a window's end has cut
-    for row in rows:
-        scored = row.ids[row.first :].tolist()
-        if row.place != expected:  # the window does not go on from the one before
-            before, held = row.ids[: row.first][-8:].tolist(), []
-        ids = held + scored
-        text, held = complete_text(tokenizer, ids, before)
+
+    def __init__(self, store: TokenStore, split: str, source: str, block_size: int):
+        self.store, self.split, self.block_size = store, split, block_size
+        self.masked, index = store.masked(split), store.index[split]
+        mine = index["source"] == store.sources.index(source)
+        self.rows = index[mine & (index["last"] == 1)]
+        start, length = (self.rows[name].astype(np.int64) for name in ("start", "length"))
+        joined = store.tokens[split][start + length - 1] == store.tokenizer.eos_id
+        self.ends = length - 1 - (joined & (self.rows["prompt"] <= 1))  # targets of each record
+        windows = -(-self.ends // block_size)
+        self.record = np.repeat(np.arange(len(windows)), windows)  # of each window
+        number = np.arange(len(self.record)) - np.repeat(windows.cumsum() - windows, windows)
+        self.first = number * block_size  # of its targets, among its record's
+        self.lengths = np.minimum(self.ends[self.record], block_size) + 1
+        untrained = index[mine & (index["trained"] == 0)]
+        self.n_targets = int(self.ends.sum() - (untrained["length"] - untrained["prompt"]).sum())
+
+    def __len__(self) -> int:
+        return len(self.record)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        first, record = int(self.first[i]), self.record[i]
+        end = min(first + self.block_size, int(self.ends[record]))
+        begin = max(0, end - self.block_size)
+        place = int(self.rows["start"][record]) + begin
+        ids = self.store.ids(self.split, place, end - begin + 1)
+        masked = self.masked[np.searchsorted(self.masked[:, 1], place, "right") :]
+        masked = masked[: np.searchsorted(masked[:, 0], place + len(ids))]
+        x, y = LMDataset(ids, len(ids), masked=masked - place)[0]
+        return x, y.index_fill(0, torch.arange(first - begin), IGNORE)  # those scored before
+
+    def collate(self, samples: list[tuple]) -> Batch:
+        return pad(samples, self.store.tokenizer.pad_id, self.block_size)
+
+
+class Answers(Dataset):
+    """The trained answers of a split, each behind all that precedes it: ds[i] -> (x, y).
+
+    source: of this one alone. answer: ids that stand in the place of each of them.
+    """
+
+    def __init__(self, store: TokenStore, split: str, block_size: int, source="", answer=None):
+        self.store, self.split, self.block_size, self.answer = store, split, block_size, answer
+        index = store.index[split]
+        mine = (index["prompt"] > 1) & (index["trained"] == 1)  # plain text has a bos at most
+        if source:
+            mine &= index["source"] == store.sources.index(source)
+        self.rows, self.lengths = index[mine], index[mine]["length"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def parts(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a prompt and of its true answer, whole."""
+        row = self.rows[i]
+        ids = self.store.ids(self.split, int(row["start"]), int(row["length"]))
+        return ids[: row["prompt"]], ids[row["prompt"] :]
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        prompt, truth = self.parts(i)
+        answer = truth if self.answer is None else self.answer
+        ids, first = fit_record(prompt, answer, self.block_size + 1)
+        ids = torch.from_numpy(ids)
+        return ids[:-1], ids[1:].index_fill(0, torch.arange(first - 1), IGNORE)
+
+    collate = RecordWindows.collate
+
+
+@dataclass
+class Evaluation:
+    """What `report` asks of a model on a corpus. max_batches: evenly spaced ones (0: all)."""
+
+    loaded: Loaded
+    store: TokenStore
+    rt: Runtime
+    batch_size: int = 32
+    max_batches: int = 0
+
+    def __post_init__(self):
+        self.model = self.loaded.model.to(self.rt.device).eval()
+        self.block_size = self.model.config.block_size
+
+    def loader(self, data: Dataset) -> DataLoader:
+        """This process's share of the batches."""
+        limit, rt = self.max_batches * self.batch_size, self.rt
+        sampler = ValidationSampler(data, self.batch_size, limit, rt.rank, rt.world_size)
+        return make_loader(data, sampler, rt)
+
+    def text(self, source: str, split: str) -> dict:
+        """Sums over a source's text, for `metrics_from_sums`; {} where it has none.
+
+        Bytes are those of the text itself, which the store has counted. Of a sample of windows
+        they are all bytes times the share of the tokens that are scored; so are records.
+        """
+        data = RecordWindows(self.store, split, source, self.block_size)
+        if not data.n_targets:
+            return {}
+        loader = self.loader(data)
+        shown = tqdm(loader, desc=source, delay=1, leave=False, disable=not self.rt.is_main)
+        found = evaluate_perplexity(self.model, shown, rt=self.rt)
+        numbers = sorted(chain.from_iterable(loader.batch_sampler))  # as the text goes on
+        texts = text_sums((data[i] for i in numbers), self.store.tokenizer)
+        share = found["tokens"] / data.n_targets
+        return {
+            "nll": found["loss"] * found["tokens"],
+            "tokens": found["tokens"],
+            "bytes": share * self.store.meta["counts"][source][f"{split}_bytes"],
+            "records": share * len(data.rows),
+            **dict(zip(texts, self.rt.sum(*texts.values()), strict=True)),
+        }
+
+    @torch.no_grad()
+    def classes(self, source: str, splits: tuple[str, ...]) -> dict:
+        """Where answers are a small closed set: which is the likeliest, as a classifier says it."""
+        labels = closed_set(self.store, source)
+        if not labels:
+            return {}
+        numbers = {label.tobytes(): number for number, label in enumerate(labels)}
+        table = np.zeros((len(labels), len(labels)), int)  # [true, predicted]
+        for split in splits:
+            losses: list[list[float]] = [[] for _ in labels]
+            for label, column in zip(labels, losses, strict=True):
+                data = Answers(self.store, split, self.block_size, source, label)
+                for x, y in self.loader(data):
+                    if (y != IGNORE).any():  # not the empty batch of a process without a share
+                        with self.rt.autocast():
+                            found = self.model.losses(x.to(self.rt.device), y.to(self.rt.device))
+                        column += found.cpu().double().sum(-1).tolist()
+            order = chain.from_iterable(self.loader(data).batch_sampler)
+            truth = [numbers[data.parts(i)[1].tobytes()] for i in order]
+            np.add.at(table, (truth, np.argmin(losses, 0)), 1)
+        table = np.array(self.rt.sum(*table.ravel().tolist())).astype(int).reshape(table.shape)
+        return class_metrics(table, [self.store.tokenizer.decode(a).strip() for a in labels])
+
+    @torch.no_grad()
+    def answers(self, split: str) -> dict:
+        """Loss of the answers in nats a token, and the share that greedy decoding writes exactly.
+
+        Those where each token is the likeliest behind the ones before it: one forward pass tells.
+        majority: how often the most frequent answer is the right one.
+        """
+        data, device = Answers(self.store, split, self.block_size), self.rt.device
+        nll, tokens, exact = 0.0, 0, 0
+        for x, y in self.loader(data):
+            scored = y != IGNORE
+            targets = y[scored].to(device)
+            with self.rt.autocast():
+                logits = self.model.head(self.model.hidden(x.to(device))[scored.to(device)]).float()
+            nll += float(F.cross_entropy(logits, targets, reduction="sum"))
+            tokens += len(targets)
+            right = torch.ones_like(scored)
+            right[scored] = (logits.argmax(-1) == targets).cpu()
+            exact += int((right.all(-1) & scored.any(-1)).sum())
+        numbers = evenly_spaced(len(data), self.max_batches * self.batch_size)
+        counts = Counter(data.parts(i)[1].tobytes() for i in numbers)
+        nll, tokens, exact = self.rt.sum(nll, tokens, exact)
+        return {
+            "records": len(numbers),
+            "loss": nll / max(tokens, 1),
+            "exact": exact / max(len(numbers), 1),
+            "majority": max(counts.values(), default=0) / max(len(numbers), 1),
+        }
+
+    def examples(self, split: str) -> list[dict]:
+        """Texts of three records: given, truth, and what the model writes there."""
+        index, tokenizer, device = self.store.index[split], self.store.tokenizer, self.rt.device
+        width = 120 if isinstance(tokenizer, ByteTokenizer) else 40  # tokens of a line, about
+        rows, found = index[index["trained"] == 1], []
+        for row in rows[evenly_spaced(len(rows), 3)]:
+            start, length, prompt = (int(row[name]) for name in ("start", "length", "prompt"))
+            first = prompt if prompt > 1 else min(max(1, length // 2), width)
+            ids = self.store.ids(split, start, min(length, first + width)).tolist()
+            given, truth, temperature = ids[:first], ids[first:], 0.0 if prompt > 1 else 0.8
+            idx = torch.tensor([given], device=device)
+            steps = generate(self.model, idx, width, tokenizer.end_ids, temperature=temperature)
+            model = [token for (token,) in steps if token >= 0]
+            texts = {"given": tokenizer.decode(given), "truth": tokenizer.decode(truth, given),
+                     "model": tokenizer.decode(model, given)}  # fmt: skip
+            found.append({name: text.strip() for name, text in texts.items()})
+        return found
+
+
+def text_sums(windows: Iterable[tuple], tokenizer: Tokenizer) -> dict[str, int]:
+    """What the scored text holds: words between white space, unknown tokens, its size by gzip."""
+    words = unknown = size = packed = 0
+    packer = zlib.compressobj(9, wbits=31)
+    for x, y in windows:
+        first = int((y != IGNORE).int().argmax())
+        before, scored = x[: first + 1][-8:].tolist(), y[y != IGNORE].tolist()
+        text = tokenizer.decode(scored, before)
         words += len(text.split())
-        if tokenizer.decode(before)[-1:].strip() and text[:1].strip():
-            words -= 1  # it began in the window before
+        if text[:1].strip() and tokenizer.decode(before)[-1:].strip():
+            words -= 1  # its first word began in the window before
+        unknown += scored.count(tokenizer.unk_id)
         data = text.encode("utf-8", "replace")
-        counts += np.bincount(np.frombuffer(data, np.uint8), minlength=256)
+        size += len(data)
         packed += len(packer.compress(data))
-        records += row.begins
-        before = (before + ids[: len(ids) - len(held)])[-8:]
-        expected = row.place + len(scored)
     packed += len(packer.flush())
-    share = counts[counts > 0] / max(counts.sum(), 1)
-    return {
-        "records": records,
-        "words": words,
-        "gzip_bits": 8.0 * packed,
-        "unigram_bits": float(-(share * np.log2(share)).sum() * counts.sum()),
-    }
+    return {"words": words, "unknown_tokens": unknown, "packed": packed, "unpacked": size}
 
 
-def complete_text(tokenizer: Tokenizer, ids: list[int], before: list[int]) -> tuple[str, list]:
-    """Text of the ids up to the last whole character, and the ids of one that is cut."""
-    for end in range(len(ids), max(-1, len(ids) - 4), -1):
-        text = tokenizer.decode(ids[:end], before)
-        if not text.endswith("\ufffd"):
-            return text, ids[end:]
-    return tokenizer.decode(ids, before), []
+COUNTS = ("tokens", "bytes", "words", "records", "unknown_tokens")
 
 
-def measures(sums: dict) -> dict:
+def metrics_from_sums(sums: dict) -> dict:
     """The figures reported for sums over some text; nan where there is nothing to divide by."""
-    loss, words, size = sums["nll"] / sums["tokens"], sums["words"], sums["bytes"]
-    result = {
-        "loss": loss,
-        "ppl": math.exp(min(20.0, loss)),
-        "bits_per_byte": sums["text_nll"] / math.log(2) / size if size else math.nan,
-        "word_ppl": math.exp(min(500.0, sums["text_nll"] / words)) if words else math.nan,
+    nll, size, words = sums["nll"], sums["bytes"], sums["words"]
+    return {
+        "loss": nll / sums["tokens"],
+        "ppl": math.exp(min(20.0, nll / sums["tokens"])),
+        "bits_per_byte": nll / math.log(2) / size if size else math.nan,
+        "word_ppl": math.exp(min(500.0, nll / words)) if words else math.nan,
+        "gzip_bits_per_byte": 8 * sums["packed"] / max(1, sums["unpacked"]),
+        **{name: round(sums[name]) for name in COUNTS},
     }
-    if size:
-        result |= {f"{n}_bits_per_byte": sums[f"{n}_bits"] / size for n in ("gzip", "unigram")}
-    return result | {name: int(sums[name]) for name in ("tokens", "bytes", "words", "records")}
-
-
-def rows_by_length(store: TokenStore, split: str, source: str, whole: bool = False) -> np.ndarray:
-    """A source's rows of the index, or only the rows of whole records, shortest first: like
-    lengths share a batch."""
-    index = store.index[split]
-    index = index[index["last" if whole else "trained"] == 1]
-    mine = index[index["source"] == store.sources.index(source)]
-    return mine[np.argsort(mine["length"], kind="stable")]
-
-
-class ScoredRow(NamedTuple):
-    """A window of a record. Its ids from `first` on are scored, given those before them."""
-
-    ids: np.ndarray
-    first: int
-    place: int  # of the first scored id, in its split
-    begins: bool  # a record
-
-
-def scored_rows(
-    store: TokenStore, source: str, splits: tuple[str, ...], block_size: int, limit: int
-) -> Iterator[ScoredRow]:
-    """Windows that score each id of a source once, but for a record's first.
-
-    Windows do not overlap, but for a record's last, which reaches back for as much context as
-    fits; as lm_eval's rolling windows do. limit: evenly spaced windows of each split (0: all).
-    """
-    for split in splits:
-        index = rows_by_length(store, split, source, whole=True)
-        to_score = index["length"].astype(np.int64) - 1 - (index["prompt"] == 1)
-        windows = -(-to_score // block_size)
-        ends = np.cumsum(windows)
-        for number in evenly_spaced(windows.sum(), limit):
-            record = int(np.searchsorted(ends, number, "right"))
-            first = int(number - ends[record] + windows[record]) * block_size
-            end = min(first + block_size, int(to_score[record]))
-            start = max(0, end - block_size)
-            place = int(index["start"][record])
-            ids = store.ids(split, place + start, end - start + 1)
-            yield ScoredRow(ids, first - start + 1, place + first + 1, first == 0)
 
 
 def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
-    """The distinct responses of a source where they are few and repeat, else an empty list."""
+    """The distinct answers of a source where they are few and repeat, else an empty list."""
     labels: dict[bytes, np.ndarray] = {}
-    records = 0
-    for split in ("train", "val"):
-        for start, length, prompt, *_ in rows_by_length(store, split, source).tolist():
-            response = store.ids(split, start + prompt, min(length - prompt, 65))
-            labels[response.tobytes()] = response
-            records += 1
-            if prompt == 1 or len(response) > 64 or len(labels) > 10:
+    data = [Answers(store, split, 2, source) for split in ("train", "val")]
+    for part in data:
+        for i in range(len(part)):
+            answer = part.parts(i)[1]
+            labels[answer.tobytes()] = answer
+            if len(answer) > 64 or len(labels) > 10:
                 return []
-    return [labels[k] for k in sorted(labels)] if 1 < len(labels) <= records // 10 else []
+    few = 1 < len(labels) <= sum(map(len, data)) // 10
+    return [labels[key] for key in sorted(labels)] if few else []
 
 
-def classify(
-    model: GPT, store: TokenStore, source: str, splits: tuple[str, ...], rt: Runtime,
-    batch_size: int, max_batches: int,
-) -> dict:  # fmt: skip
-    """Accuracy, confusion table, and precision, recall and F1 of each class, by likelihood."""
-    labels, block_size = closed_set(store, source), model.config.block_size
-    if not labels:
-        return {}
-    table = np.zeros((len(labels), len(labels)), int)  # [true, predicted]
-    together = max(1, batch_size // len(labels))
-    limit = -(-max_batches * together // len(splits))
-    answers = []  # (split, row of the index)
-    for split in splits:
-        rows = rows_by_length(store, split, source)
-        answers += [(split, row) for row in rows[evenly_spaced(len(rows), limit)].tolist()]
-    for batch in islice(batched(answers, together), rt.rank, None, rt.world_size):
-        sequences, truth = [], []
-        for split, (start, length, prompt, *_) in batch:
-            ids = store.ids(split, start, length)
-            truth += [i for i, label in enumerate(labels) if np.array_equal(label, ids[prompt:])]
-            sequences += [fit_record(ids[:prompt], label, block_size + 1) for label in labels]
-        batch = padded_batch(sequences, store.tokenizer.pad_id, block_size).to(rt.device)
-        with torch.no_grad(), rt.autocast():
-            losses = rt.losses(model)(batch.x, batch.y).cpu().double().sum(-1)
-        guesses = losses.view(len(truth), len(labels)).argmin(-1)
-        np.add.at(table, (truth, guesses.tolist()), 1)
-    table = np.array(rt.sum(*table.ravel().tolist())).astype(int).reshape(table.shape)
-    return class_measures(table, [store.tokenizer.decode(label).strip() for label in labels])
-
-
-def class_measures(table: np.ndarray, names: list[str]) -> dict:
+def class_metrics(table: np.ndarray, names: list[str]) -> dict:
     """Accuracy and the figures of each class from a confusion table, [true, predicted]."""
     classes = {}
     for i, name in enumerate(names):
@@ -6079,201 +6149,46 @@ def class_measures(table: np.ndarray, names: list[str]) -> dict:
     }
 
 
-CARD = (  # columns: name, title, width, how a value is written
-    ("loss", "loss", 9, ".4f"), ("ppl", "ppl", 11, ",.3f"), ("word_ppl", "word ppl", 11, ".5g"),
-    ("bits_per_byte", "bits/byte", 11, ".4f"), ("gzip_bits_per_byte", "gzip", 8, ".3f"),
-    ("unigram_bits_per_byte", "unigram", 9, ".3f"), ("tokens", "tokens", 12, ",d"),
-    ("records", "records", 9, ",d"),
-)  # fmt: skip
-
-
-BESIDE = "gzip, unigram: bits a byte of gzip -9 and of the best single-byte model, on this text"
-
-
-def evaluation_card(result: dict) -> str:
-    """The result of `evaluate_perplexity` as a table for people."""
-    lines = [f"{'source':<18}" + "".join(f"{title:>{width}}" for _, title, width, _ in CARD)]
-    for name, row in [*result["sources"].items(), ("total", result)]:
-        cells = (f"{row.get(c, math.nan):>{width}{written}}" for c, _, width, written in CARD)
-        lines.append(f"{name[:17]:<18}" + "".join(cells))
-    for name, row in result["sources"].items():
-        if "accuracy" in row:
-            lines += ["", *class_card(name, row)]
-    return "\n".join(lines)
-
-
-def training_report(
-    loaded: Loaded, store: TokenStore, rt: Runtime, batch_size: int, max_batches: int
-) -> str:
-    """What a training has come to, on a part of what was held out: the figures of `eval`, and the
-    model's words beside the text's own."""
-    result = evaluate_perplexity(loaded.model, store, "val", rt, batch_size, max_batches)
-    if len(result["sources"]) > 12:  # a folder of many files
-        result["sources"] = {}
-    for row in result["sources"].values():
-        if not all(c["support"] for c in row.get("classes", {}).values()):  # too few records
-            del row["accuracy"]
-    lines, index = [evaluation_card(result), BESIDE, ""], store.index["val"]
-    n = 120 if isinstance(store.tokenizer, ByteTokenizer) else 40  # tokens of a line of text
-    for start, length, prompt, *_ in index[evenly_spaced(len(index), 3)].tolist():
-        first = prompt if prompt > 1 else min(length // 2, n)
-        ids = store.ids("val", start, min(length, first + n))
-        texts = continued(loaded, rt, ids, first, n, 0.0 if prompt > 1 else 0.8)
-        for label, name in {"given": "prompt", "truth": "wanted", "model": "answer"}.items():
-            lines.append(f"  {label:<8}{shortened(texts[name])}")
-    return "\n".join(lines)
-
-
-def class_card(name: str, row: dict) -> list[str]:
-    """Accuracy, the table of classes and the confusion table of one source."""
-    classes, labels = row["classes"], row["confusion"]["labels"]
-    largest = max(classes, key=lambda label: classes[label]["support"])
-    columns = ("precision", "recall", "f1")
-    accuracy, majority = (f"{row[key]:.4f}" for key in ("accuracy", "majority"))
-    lines = [f"{name}: accuracy {accuracy}; always predicting {largest!r} gives {majority}"]
-    shown = {label: shortened(label)[:15] for label in labels}
-    lines.append(f"{'class':<16}" + "".join(f"{c:>10}" for c in (*columns, "support")))
-    for label, figures in classes.items():
-        cells = "".join(f"{figures[c]:>10.4f}" for c in columns)
-        lines.append(f"{shown[label]:<16}{cells}{figures['support']:>10}")
-    lines.append(f"{'true / predicted':<16}" + "".join(f"{shown[n][:9]:>10}" for n in labels))
-    for label, counts in zip(labels, row["confusion"]["true_by_predicted"], strict=True):
-        lines.append(f"{shown[label]:<16}" + "".join(f"{n:>10}" for n in counts))
-    return lines
-
-
-def finetune_report(config: FinetuneConfig, rt: Runtime, loaded: Loaded, base: Loaded) -> dict:
-    """What a finetune gains and forgets: losses, and answers to held-out prompts.
-
-    loss_all, loss_response: on the records it is tuned on, in nats a token. loss_base: on the
-    validation text of the data its base was trained on, where that is still at hand.
-    """
-    model = loaded.model.to(rt.device).eval()
-    block_size, store = model.config.block_size, open_store(config, rt, loaded.tokenizer)
-    datasets = {}
-    with contextlib.suppress(UserError):  # nothing is held out
-        for loss_on in ("all", "response"):
-            datasets[f"loss_{loss_on}"] = InstructionDataset(store, "val", block_size, loss_on)
-    if old := base_store(rt, base):
-        datasets["loss_base"] = LMDataset.from_store(old, "val", block_size)
-    report = {}
-    for name, data in datasets.items():
-        sampler = ValidationSampler(data, config.batch_size, 20 * config.batch_size)
-        loader = make_loader(data, sampler)
-        report[name], _ = estimate_loss(model, loader, next_token_loss, config, rt)
-    if config.report_samples and "loss_response" in datasets:
-        report |= report_answers(config, rt, loaded, datasets["loss_response"])
-    return report
-
-
-def base_store(rt: Runtime, base: Loaded) -> TokenStore | None:
-    """The data that a base was trained on, where it is at hand and still the same."""
-    settings = base.state.get("config")
-    if not settings or settings.get("streaming"):
-        return None
-    usual = {f.name: settings.get(f.name, f.default) for f in fields(DataConfig)}
-    split = {name: base.data[name] for name in SPLIT_SETTINGS}
-    try:
-        store = open_store(DataConfig(**usual | split), rt, base.tokenizer)
-    except UserError:
-        return None
-    same = store.fingerprint == base.data.get("fingerprint")
-    return store if same and len(store.tokens["val"]) > 1 else None
-
-
-def report_answers(
-    config: FinetuneConfig, rt: Runtime, loaded: Loaded, data: InstructionDataset
-) -> dict:
-    """Greedy answers to held-out prompts: how many are exact, how many end by themselves."""
-    answers = []
-    numbers = np.flatnonzero(data.store.index["val"]["prompt"] > 1)  # plain text has no answer
-    for number in numbers[evenly_spaced(len(numbers), config.report_samples)].tolist():
-        ids, _, n_prompt = data.record(number)
-        answers.append(continued(loaded, rt, ids, n_prompt, len(ids) - n_prompt + 32))
-    if not answers:
-        return {}
-    exact = sum(answer["wanted"] == answer["answer"] for answer in answers)
-    stopped = sum(answer.pop("ended") for answer in answers)
-    return {
-        "stops_by_itself": stopped / len(answers),
-        "exact_match": exact / len(answers),
-        "answers": [answers[i] for i in evenly_spaced(len(answers), 3)],
-    }
-
-
-def continued(
-    loaded: Loaded, rt: Runtime, ids: np.ndarray, n_prompt: int, n_new: int, temperature=0.0
-) -> dict:
-    """Texts of a record's prompt, of what follows it there, and of what the model puts there."""
-    tokenizer, prompt = loaded.tokenizer, torch.from_numpy(ids[:n_prompt].astype(np.int64))
-    ends = (tokenizer.sep_id, tokenizer.eos_id)
-    steps = generate(loaded.model, prompt[None].to(rt.device), n_new, ends, temperature=temperature)
-    made = [token for (token,) in steps]
-    parts = {
-        "prompt": prompt.tolist(),
-        "wanted": ids[n_prompt:].tolist(),
-        "answer": [token for token in made if token >= 0],
-    }
-    texts = {name: tokenizer.decode(part).strip() for name, part in parts.items()}
-    return texts | {"ended": made[-1] < 0}
-
-
-REPORT_ROWS = {  # figure of a finetune report: (what it is, whether more is better)
-    "loss_all": ("loss on held-out records", False),
-    "loss_response": ("loss on held-out responses", False),
-    "exact_match": ("answers that are exactly right", True),
-    "stops_by_itself": ("answers that end by themselves", True),
-    "loss_base": ("loss on what its base was trained on", False),
-}
-
-
-def first_report(config: FinetuneConfig, rt: Runtime, base: Loaded, folder: RunFolder) -> dict:
-    """The report of the base. A run that goes on has the one that it began with."""
-    if config.overfit_batch:
-        return {}
-    path = folder.file("report.json")
-    if folder.state:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return dict(json.loads(path.read_text(encoding="utf-8"))["before"])
-    report = finetune_report(config, rt, base, base)
-    if rt.is_main:
-        write_json(path, {"before": report})
-    return report
-
-
-def finetune_verdict(config: FinetuneConfig, before: dict, after: dict) -> list[str]:
-    """What a finetune changed, in lines: figures, three answers, and whether it helped."""
-    lines, gains = ["on records that it was not tuned on:"], {}
-    for name, (what, more_is_better) in REPORT_ROWS.items():
-        if name in before and name in after:
-            gain = gains[name] = (after[name] - before[name]) * (1 if more_is_better else -1)
-            word = "better" if gain > 0 else "worse" if gain < 0 else "the same"
-            lines.append(f"  {what:<40}{before[name]:>9.4f} -> {after[name]:<9.4f}{word}")
-    for old, new in zip(before.get("answers", []), after.get("answers", []), strict=False):
-        texts = (new["prompt"], new["wanted"], old["answer"], new["answer"])
-        labels = ("prompt", "wanted", "before", "after")
-        lines += [f"  {a:<8}{shortened(b)}" for a, b in zip(labels, texts, strict=True)] + [""]
-    aim = f"loss_{config.loss_on}"
-    if aim in gains and config.objective == "ntp":  # preferences may well cost likelihood
-        what = REPORT_ROWS[aim][0].removeprefix("loss on ")
-        verdict = f"better on {what}, by {gains[aim]:.4f} nats a token"
-        if gains[aim] <= 0:
-            verdict = f"not better on {what} than {config.ckpt}: try a lower --lr or more data"
-        lines.append(f"verdict: {verdict}")
-    if (lost := -gains.get("loss_base", 0.0)) > 0:
-        lines.append(f"it forgot some of its base's training data: {lost:.4f} nats a token more")
-    return lines
-
-
 def report(
     loaded: Loaded, store: TokenStore, rt: Runtime, split: str = "val", batch_size: int = 32,
     max_batches: int = 0, base_store: TokenStore | None = None,
 ) -> dict:  # fmt: skip
     """What is to be known of a model on a corpus, as plain data: what `eval --json` writes.
 
+    loss, ppl, bits_per_byte, word_ppl, gzip_bits_per_byte and COUNTS of the split, and `sources`
+    with the same of each; of a closed set of answers also accuracy, classes, majority, confusion.
+    Where records have answers, `answers` of val and train: records, loss, exact, majority.
+    `examples`: three of given, truth, model. max_batches: evenly spaced batches of each (0: all).
     base_store: `base_loss`, on what its base was trained on. UserError where the split is empty.
     """
-    return evaluate_perplexity(loaded.model, store, split, rt, batch_size, max_batches)
+    asked = Evaluation(loaded, store, rt, batch_size, max_batches)
+    splits = ("train", "val") if split == "all" else (split,)
+    sources, total = {}, Counter()
+    for source in store.sources:
+        sums = Counter()
+        for part in splits:
+            sums.update(asked.text(source, part))
+        if sums["tokens"]:
+            total.update(sums)
+            sources[source] = metrics_from_sums(sums) | asked.classes(source, splits)
+    if not sources:
+        raise UserError(f"the {split} split of this data is empty; --split all scores all of it")
+    result = metrics_from_sums(total) | {"sources": sources}
+    answers = {part: asked.answers(part) for part in ("val", "train")}
+    if answers["val"]["records"] + answers["train"]["records"]:
+        result["answers"] = answers
+    if base_store:
+        windows = LMDataset.from_store(base_store, "val", asked.block_size)
+        found = evaluate_perplexity(loaded.model, asked.loader(windows), rt=rt)
+        result["base_loss"] = found["loss"]
+    return result | {"examples": asked.examples(splits[-1])}
+
+
+REPORT_COLUMNS = (  # key, title, width, how a value is written
+    ("loss", "loss", 9, ".4f"), ("ppl", "ppl", 11, ",.3f"), ("word_ppl", "word ppl", 11, ".5g"),
+    ("bits_per_byte", "bits/byte", 11, ".4f"), ("gzip_bits_per_byte", "gzip", 8, ".3f"),
+    ("tokens", "tokens", 12, ",d"), ("records", "records", 9, ",d"),
+)  # fmt: skip
 
 
 def report_lines(after: dict, before: dict | None = None, most_sources: int = 0) -> list[str]:
@@ -6281,7 +6196,71 @@ def report_lines(after: dict, before: dict | None = None, most_sources: int = 0)
 
     most_sources: of more than so many (0: any number) the total alone is shown.
     """
-    return evaluation_card(after).splitlines()
+    sources = after["sources"]
+    if 0 < most_sources < len(sources):
+        sources = {}
+    rows = {**sources, "total": after} | ({"total, before": before} if before else {})
+    lines = [
+        f"{'source':<18}" + "".join(f"{title:>{width}}" for _, title, width, _ in REPORT_COLUMNS)
+    ]
+    for name, row in rows.items():
+        cells = (f"{row[key]:>{width}{written}}" for key, _, width, written in REPORT_COLUMNS)
+        lines.append(f"{name[:17]:<18}" + "".join(cells))
+    if after["unknown_tokens"]:
+        lines.append(f"{after['unknown_tokens']:,} of the tokens are unknown to the vocabulary")
+    columns = [answer_rows(each) for each in (before, after) if each]
+    if columns[-1]:
+        lines.append(f"{'':<48}{'before':>10}{'after':>10}" if before else "")
+        for label in columns[-1]:
+            lines.append(f"{label:<48}" + "".join(f"{c.get(label, ''):>10}" for c in columns))
+    for name, row in sources.items():
+        if "accuracy" in row:
+            lines += ["", *class_lines(name, row)]
+    for number, example in enumerate(after["examples"]):
+        old = {"before": before["examples"][number]["model"]} if before else {}
+        lines += ["", *(f"  {k:<8}{shortened(text)}" for k, text in (example | old).items())]
+    return lines
+
+
+def answer_rows(report: dict) -> dict[str, str]:
+    """What is said of answers, where records have any, and of the data of a finetune's base."""
+    rows = {}
+    for split, name in {"val": "held-out", "train": "training"}.items():
+        row = report.get("answers", {}).get(split, {})
+        if row.get("records"):
+            what = f"{row['records']:,} {name} answers"
+            rows[f"{what}: loss in nats a token"] = f"{row['loss']:.4f}"
+            rows[f"{what}: exactly right"] = f"{row['exact']:.1%}"
+            rows[f"{what}: the most frequent one"] = f"{row['majority']:.1%}"
+    if "base_loss" in report:
+        rows["loss on what the base was trained on"] = f"{report['base_loss']:.4f}"
+    return rows
+
+
+def class_lines(name: str, row: dict) -> list[str]:
+    """Accuracy, and a line for each class of one source: its figures, then what it was taken for."""
+    classes, labels = row["classes"], row["confusion"]["labels"]
+    largest = max(classes, key=lambda label: classes[label]["support"])
+    accuracy, majority = (f"{row[key]:.4f}" for key in ("accuracy", "majority"))
+    lines = [f"{name}: accuracy {accuracy}; always predicting {largest!r} gives {majority}"]
+    shown = [shortened(label)[:15] for label in labels]
+    titles = ("precision", "recall", "f1", "support", *(f"-> {label[:7]}" for label in shown))
+    lines.append(f"{'true class':<16}" + "".join(f"{title:>11}" for title in titles))
+    for label, figures, counts in zip(
+        shown, classes.values(), row["confusion"]["true_by_predicted"], strict=True
+    ):
+        cells = [f"{figures[key]:>11.4f}" for key in titles[:3]]
+        cells += [f"{n:>11,}" for n in (figures["support"], *counts)]
+        lines.append(f"{label:<16}" + "".join(cells))
+    return lines
+
+
+def shortened(text: str) -> str:
+    """One line of at most 160 characters, without its middle where it is longer. What a model
+    writes may be anything: characters that would steer a terminal are replaced.
+    """
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(text.split()))
+    return text if len(text) <= 160 else f"{text[:77]} ... {text[-77:]}"
 
 
 def trained_store(loaded: Loaded, processed_dir: str) -> TokenStore | None:
@@ -6306,14 +6285,6 @@ def example_prompt(store: TokenStore) -> tuple[str, str]:
     pattern = r"(?:### System: .*\n)?### Instruction: (.*)\n### Input: (.*)\n### Output:"
     found = re.fullmatch(pattern, text, re.DOTALL)
     return (found[1], found[2]) if found else (text, "")
-
-
-def shortened(text: str) -> str:
-    """One line of at most 160 characters, without its middle where it is longer. What a model
-    writes may be anything: characters that would steer a terminal are replaced.
-    """
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(text.split()))
-    return text if len(text) <= 160 else f"{text[:77]} ... {text[-77:]}"
 
 
 # ====================================================================================
@@ -6685,7 +6656,8 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
     if best and run.val and not stop:  # a fortieth of the steps: less than a percent of the time
         store = run.store
         shape = config.batch_size, max(1, run.progress.step // 40 // len(store.sources))
-        note(training_report(load_model(best), store, rt, *shape))
+        found = report(load_model(best), store, rt, "val", *shape)
+        note("\n".join(report_lines(found, most_sources=12)))
     return best
 
 
@@ -6789,13 +6761,13 @@ def measured(
     start, run.progress.total = time.perf_counter() - began, 10**9
     with training_precision(rt.device):
         step = partial(next_step, run, steps(run.train, 0))
-        took = in_turns({"": step}, rt, 1)[""]
+        took = interleaved_medians({"": step}, rt, 1)[""]
         if (rounds := int(rt.of_first(min(50, seconds / took)))) > 1:
-            took = in_turns({"": step}, rt, rounds)[""]
+            took = interleaved_medians({"": step}, rt, rounds)[""]
     look, looks = 0.0, 0.0
     if run.val:
         validate = partial(estimate_loss, run.model, islice(run.val, 1), run.objective, config, rt)
-        look = in_turns({"": validate}, rt, 1)[""]
+        look = interleaved_medians({"": validate}, rt, 1)[""]
         looks = len(run.val)
     began = time.perf_counter()
     scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `sweep` knows
@@ -6966,7 +6938,9 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     base = load_model(config.ckpt, block_size=config.block_size)
     pairs = config.objective == "dpo"
     store = open_split_store(config, rt, base, bool(folder.state), pairs)
-    before = first_report(config, rt, base, folder)
+    before = {}
+    if not folder.state and not config.overfit_batch:
+        before = report(base, store, rt, max_batches=10)
     changes = overrides(config)
     if pairs:  # as the reference log-probabilities are computed, unless asked otherwise
         changes = dict(dropout=0.0, token_dropout=0.0) | changes
@@ -6988,10 +6962,10 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
         loader.dataset.reference = reference.get(loader.dataset.split)
     best = run_fit(run, folder)
     if best and not stop:
-        after = finetune_report(config, rt, load_model(best), base)
+        after = report(load_model(best), store, rt, max_batches=10)
         if rt.is_main:
             write_json(folder.file("report.json"), {"before": before, "after": after})
-        note("\n".join(finetune_verdict(config, before, after)))
+        note("\n".join(report_lines(after, before or None)))
     return best
 
 
@@ -7020,9 +6994,9 @@ def fit_command(loop: Callable) -> Callable:
 
 @dataclass
 class EvalConfig(CheckpointConfig, RuntimeConfig):
-    """Loss, perplexity, bits per byte and classification report of a checkpoint."""
+    """Loss, perplexity, bits per byte, exact answers and classes of a checkpoint."""
 
-    dtype: str = option("float32", "of matrix products", choices=(*DTYPES, "int8"))
+    dtype: str = option("float32", "of matrix products", choices=DTYPES)
     split: str = option("val", "records to evaluate", choices=("val", "train", "all"))
     batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
     max_batches: int = option(0, "evenly spaced batches of each source (0: all)", low=0)
@@ -7030,49 +7004,42 @@ class EvalConfig(CheckpointConfig, RuntimeConfig):
 
 
 def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> dict:
-    """The figures of the `eval` command; see section 14 for their names."""
+    """The report of section 14 on --ckpt and the data at hand."""
     loaded = load_model(config.ckpt, block_size=config.block_size)
-    if rt.dtype == torch.int8:  # the layers that `sample` uses
-        for_decoding(loaded.model, rt.device, rt.dtype)
     store = open_split_store(config, rt, loaded)
-    note(what_is_scored(config, loaded, store))
-    size = config.batch_size, config.max_batches
-    return evaluate_perplexity(loaded.model, store, config.split, rt, *size)
-
-
-def what_is_scored(config: EvalConfig, loaded: Loaded, store: TokenStore) -> str:
-    """Which records `eval` scores, and whether the checkpoint was trained on any of them."""
     splits = ("train", "val") if config.split == "all" else (config.split,)
-    records = {split: len(store.whole_records(split)) for split in splits}
-    counts = (f"{n:,} {s} records, {len(store.tokens[s]):,} tokens" for s, n in records.items())
+    for split in splits:
+        n_records, n_tokens = len(store.whole_records(split)), len(store.tokens[split])
+        place = config.hf_dataset or config.data_dir
+        note(f"scoring {place}: {n_records:,} {split} records, {n_tokens:,} tokens")
+    note(what_it_was_trained_on(config, loaded, store))
+    return report(loaded, store, rt, config.split, config.batch_size, config.max_batches)
+
+
+def what_it_was_trained_on(config: EvalConfig, loaded: Loaded, store: TokenStore) -> str:
+    """Whether the checkpoint may have been trained on what is scored."""
     trained_on = loaded.state.get("data", {}).get("fingerprint")
     if trained_on is None:
-        origin = "this checkpoint does not say what it was trained on"
-    elif trained_on == store.fingerprint:
-        origin = "this is the data that the checkpoint was trained on"
-        origin += "; the val records were held out of that training" * ("val" in splits)
-    elif all(getattr(config, name) == loaded.data[name] for name in SPLIT_SETTINGS):
-        origin = (
-            "this is not the data that the checkpoint was trained on. A record in both keeps its "
-            "side of the split, except texts over 64 KiB and files named train, valid or test"
+        return "this checkpoint does not say what it was trained on"
+    if trained_on == store.fingerprint:
+        held_out = "" if config.split == "train" else "; its val records were held out"
+        return f"this is the data that the checkpoint was trained on{held_out}"
+    what = "this is not the data that the checkpoint was trained on"
+    if all(getattr(config, name) == loaded.data[name] for name in SPLIT_SETTINGS):
+        return (
+            f"{what}. A record in both keeps its side of the split, except texts over 64 KiB and "
+            "files named train, valid or test"
         )
-    else:
-        origin = (
-            "warning: this is not the data that the checkpoint was trained on, and it is split "
-            "otherwise: the checkpoint may have been trained on any of it"
-        )
-    return f"scoring {config.hf_dataset or config.data_dir}: {'; '.join(counts)}\n{origin}"
+    return f"warning: {what}, and it is split otherwise: it may have been trained on any of it"
 
 
 def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     result = evaluate_checkpoint(config, rt, stop)
     if rt.is_main:
-        print(evaluation_card(result))
-        note(BESIDE)
-        note("Each record is scored by itself, from its beginning; the losses in training are over")
-        note("a few batches of windows (train) or padded records (finetune).")
+        print("\n".join(report_lines(result)))
+        note("Each record is scored by itself; gzip: bits a byte of gzip -9 on the same text.")
         if config.json:
-            write_json(config.json, result)
+            write_json(Path(config.json), result)
 
 
 # --- sample and chat ---
@@ -7082,17 +7049,16 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
 class SampleConfig(RuntimeConfig):
     """Generate text. Without --prompt on a terminal: an interactive session."""
 
-    dtype: str = option("float32", "of weights and matrix products", choices=(*DTYPES, "int8"))
-    compile: str = option(
-        "off", "torch.compile: slow to start, then quick", choices=("auto", "off", "on")
-    )
+    dtype: str = option("float32", "of weights and matrix products", choices=DTYPES)
+    compile: str = option("off", "torch.compile: slow to start, then quick", choices=("off", "on"))
     ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     prompt: str | None = option(None, "text to continue, or the instruction")
     input: str = option("", "the instruction's input")
     system: str = option("", "system text before the instruction")
     template: str = option(
-        "auto", "wrap the prompt: if tuned, never, always", choices=("auto", "raw", "instruct")
-    )
+        "auto", "the prompt is an instruction: if trained on answers, never, always",
+        choices=("auto", "raw", "instruct"),
+    )  # fmt: skip
     max_new_tokens: int = option(80, "tokens to generate at most", low=1, high=10**9)
     temperature: float = option(0.9, "0: always the likeliest token", low=0.0, high=100.0)
     top_k: int = option(30, "keep the k likeliest tokens (0: all)", low=0)
@@ -7103,44 +7069,85 @@ class SampleConfig(RuntimeConfig):
     num_samples: int = option(1, "how many, from one prefill", low=1, high=4096)
 
 
-def sample_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) -> Iterator[str]:
-    """Pieces of text as they are generated; with several samples, whole samples one by one.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # see `sample_next`
 
-    --template auto wraps the prompt as an instruction when the checkpoint is a finetuned one. The
-    answer to an instruction comes without the space before it and the newline after it.
+
+def sample_text(
+    model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 80,
+    temperature: float = 0.9, top_k: int = 30, **settings,
+) -> str:  # fmt: skip
+    """The text that a model puts behind `prompt`, which is taken as it stands.
+
+    It ends with max_new_tokens, or where the model ends it. settings: others of `SampleConfig`,
+    such as seed and stop.
+    """
+    settings |= dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    training = model.training
+    model.eval()
+    try:
+        ids = prompt_ids(tokenizer, prompt)
+        return "".join(generated_texts(model, tokenizer, SampleConfig(**settings), ids))
+    finally:
+        model.train(training)
+
+
+def stream_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) -> Iterator[str]:
+    """What the `sample` command writes: pieces as they are generated; of several samples, whole ones.
+
+    The answer to an instruction comes without the space before it and the newline after it.
     """
     instruct = is_instruct(loaded, config)
     if instruct:
-        turn = (prompt, config.input, None)
-        ids = conversation_ids(loaded.tokenizer, [turn], config.system)
+        ids = conversation_ids(loaded.tokenizer, [ChatTurn(prompt, config.input)], config.system)
     else:
-        ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt).tolist()]
+        ids = prompt_ids(loaded.tokenizer, prompt)
     ids = fit_context(ids, loaded.model.config, config.max_new_tokens, instruct)
-    texts = generated_texts(loaded, config, rt, ids, config.seed)
-    if config.num_samples == 1:
-        yield from answer_text(texts) if instruct else texts
-        return
-    for number, text in enumerate(texts, 1):
-        note(f"--- sample {number}")
-        text = "".join(answer_text([text])) if instruct else text
-        yield text if number == config.num_samples else f"{text}\n"
+    texts = generated_texts(loaded.model, loaded.tokenizer, config, ids)
+    if not instruct:
+        yield from texts
+    elif config.num_samples == 1:
+        yield from answer_text(texts)
+    else:
+        yield from ("".join(answer_text([text])) for text in texts)
 
 
 def is_instruct(loaded: Loaded, config: SampleConfig) -> bool:
-    return config.template == "instruct" or (config.template == "auto" and loaded.is_tuned)
+    """Whether the prompt is an instruction: it is to a model that was trained on answers."""
+    asked = [f"--{name}" for name in ("input", "system") if getattr(config, name)]
+    if asked and config.template == "raw":
+        raise UserError(f"{asked[0]} is a part of the template: leave out --template raw")
+    if config.template == "auto":
+        return bool(asked) or loaded.is_tuned
+    return config.template == "instruct"
 
 
-def conversation_ids(tokenizer: Tokenizer, turns: list[tuple], system: str = "") -> list[int]:
-    """Ids of a conversation, the same as in a token store.
+class ChatTurn(NamedTuple):
+    """An instruction, and its answer unless that is still to come."""
 
-    turns: (instruction, input, answer); an answer that is still to come is None.
-    """
-    ids = [tokenizer.bos_id]
-    for number, (instruction, input, answer) in enumerate(turns):
-        prompt = instruction_prompt(instruction, input, "" if number else system)
+    instruction: str
+    input: str = ""
+    answer: str | None = None
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of text to go on from. Raises UserError where there are none."""
+    ids = [*tokenizer.prefix, *tokenizer.encode(text).tolist()]
+    if not ids:
+        raise UserError("this model needs a --prompt: its texts begin without a special token")
+    return ids
+
+
+def conversation_ids(
+    tokenizer: Tokenizer, turns: Sequence[ChatTurn], system: str = ""
+) -> list[int]:
+    """Ids of a conversation, the same as in a token store."""
+    ids = list(tokenizer.prefix)
+    for number, turn in enumerate(turns):
+        prompt = instruction_prompt(turn.instruction, turn.input, "" if number else system)
         ids += tokenizer.encode(prompt).tolist()
-        if answer is not None:
-            ids += [*tokenizer.encode(instruction_response(answer)).tolist(), tokenizer.sep_id]
+        if turn.answer is not None:
+            response = instruction_response(turn.answer)
+            ids += [*tokenizer.encode(response).tolist(), tokenizer.sep_id]
     return ids
 
 
@@ -7167,31 +7174,27 @@ def fit_context(ids: list[int], config: GPTConfig, max_new_tokens: int, instruct
 
 
 def generated_texts(
-    loaded: Loaded, config: SampleConfig, rt: Runtime, ids: list[int], seed: int,
+    model: GPT, tokenizer: Tokenizer, config: SampleConfig, ids: list[int],
     cache: KVCache | None = None, cached: list | None = None,
 ) -> Iterator[str]:  # fmt: skip
-    """`generate` with a command's settings, as text: pieces of one sample, or several whole ones.
+    """`generate` as text: pieces of one sample as they become certain, or several whole samples.
 
     cached: the ids that the cache stands for; generated ids are added to it.
     """
-    tokenizer = loaded.tokenizer
-    steps = generate(
-        loaded.model, torch.tensor([ids], device=rt.device), config.max_new_tokens,
-        (tokenizer.sep_id, tokenizer.eos_id), config.num_samples, seed, cache,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        min_p=config.min_p, repetition_penalty=config.repetition_penalty,
-    )  # fmt: skip
-    writers = [TextStream(tokenizer, unescape(config.stop), ids) for _ in range(config.num_samples)]
+    idx = torch.tensor([ids], device=next(model.parameters()).device)
+    how = (config.max_new_tokens, tokenizer.end_ids, config.num_samples, config.seed, cache)
+    steps = generate(model, idx, *how, **{name: getattr(config, name) for name in SAMPLING})
+    streams = [TextStream(tokenizer, unescape(config.stop), ids) for _ in range(config.num_samples)]
     for tokens in steps:
         if cached is not None:
             cached.append(tokens[0])
-        pieces = [w.add(t) if t >= 0 else "" for w, t in zip(writers, tokens, strict=True)]
-        if len(writers) == 1:
+        pieces = [s.add(t) if t >= 0 else "" for s, t in zip(streams, tokens, strict=True)]
+        if len(streams) == 1:
             yield pieces[0]
-        if all(w.stopped or t < 0 for w, t in zip(writers, tokens, strict=True)):
+        if all(s.stopped or t < 0 for s, t in zip(streams, tokens, strict=True)):
             break
-    last = [w.finish() for w in writers]
-    yield from last if len(writers) == 1 else [w.text for w in writers]
+    last = [s.finish() for s in streams]
+    yield from last if len(streams) == 1 else [s.text for s in streams]
 
 
 def answer_text(pieces: Iterable[str]) -> Iterator[str]:
@@ -7242,7 +7245,7 @@ class TextStream:
 
 
 class Chat:
-    """A session with one model. A tuned model's conversation and key/value cache are kept.
+    """A session with one model. A conversation with one trained on answers keeps its cache.
 
     The cache is brought to the conversation rather than the other way round: what they begin with
     in common stays, the rest is fed again. So a new system text, a dropped turn or an answer that
@@ -7251,19 +7254,19 @@ class Chat:
 
     def __init__(self, loaded: Loaded, config: SampleConfig, rt: Runtime):
         self.loaded, self.config, self.rt = loaded, config, rt
-        self.system = config.system
-        self.turns: list[tuple] = []  # (instruction, input, answer)
-        self.asked = 0  # over the whole session
+        self.instruct = is_instruct(loaded, config)
+        self.system, self.turns = config.system, []
+        self.answered = 0  # over the whole session
         self.cache: KVCache | None = None
         self.cached: list[int] = []  # ids whose first cache.length are in the cache
 
     def ask(self, instruction: str, input: str = "") -> Iterator[str]:
         """Pieces of the answer, which becomes a part of the conversation."""
-        self.turns.append((instruction, input, None))
+        self.turns.append(ChatTurn(instruction, input))
         ids = self.context()
         self.reuse_cache(ids)
-        how = self.loaded, self.config, self.rt
-        texts = generated_texts(*how, ids, self.next_seed(), self.cache, self.cached)
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        texts = generated_texts(model, tokenizer, self.next(), ids, self.cache, self.cached)
         answer = ""
         try:
             for piece in answer_text(texts):
@@ -7273,12 +7276,18 @@ class Chat:
             self.cache = None  # half a token may be in it
             raise
         finally:
-            self.turns[-1] = (instruction, input, answer)
+            self.turns[-1] = ChatTurn(instruction, input, answer)
 
-    def next_seed(self) -> int:
-        """Another one for each answer, so that a session repeats itself only when asked to."""
-        self.asked += 1
-        return derive_seed(self.config.seed, self.asked)
+    def next(self) -> SampleConfig:
+        """With another seed for each answer: a session repeats itself only when asked to."""
+        self.answered += 1
+        return replace(self.config, seed=derive_seed(self.config.seed, self.answered))
+
+    def reply(self, line: str, input: str = "") -> Iterator[str]:
+        """Pieces of what follows a line that was typed."""
+        if self.instruct:
+            return self.ask(line, input)
+        return stream_text(self.loaded, self.next(), self.rt, line)
 
     def context(self) -> list[int]:
         """Ids of the conversation, without its oldest turns where it outgrows the context."""
@@ -7304,13 +7313,31 @@ class Chat:
             self.cache = KVCache(model.config, 1, self.rt.device, model.tok_emb.weight.dtype)
         self.cache.length, self.cached = reused, list(ids)
 
+    def command(self, line: str) -> None:
+        """Carry out a line that begins with a slash, but for /quit and /input."""
+        word, _, text = line.partition(" ")
+        if word in ("/new", "/system"):
+            self.turns = []
+            self.system = text.strip() if word == "/system" else self.system
+        elif word == "/set":
+            name, _, value = text.strip().partition(" ")
+            if name not in (known := (*SAMPLING, "max_new_tokens", "stop", "seed")):
+                raise UserError(f"/set NAME VALUE, where NAME is one of {', '.join(known)}")
+            value = checked(SampleConfig.__dataclass_fields__[name], value.strip())
+            self.config = replace(self.config, **{name: value})
+        elif word == "/help":
+            note(CHAT_HELP)
+        else:
+            raise UserError(f"there is no command {word}; /help lists them")
+
 
 CHAT_HELP = """\
-/input TEXT   give the next instruction an input; then an empty line repeats the last instruction
-/system TEXT  begin a new conversation with this system text (none: without one)
-/new          begin a new conversation
-/help         show this
-ctrl-c ends an answer, ctrl-d or an empty line ends the session"""
+/input TEXT      give the next instruction an input; then an empty line repeats the last instruction
+/system TEXT     begin a new conversation with this system text (none: without one)
+/new             begin a new conversation
+/set NAME VALUE  such as /set temperature 0.5, or any other setting of sampling
+/help            show this
+/quit            end the session, as ctrl-d and an empty line do; ctrl-c ends an answer"""
 
 
 def chat_session(loaded: Loaded, config: SampleConfig, rt: Runtime) -> None:
@@ -7319,29 +7346,25 @@ def chat_session(loaded: Loaded, config: SampleConfig, rt: Runtime) -> None:
         import readline  # noqa: F401
     if "seed" not in config.explicit:
         config.seed = int.from_bytes(os.urandom(4), "little")
-    instruct = is_instruct(loaded, config)
-    if instruct and config.num_samples > 1:
-        raise UserError("--num_samples needs --prompt: a conversation goes on from one answer")
-    kind = "a conversation" if instruct else "text to continue"
-    note(f"{kind}; /help lists the commands; --seed {config.seed} repeats this session")
     chat, input_text, last = Chat(loaded, config, rt), config.input, ""
+    if chat.instruct and config.num_samples > 1:
+        raise UserError("--num_samples needs --prompt: a conversation goes on from one answer")
+    kind = "a conversation" if chat.instruct else "text to continue"
+    note(f"{kind}; /help lists the commands; --seed {config.seed} repeats this session")
     with contextlib.suppress(EOFError):
         while line := input("> ") or (last if input_text else ""):
-            command, _, text = line.partition(" ")
-            if command == "/help":
-                note(CHAT_HELP)
-            elif command == "/input":
-                input_text = text.strip()
-            elif command in ("/new", "/system"):
-                system = text.strip() if command == "/system" else chat.system
-                chat.system, chat.turns = system, []
-            elif command.startswith("/"):
-                note(f"there is no command {command}; /help lists them")
+            if line.strip() == "/quit":
+                return
+            if line.startswith("/input"):
+                input_text = line.removeprefix("/input").strip()
+            elif line.startswith("/"):
+                try:
+                    chat.command(line)
+                except (UserError, ValueError) as error:
+                    note(str(error))
             else:
                 last = line
-                again = replace(config, seed=chat.next_seed())
-                answer = chat.ask(line, input_text)
-                show(answer if instruct else sample_text(loaded, again, rt, line))
+                show(chat.reply(line, input_text))
                 input_text = ""
 
 
@@ -7363,12 +7386,18 @@ def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
         try:
             if hasattr(sys.stdin, "reconfigure"):  # a notebook's has no such method
                 sys.stdin.reconfigure(encoding="utf-8")
-            prompt = sys.stdin.read()
+            prompt = sys.stdin.read().removesuffix("\n")  # of `echo ... | sample`
         except UnicodeDecodeError as error:
             raise UserError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
-    for piece in sample_text(loaded, config, rt, prompt):
-        print(piece, end="", flush=True)
-    print(flush=True)
+    texts = stream_text(loaded, config, rt, prompt)
+    if config.num_samples == 1:
+        for piece in texts:
+            print(piece, end="", flush=True)
+        print(flush=True)
+        return
+    for number, text in enumerate(texts, 1):
+        note(f"--- sample {number}")
+        print(text, flush=True)
 
 
 # --- prepare ---
@@ -7687,22 +7716,17 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> Path:
 class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, RuntimeConfig):
     """Measure speed and memory of a preset on this machine."""
 
-    dtype: str = option("auto", "of products; int8: of decoding", choices=(*DTYPES, "int8"))
-    data_dir: str = option("data/raw", "the corpus whose whole run is estimated")
-    epochs: int = option(5, "passes over it", low=1, high=10**6)
-    max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
-
-    vs: str = option(
-        "", "measure a peer in turns: transformers, as it is or compiled",
-        choices=("", "hf", "hf_compiled"),
-    )  # fmt: skip
+    dtype: str = option("auto", "of matrix products", choices=DTYPES)
+    vs: str = option("", "measure a peer in turns: transformers", choices=("", "hf"))
     rounds: int = option(5, "measured rounds; medians are reported", low=1, high=1000)
     decode_batch: int = option(1, "sequences decoded at once", low=1, high=4096)
     json: str = option("", "write the figures to this file")
 
 
-def in_turns(sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = "") -> dict:
-    """Median seconds of each side, measured A B A B ..., so that drift affects them alike."""
+def interleaved_seconds(
+    sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = ""
+) -> dict[str, list[float]]:
+    """Seconds of each side's rounds, measured A B A B ..., so that drift affects them alike."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     synchronize = torch.get_device_module(rt.device).synchronize
     for number in tqdm(range(rounds + 2), desc=f"measuring {what}", disable=not what):
@@ -7713,6 +7737,14 @@ def in_turns(sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = "
             synchronize()
             if number >= 2:  # two rounds to warm up, compile and fill caches
                 times[name].append(time.perf_counter() - started)
+    return times
+
+
+def interleaved_medians(
+    sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = ""
+) -> dict[str, float]:
+    """Median seconds of each side, see `interleaved_seconds`."""
+    times = interleaved_seconds(sides, rt, rounds, what)
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
 
 
@@ -7722,10 +7754,10 @@ def next_step(run: Run, batches: Iterator[Batch]) -> None:
     run.progress.step += 1
 
 
-def product_seconds(rt: Runtime, n: int, columns: int, rounds: int) -> float:
-    """Seconds of a product of an (n, n) and an (n, columns) matrix in the run's dtype."""
-    a, b = (torch.randn(n, width, device=rt.device, dtype=rt.dtype) for width in (n, columns))
-    return in_turns({"": lambda: a @ b}, rt, rounds)[""]
+def product_seconds(rt: Runtime, n: int, columns: int, dtype: torch.dtype, rounds: int) -> float:
+    """Least seconds of a product of an (n, n) and an (n, columns) matrix: what the machine can do."""
+    a, b = (torch.randn(n, width, device=rt.device, dtype=dtype) for width in (n, columns))
+    return min(interleaved_seconds({"": lambda: a @ b}, rt, rounds)[""])
 
 
 def flops_per_token(model: GPT, T: int) -> float:
@@ -7738,11 +7770,11 @@ def flops_per_token(model: GPT, T: int) -> float:
     return 6 * used + 12 * c.n_layer * T * c.n_head * c.head_dim
 
 
-def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
-    """Speed of a training step against the ceiling of matrix products, and its peak memory."""
+def bench_run(config: BenchConfig, rt: Runtime, model: GPT) -> Run:
+    """A training run that nobody keeps: the very step of `train`."""
     total = 10**9  # a long run: compiling pays, the learning rate stays in its warm-up
     model.grad_checkpointing = config.grad_checkpointing
-    run = Run(
+    return Run(
         config=config, rt=rt, model=model, losses=distribute(model, config, rt, total),
         objective=next_token_loss, optimizers=make_optimizers(model, config),
         train=None, val=None, store=None, gradients=surviving_gradients,
@@ -7750,54 +7782,57 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
                           grad_checkpointing=config.grad_checkpointing),
         scaler=torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16),
     )  # fmt: skip
+
+
+def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
+    """Speed of a training step, its share of what matrix products reach (MFU), and peak memory."""
+    run = bench_run(config, rt, model)
     # This process's share of a global batch; speed does not depend on what the tokens are.
     shape = config.batch_size // rt.world_size, config.block_size + 1
     ids = torch.randint(model.config.vocab_size, shape, device=rt.device)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    tokens = config.batch_size * config.block_size
+
     our_step = partial(next_step, run, repeat(batch))
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     our_step()
     our_step()
-    memory = peak_memory(rt)  # before there is a peer
-    sides = {"": our_step}
+    memory, sides = peak_memory(rt), {"": our_step}  # before there is a peer
     if config.vs:
-        sides |= {"hf_": hf_step(config, rt, model, rt.dtype, batch),
-                  "hf_fp32_": hf_step(config, rt, model, torch.float32, batch)}  # fmt: skip
-    seconds = in_turns(sides, rt, config.rounds, "training")
-    # The ceiling is taken right after the rounds it is compared with: clocks and neighbours drift.
+        sides["hf_"] = hf_step(config, rt, model, batch)
     n = 8192 if rt.device.type == "cuda" else 2048
-    peak = 2 * n**3 / product_seconds(rt, n, n, config.rounds)
+    ceiling = partial(product_seconds, rt, n, n, rt.dtype, config.rounds)
+    before = ceiling()
+    seconds = interleaved_medians(sides, rt, config.rounds, "training")
+    tokens = config.batch_size * config.block_size
+    reached = tokens * flops_per_token(model, config.block_size) / seconds[""]
+    # Clocks and neighbours drift: the best of all products, and at least what training reached.
+    peak = max(2 * n**3 / min(before, ceiling()), reached)
     result = {
         "train_tokens_per_s": tokens / seconds[""], "step_ms": 1e3 * seconds[""],
-        "matmul_peak_flops": peak, "peak_memory_bytes": memory,
-        "mfu": tokens * flops_per_token(model, config.block_size) / seconds[""] / peak,
-        **{key: getattr(run.progress, key) for key in ("grad_accum", "grad_checkpointing")},
+        "matmul_peak_flops": peak, "mfu": reached / peak, "peak_memory_bytes": memory,
+        "grad_accum": run.progress.grad_accum,
     }  # fmt: skip
-    for name, key in (("hf_", "train_ratio"), ("hf_fp32_", "train_ratio_fp32")):
-        if name in seconds:
-            result[f"{name}train_tokens_per_s"] = tokens / seconds[name]
-            result[key] = seconds[name] / seconds[""]
+    if config.vs:
+        result["hf_train_tokens_per_s"] = tokens / seconds["hf_"]
+        result["train_ratio"] = seconds["hf_"] / seconds[""]
     return result
 
 
 def hf_peer(config: GPTConfig):
     """A transformers model of the same shape, with random weights."""
-    transformers = transformers_library()
-    return transformers.AutoModelForCausalLM.from_config(hf_config(config))
+    return transformers_library().AutoModelForCausalLM.from_config(hf_config(config))
 
 
-def hf_step(config: BenchConfig, rt: Runtime, model: GPT, dtype: torch.dtype, batch: Batch):
+def hf_step(config: BenchConfig, rt: Runtime, model: GPT, batch: Batch) -> Callable:
     """A training step of the peer as people write it: autocast, fused AdamW, clipping."""
     peer = hf_peer(model.config).to(rt.device).train()
-    losses = torch.compile(peer) if config.vs == "hf_compiled" else peer
     optimizer = torch.optim.AdamW(peer.parameters(), lr=config.lr, fused=True)
 
-    def step():
+    def step() -> None:
         for micro in batch.split(config.grad_accum):
-            with torch.autocast(rt.device.type, dtype, enabled=dtype != torch.float32):
-                loss = losses(input_ids=micro.x, labels=micro.x).loss / config.grad_accum
+            with rt.autocast():
+                loss = peer(input_ids=micro.x, labels=micro.x).loss / config.grad_accum
             loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), config.grad_clip or math.inf)
         optimizer.step()
@@ -7809,67 +7844,48 @@ def hf_step(config: BenchConfig, rt: Runtime, model: GPT, dtype: torch.dtype, ba
 def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     """Greedy decoding of half a block after a short prompt, against the bandwidth's limit."""
     n, batch = config.block_size // 2, config.decode_batch
-    prompt = torch.arange(8, device=rt.device)
+    idx = torch.arange(8, device=rt.device)[None]
     ours = for_decoding(GPT(model.config), rt.device, rt.dtype, config.compile == "on")
-    sides = {
-        "": lambda: [None for _ in generate(ours, prompt[None], n, (), batch, temperature=0.0)]
-    }
+    sides = {"": lambda: [None for _ in generate(ours, idx, n, (), batch, temperature=0.0)]}
     if config.vs:
         peer = hf_peer(model.config).to(rt.device).eval()
         peer.generation_config.eos_token_id = None
-        many = prompt[None].expand(batch, -1)
-        sides["hf_"] = lambda: peer.generate(
-            many, max_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(many)
-        )
-    seconds = in_turns(sides, rt, config.rounds, "decoding")
+        ids = idx.expand(batch, -1)
+        how = dict(max_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(ids))
+        sides["hf_"] = lambda: peer.generate(ids, **how)
+    # A matrix too large for the caches, in fp32, whose products are at the limit everywhere.
+    side = 16384 if rt.device.type == "cuda" else 8192
+    ceiling = partial(product_seconds, rt, side, 1, torch.float32, config.rounds)
+    before = ceiling()
+    seconds = interleaved_medians(sides, rt, config.rounds, "decoding")
+    bandwidth = 4 * side**2 / min(before, ceiling())
     read = sum(t.nbytes for part in (ours.blocks, ours.head) for t in part.state_dict().values())
-    side = 16384 if rt.device.type == "cuda" else 8192  # a matrix too large for the caches
-    wide = replace(rt, dtype=torch.float32)  # whose products are at the limit everywhere
-    bandwidth = 4 * side**2 / product_seconds(wide, side, 1, config.rounds)
     speed = {name: batch * n / s for name, s in seconds.items()}
     result = {"decode_tokens_per_s": speed[""],
-              "decode_limit_tokens_per_s": batch * bandwidth / read}  # fmt: skip
-    if "hf_" in speed:
-        result |= {"hf_decode_tokens_per_s": speed["hf_"],
-                   "decode_ratio": speed[""] / speed["hf_"]}  # fmt: skip
+              "decode_limit_tokens_per_s": max(batch * bandwidth / read, speed[""])}  # fmt: skip
+    if config.vs:
+        result["hf_decode_tokens_per_s"] = speed["hf_"]
+        result["decode_ratio"] = speed[""] / speed["hf_"]
     return result
 
 
-def with_prefix(value: float, unit: str) -> str:
-    """Three digits and a prefix: 20734 " tok/s" is 20.7 k tok/s."""
-    prefixes = ["", *"kMGTP"]
-    while abs(value) >= 999.5 and len(prefixes) > 1:
-        value, prefixes = value / 1000, prefixes[1:]
-    return f"{value:.3g} {(prefixes[0] + unit).strip()}"
-
-
-TOKENS_PER_S = partial(with_prefix, unit=" tok/s")
-
-
-# key of --json: (what people read, how it is written)
-BENCH_ROWS: dict[str, tuple[str, Callable]] = {
-    "params": ("parameters", partial(with_prefix, unit="")),
-    "device": ("device", str),
-    "dtype": ("dtype", str),
-    "threads": ("CPU threads", str),
-    "train_tokens_per_s": ("training", TOKENS_PER_S),
-    "step_ms": ("one step", "{:,.1f} ms".format),
-    "matmul_peak_flops": ("matrix products at their fastest", partial(with_prefix, unit="FLOP/s")),
-    "mfu": ("of that, used by training (MFU)", "{:.1%}".format),
-    "peak_memory_bytes": ("peak memory", lambda n: f"{n / 2**30:.2f} GiB"),
-    "grad_accum": ("micro-batches a step", str),
-    "grad_checkpointing": ("activations recomputed", lambda on: "yes" if on else "no"),
-    "decode_tokens_per_s": ("decoding", TOKENS_PER_S),
-    "decode_limit_tokens_per_s": ("decoding, limit of the bandwidth", TOKENS_PER_S),
-    "hf_train_tokens_per_s": ("training, transformers", TOKENS_PER_S),
-    "train_ratio": ("training, times transformers", "{:.2f}".format),
-    "hf_fp32_train_tokens_per_s": ("training, transformers in fp32", TOKENS_PER_S),
-    "train_ratio_fp32": ("training, times transformers in fp32", "{:.2f}".format),
-    "hf_decode_tokens_per_s": ("decoding, transformers", TOKENS_PER_S),
-    "decode_ratio": ("decoding, times transformers", "{:.2f}".format),
-    "whole_run_tokens": ("a whole run over the data", partial(with_prefix, unit=" tokens")),
-    "whole_run_seconds": ("its time, about", lambda s: str(timedelta(seconds=round(s)))),
-}
+def bench_lines(result: dict) -> list[str]:
+    """The figures of `bench` for people."""
+    peak, limit = result["matmul_peak_flops"] / 1e12, result["decode_limit_tokens_per_s"]
+    place = f"{result['device']}, {result['dtype']}, {result['threads']} CPU threads"
+    rows = {
+        "machine": place,
+        "parameters": f"{result['params']:,}",
+        "training": f"{result['train_tokens_per_s']:,.0f} tokens/s, {result['step_ms']:,.1f} ms a step",
+        "of matrix products": f"{result['mfu']:.1%} of their {peak:.3g} TFLOP/s (MFU)",
+        "peak memory": f"{result['peak_memory_bytes'] / 2**30:.2f} GiB",
+        "decoding": f"{result['decode_tokens_per_s']:,.0f} tokens/s of at most {limit:,.0f}",
+    }
+    if "train_ratio" in result:
+        for what in ("train", "decode"):
+            speed, ratio = result[f"hf_{what}_tokens_per_s"], result[f"{what}_ratio"]
+            rows[f"transformers, {what}"] = f"{speed:,.0f} tokens/s; here {ratio:.2f} times that"
+    return [f"{label:<22}{text}" for label, text in rows.items()]
 
 
 def peak_memory(rt: Runtime) -> int:
@@ -7893,16 +7909,6 @@ def device_name(rt: Runtime) -> str:
     return rt.device.type
 
 
-def corpus_bytes(data_dir: str, store: TokenStore | None) -> int:
-    """About how many bytes of text a folder, file or store holds; 0 if unknown."""
-    if store:  # older ones say only what their records hold
-        held = sum(row.get("bytes", 0) for row in store.meta["counts"].values())
-        return store.meta.get("source_bytes") or held
-    with contextlib.suppress(UserError, OSError, TypeError):
-        return sum(p.stat().st_size for p in find_files(DataConfig(data_dir=data_dir)))
-    return 0
-
-
 def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     """Measure training and decoding beside the limits of the machine."""
     vocab_size = config.vocab_size
@@ -7911,24 +7917,29 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     model = GPT(model_config(config, vocab_size)).to(rt.device)
     if config.self_test:
         self_test(model.config, rt)
-    result = {"params": model.n_params(), "device": device_name(rt), "dtype": str(rt.dtype)[6:],
-              "threads": torch.get_num_threads()}  # fmt: skip
+    result = {
+        "params": model.n_params(),
+        "device": device_name(rt),
+        "dtype": str(rt.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
     with training_precision(rt.device):
-        trains = replace(rt, dtype=pick_dtype("auto", rt.device)) if rt.dtype == torch.int8 else rt
-        result |= bench_training(config, trains, model)
+        result |= bench_training(config, rt, model)
     result |= bench_decoding(config, rt, model)
-    total = config.max_steps * config.batch_size * config.block_size
-    size = corpus_bytes(config.data_dir, store_at(config.data_dir)) / bytes_per_token(vocab_size)
-    total = total or round(config.epochs * size)
-    seconds = total / result["train_tokens_per_s"]
-    run_time = {"whole_run_tokens": total, "whole_run_seconds": seconds}
-    if not rt.is_main:
-        return
-    for key, value in (result | (run_time if total else {})).items():
-        label, written = BENCH_ROWS[key]
-        print(f"{label:<38}{written(value)}")
-    if config.json:
-        write_json(config.json, result | run_time)
+    if rt.is_main:
+        print("\n".join(bench_lines(result)))
+        if config.json:
+            write_json(Path(config.json), result)
+
+
+def corpus_bytes(data_dir: str, store: TokenStore | None) -> int:
+    """About how many bytes of text a folder, file or store holds; 0 if unknown."""
+    if store:  # older ones say only what their records hold
+        held = sum(row.get("bytes", 0) for row in store.meta["counts"].values())
+        return store.meta.get("source_bytes") or held
+    with contextlib.suppress(UserError, OSError, TypeError):
+        return sum(p.stat().st_size for p in find_files(DataConfig(data_dir=data_dir)))
+    return 0
 
 
 # ====================================================================================
@@ -8544,7 +8555,7 @@ class TextGenerator:
 
     def stream(self, prompt: str, **settings) -> Iterator[str]:
         """Pieces of text as they are generated; of several samples, each whole."""
-        return sample_text(self.loaded, self.config(**settings), self.rt, prompt)
+        return stream_text(self.loaded, self.config(**settings), self.rt, prompt)
 
     def generate(self, prompt: str, **settings) -> str | list[str]:
         """The text that follows `prompt`, or with num_samples=N > 1 a list of N texts.
@@ -8552,9 +8563,7 @@ class TextGenerator:
         Settings are those of the `sample` command.
         """
         pieces = list(self.stream(prompt, **settings))
-        if self.config(**settings).num_samples == 1:
-            return "".join(pieces)
-        return [text.removesuffix("\n") for text in pieces[:-1]] + pieces[-1:]
+        return "".join(pieces) if self.config(**settings).num_samples == 1 else pieces
 
 
 def load(ckpt: str = "ckpts/best.pth", **settings) -> TextGenerator:

@@ -1,4 +1,4 @@
-"""`sample`: conversations that keep their cache, sessions, what an answer looks like."""
+"""`sample`: prompts and their template, conversations that keep their cache, sessions."""
 
 import io
 import json
@@ -10,15 +10,14 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from conftest import PROGRAM, run
-from test_decoding import MODERN, Parrot, make
+from conftest import CPU, PROGRAM, run
 
 import llm_pipeline as lp
 
 RT = lp.Runtime(torch.device("cpu"), torch.float32)
+MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False)
 SHAPES = {
     "gpt2": {},
     "gpt2, window": dict(attn_window=50),
@@ -29,8 +28,10 @@ SHAPES = {
 
 
 def tuned(block_size=512, **shape):
-    """A model with random weights that counts as tuned."""
-    model = make(vocab_size=260, block_size=block_size, **shape)
+    """A model with random weights that counts as trained on answers."""
+    lp.set_seed(0)
+    shape = dict(n_layer=2, n_head=4, n_embd=32, dropout=0.0, init_std=0.3) | shape
+    model = lp.GPT(lp.GPTConfig(vocab_size=260, block_size=block_size, **shape)).eval()
     return lp.Loaded(model, lp.ByteTokenizer(), {"command": "finetune"})
 
 
@@ -52,9 +53,150 @@ def rendered(turns, system=""):
 
 def reply(model, ids, count=20):
     """The greedy answer without a cache from before, as text."""
-    steps = lp.generate(model, torch.tensor(ids), count, (258, 259), temperature=0.0)
+    steps = lp.generate(model, torch.tensor([ids]), count, (258, 259), temperature=0.0)
     text = lp.ByteTokenizer().decode([token for (token,) in steps if token >= 0])
     return text.removeprefix(" ").removesuffix("\n")
+
+
+# --- prompts ---
+
+
+def test_sample_text_is_what_the_model_generates():
+    model, tokenizer = tuned().model, lp.ByteTokenizer()
+    found = lp.sample_text(model, tokenizer, "Größe", max_new_tokens=12, temperature=0.0)
+    ids = torch.tensor([[257, *"Größe".encode()]])
+    wanted = model.generate(ids, 12, temperature=0.0)[0, ids.shape[1] :]
+    ends = [i for i, token in enumerate(wanted.tolist()) if token in (258, 259)] + [12]
+    assert found == tokenizer.decode(wanted[: ends[0]])
+    model.train()
+    draws = [lp.sample_text(model, tokenizer, "a", 40, top_k=50, seed=s) for s in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2] and model.training
+
+
+def test_the_ids_of_a_conversation_are_those_of_a_store(tmp_path):
+    turns = [("Größe?", "", "groß"), ("A literal <|sep|>", "", "yes\nno"), ("And", "", "so on")]
+    for system in ("", "Be kind."):
+        messages = [{"role": "system", "content": system}] if system else []
+        for question, _, answer in turns:
+            messages += [{"role": "user", "content": question},
+                         {"role": "assistant", "content": answer}]  # fmt: skip
+        path = tmp_path / f"{len(system)}.jsonl"
+        path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+        store = lp.build_corpus_from_sources(data_dir=path, processed_dir=tmp_path / "p")
+        wanted = [*store.tokens["train"], *store.tokens["val"]]
+        found = lp.conversation_ids(lp.ByteTokenizer(), [lp.ChatTurn(*t) for t in turns], system)
+        assert found == wanted == rendered(turns, system)
+
+
+@pytest.mark.parametrize(
+    ("state", "flags", "instruct"),
+    [
+        ({"command": "finetune"}, {}, True),
+        ({"command": "train"}, {}, False),
+        ({"command": "train", "config": {"answer_weight": 0}}, {}, False),
+        ({"command": "train", "config": {"answer_weight": 30}}, {}, True),
+        ({}, {"input": "a message"}, True),
+        ({}, {"system": "Be brief."}, True),
+        ({}, {"template": "instruct"}, True),
+        ({"command": "finetune"}, {"template": "raw"}, False),
+    ],
+)
+def test_when_a_prompt_is_an_instruction(state, flags, instruct):
+    loaded = tuned()
+    loaded.state = state
+    found = "".join(lp.stream_text(loaded, greedy(**flags), RT, "Say x."))
+    ids = [257, *b"Say x."]
+    if instruct:
+        ids = rendered([("Say x.", flags.get("input", ""), None)], flags.get("system", ""))
+        assert found == reply(loaded.model, ids)
+    else:
+        steps = lp.generate(loaded.model, torch.tensor([ids]), 20, (258, 259), temperature=0.0)
+        assert found == lp.ByteTokenizer().decode([t for (t,) in steps if t >= 0])
+
+
+def test_an_input_without_the_template_is_refused(tiny_checkpoint):
+    flags = ["--prompt", "a", "--input", "b", "--template", "raw", *CPU]
+    run("sample", "--ckpt", tiny_checkpoint, *flags).fails(1, "--input", "--template raw")
+
+
+@pytest.mark.parametrize("template", ["instruct", "raw"])
+def test_a_prompt_longer_than_the_context_is_said(template, capsys):
+    """An instruction loses its middle, as in training; of other text the end is read."""
+    loaded, text = tuned(block_size=64), "".join(chr(97 + i % 26) for i in range(100))
+    found = "".join(lp.stream_text(loaded, greedy(template=template), RT, text))
+    assert "tokens and the context 64" in capsys.readouterr().err
+    if template == "instruct":
+        ids = rendered([(text, "", None)])
+        kept = 64 - 64 // 8
+        ids = ids[: kept - kept // 2] + ids[len(ids) - kept // 2 :]
+        assert found == reply(loaded.model, ids)
+    "".join(lp.stream_text(loaded, greedy(template=template), RT, "s"))
+    assert "context" not in capsys.readouterr().err
+
+
+def test_a_prompt_from_a_pipe_loses_the_newline_of_echo(tiny_checkpoint, monkeypatch):
+    flags = ["sample", "--ckpt", tiny_checkpoint, *CPU, "--temperature", 0]
+    wanted = run(*flags, "--prompt", "sun\n moon").ok().out
+    for piped in (b"sun\n moon\n", b"sun\n moon"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped)))
+        assert run(*flags).ok().out == wanted
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="latin-1"))
+    run(*flags).fails(1, "not UTF-8", "byte 2")
+
+
+# --- what an answer looks like ---
+
+
+class Parrot(torch.nn.Module):
+    """A model that goes on with `text`, one byte a step, whatever it is asked, and then ends."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.config = lp.GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=4096)
+        self.tok_emb = torch.nn.Embedding(260, 2)
+        self.script, self.step = [*text.encode(), 259], 0
+
+    def hidden(self, idx, cache):
+        cache.length += idx.shape[1]
+        return torch.zeros(*idx.shape, 2)
+
+    def head(self, h):
+        logits = torch.full((len(h), 260), -1e9)
+        logits[:, self.script[self.step]] = 0.0
+        self.step += 1
+        return logits
+
+
+def parrot(text, template="auto", **settings):
+    loaded = lp.Loaded(Parrot(text), lp.ByteTokenizer(), {"command": "finetune"})
+    config = lp.SampleConfig(template=template, max_new_tokens=500, **settings)
+    return list(lp.stream_text(loaded, config, RT, "x"))
+
+
+@pytest.mark.parametrize("answer", ["ham", "two\nlines", "", " indented", "ends\n", "\n"])
+def test_an_answer_loses_what_the_template_put_around_it(answer):
+    text = lp.instruction_response(answer)
+    assert "".join(parrot(text)) == answer
+    assert parrot(text, num_samples=2) == [answer, answer]
+    assert "".join(parrot(text, template="raw")) == text
+
+
+def test_an_answer_appears_as_it_is_made():
+    assert [p for p in parrot(" two\nlines\n") if p] == [*"two", "\nl", *"ines"]
+
+
+def test_several_samples_are_whole_texts(tiny_checkpoint):
+    flags = ["--num_samples", 3, "--top_k", 0, "--max_new_tokens", 5]
+    result = run("sample", "--ckpt", tiny_checkpoint, *CPU, "--prompt", "sun", *flags).ok()
+    texts = lp.load(tiny_checkpoint, device="cpu").generate(
+        "sun", num_samples=3, top_k=0, max_new_tokens=5
+    )
+    assert len(texts) == 3 == len(set(texts))
+    assert result.out == "".join(f"{text}\n" for text in texts)
+    assert [f"--- sample {n}" in result.err for n in range(5)] == [False, True, True, True, False]
+
+
+# --- conversations ---
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -80,32 +222,11 @@ def test_three_turns_equal_the_conversation_rendered_at_once(name):
         assert sum(fed) < len(prompt) + 3 * 20 + 3 * 8
 
 
-def test_the_ids_of_a_conversation_are_those_of_the_template():
-    turns = [("Größe?", "你好", "groß"), ("Again", "", "yes"), ("And", "x", None)]
-    found = lp.conversation_ids(lp.ByteTokenizer(), turns, "Be kind.")
-    assert found == rendered(turns, "Be kind.")
-
-
-@pytest.mark.parametrize("system", ["", "Be kind."])
-def test_the_ids_of_a_conversation_are_those_of_a_store(tmp_path, system):
-    turns = [("Größe?", "", "groß"), ("A literal <|sep|>", "", "yes\nno"), ("And", "", "so on")]
-    messages = [{"role": "system", "content": system}] if system else []
-    for question, _, answer in turns:
-        messages += [{"role": "user", "content": question},
-                     {"role": "assistant", "content": answer}]  # fmt: skip
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
-    config = lp.DataConfig(data_dir=str(tmp_path / "a.jsonl"), processed_dir=str(tmp_path / "p"),
-                           val_fraction=1e-9)  # fmt: skip
-    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
-    wanted = store.tokens["train"].tolist()
-    assert lp.conversation_ids(lp.ByteTokenizer(), turns, system) == wanted
-
-
 def test_a_new_system_text_and_an_edited_past_leave_no_trace_in_the_cache():
     loaded = tuned()
     chat = lp.Chat(loaded, greedy(), RT)
     "".join(chat.ask("one"))
-    chat.system, chat.turns = "Other.", [("a", "b", "c")]
+    chat.system, chat.turns = "Other.", [lp.ChatTurn("a", "b", "c")]
     wanted = rendered([("a", "b", "c"), ("two", "", None)], "Other.")
     assert "".join(chat.ask("two")) == reply(loaded.model, wanted)
 
@@ -129,44 +250,8 @@ def test_the_oldest_turns_make_room_and_that_is_said(capsys):
     said = capsys.readouterr().err
     assert "oldest turn" in said and "128 tokens" in said
     (kept,) = chat.turns
-    assert kept[0] == "b" * 30
-    assert kept[2] == reply(loaded.model, rendered([("b" * 30, "", None)]))
-
-
-@pytest.mark.parametrize("template", ["instruct", "raw"])
-def test_a_prompt_longer_than_the_context_is_said(template, capsys):
-    """An instruction loses its middle, as in training; of other text the end is read."""
-    loaded, text = tuned(block_size=64), "".join(chr(97 + i % 26) for i in range(100))
-    found = "".join(lp.sample_text(loaded, greedy(template=template), RT, text))
-    assert "tokens and the context 64" in capsys.readouterr().err
-    if template == "instruct":
-        ids = rendered([(text, "", None)])
-        kept = 64 - 64 // 8
-        ids = ids[: kept - kept // 2] + ids[len(ids) - kept // 2 :]
-        assert found == reply(loaded.model, ids)
-    "".join(lp.sample_text(loaded, greedy(template=template), RT, "s"))
-    assert "context" not in capsys.readouterr().err
-
-
-# --- what an answer looks like ---
-
-
-def parrot(text, template="auto", **settings):
-    loaded = lp.Loaded(Parrot(text), lp.ByteTokenizer(), {"command": "finetune"})
-    config = lp.SampleConfig(template=template, max_new_tokens=500, **settings)
-    return list(lp.sample_text(loaded, config, RT, "x"))
-
-
-@pytest.mark.parametrize("answer", ["ham", "two\nlines", "", " indented", "ends\n", "\n"])
-def test_an_answer_loses_what_the_template_put_around_it(answer):
-    text = lp.instruction_response(answer)
-    assert "".join(parrot(text)) == answer
-    assert "".join(parrot(text, num_samples=2)) == f"{answer}\n{answer}"
-    assert "".join(parrot(text, template="raw")) == text
-
-
-def test_an_answer_appears_as_it_is_made():
-    assert [p for p in parrot(" two\nlines\n") if p] == [*"two", "\nl", *"ines"]
+    assert kept.instruction == "b" * 30
+    assert kept.answer == reply(loaded.model, rendered([("b" * 30, "", None)]))
 
 
 # --- a session at a terminal ---
@@ -175,8 +260,7 @@ def test_an_answer_appears_as_it_is_made():
 @pytest.fixture(scope="module")
 def tuned_checkpoint(tmp_path_factory, corpus, tiny_checkpoint):
     folder = tmp_path_factory.mktemp("tuned")
-    flags = ["--device", "cpu", "--dtype", "float32", "--max_steps", "2", "--batch_size", "4"]
-    flags += ["--report_samples", "0", "--out_dir", folder]
+    flags = [*CPU, "--max_steps", "2", "--batch_size", "4", "--out_dir", folder]
     run("finetune", *corpus, "--ckpt", tiny_checkpoint, *flags).ok()
     return folder / "best_finetune.pth"
 
@@ -223,30 +307,35 @@ def test_the_commands_of_a_session(tuned_checkpoint, session, monkeypatch):
 
     def ask(self, instruction, input=""):
         self.turns.append((instruction, input, "yes"))
-        asked.append((self.system, list(self.turns)))
+        asked.append((self.system, list(self.turns), self.config.temperature))
         yield "yes"
 
     monkeypatch.setattr(lp.Chat, "ask", ask)
-    lines = ["one", "/input some text", "two", "/input more", "", "/new", "three",
-             "/system Be brief.", "four", "/help", "/nonsense", ""]  # fmt: skip
+    lines = ["one", "/input some text", "two", "/input more", "", "/new", "/set temperature 0.5",
+             "three", "/system Be brief.", "four", "/help", "/nonsense", "/quit", "no"]  # fmt: skip
     result = session(tuned_checkpoint, *lines)
     one, two = ("one", "", "yes"), ("two", "some text", "yes")
     assert asked == [
-        ("", [one]),
-        ("", [one, two]),
-        ("", [one, two, ("two", "more", "yes")]),
-        ("", [("three", "", "yes")]),
-        ("Be brief.", [("four", "", "yes")]),
+        ("", [one], 0.9),
+        ("", [one, two], 0.9),
+        ("", [one, two, ("two", "more", "yes")], 0.9),
+        ("", [("three", "", "yes")], 0.5),
+        ("Be brief.", [("four", "", "yes")], 0.5),
     ]
-    for command in ("/input", "/system", "/new", "/help", "/nonsense"):
+    for command in ("/input", "/system", "/new", "/set", "/help", "/quit", "/nonsense"):
         assert command in result.err
 
 
-def test_a_base_model_goes_on_with_text(tiny_checkpoint, session):
-    result = session(tiny_checkpoint, "sun", flags=("--temperature", "0"))
+def test_settings_of_a_session(tiny_checkpoint, session):
+    lines = ["/set temperature 0", "sun", "/set max_new_tokens 3", "sun", "/set top_k minus",
+             "/set temperature -1", "/set ckpt x", "/set"]  # fmt: skip
+    result = session(tiny_checkpoint, *lines)
     single = run("sample", "--ckpt", tiny_checkpoint, "--prompt", "sun", "--temperature", "0",
                  "--device", "cpu", "--max_new_tokens", 8).ok()  # fmt: skip
-    assert answers(result) == [single.out]
+    first, second = answers(result)
+    assert first == single.out and single.out.startswith(second.rstrip("\n"))
+    for wrong in ("top_k", "temperature", "/set NAME VALUE"):
+        assert wrong in result.err
 
 
 def test_several_samples_of_a_conversation_are_refused(tuned_checkpoint, monkeypatch):
@@ -254,20 +343,17 @@ def test_several_samples_of_a_conversation_are_refused(tuned_checkpoint, monkeyp
     run("sample", "--ckpt", tuned_checkpoint, "--num_samples", 2).fails(1, "--num_samples")
 
 
-def test_a_prompt_that_is_not_utf8_is_refused(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="latin-1"))
-    run("sample", "--ckpt", tiny_checkpoint, "--device", "cpu").fails(1, "not UTF-8", "byte 2")
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
-def test_ctrl_c_ends_an_answer_and_not_the_session(tiny_checkpoint):
+def test_ctrl_c_ends_an_answer_and_not_the_session_and_arrows_recall(tiny_checkpoint):
     import pty
 
     master, slave = pty.openpty()
     command = [sys.executable, PROGRAM, "sample", "--ckpt", tiny_checkpoint, "--device", "cpu",
                "--temperature", "0", "--max_new_tokens", "1000000"]  # fmt: skip
-    process = subprocess.Popen(list(map(str, command)), stdin=slave, stdout=slave,
-                               stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), stdin=slave, stdout=slave, stderr=subprocess.STDOUT,
+        start_new_session=True, env=os.environ | {"TERM": "xterm"},
+    )  # fmt: skip
     os.close(slave)
     shown = b""
 
@@ -286,68 +372,13 @@ def test_ctrl_c_ends_an_answer_and_not_the_session(tiny_checkpoint):
         shown = b""
         process.send_signal(signal.SIGINT)
         read_until(lambda: shown.endswith(b"> "))
-        os.write(master, b"\r")
+        shown = b""
+        pytest.importorskip("readline", reason="this Python was built without readline")
+        os.write(master, b"\x1b[A")  # arrow up: what was typed before
+        read_until(lambda: b"sun" in shown)
+        os.write(master, b"\x15/quit\r")
         assert process.wait(30) == 0
     finally:
         process.kill()
         process.wait()
         os.close(master)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
-def test_arrow_keys_bring_back_what_was_typed(tuned_checkpoint):
-    pytest.importorskip("readline", reason="this Python was built without readline")
-    import pty
-
-    master, slave = pty.openpty()
-    command = [sys.executable, PROGRAM, "sample", "--ckpt", tuned_checkpoint, "--device", "cpu",
-               "--max_new_tokens", "2"]  # fmt: skip
-    terminal = dict(stdin=slave, stdout=slave, stderr=subprocess.STDOUT, start_new_session=True)
-    process = subprocess.Popen(list(map(str, command)), env=os.environ | {"TERM": "xterm"},
-                               **terminal)  # fmt: skip
-    os.close(slave)
-    shown = b""
-
-    def read_until(text, within=60):
-        nonlocal shown
-        end = time.monotonic() + within
-        while text not in shown and time.monotonic() < end:
-            shown += os.read(master, 4096)
-        assert text in shown, shown
-        shown = shown.split(text, 1)[1]
-
-    try:
-        read_until(b"> ")
-        os.write(master, b"first words\r")
-        read_until(b"first words")
-        read_until(b"> ")
-        os.write(master, b"\x1b[A")
-        read_until(b"first words")
-        os.write(master, b"\r")
-        read_until(b"> ")
-        os.write(master, b"\r")
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-        os.close(master)
-
-
-# --- sampling ---
-
-
-@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-30])
-def test_the_smallest_temperatures_take_the_likeliest(temperature):
-    logits = torch.tensor([[0.5, 3.0, -1.0], [2.0, 1.999, 0.0]])
-    drawn = lp.sample_next(logits, temperature, generator=torch.Generator().manual_seed(0))
-    assert drawn.tolist() == [1, 0]
-
-
-def test_a_cut_record_keeps_the_response_and_both_ends_of_the_prompt():
-    prompt, response = np.arange(10), np.arange(100, 104)
-    ids, n = lp.fit_record(prompt, response, 9)
-    assert ids.tolist() == [0, 1, 2, 8, 9, 100, 101, 102, 103] and n == 5
-    batch = lp.padded([(ids, n), (ids[:4], 1)], 7, 10)
-    x, y = batch.x, batch.y
-    assert x[0].tolist() == [0, 1, 2, 8, 9, 100, 101, 102, 7, 7]
-    assert y[0].tolist() == [-100] * 4 + [100, 101, 102, 103] + [-100] * 2
-    assert y[1].tolist() == [1, 2, 8] + [-100] * 7

@@ -1,4 +1,4 @@
-"""Section 12, `eval`: every figure against one computed here, a token at a time."""
+"""`eval`, the report, `bench`: every figure against one computed here, a token at a time."""
 
 import gzip
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, needs, run, run_together
+from torch.utils.data import DataLoader
 
 import llm_pipeline as lp
 
@@ -19,6 +20,7 @@ LABELS = ["red", "sky", "ten"]
 # Weights so large that every token of context matters, and that stay as they are.
 MODEL = [*CPU, "--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--block_size", BLOCK]
 MODEL += ["--init_std", 0.3, "--max_steps", 1, "--batch_size", 4, "--lr", 1e-9]
+RT = lp.Runtime(torch.device("cpu"), torch.float32)
 
 
 def prompt_of(row):
@@ -45,19 +47,13 @@ def texts(tmp_path_factory):
     (raw / "plain.jsonl").write_text("".join(lines), encoding="utf-8")
     lines = [f"{label}\t{message}\n" for label, message in messages]
     (raw / "SMSSpamCollection").write_text("".join(lines), encoding="utf-8")
+    asked = {"instruction": "classify if the SMS is spam or ham"}
     records = {
         "instructions": [(prompt_of(t), f" {t['output']}\n") for t in tasks],
         "plain.jsonl": [("", text) for text in plain],
-        "sms": [
-            (
-                prompt_of({"instruction": "classify if the SMS is spam or ham", "input": message}),
-                f" {label}\n",
-            )
-            for label, message in messages
-        ],
+        "sms": [(prompt_of(asked | {"input": m}), f" {label}\n") for label, m in messages],
     }
-    flags = ["--data_dir", raw, "--processed_dir", folder / "processed"]
-    return flags, records
+    return ["--data_dir", raw, "--processed_dir", folder / "processed"], records
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +69,17 @@ def evaluate(checkpoint, flags, tmp_path, *more):
     return json.loads(result.ok().out and path.read_text(encoding="utf-8"))
 
 
+def open_store(path, tmp_path, tokenizer=None, **settings):
+    settings = dict(data_dir=path, processed_dir=tmp_path / "stores") | settings
+    return lp.build_corpus_from_sources(tokenizer=tokenizer, **settings)
+
+
+def random_model(vocab_size=260, block_size=64, **more):
+    lp.set_seed(0)
+    shape = dict(n_layer=1, n_head=2, n_embd=32, dropout=0.0, init_std=0.3) | more
+    return lp.GPT(lp.GPTConfig(vocab_size=vocab_size, block_size=block_size, **shape)).eval()
+
+
 def naive_losses(model, ids, block):
     """Loss of every id after the first, each by a forward pass of its own.
 
@@ -83,35 +90,71 @@ def naive_losses(model, ids, block):
         end = min(((target - 1) // block + 1) * block, n)
         context = ids[max(0, end - block) : target]
         with torch.no_grad():
-            logits = model(torch.tensor([context]))[0, -1]
+            logits = model(torch.tensor([context]))[0][0, -1]
         losses.append(-logits.double().log_softmax(0)[ids[target]].item())
     return losses
 
 
+def record_ids(tokenizer, prompt, response):
+    """As in a store, but for the eos of plain text, which is not scored."""
+    ids = [*tokenizer.prefix, *tokenizer.encode(prompt), *tokenizer.encode(response)]
+    return list(map(int, ids)) + ([tokenizer.sep_id] if prompt else [])
+
+
 def naive_figures(loaded, records, block=BLOCK):
     """What `eval` should find in (prompt, response) records."""
-    tokenizer, model = loaded.tokenizer, loaded.model.eval()
-    nll = text_nll = tokens = size = words = 0
+    losses, size, words = [], 0, 0
     for prompt, response in records:
-        ids = [tokenizer.bos_id, *tokenizer.encode(prompt), *tokenizer.encode(response)]
-        ids = list(map(int, ids)) + [tokenizer.sep_id] * bool(prompt)
-        losses = naive_losses(model, ids, block)
-        nll, tokens = nll + sum(losses), tokens + len(losses)
-        text_nll += sum(losses) - (losses[-1] if prompt else 0.0)
+        ids = record_ids(loaded.tokenizer, prompt, response)
+        losses += naive_losses(loaded.model.eval(), ids, block)
         size += len((prompt + response).encode())
         words += len((prompt + response).split())
-    loss = nll / tokens
-    return dict(loss=loss, ppl=math.exp(min(20, loss)), tokens=tokens, bytes=size, words=words,
-                word_ppl=math.exp(text_nll / words),
-                bits_per_byte=text_nll / math.log(2) / size)  # fmt: skip
+    loss = sum(losses) / len(losses)
+    return dict(loss=loss, ppl=math.exp(min(20, loss)), tokens=len(losses), bytes=size, words=words,
+                word_ppl=math.exp(sum(losses) / words),
+                bits_per_byte=sum(losses) / math.log(2) / size)  # fmt: skip
 
 
-def assert_figures(found, wanted):
+def assert_figures(found, wanted, rel=1e-5):
     for name, value in wanted.items():
-        assert found[name] == pytest.approx(value, rel=1e-5), name
+        assert found[name] == pytest.approx(value, rel=rel), name
 
 
-# --- loss ---
+# --- scoring a loader ---
+
+
+def test_perplexity_of_any_loader_equals_a_plain_loop():
+    model, loss = random_model(), torch.nn.functional.cross_entropy
+    data = lp.LMDataset(np.random.default_rng(0).integers(0, 256, 500), 16)
+    batches = [tuple(batch) for batch in DataLoader(data, batch_size=3)]
+    losses = [loss(model(x)[0].flatten(0, 1), y.flatten()).item() for x, y in batches]
+    model.train()
+    state = torch.get_rng_state()
+    found = lp.evaluate_perplexity(model, DataLoader(data, batch_size=3), max_batches=4)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert found["loss"] == pytest.approx(np.mean(losses[:4]), rel=1e-5)
+    assert found["ppl"] == pytest.approx(math.exp(found["loss"])) and found["tokens"] == 4 * 3 * 16
+    batches[0][1][:, 5:] = -100
+    found = lp.evaluate_perplexity(model, batches[:1])
+    x, y = batches[0]
+    wanted = loss(model(x)[0][:, :5].flatten(0, 1), y[:, :5].flatten()).item()
+    assert found["loss"] == pytest.approx(wanted, rel=1e-5) and found["tokens"] == 15
+    with pytest.raises(lp.UserError, match="no token"):
+        lp.evaluate_perplexity(model, [(x, torch.full_like(y, -100))])
+
+
+def test_perplexity_equals_that_of_transformers(checkpoint, texts, tmp_path):
+    transformers = needs("transformers")
+    run("export", "--ckpt", checkpoint, "--out_dir", tmp_path / "hf").ok()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    loaded = lp.load_model(str(checkpoint))
+    ids = torch.tensor([record_ids(loaded.tokenizer, *texts[1]["plain.jsonl"][2])])
+    wanted = peer(input_ids=ids, labels=ids).loss.item()
+    found = lp.evaluate_perplexity(loaded.model, [(ids[:, :-1], ids[:, 1:])])
+    assert found["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+# --- figures of a corpus ---
 
 
 @pytest.mark.parametrize("block", [BLOCK, 7])
@@ -121,28 +164,11 @@ def test_figures_equal_the_naive_loop(checkpoint, texts, tmp_path, block):
     loaded = lp.load_model(str(checkpoint), block_size=block)
     assert result["sources"].keys() == records.keys()
     for name, mine in records.items():
-        assert_figures(result["sources"][name], naive_figures(loaded, mine, block))
-        assert result["sources"][name]["records"] == len(mine)
+        found = result["sources"][name]
+        assert_figures(found, naive_figures(loaded, mine, block))
+        assert found["records"] == len(mine) and found["unknown_tokens"] == 0
     everything = [record for mine in records.values() for record in mine]
     assert_figures(result, naive_figures(loaded, everything, block))
-
-
-def test_simpler_models_of_the_same_text(checkpoint, texts, tmp_path):
-    """gzip, and bytes by how often they occur: what bits per byte are to be compared with."""
-    flags, records = texts
-    result = evaluate(checkpoint, flags, tmp_path, "--split", "all")
-    for name, mine in records.items():
-        text = "".join(sorted((prompt + response for prompt, response in mine), key=len)).encode()
-        share = np.bincount(np.frombuffer(text, np.uint8)) / len(text)
-        entropy = -sum(p * math.log2(p) for p in share if p)
-        source = result["sources"][name]
-        assert source["unigram_bits_per_byte"] == pytest.approx(entropy)
-        assert source["gzip_bits_per_byte"] == pytest.approx(
-            8 * len(gzip.compress(text)) / len(text), rel=0.05
-        )
-    sizes = [source["bytes"] for source in result["sources"].values()]
-    shares = [source["gzip_bits_per_byte"] for source in result["sources"].values()]
-    assert result["gzip_bits_per_byte"] == pytest.approx(np.average(shares, weights=sizes))
 
 
 def test_figures_of_a_bpe_model(texts, tmp_path):
@@ -156,11 +182,69 @@ def test_figures_of_a_bpe_model(texts, tmp_path):
     assert_figures(result, naive_figures(loaded, everything))
 
 
+def byte_fallback(library):
+    """As SentencePiece's: a word's space is a character, unknown ones are spelled in bytes."""
+    names = [*lp.SPECIAL_TOKENS, *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"abcdehinorstu"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    found = library.Tokenizer(library.models.BPE(vocabulary, [], byte_fallback=True))
+    found.normalizer = library.normalizers.Replace(" ", "\u2581")
+    parts = library.decoders
+    found.decoder = parts.Sequence(
+        [parts.Replace("\u2581", " "), parts.ByteFallback(), parts.Fuse()]
+    )
+    return found
+
+
+def word_level(library):
+    names = [*lp.SPECIAL_TOKENS, "<unk>", "the", "sun", "#", ":", "Output"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    found = library.Tokenizer(library.models.WordLevel(vocabulary, unk_token="<unk>"))
+    found.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    return found
+
+
+def added_tokens(library):
+    found = library.Tokenizer(library.models.BPE())
+    found.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = library.decoders.ByteLevel()
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    found.train_from_iterator(["the sun and the stone"], trainer)
+    found.add_tokens(["the river", "Größe"])
+    return found
+
+
+@pytest.mark.parametrize("make", [byte_fallback, word_level, added_tokens])
+def test_bytes_are_those_of_the_text_whatever_the_tokens(make, tmp_path):
+    library = needs("tokenizers")
+    tokenizer = make(library)
+    tokenizer.add_special_tokens(list(lp.SPECIAL_TOKENS))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rows = [f"the sun and the river Größe 你好 {i}" for i in range(12)]
+    tasks = [{"instruction": row, "input": "", "output": f"the {row} "} for row in rows]
+    lines = "".join(json.dumps(row) + "\n" for row in [{"text": t} for t in rows] + tasks)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    flags = ["--data_dir", tmp_path / "a.jsonl", "--processed_dir", tmp_path / "p"]
+    named = ["--tokenizer", tmp_path / "tokenizer.json", "--out_dir", tmp_path / "run"]
+    run("train", *flags, *MODEL, *named, "--no_self_test").ok()
+    result = evaluate(tmp_path / "run" / "best.pth", flags, tmp_path, "--split", "all")
+    size = sum(len(row.encode()) for row in rows)
+    size += sum(len(f"{prompt_of(t)} {t['output']}\n".encode()) for t in tasks)
+    assert result["bytes"] == size
+    nll = result["loss"] * result["tokens"]
+    assert result["bits_per_byte"] == pytest.approx(nll / math.log(2) / size)
+    unknown = result["unknown_tokens"]
+    assert unknown > 100 if make is word_level else unknown == 0
+
+
 def test_batches_do_not_change_the_figures(checkpoint, texts, tmp_path):
     one, many = (evaluate(checkpoint, texts[0], tmp_path, "--batch_size", n) for n in (1, 64))
-    assert_figures(one, {k: v for k, v in many.items() if k != "sources"})
+    figures = (*lp.COUNTS, "loss", "bits_per_byte", "word_ppl")
+    assert_figures(one, {name: many[name] for name in figures})
     for name, source in many["sources"].items():
         assert one["sources"][name].get("confusion") == source.get("confusion")
+    for split, row in many["answers"].items():
+        assert_figures(one["answers"][split], row)
 
 
 def test_splits_add_up(checkpoint, texts, tmp_path):
@@ -172,47 +256,81 @@ def test_splits_add_up(checkpoint, texts, tmp_path):
             assert sum(s[name] for s in result["sources"].values()) == result[name]
     weighted = (val["loss"] * val["tokens"] + train["loss"] * train["tokens"]) / both["tokens"]
     assert weighted == pytest.approx(both["loss"], rel=1e-6)
-    for name, source in both["sources"].items():
-        parts = [r["sources"][name]["records"] for r in (val, train) if name in r["sources"]]
-        assert sum(parts) == source["records"]
 
 
-def test_default_split_is_what_training_did_not_see(checkpoint, texts, tmp_path):
+def test_the_split_is_that_of_the_training(checkpoint, texts, tmp_path):
     """The checkpoint's own val_fraction (0.4) and seed, with nothing said."""
     result = evaluate(checkpoint, texts[0], tmp_path)
-    config = lp.DataConfig(data_dir=str(texts[0][1]), processed_dir=str(tmp_path), val_fraction=0.4)
-    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
-    index = store.index["val"]
-    wanted = int((index["length"] - 1 - (index["prompt"] == 1)).sum())
-    assert result["tokens"] == wanted
-    assert sum(s["records"] for s in result["sources"].values()) == len(index)
+    store = open_store(texts[0][1], tmp_path, val_fraction=0.4)
+    rows = store.index["val"]
+    assert result["tokens"] == int((rows["length"].astype(int) - 1 - (rows["prompt"] == 1)).sum())
+    assert result["records"] == len(store.whole_records("val"))
 
 
 def test_max_batches_bounds_each_source(checkpoint, texts, tmp_path):
-    flags = [*texts[0], "--split", "all"]
+    flags = [*texts[0], "--split", "train"]
     whole = evaluate(checkpoint, flags, tmp_path)
     few = evaluate(checkpoint, flags, tmp_path, "--batch_size", "3", "--max_batches", "2")
     assert few["sources"].keys() == whole["sources"].keys()
     for name, source in few["sources"].items():
-        assert 0 < source["tokens"] <= min(6 * BLOCK, whole["sources"][name]["tokens"])
-        assert source["records"] <= 6
+        every = whole["sources"][name]
+        assert 0 < source["tokens"] <= min(6 * BLOCK, every["tokens"])
+        assert source["bytes"] == pytest.approx(
+            every["bytes"] * source["tokens"] / every["tokens"], abs=1
+        )
         assert sum(c["support"] for c in source.get("classes", {}).values()) <= 6
     assert evaluate(checkpoint, flags, tmp_path, "--max_batches", "1000000") == whole
 
 
-def test_another_split_seed_is_warned_of(checkpoint, texts):
-    quiet = run("eval", "--ckpt", checkpoint, *texts[0], *CPU).ok()
-    assert "warning" not in quiet.err
-    for flag in (["--split_seed", "5"], ["--val_fraction", "0.2"]):
-        loud = run("eval", "--ckpt", checkpoint, *texts[0], *CPU, *flag).ok()
-        assert "warning" in loud.err and flag[0] in loud.err
+def test_gzip_of_the_same_text_stands_beside(checkpoint, texts, tmp_path):
+    result = evaluate(checkpoint, texts[0], tmp_path, "--split", "train")
+    store = open_store(texts[0][1], tmp_path, val_fraction=0.4)
+    for source in store.sources:
+        rows = store.index["train"][store.whole_records("train")]
+        rows = rows[rows["source"] == store.sources.index(source)]
+        texts_of = [store.ids("train", int(r["start"]), int(r["length"])) for r in rows]
+        text = "".join(map(store.tokenizer.decode, texts_of)).encode()
+        packed = 8 * len(gzip.compress(text)) / len(text)
+        assert result["sources"][source]["gzip_bits_per_byte"] == pytest.approx(packed, rel=0.05)
+
+
+def test_a_conversation_is_scored_once_and_masked_answers_never(checkpoint, tmp_path):
+    """It has a row of the index for each answer, over the same tokens."""
+    records = []
+    for n in range(9):
+        turns = [{"role": "user", "content": f"ask {n}"},
+                 {"role": "assistant", "content": "no " * 9, "weight": n % 2},
+                 {"role": "user", "content": "Größe"},
+                 {"role": "assistant", "content": f"yes {n}"}]  # fmt: skip
+        records.append({"messages": turns})
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in records), encoding="utf-8")
+    flags = ["--data_dir", path, "--processed_dir", tmp_path / "p", "--split", "all"]
+    result = evaluate(checkpoint, flags, tmp_path)
+    losses, size = [], 0
+    model = lp.load_model(str(checkpoint)).model.eval()
+    for n in range(9):  # (text, whether it counts)
+        parts = [(prompt_of(dict(instruction=f"ask {n}", input="")), True)]
+        parts += [(f" {'no ' * 9}\n", n % 2)]
+        parts += [(prompt_of(dict(instruction="Größe", input="")), 1), (f" yes {n}\n", 1)]
+        ids, scored = [257], []
+        for place, (text, counts) in enumerate(parts):
+            mine = [*text.encode(), *([259] if place % 2 else [])]
+            ids, scored = ids + mine, scored + [counts] * len(mine)
+            size += len(text.encode()) if counts else 0
+        found = zip(naive_losses(model, ids, BLOCK), scored, strict=True)
+        losses += [loss for loss, counts in found if counts]
+    assert result["records"] == 9 and result["tokens"] == len(losses) and result["bytes"] == size
+    assert result["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    answers = result["answers"]["val"]["records"] + result["answers"]["train"]["records"]
+    assert answers == 9 + 4
 
 
 def test_what_is_scored_is_said_and_is_true(checkpoint, texts, tmp_path):
     own = run("eval", "--ckpt", checkpoint, *texts[0], *CPU).ok()
-    assert "the data that the checkpoint was trained on; the val records were held out" in own.err
+    assert "the data that the checkpoint was trained on; its val records were held out" in own.err
     records = sum(int(row.split()[-1]) for row in own.out.splitlines() if row.startswith("total"))
-    assert f"{records} val records" in own.err
+    assert f"{records} val records" in own.err and "warning" not in own.err
     (tmp_path / "raw").mkdir()
     lines = "".join(f"something else {i}\n" for i in range(40))
     (tmp_path / "raw" / "other.txt").write_text(lines, encoding="utf-8")
@@ -222,7 +340,7 @@ def test_what_is_scored_is_said_and_is_true(checkpoint, texts, tmp_path):
     assert "not the data that the checkpoint was trained on" in other
     assert "keeps its side" in other and "64 KiB" in other
     split = run("eval", "--ckpt", checkpoint, *flags, *CPU, "--split_seed", 5).ok().err
-    assert "may have been trained on any of it" in split and "keeps its side" not in split
+    assert "warning" in split and "trained on any of it" in split and "keeps its side" not in split
 
 
 def test_an_empty_split_is_one_line(checkpoint, tmp_path):
@@ -233,22 +351,7 @@ def test_an_empty_split_is_one_line(checkpoint, tmp_path):
     run("eval", "--ckpt", checkpoint, *flags).fails(1, "val split", "--split all")
 
 
-def test_a_conversation_is_scored_once(checkpoint, tmp_path):
-    """It has a row of the index for each answer, over the same tokens."""
-    some = [{"messages": [{"role": role, "content": f"{role} {n} says {i}"}
-                          for i in range(3) for role in ("user", "assistant")]}
-            for n in range(9)]  # fmt: skip
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
-    flags = ["--data_dir", path, "--processed_dir", tmp_path / "p", "--split", "all"]
-    result = evaluate(checkpoint, flags, tmp_path)
-    config = lp.DataConfig(data_dir=str(path), processed_dir=str(tmp_path / "q"))
-    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
-    assert result["tokens"] == sum(map(len, store.tokens.values())) - 9
-    assert sum(source["records"] for source in result["sources"].values()) == 9
-
-
-# --- classes ---
+# --- answers ---
 
 
 def naive_guesses(model, records, block):
@@ -262,7 +365,7 @@ def naive_guesses(model, records, block):
             if (kept := block + 1 - len(answer)) < len(head):
                 head = head[: kept - kept // 2] + head[len(head) - kept // 2 :]
             with torch.no_grad():
-                table = model(torch.tensor([head + answer[:-1]]))[0].double().log_softmax(-1)
+                table = model(torch.tensor([head + answer[:-1]]))[0][0].double().log_softmax(-1)
             first = len(head) - 1
             scores.append(sum(table[first + i, t].item() for i, t in enumerate(answer)))
         guesses.append(LABELS[int(np.argmax(scores))])
@@ -277,7 +380,7 @@ def test_classes_equal_scikit_learn(texts, tmp_path, block):
     run("train", *flags, *MODEL, *out, "--seed", 5).ok()
     checkpoint = tmp_path / "run" / "best.pth"
     model = lp.load_model(str(checkpoint)).model.eval()
-    result = evaluate(checkpoint, flags, tmp_path, "--split", "all")
+    result = evaluate(checkpoint, flags, tmp_path, "--split", "all", "--batch_size", 7)
     source = result["sources"]["sms"]
     truth = [response.strip() for _, response in records["sms"]]
     guesses = naive_guesses(model, records["sms"], block)
@@ -292,10 +395,96 @@ def test_classes_equal_scikit_learn(texts, tmp_path, block):
         found = source["classes"][label]
         assert [found[k] for k in ("precision", "recall", "f1")] == pytest.approx(wanted[:3])
         assert found["support"] == wanted[3]
+    assert [name for name, s in result["sources"].items() if "classes" in s] == ["sms"]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """Twelve questions, and a model that has learned those that were not held out."""
+    folder = tmp_path_factory.mktemp("learned")
+    names = [
+        "red",
+        "blue",
+        "red",
+        "green",
+        "red",
+        "black",
+        "white",
+        "red",
+        "grey",
+        "red",
+        "pink",
+        "x",
+    ]
+    lines = "".join(f"{chr(97 + i) * 3},{name}\n" for i, name in enumerate(names))
+    (folder / "qa.csv").write_text(f"question,answer\n{lines}", encoding="utf-8")
+    flags = ["--data_dir", folder / "qa.csv", "--processed_dir", folder / "p"]
+    shape = ["--n_layer", 1, "--n_head", 2, "--n_embd", 64, "--block_size", 80, "--dropout", 0]
+    how = ["--max_steps", 120, "--batch_size", 7, "--lr", 4e-3, "--answer_weight", 5]
+    how += ["--val_fraction", 0.25, "--eval_interval", 1000, "--out_dir", folder / "run"]
+    run("train", *CPU, *flags, *shape, *how).ok()
+    return folder / "run" / "last.pth", flags
+
+
+def test_exact_answers_are_those_that_greedy_decoding_writes(learned, tmp_path):
+    checkpoint, flags = learned
+    result = evaluate(checkpoint, flags, tmp_path)
+    loaded = lp.load_model(str(checkpoint))
+    store = open_store(flags[1], tmp_path, val_fraction=0.25)
+    for split in ("train", "val"):
+        exact, losses, truths = 0, [], []
+        for row in store.index[split]:
+            start, length, prompt = (int(row[name]) for name in ("start", "length", "prompt"))
+            ids = store.ids(split, start, length).tolist()
+            idx = torch.tensor([ids[:prompt]])
+            steps = lp.generate(loaded.model, idx, length - prompt, (259,), temperature=0.0)
+            made = [token for (token,) in steps if token >= 0]
+            exact += made == ids[prompt:-1]
+            losses += naive_losses(loaded.model, ids, 80)[prompt - 1 :]
+            truths.append(tuple(ids[prompt:]))
+        found = result["answers"][split]
+        assert found["records"] == len(truths) > 0
+        assert found["exact"] == pytest.approx(exact / len(truths))
+        assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        assert found["majority"] == max(map(truths.count, truths)) / len(truths)
+    assert result["answers"]["train"]["exact"] > 0.8, "the model has learned them"
+    shown = run("eval", "--ckpt", checkpoint, *flags, *CPU).ok().out
+    assert "held-out answers: exactly right" in shown and "the most frequent one" in shown
+
+
+def test_examples_are_records_and_what_the_model_says(learned, tmp_path):
+    checkpoint, flags = learned
+    examples = evaluate(checkpoint, flags, tmp_path, "--split", "train")["examples"]
+    assert len(examples) == 3
+    for example in examples:
+        assert example["given"].startswith("### Instruction: ")
+        assert example["given"].endswith("### Output:")
+        assert example["model"] == example["truth"] != ""
+
+
+def test_an_example_prompt_is_of_a_held_out_record(learned, tmp_path):
+    store = open_store(learned[1][1], tmp_path, val_fraction=0.25)
+    instruction, given = lp.example_prompt(store)
+    held_out = store.tokenizer.decode(store.tokens["val"])
+    assert lp.instruction_prompt(instruction, given) in held_out
+    (tmp_path / "a.txt").write_text("Once upon a time there was a river. " * 9, encoding="utf-8")
+    words, nothing = lp.example_prompt(open_store(tmp_path / "a.txt", tmp_path))
+    assert len(words.split()) == 6 and nothing == ""
+
+
+def test_two_reports_stand_beside_each_other(learned, checkpoint, tmp_path):
+    store = open_store(learned[1][1], tmp_path, val_fraction=0.25)
+    before, after = (lp.report(lp.load_model(str(c)), store, RT) for c in (checkpoint, learned[0]))
+    lines = lp.report_lines(after, before)
+    row = next(line for line in lines if "training answers: exactly right" in line)
+    assert row.split()[-2:] == ["0.0%", f"{after['answers']['train']['exact']:.1%}"]
+    assert any(line.startswith("total, before") for line in lines)
+    shown = [line.split(None, 1)[0] for line in lines if line.startswith("  ")]
+    assert shown[-4:] == ["given", "truth", "model", "before"]
 
 
 def test_json_and_table(tmp_path):
-    """Spam and ham from their own format; the keys that the design promises."""
+    """Spam and ham from their own format; the keys that others rely on."""
     sms = tmp_path / "raw" / "sms_spam_collection" / "SMSSpamCollection"
     sms.parent.mkdir(parents=True)
     lines = [f"{'spam' if i % 3 else 'ham'}\tmessage {i} says {i * i}\n" for i in range(60)]
@@ -318,13 +507,7 @@ def test_json_and_table(tmp_path):
     assert "ham" in out and "spam" in out
 
 
-def test_free_text_gets_no_classes(checkpoint, texts, tmp_path):
-    result = evaluate(checkpoint, texts[0], tmp_path, "--split", "all")
-    for name, source in result["sources"].items():
-        assert ("classes" in source) is (name == "sms")
-
-
-# --- several processes ---
+# --- several processes, and the end of a training ---
 
 
 def test_two_processes_give_the_same_figures(checkpoint, texts, tmp_path):
@@ -334,32 +517,26 @@ def test_two_processes_give_the_same_figures(checkpoint, texts, tmp_path):
     results = run_together("eval", "--ckpt", checkpoint, *texts[0], *flags)
     assert sum(result.err.count("total") for result in results) == 1  # one process prints
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert_figures(found, {k: v for k, v in wanted.items() if k != "sources"})
-    assert found["sources"].keys() == wanted["sources"].keys()
-    for name, source in wanted["sources"].items():
-        assert found["sources"][name].get("confusion") == source.get("confusion")
-        assert found["sources"][name]["records"] == source["records"]
-        assert found["sources"][name]["loss"] == pytest.approx(source["loss"], rel=1e-9)
+    for one, other in [(found, wanted), *((found["sources"][n], wanted["sources"][n])
+                                          for n in wanted["sources"])]:  # fmt: skip
+        assert_figures(one, {n: other[n] for n in (*lp.COUNTS, "loss", "word_ppl")}, rel=1e-6)
+        assert one.get("confusion") == other.get("confusion")
+    for split, row in wanted["answers"].items():
+        assert_figures(found["answers"][split], row, rel=1e-6)
 
 
-# --- what training ends with ---
-
-
-def test_training_ends_with_figures_and_samples(texts, tmp_path):
+def test_training_ends_with_the_report(texts, tmp_path):
     """Where the part that is scored is the whole, the figures are those of `eval`."""
     flags = [*texts[0], *MODEL, "--val_fraction", "0.4", "--out_dir", tmp_path / "run"]
     many = ["--max_steps", 40, "--batch_size", 64]  # one batch at the end: all records of a source
     result = run("train", *flags, *many).ok()
     card = run("eval", "--ckpt", tmp_path / "run" / "best.pth", *texts[0], "--device", "cpu")
     rows = {line.split()[0]: line for line in card.ok().out.splitlines() if line}
-    ending = result.err.split("\ndone: ")[1].splitlines()
+    ending = result.err.split("done: ")[1].splitlines()
     for name in ("plain.jsonl", "sms", "total"):
         assert rows[name] in ending, name
-    assert sum("always predicting" in line for line in ending) == 1
-    truths = [line.split(None, 1)[1] for line in ending if line.startswith("  truth")]
-    responses = [" ".join(text.split()) for rows in texts[1].values() for _, text in rows]
-    assert len(truths) == 3 == sum(line.startswith("  model") for line in ending)
-    assert all(any(truth[:8] in text for text in responses) for truth in truths)
+    for word in ("given", "truth", "model"):
+        assert sum(line.startswith(f"  {word}") for line in ending) == 3
 
 
 def test_the_end_of_training_is_short_and_safe_to_show(tmp_path):
@@ -371,126 +548,57 @@ def test_the_end_of_training_is_short_and_safe_to_show(tmp_path):
     flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "p", *MODEL]
     few = ["--val_fraction", "0.5", "--max_steps", 2]
     result = run("train", *flags, *few, "--out_dir", tmp_path / "run").ok()
-    ending = result.err.split("\ndone: ")[1]
+    ending = result.err.split("done: ")[1].split("next:")[0]
     assert "\ntotal " in ending and ".txt" not in ending
     assert "\ufffd[31mred\ufffd" in ending
-    shown = ending.replace("\n", "")
-    assert not [c for c in shown if unicodedata.category(c) == "Cc"]
-
-
-def test_training_without_validation_ends_without_figures(texts, tmp_path):
-    flags = [*texts[0], *MODEL, "--val_fraction", "1e-9", "--out_dir", tmp_path / "run"]
-    assert "gzip" not in run("train", *flags).ok().err
-
-
-# --- the finetune report ---
-
-
-@pytest.fixture
-def tuning(tmp_path, corpus, tiny_checkpoint):
-    """Flags of a short finetune, and the figures it leaves."""
-    flags = ["finetune", *corpus, "--ckpt", tiny_checkpoint, "--out_dir", tmp_path / "run", *CPU,
-             "--max_steps", 4, "--batch_size", 4, "--report_samples", 5]  # fmt: skip
-
-    def report():
-        return json.loads((tmp_path / "run" / "report_finetune.json").read_text("utf-8"))
-
-    return flags, report
-
-
-def test_a_resumed_finetune_keeps_its_first_report(tuning, monkeypatch):
-    flags, report = tuning
-    made, original = [], lp.finetune_report
-
-    def counted(*args):
-        made.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(lp, "finetune_report", counted)
-    run(*flags, "--stop_after", 2).ok()
-    before = report()["before"]
-    assert len(made) == 1 and "after" not in report()
-    result = run(*flags, "--resume").ok()
-    assert len(made) == 2
-    assert report()["before"] == before != report()["after"]
-    assert "verdict" in result.err
-
-
-def test_the_report_has_losses_and_answers(tuning, tiny_checkpoint):
-    flags, report = tuning
-    result = run(*flags, "--lr", 1e-9).ok()
-    before, after = report()["before"], report()["after"]
-    names = {"loss_all", "loss_response", "loss_base", "exact_match", "stops_by_itself", "answers"}
-    assert before.keys() == after.keys() == names
-    assert before["loss_all"] == pytest.approx(after["loss_all"], rel=1e-4), "a tiny step"
-    assert len(after["answers"]) == 3
-    for answer in after["answers"]:
-        assert answer["prompt"].startswith("###")
-        assert answer["wanted"] in result.err
-    assert before["answers"] == after["answers"]
-
-
-def test_what_a_base_forgot_is_told_on_its_own_data_alone(tuning, tmp_path, tiny_checkpoint):
-    flags, report = tuning
-    (tmp_path / "raw").mkdir()
-    rows = [{"instruction": f"Say {i}.", "output": "yes"} for i in range(40)]
-    (tmp_path / "raw" / "a.json").write_text(json.dumps(rows), encoding="utf-8")
-    base = tmp_path / "base"
-    own = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "processed"]
-    run("train", *own, *MODEL, "--out_dir", base).ok()
-    flags = [*flags, "--ckpt", base / "best.pth"]
-    run(*flags).ok()
-    assert "loss_base" in report()["before"]
-    (tmp_path / "raw" / "a.json").write_text(json.dumps(rows[5:]), encoding="utf-8")
-    run(*flags, "--overwrite").ok()
-    assert "loss_base" not in report()["before"]
-
-
-def test_the_verdict():
-    config = lp.FinetuneConfig(ckpt="base.pth", loss_on="response")
-    before = {"loss_response": 2.0, "exact_match": 0.5, "loss_base": 1.0}
-    better = lp.finetune_verdict(config, before, {"loss_response": 1.5, "exact_match": 0.75})
-    assert "better on held-out responses, by 0.5000" in better[-1]
-    assert all(line.endswith("better") for line in better[1:3])
-    after = {"loss_response": 2.25, "exact_match": 0.5, "loss_base": 1.25}
-    worse = lp.finetune_verdict(config, before, after)
-    assert "not better on held-out responses than base.pth" in worse[-2]
-    assert "forgot" in worse[-1] and "0.2500" in worse[-1]
-    config.objective = "dpo"
-    assert "verdict" not in "".join(lp.finetune_verdict(config, before, after))
+    assert not [c for c in ending.replace("\n", "") if unicodedata.category(c) == "Cc"]
 
 
 # --- the benchmark ---
 
 
-def test_the_benchmark_prints_units_and_saves_plain_numbers(tmp_path):
+@pytest.mark.parametrize("vs", ["", "hf"])
+def test_the_benchmark(tmp_path, vs):
+    if vs:
+        needs("transformers")
     shape = ["--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 2]
     path = tmp_path / "bench.json"
-    flags = [*CPU, *shape, "--rounds", 1, "--max_steps", 1000, "--json", path]
-    out = run("bench", *flags, "--data_dir", tmp_path).ok().out
+    flags = [*CPU, *shape, "--rounds", 1, "--json", path, "--no_self_test", "--vs", vs]
+    out = run("bench", *flags).ok().out
     found = json.loads(path.read_text(encoding="utf-8"))
-    promised = {"params", "device", "dtype", "train_tokens_per_s", "step_ms", "matmul_peak_flops",
-                "mfu", "peak_memory_bytes", "decode_tokens_per_s", "decode_limit_tokens_per_s",
-                "whole_run_tokens", "whole_run_seconds"}  # fmt: skip
+    promised = {
+        "params",
+        "device",
+        "dtype",
+        "train_tokens_per_s",
+        "step_ms",
+        "matmul_peak_flops",
+        "mfu",
+        "peak_memory_bytes",
+        "decode_tokens_per_s",
+        "decode_limit_tokens_per_s",
+    }
+    if vs:
+        promised |= {
+            "hf_train_tokens_per_s",
+            "hf_decode_tokens_per_s",
+            "train_ratio",
+            "decode_ratio",
+        }
     assert found.keys() >= promised
-    assert all(isinstance(found[name], int | float) for name in promised - {"device", "dtype"})
-    assert found["whole_run_tokens"] == 1000 * 2 * 16
-    for unit in (" tok/s", "FLOP/s", " GiB", "%", " ms", "32 k tokens"):
+    assert all(found[name] > 0 for name in promised - {"device", "dtype"})
+    assert found["mfu"] <= 1 and found["decode_limit_tokens_per_s"] >= found["decode_tokens_per_s"]
+    for unit in ("tokens/s", "FLOP/s", "GiB", "%", "ms a step"):
         assert unit in out, unit
-    table = dict(line.rsplit("  ", 1) for line in out.splitlines())
-    assert len(table) == len(out.splitlines()) >= len(promised)
+    assert ("transformers" in out) is bool(vs)
 
 
-@pytest.mark.parametrize(
-    ("value", "unit", "wanted"),
-    [
-        (20734, " tok/s", "20.7 k tok/s"),
-        (412.4, " tok/s", "412 tok/s"),
-        (999.6, "", "1 k"),
-        (1.18e12, "FLOP/s", "1.18 TFLOP/s"),
-        (0, " tokens", "0 tokens"),
-        (3e21, "FLOP/s", "3e+06 PFLOP/s"),
-    ],
-)
-def test_numbers_with_prefixes(value, unit, wanted):
-    assert lp.with_prefix(value, unit) == wanted
+def test_a_ceiling_is_never_below_what_was_reached(monkeypatch):
+    """A neighbour disturbs the measurement of the products."""
+    monkeypatch.setattr(lp, "product_seconds", lambda *args: 1e9)
+    shape = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=2, rounds=1)
+    config = lp.BenchConfig(**shape)
+    found = lp.bench_training(config, RT, random_model(block_size=16))
+    assert found["mfu"] == pytest.approx(1.0)
+    found = lp.bench_decoding(config, RT, random_model(block_size=16))
+    assert found["decode_limit_tokens_per_s"] == found["decode_tokens_per_s"]
