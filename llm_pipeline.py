@@ -1928,6 +1928,35 @@ def atomic_write(path: Path):
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def write_beside(target: Path) -> Iterator[Path]:
+    """An empty folder for the block to fill with an export or a store; it then becomes `target`.
+
+    Until then it is `.NAME.writing/new` beside it. What stands there is replaced; a block that
+    fails leaves all as it was; what a killed process left is removed by the next. The folder that
+    a link leads to is replaced, not the link. Raises UserError if another process is at it.
+    """
+    target = Path(os.path.realpath(target))
+    work = target.with_name(f".{target.name}.writing")
+    new, old = work / "new", work / "old"
+    try:
+        with run_lock(work):
+            try:
+                shutil.rmtree(new, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
+                new.mkdir()
+                yield new
+                if target.exists():
+                    target.rename(old)
+                new.rename(target)
+            finally:
+                if old.exists() and not target.exists():  # stopped between the renames
+                    old.rename(target)
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+
+
 def write_json(path: str | Path, value) -> None:
     with atomic_write(Path(path)) as file:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -1997,8 +2026,7 @@ def short_sample(run: Run) -> str:
     model, tokenizer = run.model, run.store.tokenizer
     prefix = tokenizer.prefix or tokenizer.encode("\n")
     training, start = model.training, torch.tensor([prefix], device=run.rt.device)
-    ends = tokenizer.eos_id, tokenizer.sep_id
-    steps = generate(model.eval(), start, 60, ends, temperature=0.8, top_k=30)
+    steps = generate(model.eval(), start, 60, tokenizer.end_ids, temperature=0.8, top_k=30)
     text = tokenizer.decode([token for (token,) in steps if token >= 0])
     model.train(training)
     return " / ".join(line for line in text.splitlines() if line.strip())
@@ -5818,35 +5846,6 @@ def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
         if not is_export(path):
             what = f"{path} is not an export of this program, or holds more than that"
             raise UserError(f"{what}, which would be lost: choose another place")
-
-
-@contextlib.contextmanager
-def write_beside(target: Path) -> Iterator[Path]:
-    """An empty folder for the block to fill with an export or a store; it then becomes `target`.
-
-    Until then it is `.NAME.writing/new` beside it. What stands there is replaced; a block that
-    fails leaves all as it was; what a killed process left is removed by the next. The folder that
-    a link leads to is replaced, not the link. Raises UserError if another process is at it.
-    """
-    target = Path(os.path.realpath(target))
-    work = target.with_name(f".{target.name}.writing")
-    new, old = work / "new", work / "old"
-    try:
-        with run_lock(work):
-            try:
-                shutil.rmtree(new, ignore_errors=True)
-                shutil.rmtree(old, ignore_errors=True)
-                new.mkdir()
-                yield new
-                if target.exists():
-                    target.rename(old)
-                new.rename(target)
-            finally:
-                if old.exists() and not target.exists():  # stopped between the renames
-                    old.rename(target)
-                shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
 
 
 # ====================================================================================
