@@ -3047,7 +3047,7 @@ def tiktoken_twin(library: dict):
 # Two commands with the same values of these agree on which records validate.
 SPLIT_SETTINGS = ("split_seed", "val_fraction", "split_by")
 BLOCK = 1 << 16  # characters or bytes handled at a time
-PIECE = 1 << 25  # characters; a longer file of plain text becomes several records
+PIECE = 1 << 24  # characters; a longer file of plain text becomes several records
 LONG_TEXT = 64 * 1024  # bytes; a longer plain text gives its last part to validation
 BYTES_PER_TOKEN = 4  # of English under BPE, for guessing how much of a file --max_tokens needs
 
@@ -4214,7 +4214,8 @@ def split_text(record: Record, split: str, size: int, val_fraction: float) -> li
     if split != "both":
         return [(split, text)]
     cut = characters_in(text, size - math.ceil(size * val_fraction))
-    return [("train", text[:cut]), ("val", text[cut:])]
+    parts = [("train", text[:cut]), ("val", text[cut:])]
+    return [(part, text) for part, text in parts if text]
 
 
 def characters_in(text: str, n_bytes: int) -> int:
@@ -4251,9 +4252,10 @@ def record_pieces(
     source = record.source
     if record.is_plain:
         for part, text in split_text(record, split, size, config.val_fraction):
-            blocks = [*safe_blocks(text, whole)] if text else []
-            for n, block in enumerate(blocks, 1):
-                yield Piece(block, part, source, "text", first=n == 1, last=n == len(blocks))
+            done = 0  # characters
+            for block in safe_blocks(text, whole):
+                first, done = done == 0, done + len(block)
+                yield Piece(block, part, source, "text", first=first, last=done == len(text))
         return
     for n, turn in enumerate(record.turns, 1):
         yield Piece(turn.prompt, split, source, "prompt", first=n == 1)
@@ -7518,7 +7520,7 @@ def prepare_store(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str:
     if config.preview:
         print(preview(store, config.preview))
     if config.check_model:
-        print(check_model(config.check_model, store, torch.tensor(batch["input_ids"])))
+        print(check_model(config.check_model, torch.tensor(batch["input_ids"])))
     folder = shlex.quote(str(store.folder))
     note(f"python plot_curves.py {folder} draws how long the records are")
     note(f"next: python llm_pipeline.py train --data_dir {folder}")
@@ -7627,25 +7629,23 @@ def preview(store: TokenStore, n: int) -> str:
     for row in records[evenly_spaced(len(records), n)]:
         start, length = int(index["start"][row]), int(index["length"][row])
         source = store.sources[index["source"][row]]
-        lines.append(f"record {row} of {source}: {length} tokens (with --loss_on all, prompts are "
-                     "trained too)")  # fmt: skip
-        state = np.full(length, "masked", dtype="<U7")
-        for answer in index[index["start"] == start]:  # one, or several of a conversation
-            if answer["trained"]:
-                state[answer["prompt"] : answer["length"]] = "trained"
-        ids = store.ids("train", start, length).tolist()
-        shown = range(length)
-        if length > 200:
-            shown = [*range(150), *range(length - 50, length)]
-        for place in shown:
-            if place == length - 50 and length > 200:
-                lines.append(f"   ... {length - 200:,} tokens left out")
-            text = store.tokenizer.decode([ids[place]])
-            lines.append(f"{place:>6}{ids[place]:>8}  {state[place]:<8}{text!r}")
+        lines.append(
+            f"record {row} of {source}: {length} tokens (--loss_on all trains prompts, too)"
+        )
+        answers = index[(index["start"] == start) & (index["trained"] == 1)]
+        for place in range(length):
+            if length > 200 and 150 <= place < length - 50:
+                if place == 150:
+                    lines.append(f"   ... {length - 200:,} tokens left out")
+                continue
+            token = int(store.tokens["train"][start + place])
+            inside = (answers["prompt"] <= place) & (place < answers["length"])
+            state = "trained" if inside.any() else "masked"
+            lines.append(f"{place:>6}{token:>8}  {state:<8}{store.tokenizer.decode([token])!r}")
     return "\n".join(lines)
 
 
-def check_model(name: str, store: TokenStore, ids: Tensor) -> str:
+def check_model(name: str, ids: Tensor) -> str:
     """Loss of a Hugging Face model on a batch, twice: by its own shift, and by ours.
 
     Labels go in unshifted. A model given shifted labels trains on the token after the next.
@@ -7653,17 +7653,11 @@ def check_model(name: str, store: TokenStore, ids: Tensor) -> str:
     transformers = transformers_library()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
-    except Exception as error:
-        raise UserError(f"--check_model {name}: {one_line(error)}") from None
-    if ids.max() >= model.config.vocab_size:
-        sizes = f"it has {model.config.vocab_size} ids, the store {store.tokenizer.vocab_size}"
-        raise UserError(f"--check_model {name}: {sizes}; prepare with its tokenizer")
-    try:
         with torch.no_grad():
             out = model(input_ids=ids, labels=ids)
-    except (IndexError, RuntimeError) as error:
-        doubt = f"is --block_size {ids.shape[1]} longer than its context?"
-        raise UserError(f"--check_model {name}: {one_line(error)}; {doubt}") from None
+    except Exception as error:
+        what = f"has it an id {ids.max()}, and a context of --block_size {ids.shape[1]}?"
+        raise UserError(f"--check_model {name}: {one_line(error)}; {what}") from None
     ours = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     shapes = f"ids {tuple(ids.shape)} -> logits {tuple(out.logits.shape)}"
     if not abs(out.loss.item() - ours.item()) <= 1e-3 * max(1.0, ours.item()):
