@@ -5985,7 +5985,7 @@ class Evaluation:
         """This process's share of the batches."""
         limit, rt = self.max_batches * self.batch_size, self.rt
         sampler = ValidationSampler(data, self.batch_size, limit, rt.rank, rt.world_size)
-        return make_loader(data, sampler, rt)
+        return make_loader(data, sampler)
 
     def text(self, source: str, split: str) -> dict:
         """Sums over a source's text, for `metrics_from_sums`; {} where it has none.
