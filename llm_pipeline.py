@@ -165,10 +165,6 @@ class ByteTokenizer:
         except UnicodeDecodeError:
             return data.decode("utf-8", "replace")
 
-    def token_bytes(self) -> np.ndarray:
-        """Bytes of text that each id stands for, (vocab_size,)."""
-        return (np.arange(self.vocab_size) < 256).astype(np.int64)
-
     def spec(self) -> dict:
         """Plain data from which `tokenizer_from_spec` makes this tokenizer again."""
         return {"kind": "byte"}
@@ -2747,13 +2743,6 @@ class BPETokenizer:
             return self.library.decode(ids, skip_special_tokens=True)
         known = self.library.decode(list(before), skip_special_tokens=True)
         return self.library.decode([*before, *ids], skip_special_tokens=True)[len(known) :]
-
-    def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int64: bytes of text that each token stands for, inside a text."""
-        sizes = np.zeros(self.vocab_size, np.int64)
-        vocabulary = self.library.get_vocab()
-        sizes[list(vocabulary.values())] = [len(token) for token in vocabulary]
-        return sizes
 
     def spec(self) -> dict:
         ids = {name: getattr(self, name) for name in SPECIAL_IDS}
