@@ -8081,10 +8081,11 @@ def checked(spec, value):
         raise wrong("text (in a file: between quotes)")
     if spec.name in PATHS:
         return os.path.expanduser(os.path.expandvars(text))
-    for word in [*words, spec.default]:
-        if words and word is not None and word.lower() == text.lower():
-            return word
     if words:
+        usual = [spec.default] if isinstance(spec.default, str) else []  # may be empty
+        for word in words + usual:
+            if word.lower() == text.lower():
+                return word
         raise wrong(f"one of {', '.join(words)}")
     return text
 
@@ -8436,7 +8437,8 @@ def carry_out(function: Callable, config: Settings, stop: StopSignal, alone: boo
     """Call a command's function with what it works on: the machine and, for a run, its folder."""
     places = [getattr(config, name, "") for name in ("out_dir", "processed_dir")]
     with contextlib.ExitStack() as held:
-        held.enter_context(no_folder_of_a_failure(*filter(None, places)))
+        if is_main():
+            held.enter_context(no_folder_of_a_failure(*filter(None, places)))
         folder = []
         if isinstance(config, FitConfig):
             folder = [held.enter_context(open_run(config))]
