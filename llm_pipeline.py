@@ -8283,6 +8283,8 @@ def cross_checks(config: Settings) -> None:
     ends = ("max_steps", "minutes", "max_tokens", "max_docs")
     if isinstance(config, FitConfig) and config.streaming and not any(map(is_set, ends)):
         raise UserError("a stream has no epochs: give --max_steps, --minutes or --max_tokens")
+    if is_set("json") and (Path(config.json).is_dir() or not Path(config.json).parent.is_dir()):
+        raise UserError(f"--json {config.json} is a folder or in none: name a file")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
     if is_set("json") and not Path(config.json).absolute().parent.is_dir():
@@ -8389,7 +8391,10 @@ def parse(argv: list[str]) -> tuple[str, Settings]:
             flag = "--" + flag[2:].replace("-", "_")
         words.append(flag + equals + value)
     program, parsers = program_parser("--help_all" in words)
-    explicit = vars(program.parse_args(words))
+    try:
+        explicit = vars(program.parse_args(words))
+    finally:
+        sys.stdout.flush()  # of help: a reader that has gone is noticed here
     name = explicit.pop("command")
     try:
         return name, settle(COMMANDS[name].settings, explicit)
