@@ -68,7 +68,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property, lru_cache, partial, wraps
 from glob import glob
-from itertools import chain, count, groupby, islice, repeat, takewhile
+from itertools import chain, groupby, islice, repeat, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -3308,11 +3308,11 @@ def messages_of(value, column: str, role: str = "") -> list[Message]:
         with contextlib.suppress(ValueError):
             parsed = json.loads(value)
             value = parsed if speaks(parsed) else value
-    if speaks(value):
-        entries = [value] if isinstance(value, dict) else value
-        return [message_from(entry, column) for entry in entries]
     if value == [] and (column in PREFERENCES or not role):
         raise ValueError(f"no messages in {column!r}")
+    if speaks(value) or (not role and isinstance(value, list)):
+        entries = [value] if isinstance(value, dict) else value
+        return [message_from(entry, column) for entry in entries]
     is_transcript = isinstance(value, str) and re.match(r"\s*Human:", value)  # as in HH-RLHF
     if is_transcript and "\n\nAssistant:" in value and column not in ANSWERS:
         _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text_from(value, column).lstrip())
@@ -3327,7 +3327,11 @@ def messages_of(value, column: str, role: str = "") -> list[Message]:
 def speaks(value) -> bool:
     """Whether a value is a message, or a list with one."""
     entries = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return any(isinstance(entry, dict) and entry.keys() & {"role", "from"} for entry in entries)
+    return any(
+        {"role", "content"} <= entry.keys() or {"from", "value"} <= entry.keys()
+        for entry in entries
+        if isinstance(entry, dict)
+    )
 
 
 def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
@@ -3378,10 +3382,8 @@ def turns_of(messages: list[Message]) -> list[Turn]:
         group = list(run)
         if role == "assistant" and len({m.trained for m in group}) > 1:
             raise ValueError("answers of different weight in a row")
-        text, extra = (
-            "\n\n".join(m.text for m in group),
-            "\n".join(m.input for m in group if m.input),
-        )
+        text = "\n\n".join(m.text for m in group)
+        extra = "\n".join(m.input for m in group if m.input)
         joined.append(Message(role, text, extra, group[0].trained))
     system = joined.pop(0).text if joined and joined[0].role == "system" else ""
     roles = [m.role for m in joined]
@@ -3441,9 +3443,9 @@ def plain_record(row: dict, source: str, text_field: str, where: str, half: str)
     if is_message or {"message_id", "parent_id"} <= row.keys():  # as in OASST
         raise ValueError("one message of a dialogue: put all of them into a list called messages")
     if row.get(text_field) is None:
-        wanted = (
-            ANSWERS if half in QUESTIONS else QUESTIONS if half else KNOWN_COLUMNS | {text_field}
-        )
+        wanted = KNOWN_COLUMNS | {text_field}
+        if half:
+            wanted = ANSWERS if half in QUESTIONS else QUESTIONS
         for name in row:
             if name in wanted and row[name] is None:
                 raise ValueError(f"{name!r} is null")
@@ -3462,11 +3464,12 @@ def unused_in(row: dict, record: Record, text_field: str) -> Iterator[str]:
         if row[name] and not isinstance(row[name], int | float):
             yield str(name)
     for name in row.keys() & LABELS:
-        if row[name] is not None and (record.is_plain or flag(row[name]) is None):
+        is_used = name == "label" and not record.is_plain and flag(row[name]) is not None
+        if row[name] is not None and not is_used:
             yield name
     for column in row.keys() & {*DIALOGUES, *PREFERENCES}:
         entries = row[column] if isinstance(row[column], list) else []
-        for entry in filter(speaks, entries):
+        for entry in entries if speaks(entries) else ():
             for name in entry.keys() - MESSAGE_FIELDS:
                 if isinstance(entry[name], str) and entry[name]:
                     yield f"{name} in {column}"
@@ -3500,7 +3503,7 @@ def records_from_rows(
             record.source = instructions
         yield from trained_part(record, report)
     if unused:
-        report.count(source, f"not used: {', '.join(unused)}", max(unused.values()))
+        report.count(source, f"not used: {', '.join(sorted(unused))}", max(unused.values()))
     if n_blank > 0.1 * n_texts and not (config.join_rows or config.doc_delimiter):
         what = f"{source}: {n_blank:,} of {n_texts:,} rows are blank, as lines of a text are"
         report.advise(f"{what}: --join_rows makes one text of them")
@@ -3523,10 +3526,9 @@ def trained_part(record: Record, report: Report) -> Iterator[Record]:
 
 def join_rows(records: Iterable[Record]) -> Iterator[Record]:
     """Plain texts of one source and split as one text, each on a line, as WikiText is on the Hub."""
-    for (source, split, plain), group in groupby(
-        records, lambda r: (r.source, r.split, r.is_plain)
-    ):
-        if not plain:
+    groups = groupby(records, key=lambda r: (r.source, r.split, r.is_plain))
+    for (source, split, is_plain), group in groups:
+        if not is_plain:
             yield from group
             continue
         lines = (record.response.removesuffix("\n") + "\n" for record in group)
@@ -3563,8 +3565,10 @@ def json_value(text: str):
 def json_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
     """JSON Lines, or one JSON list of objects, under whatever name."""
     text = next(filter(str.strip, read_text(path, config, Report())), "").lstrip()
-    is_lines = isinstance(json_value(text), dict) or ending(path) != ".json"
-    if is_lines and not text.startswith("["):
+    is_whole = (
+        text[:1] != "[" and ending(path) == ".json" and not isinstance(json_value(text), dict)
+    )
+    if not (text.startswith("[") or is_whole):
         lines = enumerate(read_text(path, config, report), 1)
         yield from ((f"{path}:{n}", json_value(line)) for n, line in lines if line.strip())
         return
@@ -3604,11 +3608,12 @@ def csv_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
         try:
             row = next(table, None)
         except csv.Error as error:
+            if "end of data" in str(error):  # the rest of the file stands inside the quote
+                what = f"{path}:{number}: a quote is never closed"
+                raise UserError(f"{what}; close it, or double it") from None
             row = error
         if row is None:
             return
-        if "end of data" in str(row):
-            raise UserError(f"{path}:{number}: a quote is never closed; close or double it")
         yield f"{path}:{number}", row
 
 
@@ -3677,6 +3682,7 @@ READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[tuple]]] = {
     ".parquet": parquet_rows, ".arrow": arrow_rows, ".txt": plain_rows, ".md": plain_rows,
 }  # fmt: skip
 SOURCE_CODE = {".py", ".js", ".ts", ".c", ".h", ".cpp", ".cc", ".java", ".go", ".rs", ".rb", ".sh"}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BINARY = {  # first bytes -> what to do
     b"%PDF-": "a PDF: convert it to text first, for example with pdftotext",
     b"PK\x03\x04": "an archive or office document: unpack it, or save it as text",
@@ -3685,9 +3691,9 @@ BINARY = {  # first bytes -> what to do
     b"\x28\xb5\x2f\xfd": "compressed, but not named .zst",
     b"BZh": "compressed, but not named .bz2",
     b"\xfd7zXZ": "compressed, but not named .xz",
+    LFS_POINTER: "a Git LFS pointer: run git lfs pull",
 }
 JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # of an object, or of a list of them
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def find_reader(path: Path):
@@ -3695,38 +3701,30 @@ def find_reader(path: Path):
     reader = READERS.get(ending(path))
     try:
         with open(path, "rb") as file:
-            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-        if pointer and (reader or is_packed(path)):
-            raise UserError(f"{path} is a Git LFS pointer, not the data: run git lfs pull")
-        with open_binary(path) as file:
             head = file.read(4096)
+        if head.startswith(LFS_POINTER) and (reader or is_packed(path)):
+            raise UserError(f"{path} is a Git LFS pointer, not the data: run git lfs pull")
+        if is_packed(path):
+            with open_binary(path) as file:
+                head = file.read(4096)
     except UserError:
         raise
     except Exception as error:  # of the system and of what unpacks: no common base
         return reader, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
-    return reader_of(path, reader, head, pointer)
-
-
-def reader_of(path: Path, reader: Callable | None, head: bytes, pointer: bool):
-    """The same, of a file that begins with `head`."""
-    encoding = encoding_of(head)
-    text = head.decode(encoding, "ignore").lstrip("\ufeff")
-    first = next(filter(str.strip, text.splitlines()), "")
-    labelled = ending(path) == ".tsv" and first.partition("\t")[0].strip() in ("ham", "spam")
-    if labelled or path.name.lower().startswith("smsspamcollection"):
+    decoder = codecs.getincrementaldecoder(encoding_of(head))  # a character may be cut at the end
+    text = decoder("ignore").decode(head).lstrip("\ufeff")
+    label = text.lstrip().partition("\t")[0]
+    if path.name.lower().startswith("smsspamcollection"):
         return sms_rows, ""
-    if reader not in (None, plain_rows):
-        return reader, ""
-    if JSON_START.match(text):
+    if ending(path) == ".tsv" and label in ("ham", "spam"):
+        return sms_rows, ""
+    if reader in (None, plain_rows) and JSON_START.match(text):
         return json_rows, ""
     if reader:
         return reader, ""
     why = next((why for first, why in BINARY.items() if head.startswith(first)), "not text")
-    if pointer:
-        why = "a Git LFS pointer: run git lfs pull"
-    elif why == "not text" and "\0" not in text:
-        with contextlib.suppress(UnicodeDecodeError):  # a character may be cut at the end
-            codecs.getincrementaldecoder(encoding)().decode(head)
+    with contextlib.suppress(UnicodeDecodeError):
+        if why == "not text" and "\0" not in decoder().decode(head):
             return plain_rows, ""
     return None, why
 
@@ -3737,30 +3735,33 @@ def reader_of(path: Path, reader: Callable | None, head: bytes, pointer: bool):
 def load_hub(config: DataConfig, report: Report) -> Iterator[Record]:
     """Records of --hf_dataset, from the Hub or a local builder, whole or as a stream.
 
-    Without --hf_split all its splits, each for what its name says.
+    Without --hf_split all its splits, each for what its name says. What is read only in part
+    validates by hash: the end, where the validation split is, might not be reached.
     """
     name, splits = config.hf_dataset, hub_splits(config)
     roles = roles_of([Path(split) for split in splits], Path("."))
-    limit = 1000 if config.streaming else None  # a stream shows its labels early, or never
-    tables = (islice(rows_of(rows), limit) for rows in splits.values())
-    labels = label_column(tables, config.text_field)
-    for split, rows in splits.items():
+    in_part = bool(config.streaming or config.max_docs or config.max_tokens)
+    for split in list(splits):
         role = roles[Path(split)]
-        if role == "test":
-            report.skip(name, "test split, kept out", f"{name} {split}")
-            continue
-        numbers = count(1)
-        numbered = ((f"{name} {split}: row {next(numbers)}", row) for row in rows_of(rows))
-        numbered = classified(numbered, labels, config.text_field)
-        try:
+        if role == "test" or (role == "val" and in_part):
+            report.skip(name, f"{role} split, kept out", f"{name} {split}")
+            del splits[split]
+    where = name
+    try:
+        limit = 1000 if config.streaming else None  # a stream shows its labels early, or never
+        tables = (islice(rows_of(rows), limit) for rows in splits.values())
+        labels = label_column(tables, config.text_field)
+        for split, rows in splits.items():
+            numbered = ((f"{name} {split}: row {n}", r) for n, r in enumerate(rows_of(rows), 1))
+            numbered = classified(numbered, labels, config.text_field)
             for record in records_from_rows(numbered, name, config, report):
-                record.split = role
+                record.split = "" if in_part else roles[Path(split)]
+                where = record.where
                 yield record
-        except UserError:
-            raise
-        except Exception as error:  # of pyarrow, fsspec, the network: no common base
-            why = one_line(error, 160)
-            raise UserError(f"{name} {split}: cannot read row {next(numbers)}: {why}") from None
+    except UserError:
+        raise
+    except Exception as error:  # of pyarrow, fsspec, the network: no common base
+        raise UserError(f"cannot read on after {where}: {one_line(error, 160)}") from None
 
 
 def hub_splits(config: DataConfig) -> dict:
@@ -4016,9 +4017,10 @@ def find_sources(config: DataConfig, report: Report) -> list[Source]:
         if readers[path] is None:
             left_out[path] = why
     tables = [path for path, reader in readers.items() if reader not in (None, plain_rows)]
+    with_tables = {folder for table in tables for folder in table.parents}
     for path in files:
-        beside = any(path.parent in table.parents for table in tables if table != path)
-        if path.name in ABOUT or (beside and path.stem.lower() in ("readme", "license", "licence")):
+        is_card = readers[path] is plain_rows and path.stem.lower() in ("readme", "license")
+        if path.name in ABOUT or (is_card and path.parent in with_tables):
             left_out[path] = "describes a data set"
     found = [path for path in files if path not in left_out]
     if not found:
@@ -4054,16 +4056,13 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
 def read_files(config: DataConfig, report: Report) -> Iterator[Record]:
     sources, unheard = find_sources(config, report), Report()
     tables = [s for s in sources if s.read not in (plain_rows, sms_rows)]
-    labels = label_column(
-        ((row for _, row in table.read(table.path, config, unheard)) for table in tables),
-        config.text_field,
-    )
+    seen = ((row for _, row in table.read(table.path, config, unheard)) for table in tables)
+    labels = label_column(seen, config.text_field)
     for source in sources:
-        path = source.path
-        rows = source.read(path, config, report)
+        rows = source.read(source.path, config, report)
         first = [*islice(rows, 1)]
         rows = chain(first, rows)
-        name, instructions = path.name, "instructions"
+        name, instructions = source.path.name, "instructions"
         if source.read is sms_rows:
             name, instructions = "sms", ""
         elif labels and any(label_in(row, config.text_field) == labels for _, row in first):

@@ -164,6 +164,9 @@ CASES = {
     # values
     "an object as answer": Case({"a.jsonl": jsonl(dict(instruction="q", output={"ä": [1, 2]}))},
                                 ['q > {"ä": [1, 2]}']),
+    "objects with fields of messages": Case(
+        {"a.jsonl": jsonl(dict(instruction="q", output={"from": "Ann", "role": "boss"}))},
+        ['q > {"from": "Ann", "role": "boss"}']),
     "an empty list as answer": Case({"a.jsonl": jsonl(dict(instruction="q", output=[]))},
                                     ["q > []"]),
     "numbers": Case({"a.jsonl": jsonl(dict(question=2, answer=4.5),
@@ -195,6 +198,8 @@ CASES = {
     "a row that is long": Case({"a.csv": b"text\na,b\n"}, None, (":2", "more cells")),
     "an open quote": Case({"a.csv": b'text,n\n"two\nlines",1\n"open,2\nb,3\n'}, None,
                           (":4", "never closed"), dict(bad_records="skip")),
+    "words of an error in a cell": Case({"a.csv": b"text\nunexpected end of data\n"},
+                                        ["unexpected end of data"]),
     # packed
     "bz2": Case({"a.jsonl.bz2": bz2.compress(jsonl(*QA))}, READ),
     "xz": Case({"a.txt.xz": lzma.compress(b"Text")}, ["Text"]),
@@ -306,6 +311,14 @@ def test_official_splits_are_used_by_their_names(hub):
     assert "--join_rows" in said
     found, _ = read("", hf_dataset=str(hub), hf_split="test")
     assert len(found) == 10 and {side for _, side in found} <= {"train", "val"}
+
+
+def test_what_is_read_in_part_validates_by_hash(hub):
+    """A stream that ends early would not reach its validation split."""
+    for more in (dict(streaming=True), dict(max_docs=5), dict(max_tokens=1000)):
+        found, said = read("", hf_dataset=str(hub), split_seed=3, **more)
+        assert all("train" in text for text, _ in found) and "val split, kept out" in said
+        assert {side for _, side in found} == {"train", "val"}
 
 
 def test_joined_rows_are_the_running_text(hub):
