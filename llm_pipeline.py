@@ -6140,15 +6140,15 @@ def class_metrics(table: np.ndarray, names: list[str]) -> dict:
 
 def report(
     loaded: Loaded, store: TokenStore, rt: Runtime, split: str = "val", batch_size: int = 32,
-    max_batches: int = 0, base_store: TokenStore | None = None,
+    max_batches: int = 0,
 ) -> dict:  # fmt: skip
     """What is to be known of a model on a corpus, as plain data: what `eval --json` writes.
 
     loss, ppl, bits_per_byte, word_ppl, gzip_bits_per_byte and COUNTS of the split, and `sources`
     with the same of each; of a closed set of answers also accuracy, classes, majority, confusion.
     Where records have answers, `answers` of val and train: records, loss, exact, majority.
-    `examples`: three of given, truth, model. max_batches: evenly spaced batches of each (0: all).
-    base_store: `base_loss`, on what its base was trained on. UserError where the split is empty.
+    `examples`: three of given, truth, model. max_batches: evenly spaced batches of each (0: all;
+    20 of the answers of a split that is not asked for). Raises UserError where the split is empty.
     """
     asked = Evaluation(loaded, store, rt, batch_size, max_batches)
     splits = ("train", "val") if split == "all" else (split,)
@@ -6163,13 +6163,12 @@ def report(
     if not sources:
         raise UserError(f"the {split} split of this data is empty; --split all scores all of it")
     result = metrics_from_sums(total) | {"sources": sources}
-    answers = {part: asked.answers(part) for part in ("val", "train")}
+    answers = {}
+    for part in ("val", "train"):
+        asked.max_batches = max_batches or (0 if part in splits else 20)
+        answers[part] = asked.answers(part)
     if answers["val"]["records"] + answers["train"]["records"]:
         result["answers"] = answers
-    if base_store:
-        windows = LMDataset.from_store(base_store, "val", asked.block_size)
-        found = evaluate_perplexity(loaded.model, asked.loader(windows), rt=rt)
-        result["base_loss"] = found["loss"]
     return result | {"examples": asked.examples(splits[-1])}
 
 
@@ -6212,7 +6211,7 @@ def report_lines(after: dict, before: dict | None = None, most_sources: int = 0)
 
 
 def answer_rows(report: dict) -> dict[str, str]:
-    """What is said of answers, where records have any, and of the data of a finetune's base."""
+    """What is said of answers, where records have any."""
     rows = {}
     for split, name in {"val": "held-out", "train": "training"}.items():
         row = report.get("answers", {}).get(split, {})
@@ -6221,8 +6220,6 @@ def answer_rows(report: dict) -> dict[str, str]:
             rows[f"{what}: loss in nats a token"] = f"{row['loss']:.4f}"
             rows[f"{what}: exactly right"] = f"{row['exact']:.1%}"
             rows[f"{what}: the most frequent one"] = f"{row['majority']:.1%}"
-    if "base_loss" in report:
-        rows["loss on what the base was trained on"] = f"{report['base_loss']:.4f}"
     return rows
 
 
@@ -6250,15 +6247,6 @@ def shortened(text: str) -> str:
     """
     text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(text.split()))
     return text if len(text) <= 160 else f"{text[:77]} ... {text[-77:]}"
-
-
-def trained_store(loaded: Loaded, processed_dir: str) -> TokenStore | None:
-    """The store that a checkpoint was trained on, where it is still at hand."""
-    fingerprint = loaded.state.get("data", {}).get("fingerprint")
-    for folder in Path(processed_dir).glob(f"*{fingerprint}"):
-        with contextlib.suppress(UserError):
-            return TokenStore(folder)
-    return None
 
 
 def example_prompt(store: TokenStore) -> tuple[str, str]:
@@ -7011,15 +6999,12 @@ def what_it_was_trained_on(config: EvalConfig, loaded: Loaded, store: TokenStore
     if trained_on is None:
         return "this checkpoint does not say what it was trained on"
     if trained_on == store.fingerprint:
-        held_out = "" if config.split == "train" else "; its val records were held out"
-        return f"this is the data that the checkpoint was trained on{held_out}"
+        return "this is the data that the checkpoint was trained on; val was held out of that"
     what = "this is not the data that the checkpoint was trained on"
-    if all(getattr(config, name) == loaded.data[name] for name in SPLIT_SETTINGS):
-        return (
-            f"{what}. A record in both keeps its side of the split, except texts over 64 KiB and "
-            "files named train, valid or test"
-        )
-    return f"warning: {what}, and it is split otherwise: it may have been trained on any of it"
+    if any(getattr(config, name) != loaded.data[name] for name in SPLIT_SETTINGS):
+        return f"warning: {what}, and it is split otherwise: it may have been trained on any of it"
+    keeps = "a record in both keeps its side of the split, but for texts over 64 KiB"
+    return f"{what}; {keeps} and files named train, valid or test"
 
 
 def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
@@ -7704,41 +7689,39 @@ class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, Run
     json: str = option("", "write the figures to this file")
 
 
-def interleaved_seconds(
-    sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = ""
-) -> dict[str, list[float]]:
-    """Seconds of each side's rounds, measured A B A B ..., so that drift affects them alike."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+def seconds_of(side: Callable, rt: Runtime) -> float:
     synchronize = torch.get_device_module(rt.device).synchronize
-    for number in tqdm(range(rounds + 2), desc=f"measuring {what}", disable=not what):
-        for name, side in sides.items():
-            synchronize()
-            started = time.perf_counter()
-            side()
-            synchronize()
-            if number >= 2:  # two rounds to warm up, compile and fill caches
-                times[name].append(time.perf_counter() - started)
-    return times
+    synchronize()
+    started = time.perf_counter()
+    side()
+    synchronize()
+    return time.perf_counter() - started
 
 
 def interleaved_medians(
     sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = ""
 ) -> dict[str, float]:
-    """Median seconds of each side, see `interleaved_seconds`."""
-    times = interleaved_seconds(sides, rt, rounds, what)
-    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+    """Median seconds of each side, measured A B A B ..., so that drift affects them alike.
+
+    The first two rounds, which warm up, compile and fill caches, do not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in tqdm(range(rounds + 2), desc=f"measuring {what}", disable=not what):
+        for name, side in sides.items():
+            times[name].append(seconds_of(side, rt))
+    return {name: sorted(t[2:])[rounds // 2] for name, t in times.items()}
+
+
+def product_seconds(rt: Runtime, n: int, columns: int, dtype: torch.dtype, rounds: int) -> float:
+    """Least seconds of a product of an (n, n) and an (n, columns) matrix: what the machine can do."""
+    a, b = (torch.randn(n, width, device=rt.device, dtype=dtype) for width in (n, columns))
+    return min(seconds_of(lambda: a @ b, rt) for _ in range(rounds + 2))
 
 
 def next_step(run: Run, batches: Iterator[Batch]) -> None:
     """A step of a run that is measured, and thrown away."""
     train_step(run, next(batches).to(run.rt.device))
     run.progress.step += 1
-
-
-def product_seconds(rt: Runtime, n: int, columns: int, dtype: torch.dtype, rounds: int) -> float:
-    """Least seconds of a product of an (n, n) and an (n, columns) matrix: what the machine can do."""
-    a, b = (torch.randn(n, width, device=rt.device, dtype=dtype) for width in (n, columns))
-    return min(interleaved_seconds({"": lambda: a @ b}, rt, rounds)[""])
 
 
 def flops_per_token(model: GPT, T: int) -> float:

@@ -328,7 +328,7 @@ def test_a_conversation_is_scored_once_and_masked_answers_never(checkpoint, tmp_
 
 def test_what_is_scored_is_said_and_is_true(checkpoint, texts, tmp_path):
     own = run("eval", "--ckpt", checkpoint, *texts[0], *CPU).ok()
-    assert "the data that the checkpoint was trained on; its val records were held out" in own.err
+    assert "the data that the checkpoint was trained on; val was held out" in own.err
     records = sum(int(row.split()[-1]) for row in own.out.splitlines() if row.startswith("total"))
     assert f"{records} val records" in own.err and "warning" not in own.err
     (tmp_path / "raw").mkdir()
@@ -377,7 +377,7 @@ def test_classes_equal_scikit_learn(texts, tmp_path, block):
     metrics = needs("sklearn.metrics")
     flags, records = texts
     out = ["--block_size", block, "--out_dir", tmp_path / "run"]
-    run("train", *flags, *MODEL, *out, "--seed", 5).ok()
+    run("train", *flags, *MODEL, *out, "--seed", 3).ok()
     checkpoint = tmp_path / "run" / "best.pth"
     model = lp.load_model(str(checkpoint)).model.eval()
     result = evaluate(checkpoint, flags, tmp_path, "--split", "all", "--batch_size", 7)
