@@ -2858,7 +2858,7 @@ def special_ids(library, declared: dict[str, str | None], ends: Sequence[int] = 
         names = [declared[role]] if role in declared else usual
         known = [library.token_to_id(name) for name in names if name is not None]
         ids[role] = next((number for number in known if number is not None), None)
-    ends = [number for number in ends if number < library.get_vocab_size()]
+    ends = [number for number in ends if library.id_to_token(number) is not None]
     if "eos" not in declared and ends:
         ids["eos"] = ends[0]
     if ids["eos"] is None:
@@ -5282,7 +5282,7 @@ def load_hf(name: str) -> Loaded:
         raise UserError(f"{name}: {ids}")
     templates = [origin / "chat_template.jinja", origin / "tokenizer_config.json"]
     texts = [file.read_text("utf-8", "replace") for file in templates if file.is_file()]
-    return Loaded(model, tokenizer, {}, "### Instruction: " in "".join(texts))
+    return Loaded(model.train(), tokenizer, {}, "### Instruction: " in "".join(texts))
 
 
 def check_logits(peer, model: GPT) -> None:
@@ -5533,11 +5533,8 @@ def export_library(loaded: Loaded):
 
 def export_tokenizer(loaded: Loaded, folder: Path) -> None:
     """Write the tokenizer, with its chat template if tuned. Raises UserError if ids differ."""
-    transformers, tokenizer, library = (
-        transformers_library(),
-        loaded.tokenizer,
-        export_library(loaded),
-    )
+    transformers, tokenizer = transformers_library(), loaded.tokenizer
+    library = export_library(loaded)
     tokens = {role: getattr(tokenizer, f"{role}_id") for role in USUAL_NAMES}
     tokens = {role: library.id_to_token(n) for role, n in tokens.items() if n is not None}
     more = {f"{role}_token": token for role, token in tokens.items()}

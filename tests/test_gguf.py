@@ -107,15 +107,6 @@ def test_llama_cpp_computes_what_we_do(arch, tokenizer, tuned, tmp_path):
         assert largest_difference(ask, loaded, prompt) <= NATS[arch]
 
 
-def test_gpt2_with_the_same_gelu_is_closer(corpus, tmp_path):
-    flags = words("--mlp gelu_tanh --batch_size 8 --max_steps 30")
-    run("train", *corpus, *SHORT, *SHAPE, *flags, "--out_dir", tmp_path).ok()
-    assert "tanh" not in to_gguf(tmp_path / "best.pth", tmp_path / "m.gguf").ok().err
-    loaded = lp.load_model(str(tmp_path / "best.pth"))
-    prompt = [257, *b"sun moon tree river"]
-    assert largest_difference(llama_server(tmp_path / "m.gguf"), loaded, prompt) <= 1e-3
-
-
 @pytest.mark.parametrize(("kind", "nats"), [("f16", 0.05), ("bf16", 0.3), ("q8_0", 0.5)])
 def test_smaller_types(kind, nats, tuned, tmp_path):
     file, loaded = tmp_path / "model.gguf", lp.load_model(str(tuned("modern", "bpe")))

@@ -172,17 +172,6 @@ def test_greedy_generation_survives_the_crossing(arch, bases):
     assert model.generate(prompt, 56, temperature=0.0).tolist() == theirs.tolist()
 
 
-@pytest.mark.parametrize("name", ["gpt2, untied", "qwen3, grouped"])
-def test_several_files_and_other_dtypes(name, hf, tmp_path):
-    peer = save_peer(name, tmp_path / "shards", hf, max_shard_size="20KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert_same_logits(load(tmp_path / "shards"), peer)
-    peer.to(torch.bfloat16).save_pretrained(tmp_path / "low")
-    for file in hf.glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "low")
-    assert_same_logits(load(tmp_path / "low"), load_peer(tmp_path / "low"))
-
-
 def test_a_base_model_without_its_head(hf, tmp_path):
     """As OpenAI's own GPT-2 is stored: no prefix, and the causal mask as a buffer."""
     peer = save_peer("gpt2", tmp_path, hf)
@@ -205,23 +194,6 @@ def test_a_head_stored_under_a_tied_configuration(name, hf, tmp_path):
     save_peer(name, tmp_path, hf)
     head = torch.randn(260, 32, generator=torch.Generator().manual_seed(1))
     edit_tensors(lambda t: t.update({"lm_head.weight": head}))(tmp_path)
-    assert_same_logits(load(tmp_path), load_peer(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(rope_parameters="absent", rope_theta=1e6),
-        dict(rope_parameters="absent", rope_theta=1e6, rope_scaling=None),
-        dict(layer_types="absent", use_sliding_window=False, sliding_window=4),
-        dict(layer_types="absent", use_sliding_window=True, sliding_window=4, max_window_layers=0),
-        dict(layer_types="absent", use_sliding_window=True, sliding_window=4, max_window_layers=2),
-    ],
-    ids=str,
-)
-def test_settings_in_their_older_spelling(changes, hf, tmp_path):
-    save_peer("qwen3", tmp_path, hf)
-    edit_json(**changes)(tmp_path)
     assert_same_logits(load(tmp_path), load_peer(tmp_path))
 
 
@@ -269,7 +241,6 @@ BROKEN = {  # name: (model, how it is spoiled, a word of the error)
     "missing tensor": ("gpt2", edit_tensors(lambda t: t.pop(FC)), FC),
     "unknown tensor": ("gpt2", edit_tensors(lambda t: t.update(extra=torch.zeros(2))), "extra"),
     "wrong shape": ("gpt2", edit_tensors(lambda t: t.update({FC: torch.ones(31)})), FC),
-    "wrong rank": ("gpt2", edit_tensors(lambda t: t.update({WTE: torch.ones(260)})), "wte"),
     "parts exchanged": ("qwen3, grouped", swap(*(f"model.layers.0.self_attn.{n}_proj.weight"
                                                  for n in "qk")), "self_attn"),
     "not a number": ("gpt2", edit_tensors(lambda t: t[WTE].fill_(math.nan)), "logits"),
@@ -280,15 +251,10 @@ BROKEN = {  # name: (model, how it is spoiled, a word of the error)
     "truncated": ("gpt2", truncate, ""),
     "no weights": ("gpt2", lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
     "unknown architecture": ("gpt2", edit_json(model_type="llama"), "llama"),
-    "no architecture": ("gpt2", edit_json(model_type="absent"), "model_type"),
     "unknown activation": ("gpt2", edit_json(activation_function="mish"), "mish"),
-    "missing setting": ("gpt2", edit_json(n_embd="absent"), "config.json"),
     "setting of a wrong type": ("gpt2", edit_json(n_head="many"), "n_head"),
-    "impossible setting": ("gpt2", edit_json(n_head=5), "divisible"),
     "scaled by layer": ("gpt2", edit_json(scale_attn_by_inverse_layer_idx=True), "logits"),
-    "attention not scaled": ("gpt2", edit_json(scale_attn_weights=False), "logits"),
     "broken config": ("gpt2", lambda folder: (folder / "config.json").write_text("{"), "config"),
-    "config is a list": ("gpt2", lambda f: (f / "config.json").write_text("[]"), "config"),
     "no config": ("gpt2", lambda folder: (folder / "config.json").unlink(), "config.json"),
     "broken tokenizer": ("gpt2", lambda folder: (folder / "tokenizer.json").write_text("{"),
                          "tokenizer.json"),
@@ -329,13 +295,8 @@ def test_names_that_lead_nowhere(bases, tmp_path):
     ("flags", "name"),
     [
         (["--pos", "alibi"], "pos=alibi"),
-        (["--norm", "rmsnorm"], "norm=rmsnorm"),
-        (["--mlp", "swiglu"], "mlp=swiglu"),
         (["--n_kv_head", 2], "n_kv_head=2"),
         (["--attn_window", 8], "attn_window=8"),
-        (["--qk_norm"], "qk_norm=True"),
-        (["--no_bias"], "bias=False"),
-        (["--arch", "modern", "--mlp", "gelu"], "mlp=gelu"),
         (["--arch", "modern", "--no_qk_norm"], "qk_norm=False"),
         (["--arch", "modern", "--pos", "learned"], "norm=rmsnorm"),
     ],
@@ -493,15 +454,6 @@ def test_a_tuned_folder_counts_as_tuned(talker, hf):
     assert run("sample", "--ckpt", folder, *flags).ok().out == wanted
     assert lp.load_model(str(folder)).is_tuned
     assert not lp.load_model(str(hf)).is_tuned
-
-
-def test_pipelines_answer(talker, bases):
-    for folder in (bases["modern"].parent / "hf", talker[2]):
-        pipe = transformers.pipeline("text-generation", model=str(folder), device="cpu")
-        [answer] = pipe("sun moon", max_new_tokens=5, do_sample=False)
-        assert answer["generated_text"].startswith("sun moon")
-    [answer] = pipe([said("user", "Repeat 3.")], max_new_tokens=5, do_sample=False)
-    assert [m["role"] for m in answer["generated_text"]] == ["user", "assistant"]
 
 
 def test_what_an_exported_folder_says(bases):
