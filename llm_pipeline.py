@@ -6216,7 +6216,7 @@ def answer_rows(report: dict) -> dict[str, str]:
             what = f"{row['records']:,} {name} answers"
             rows[f"{what}: loss in nats a token"] = f"{row['loss']:.4f}"
             rows[f"{what}: exactly right"] = f"{row['exact']:.1%}"
-            rows[f"{what}: the most frequent one"] = f"{row['majority']:.1%}"
+            rows[f"{what}: always the most frequent"] = f"{row['majority']:.1%}"
     return rows
 
 
@@ -7775,6 +7775,7 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
         "train_tokens_per_s": tokens / seconds[""], "step_ms": 1e3 * seconds[""],
         "matmul_peak_flops": peak, "mfu": reached / peak, "peak_memory_bytes": memory,
         "grad_accum": run.progress.grad_accum,
+        "grad_checkpointing": run.progress.grad_checkpointing,
     }  # fmt: skip
     if config.vs:
         result["hf_train_tokens_per_s"] = tokens / seconds["hf_"]
@@ -7834,13 +7835,13 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
 
 def bench_lines(result: dict) -> list[str]:
     """The figures of `bench` for people."""
-    peak, limit = result["matmul_peak_flops"] / 1e12, result["decode_limit_tokens_per_s"]
+    peak, limit = result["matmul_peak_flops"] / 1e9, result["decode_limit_tokens_per_s"]
     place = f"{result['device']}, {result['dtype']}, {result['threads']} CPU threads"
     rows = {
         "machine": place,
         "parameters": f"{result['params']:,}",
         "training": f"{result['train_tokens_per_s']:,.0f} tokens/s, {result['step_ms']:,.1f} ms a step",
-        "of matrix products": f"{result['mfu']:.1%} of their {peak:.3g} TFLOP/s (MFU)",
+        "of matrix products": f"{result['mfu']:.1%} of their {peak:,.0f} GFLOP/s (MFU)",
         "peak memory": f"{result['peak_memory_bytes'] / 2**30:.2f} GiB",
         "decoding": f"{result['decode_tokens_per_s']:,.0f} tokens/s of at most {limit:,.0f}",
     }
