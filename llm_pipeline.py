@@ -6029,13 +6029,16 @@ class Evaluation:
         nll, tokens, exact = 0.0, 0, 0
         for x, y in self.loader(data):
             scored = y != IGNORE
-            targets = y[scored].to(device)
+            targets, found = y[scored].to(device), []
             with self.rt.autocast():
-                logits = self.model.head(self.model.hidden(x.to(device))[scored.to(device)]).float()
-            nll += float(F.cross_entropy(logits, targets, reduction="sum"))
+                h = self.model.hidden(x.to(device))[scored.to(device)]
+                for part, wanted in zip(h.split(1024), targets.split(1024), strict=True):
+                    logits = self.model.head(part).float()  # (1024, V) at most at a time
+                    nll += float(F.cross_entropy(logits, wanted, reduction="sum"))
+                    found.append((logits.argmax(-1) == wanted).cpu())
             tokens += len(targets)
             right = torch.ones_like(scored)
-            right[scored] = (logits.argmax(-1) == targets).cpu()
+            right[scored] = torch.cat(found)
             exact += int((right.all(-1) & scored.any(-1)).sum())
         numbers = evenly_spaced(len(data), self.max_batches * self.batch_size)
         counts = Counter(data.parts(i)[1].tobytes() for i in numbers)
@@ -7286,12 +7289,20 @@ class Chat:
             self.cache = KVCache(model.config, 1, self.rt.device, model.tok_emb.weight.dtype)
         self.cache.length, self.cached = reused, list(ids)
 
+    def use_template(self) -> None:
+        """What has an input or a system text is an instruction. Raises UserError if that is off."""
+        if self.config.template == "raw":
+            raise UserError("--template raw knows no input and no system text")
+        self.instruct = True
+
     def command(self, line: str) -> None:
         """Carry out a line that begins with a slash, but for /quit and /input."""
         word, _, text = line.partition(" ")
         if word in ("/new", "/system"):
             self.turns = []
-            self.system = text.strip() if word == "/system" else self.system
+            if word == "/system":
+                self.system = text.strip()
+                self.use_template()
         elif word == "/set":
             name, _, value = text.strip().partition(" ")
             if name not in (known := (*SAMPLING, "max_new_tokens", "stop", "seed")):
@@ -7328,11 +7339,13 @@ def chat_session(loaded: Loaded, config: SampleConfig, rt: Runtime) -> None:
         while line := input("> ") or (last if input_text else ""):
             if line.strip() == "/quit":
                 return
-            if line.startswith("/input"):
-                input_text = line.removeprefix("/input").strip()
-            elif line.startswith("/"):
+            if line.startswith("/"):
                 try:
-                    chat.command(line)
+                    if line.startswith("/input"):
+                        chat.use_template()
+                        input_text = line.removeprefix("/input").strip()
+                    else:
+                        chat.command(line)
                 except (UserError, ValueError) as error:
                     note(str(error))
             else:

@@ -338,6 +338,16 @@ def test_settings_of_a_session(tiny_checkpoint, session):
         assert wrong in result.err
 
 
+def test_an_input_means_the_template_in_a_session_too(tiny_checkpoint, session):
+    lines = ["/input some text", "Say it."]
+    flags = ("--temperature", "0")
+    single = run("sample", "--ckpt", tiny_checkpoint, "--device", "cpu", *flags, "--prompt",
+                 "Say it.", "--input", "some text", "--max_new_tokens", 8).ok()  # fmt: skip
+    assert answers(session(tiny_checkpoint, *lines, flags=flags)) == [single.out]
+    raw = session(tiny_checkpoint, *lines, flags=(*flags, "--template", "raw"))
+    assert "--template raw" in raw.err
+
+
 def test_several_samples_of_a_conversation_are_refused(tuned_checkpoint, monkeypatch):
     monkeypatch.setattr("sys.stdin", Terminal("hello\n"))
     run("sample", "--ckpt", tuned_checkpoint, "--num_samples", 2).fails(1, "--num_samples")
