@@ -267,7 +267,8 @@ class LMDataset(Dataset):
 
     def __init__(self, tokens, block_size: int, stride: int = 0, masked=None):
         if len(tokens) < 2:
-            raise UserError(f"{len(tokens)} tokens make no window: add data")
+            what = f"{len(tokens)} tokens make no window: add data"
+            raise UserError(f"{what}, or split it otherwise (--split_by content, --val_fraction)")
         self.tokens, self.block_size = tokens, min(block_size, len(tokens) - 1)
         self.stride = stride or self.block_size
         self.masked = np.empty((0, 2), np.int64) if masked is None else masked
@@ -3663,8 +3664,6 @@ def plain_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple
     if config.max_tokens:
         a_token = 1 if getattr(config, "tokenizer", "") == "byte" else BYTES_PER_TOKEN
         size = min(PIECE, max(config.max_tokens * a_token, 2 * LONG_TEXT))
-    if ending(path) in SOURCE_CODE:
-        report.advise(f"{path.parent} holds source code, read as plain text, one record a file")
     blocks = chain([next(blocks, "")], blocks)  # an empty file is a record, too, and skipped later
     for number, batch in enumerate(batched(blocks, sys.maxsize, len, size), 1):
         if number == 1 and "<|endoftext|>" in batch[0]:
@@ -3681,7 +3680,6 @@ READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[tuple]]] = {
     **dict.fromkeys((".csv", ".tsv"), csv_rows),
     ".parquet": parquet_rows, ".arrow": arrow_rows, ".txt": plain_rows, ".md": plain_rows,
 }  # fmt: skip
-SOURCE_CODE = {".py", ".js", ".ts", ".c", ".h", ".cpp", ".cc", ".java", ".go", ".rs", ".rb", ".sh"}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BINARY = {  # first bytes -> what to do
     b"%PDF-": "a PDF: convert it to text first, for example with pdftotext",
@@ -3998,7 +3996,7 @@ def toy_rows() -> Iterator[tuple]:
     rows = [(task, text, answer(text)) for text in texts for task, answer in tasks.items()]
     rows += [("Add the numbers.", f"{a} + {b}", str(a + b)) for a in range(20) for b in range(20)]
     rows += [("Say it in French.", *pair) for pair in phrases]
-    for task, text, answer in rows:
+    for task, text, answer in dict.fromkeys(rows):  # without repeats
         yield "toy", dict(instruction=task, input=text, output=answer)
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -395,26 +396,46 @@ def test_masked_answers_are_context_or_dropped(tmp_path_factory, data, trained):
 # --- end to end ---
 
 
-def test_masked_answers_never_reach_a_loss(tmp_path):
-    """In a store the ranges of masked answers are known, and hold their ids to the last."""
-    rows = [
-        dict(messages=[
-            dict(role="user", content=f"q{i}"),
-            dict(role="assistant", content=f"BAD {i}", weight=0),
-            dict(role="user", content="again"), dict(role="assistant", content=f"good {i}"),
-        ])
-        for i in range(40)
-    ]  # fmt: skip
-    (tmp_path / "a.jsonl").write_bytes(jsonl(*rows))
-    flags = ["--data_dir", tmp_path / "a.jsonl", "--out_dir", tmp_path / "st"]
-    run("prepare", *flags).ok()
-    store = lp.TokenStore(tmp_path / "st")
-    for split in ("train", "val"):
-        ranges = store.masked(split)
-        assert len(ranges) == len(store.whole_records(split)) > 0
-        for start, end in ranges.tolist():
-            text = bytes(store.tokens[split][start : end - 1].tolist()).decode()
-            assert text.startswith(" BAD") and store.tokens[split][end - 1] == 259
+MASKED, HELD_OUT = "~", "^"  # signs of texts that are never targets, and never trained on
+
+
+@settings(max_examples=12, deadline=None, database=None, derandomize=True)
+@given(
+    talks=st.lists(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1, max_size=4),
+                   min_size=3, max_size=8),
+    block_size=st.integers(8, 90), stride=st.integers(0, 40), batch_size=st.integers(1, 5),
+)  # fmt: skip
+def test_masks_and_held_out_texts_in_every_loader(
+    tmp_path_factory, talks, block_size, stride, batch_size
+):
+    """A masked answer is no target, in windows and in whole records; a held-out text is nowhere."""
+    folder = tmp_path_factory.mktemp("raw")
+    rows = []
+    for n, talk in enumerate([*talks, [(True, 9)]]):
+        messages = []
+        for turn, (is_trained, length) in enumerate(talk):
+            text = ("a" if is_trained else MASKED) * length
+            answer = dict(role="assistant", content=text, weight=int(is_trained))
+            messages += [dict(role="user", content=f"q{n}.{turn}"), answer]
+        rows.append(dict(messages=messages))
+    (folder / "data.jsonl").write_bytes(jsonl(*rows))
+    held = [dict(prompt=f"{HELD_OUT} {n}", completion=HELD_OUT * 20) for n in range(5)]
+    (folder / "eval-00000-of-00001.jsonl").write_bytes(jsonl(*held))
+    store = lp.build_corpus_from_sources(
+        folder, lp.ByteTokenizer(), processed_dir=str(folder / "out"), val_fraction=0.0
+    )
+    seen = set()
+    for dataset, more in (
+        (lp.LMDataset.from_store, dict(stride=stride)),
+        (partial(lp.InstructionDataset, loss_on="all"), {}),
+        (partial(lp.InstructionDataset, loss_on="response"), {}),
+    ):
+        train, val = lp.create_dataloaders(store, block_size, batch_size, dataset=dataset, **more)
+        for batch in train:
+            assert ord(MASKED) not in batch.y and ord(HELD_OUT) not in batch.x
+            seen |= set(batch.y.unique().tolist())
+        assert val is not None and any(ord(HELD_OUT) in batch.y for batch in val)
+    assert ord("a") in seen
 
 
 def test_the_toy_corpus_is_announced_each_time(tmp_path):

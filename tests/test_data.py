@@ -765,10 +765,7 @@ def test_files_of_other_kinds_say_what_to_do(tmp_path, name, content, word):
 
 def test_advice_about_plain_text(tmp_path):
     write(tmp_path / "a.txt", "One story.\n<|endoftext|>\nAnother.\n" * 9)
-    write(tmp_path / "code/a.py", "print(1)\n")
-    write(tmp_path / "code/b.py", "print(2)\n")
     advice = " ".join(split(tmp_path)[1].lines())
     assert advice.count("--doc_delimiter '<|endoftext|>'") == 1
-    assert advice.count("source code, read as plain text") == 1
     advice = " ".join(split(tmp_path, doc_delimiter="<|endoftext|>")[1].lines())
     assert "'<|endoftext|>'" not in advice
