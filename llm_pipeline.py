@@ -1636,6 +1636,7 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    threads: int = field(default_factory=torch.get_num_threads)  # that there are to choose from
     # When the command began; as a program, with the seconds that its imports took.
     started: float = field(default_factory=lambda: time.perf_counter() - IMPORT_SECONDS)
 
@@ -1659,19 +1660,6 @@ class Runtime:
     def of_first(self, value: float) -> float:
         """The first process's value, in all of them."""
         return self.sum(value if self.is_main else 0.0)[0]
-
-    def losses(self, model: GPT) -> Callable:
-        return model.losses
-
-    @torch.no_grad()
-    def sum_over(self, batches: Iterable[Batch], score: Callable, stop=False) -> dict[str, float]:
-        sums = Counter()
-        for batch in batches:
-            with self.autocast():
-                values = score(batch)
-            real = bool((batch.y != IGNORE).any())
-            sums.update({name: float(value) if real else 0.0 for name, value in values.items()})
-        return dict(zip(sums, self.sum(*sums.values()), strict=True))
 
     @contextlib.contextmanager
     def main_process_first(self):
@@ -1730,8 +1718,9 @@ def runtime(config: RuntimeConfig, alone: bool = False):
     if rank >= world_size:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world_size}: unset both, or use torchrun")
     device = pick_device(config.device, world_size)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    asked, threads = config.threads, torch.get_num_threads()
+    if asked:
+        torch.set_num_threads(asked)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         cap_memory(device, config.vram_limit_gb * 2**30)
@@ -1753,6 +1742,8 @@ def runtime(config: RuntimeConfig, alone: bool = False):
         why = f"another process is missing, has ended or does not answer ({one_line(error, 90)})"
         raise UserError(f"{why}: start all with torchrun, again with --resume") from None
     finally:
+        if not asked:  # what `choose_threads` found holds for this command
+            torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(was_deterministic)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1789,10 +1780,9 @@ def choose_threads(config: RuntimeConfig, rt: Runtime, shape: GPTConfig, rows: i
     of the model is timed with one thread, half of them and all, in turns, for 0.3 s. Another number
     may round sums otherwise: the choice is said, stored, and kept by a resumed run.
     """
-    most = torch.get_num_threads()
     if rt.device.type != "cpu" or rt.world_size > 1 or config.threads:
         return
-    counts = sorted({1, max(1, most // 2), most})
+    counts = sorted({1, max(1, rt.threads // 2), rt.threads})
     seconds = dict.fromkeys(counts, 0.0)
     T = min(shape.block_size, 128)
     rows = max(1, min(rows, int(1.5e9 / (72 * shape.n_embd**2 * T))))  # about 20 ms of one core
@@ -2084,28 +2074,18 @@ class Recorder:
 # --- memory and processes in training ---
 
 
-def retry_on_oom(attempt: Callable, shrink: Callable[[], str]):
-    """attempt(), again each time that CUDA memory runs out and `shrink` has made it need less.
-
-    shrink: returns what it did, for a note; raises UserError where nothing is left to do.
-    """
-    while True:
-        try:
-            return attempt()
-        except torch.OutOfMemoryError:
-            note(f"out of memory {shrink()}")
-        torch.cuda.empty_cache()
-
-
-def surviving_gradients(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict]:
+def retry_on_oom(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict]:
     """`gradients`, with smaller micro-batches, then checkpointing, when CUDA memory runs out.
 
-    Nothing is updated yet when that happens: the step is repeated on the same global batch.
+    Nothing is updated yet when that happens: the step is repeated on the same global batch. Raises
+    UserError where nothing is left to do.
     """
     p, rows = run.progress, run.config.batch_size
-
-    def shrink() -> str:
-        drop_gradients(run)
+    while True:
+        try:
+            return gradients(run, batch, n_targets)
+        except torch.OutOfMemoryError:
+            drop_gradients(run)
         if run.rt.world_size > 1:  # the others are waiting inside a collective
             raise UserError("out of memory: --resume with --grad_checkpointing or --grad_accum N")
         finer = [n for n in range(2 * p.grad_accum, rows + 1) if rows % n == 0]
@@ -2116,9 +2096,8 @@ def surviving_gradients(run: Run, batch: Batch, n_targets: float) -> tuple[Tenso
         else:
             raise UserError("one sequence fills the GPU: lower --block_size, or shrink the model")
         now = f"grad_accum {p.grad_accum}, grad_checkpointing {p.grad_checkpointing}"
-        return f"at step {p.step + 1}: going on with {now}"
-
-    return retry_on_oom(lambda: gradients(run, batch, n_targets), shrink)
+        note(f"out of memory at step {p.step + 1}: going on with {now}")
+        torch.cuda.empty_cache()
 
 
 def grad_sync_context(model: GPT, losses: Callable, last: bool):
@@ -6446,7 +6425,7 @@ def make_run(
     objective = OBJECTIVES[getattr(config, "objective", "ntp")]
     run = Run(
         config, rt, model, sampled, objective, optimizers, train, val, store, progress, scaler, stop,
-        gradients=surviving_gradients, grad_sync=partial(grad_sync_context, model, losses),
+        gradients=retry_on_oom, grad_sync=partial(grad_sync_context, model, losses),
     )  # fmt: skip
     run.save = lambda name: save_run(run, folder.about, folder.file(f"{name}.pth"))
     return run
@@ -6988,6 +6967,7 @@ def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> di
         place = config.hf_dataset or config.data_dir
         note(f"scoring {place}: {n_records:,} {split} records, {n_tokens:,} tokens")
     note(what_it_was_trained_on(config, loaded, store))
+    choose_threads(config, rt, loaded.model.config, config.batch_size)
     return report(loaded, store, rt, config.split, config.batch_size, config.max_batches)
 
 
@@ -7751,7 +7731,7 @@ def bench_run(config: BenchConfig, rt: Runtime, model: GPT) -> Run:
     return Run(
         config=config, rt=rt, model=model, losses=distribute(model, config, rt, total),
         objective=next_token_loss, optimizers=make_optimizers(model, config),
-        train=None, val=None, store=None, gradients=surviving_gradients,
+        train=None, val=None, store=None, gradients=retry_on_oom,
         progress=Progress(total=total, grad_accum=config.grad_accum,
                           grad_checkpointing=config.grad_checkpointing),
         scaler=torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16),
@@ -7892,6 +7872,7 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     model = GPT(model_config(config, vocab_size)).to(rt.device)
     if config.self_test:
         self_test(model.config, rt)
+    choose_threads(config, rt, model.config, config.batch_size // config.grad_accum)
     result = {
         "params": model.n_params(),
         "device": device_name(rt),
