@@ -5022,51 +5022,39 @@ def open_run(config: FitConfig) -> Iterator[RunFolder]:
 # in or goes out must compute what the library's own model computes, or it is refused.
 # ====================================================================================
 
-# --- names: one table for each architecture, read in both directions ---
+# --- names, read in both directions ---
 
-
-@dataclass(frozen=True)
-class Family:
-    """How transformers stores one of our architectures."""
-
-    arch: str  # ours, in ARCHS
-    layer: str  # the prefix of a layer's tensors
-    modules: dict[str, str]  # ours: theirs; the rows of several, stacked, make one of ours
-    settings: dict[str, str]  # ours: theirs
-
-
-FAMILIES = {
-    "gpt2": Family(
-        arch="gpt2", layer="transformer.h.{}.",
-        modules={
-            "tok_emb": "transformer.wte", "positions": "transformer.wpe",
-            "norm_f": "transformer.ln_f", "head": "lm_head",
-            "norm1": "ln_1", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj",
-            "norm2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
-        },
-        settings={
-            "vocab_size": "vocab_size", "block_size": "n_positions", "n_embd": "n_embd",
-            "n_layer": "n_layer", "n_head": "n_head", "n_inner": "n_inner",
-            "norm_eps": "layer_norm_epsilon", "dropout": "resid_pdrop",
-        },
-    ),
-    "qwen3": Family(
-        arch="modern", layer="model.layers.{}.",
-        modules={
-            "tok_emb": "model.embed_tokens", "norm_f": "model.norm", "head": "lm_head",
-            "norm1": "input_layernorm", "attn.proj": "self_attn.o_proj",
-            "attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-            "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
-            "norm2": "post_attention_layernorm",
-            "mlp.up": "mlp.gate_proj mlp.up_proj", "mlp.down": "mlp.down_proj",
-        },
-        settings={
-            "vocab_size": "vocab_size", "block_size": "max_position_embeddings",
-            "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
-            "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
-            "head_dim": "head_dim", "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps",
-        },
-    ),
+HF_ARCHS = {"gpt2": "gpt2", "qwen3": "modern"}  # model_type: ours, in ARCHS
+# Our settings under transformers' names; GPT2Config has older ones and answers to these, too.
+COMMON_SETTINGS = {
+    "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+}  # fmt: skip
+HF_SETTINGS = {
+    "gpt2": COMMON_SETTINGS | {
+        "n_inner": "n_inner", "norm_eps": "layer_norm_epsilon", "dropout": "resid_pdrop",
+    },
+    "qwen3": COMMON_SETTINGS | {
+        "n_kv_head": "num_key_value_heads", "head_dim": "head_dim",
+        "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps",
+    },
+}  # fmt: skip
+# Our modules under theirs; the rows of several, stacked, make one of ours.
+HF_MODULES = {
+    "gpt2": {
+        "blocks": "transformer.h", "tok_emb": "transformer.wte", "positions": "transformer.wpe",
+        "norm_f": "transformer.ln_f", "head": "lm_head",
+        "norm1": "ln_1", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj",
+        "norm2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
+    },
+    "qwen3": {
+        "blocks": "model.layers", "tok_emb": "model.embed_tokens", "norm_f": "model.norm",
+        "head": "lm_head", "norm1": "input_layernorm", "attn.proj": "self_attn.o_proj",
+        "attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+        "norm2": "post_attention_layernorm",
+        "mlp.up": "mlp.gate_proj mlp.up_proj", "mlp.down": "mlp.down_proj",
+    },
 }  # fmt: skip
 GPT2_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh",
                     "gelu_new": "gelu_tanh"}  # fmt: skip
@@ -5075,20 +5063,18 @@ GPT2_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_t
 def hf_kind(c: GPTConfig) -> str:
     """The Hugging Face type of this architecture. Raises UserError naming what none can hold."""
     kind = "qwen3" if c.pos == "rope" else "gpt2"
-    usual = ARCHS[FAMILIES[kind].arch]
-    fits = {name: usual[name] == getattr(c, name) for name in ("pos", "norm", "qk_norm", "bias")}
-    if kind == "qwen3":
-        fits["mlp"] = c.mlp == usual["mlp"]
-    else:
-        fits |= {
-            "mlp": c.mlp in GPT2_ACTIVATIONS.values(),
-            "n_kv_head": c.n_kv_head == c.n_head,
-            "head_dim": c.head_dim * c.n_head == c.n_embd,
-            "attn_window": not 0 < c.attn_window < c.block_size,
-        }
-    odd = [f"{name}={getattr(c, name)}" for name, holds in fits.items() if not holds]
+    held = {name: ARCHS[HF_ARCHS[kind]][name] for name in ("pos", "norm", "mlp", "qk_norm", "bias")}
+    if kind == "gpt2":
+        held |= {"n_kv_head": c.n_head, "head_dim": c.n_embd / c.n_head, "attn_window": 0}
+        if c.mlp in GPT2_ACTIVATIONS.values():
+            held["mlp"] = c.mlp
+        if c.attn_window >= c.block_size:  # a window that leaves nothing out
+            held["attn_window"] = c.attn_window
+    odd = [
+        f"{name}={getattr(c, name)}" for name, value in held.items() if getattr(c, name) != value
+    ]
     if odd:
-        what = f"{', '.join(odd)} with the rest of --arch {FAMILIES[kind].arch}"
+        what = f"{', '.join(odd)} with the rest of --arch {HF_ARCHS[kind]}"
         raise UserError(f"no Hugging Face class has {what}")
     return kind
 
@@ -5112,8 +5098,8 @@ def tensor_rows(c: GPTConfig) -> Iterator[TensorRow]:
         if is_tied(c, ours):
             continue
         i, module, end = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", ours).groups()
-        start = FAMILIES[kind].layer.format(i) if i else ""
-        names = FAMILIES[kind].modules[module].split()
+        start = f"{HF_MODULES[kind]['blocks']}.{i}." if i else ""
+        names = HF_MODULES[kind][module].split()
         theirs = [f"{start}{name}{end or '.weight'}" for name in names]
         rows = sizes[module] if len(theirs) > 1 else [len(tensor)]
         yield TensorRow(ours, theirs, rows, kind == "gpt2" and bool(i) and tensor.ndim == 2)
@@ -5166,10 +5152,8 @@ def hf_folder(name: str, what: str, patterns: list[str]) -> Path:
 
 def hf_shape(hf) -> GPTConfig:
     """Our shape of a transformers config. Raises UserError on what 64 ids might not show."""
-    family = FAMILIES[hf.model_type]
-    shape = ARCHS[family.arch] | {
-        ours: getattr(hf, theirs) for ours, theirs in family.settings.items()
-    }
+    names, arch = HF_SETTINGS[hf.model_type], HF_ARCHS[hf.model_type]
+    shape = ARCHS[arch] | {ours: getattr(hf, theirs) for ours, theirs in names.items()}
     if hf.model_type == "gpt2":
         if hf.activation_function not in GPT2_ACTIVATIONS:
             raise UserError(f"activation_function {hf.activation_function!r} is not one of ours")
@@ -5218,8 +5202,8 @@ def hf_model(folder: Path):
         peer = hf_model(hf_folder(str(base), "the adapter's base ", HUB_FILES))
         return optional("peft").PeftModel.from_pretrained(peer, folder).merge_and_unload()
     about = read_table(folder / "config.json", "config.json")
-    if about.get("model_type") not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    if about.get("model_type") not in HF_ARCHS:
+        known = ", ".join(HF_ARCHS)
         raise UserError(f"model_type {about.get('model_type')!r} is not one of {known}")
     if "quantization_config" in about:
         raise UserError("quantised models are not supported")
@@ -5350,7 +5334,7 @@ def with_settings(model: GPT, **changes) -> GPT:
 def hf_config(c: GPTConfig):
     """The transformers config of this shape. Raises UserError where no class has it."""
     transformers, kind = transformers_library(), hf_kind(c)
-    shape = {theirs: getattr(c, ours) for ours, theirs in FAMILIES[kind].settings.items()}
+    shape = {theirs: getattr(c, ours) for ours, theirs in HF_SETTINGS[kind].items()}
     shape |= {"tie_word_embeddings": c.tie_weights, "dtype": "float32"}
     if kind == "gpt2":
         activation = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}[c.mlp]
@@ -5707,13 +5691,22 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
 
 def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
     """Write a GGUF file beside, check it, rename it. Norms, biases and positions stay float32."""
+    gguf, config, kind = optional("gguf"), loaded.model.config, hf_kind(loaded.model.config)
     loaded.model.float().eval()
     remove_lora(loaded.model, merge=False)
+    tensors, settings = gguf_tensors(loaded.model, kind), gguf_vocabulary(loaded)
+    settings |= {theirs: getattr(config, ours) for theirs, ours in GGUF_SETTINGS[kind].items()}
+    settings |= {"name": target.stem, "file_type": GGUF_TYPES[dtype][0]}
+    settings["quantization_version"] = gguf.GGML_QUANT_VERSION
     beside = target.with_name(f".{target.name}.writing")
     try:
-        tensors = gguf_tensors(loaded.model, hf_kind(loaded.model.config))
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_gguf(loaded, tensors, beside, dtype)
+        writer = gguf.GGUFWriter(beside, kind)
+        for name, value in settings.items():
+            getattr(writer, f"add_{name}")(value)
+        # Ollama's engine reads these alone.
+        writer.add_array("tokenizer.ggml.eos_token_ids", list(loaded.tokenizer.end_ids))
+        write_gguf(writer, tensors, dtype)
         check_gguf(tensors, beside, dtype)
         with atomic_write(target.with_name("Modelfile")) as file:
             file.write(modelfile(loaded, target.name).encode())
@@ -5724,17 +5717,8 @@ def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def write_gguf(loaded: Loaded, tensors: dict[str, Tensor], file: Path, dtype: str) -> None:
-    gguf, config, kind = optional("gguf"), loaded.model.config, hf_kind(loaded.model.config)
-    head = dict(name=kind, quantization_version=gguf.GGML_QUANT_VERSION)
-    head["file_type"] = GGUF_TYPES[dtype][0]
-    shape = {theirs: getattr(config, ours) for theirs, ours in GGUF_SETTINGS[kind].items()}
-    vocabulary = gguf_vocabulary(loaded)
-    writer = gguf.GGUFWriter(file, kind)
-    for name, value in (head | shape | vocabulary).items():
-        getattr(writer, f"add_{name}")(value)
-    # Ollama's engine reads these alone
-    writer.add_array("tokenizer.ggml.eos_token_ids", list(loaded.tokenizer.end_ids))
+def write_gguf(writer, tensors: dict[str, Tensor], dtype: str) -> None:
+    gguf = optional("gguf")
     for name, tensor in tensors.items():
         matrix = tensor.ndim == 2 and not name.startswith("position")
         number = gguf.GGMLQuantizationType[dtype.upper() if matrix else "F32"]
