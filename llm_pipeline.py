@@ -4270,25 +4270,22 @@ def safe_blocks(text: str, whole: bool) -> Iterator[str]:
 def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
     """Each piece with its ids, (n,).
 
-    Where ids depend on all of a text, an answer is encoded behind its prompt, as a chat template
-    does. Raises UserError where that changes the ids of the prompt: a model would be asked
-    otherwise than it was taught.
+    Where ids depend on all of a text, an answer is encoded behind its prompt, as chat templates do.
+    Raises UserError where that changes the prompt's ids: a model would be asked otherwise than it
+    was taught.
     """
     if tokenizer.cuts_safely:
         yield from zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True)
         return
-    if any(piece.behind for piece in pieces) and not tokenizer.keeps_turns:
-        what = "this tokenizer reads the turns of a chat otherwise apart than together"
-        raise UserError(f"{what}: choose another --tokenizer for instructions")
     prompts = tokenizer.encode_batch([piece.behind for piece in pieces])
     texts = tokenizer.encode_batch([piece.behind + piece.text for piece in pieces])
     for piece, prompt, ids in zip(pieces, prompts, texts, strict=True):
         if not piece.behind:
             yield piece, ids
-        elif np.array_equal(ids[: len(prompt)], prompt):
+        elif tokenizer.keeps_turns and np.array_equal(ids[: len(prompt)], prompt):
             yield piece, ids[len(prompt) :]
         else:
-            what = "this tokenizer reads a prompt in another way once an answer follows"
+            what = "this tokenizer reads a prompt and its answer otherwise apart than together"
             raise UserError(f"{what}: choose another --tokenizer for instructions")
 
 
@@ -4400,8 +4397,9 @@ class StoreWriter:
             for n, (piece, ids) in enumerate(encode_pieces(batch, self.tokenizer)):
                 half = pairs and self.lengths.total() % 2  # of a pair is written
                 if piece.first and self.is_full() and not half:
+                    why = "past --max_tokens" if self.config.max_tokens else "past the run's need"
                     for unused in [p for p in batch[n:] if p.first and not pairs]:
-                        self.report.skip(unused.source, "past --max_tokens", "read ahead")
+                        self.report.skip(unused.source, why, "read ahead")
                     return
                 self.write(piece, ids)
             bar.update(sum(len(piece.text) for piece in batch))
@@ -4488,6 +4486,12 @@ class TokenStore:
             raise ValueError(f"{name} is not what was written there")
         return data
 
+    def contents(self) -> str:
+        """Records of each source, in words."""
+        rows = self.meta["counts"].items()
+        parts = [(name, row.get("train", 0), row.get("val", 0)) for name, row in rows]
+        return ", ".join(f"{name} ({n:,} + {m:,} val records)" for name, n, m in parts if n + m)
+
     def whole_records(self, split: str) -> np.ndarray:
         """Numbers of the rows that cover a whole record, (records,)."""
         return np.flatnonzero(self.index[split]["last"])
@@ -4515,19 +4519,6 @@ PLACES = ("data_dir", "processed_dir", "streaming", "hf_dataset", "hf_config", "
 STORED = [f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)]
 
 
-def source_name(config: DataConfig) -> dict:
-    """Which data a store is made from, wherever the program is started."""
-    if not config.hf_dataset:
-        return {"data_dir": os.path.abspath(config.data_dir)}
-    name, files = config.hf_dataset, config.hf_files
-    return {
-        "hf_dataset": os.path.abspath(name) if os.path.isdir(name) else name,
-        "hf_config": config.hf_config,
-        "hf_split": config.hf_split,
-        "hf_files": os.path.abspath(files) if files and "://" not in files else files,
-    }
-
-
 def both_ends(path: Path) -> str:
     """Digest of a file's first and last 64 KiB, and so of the whole of a small one."""
     with open(path, "rb") as file:
@@ -4545,10 +4536,13 @@ def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
     """
     stats = [(path, path.stat()) for path in find_files(config)]
     files = [[str(p.absolute()), s.st_size, s.st_mtime_ns, both_ends(p)] for p, s in stats]
-    settings = {f.name: getattr(config, f.name) for f in fields(DataConfig) if f.name not in PLACES}
+    names = ["hf_dataset", "hf_config", "hf_split", "hf_files"]
+    if not config.hf_dataset:
+        files.append(os.path.abspath(config.data_dir))  # its name may speak of a split
+    names += [f.name for f in fields(DataConfig) if f.name not in PLACES]
+    settings = {name: getattr(config, name) for name in names}
     need = tokens_needed(config)
-    parts = [STORE_FORMAT, source_name(config), files, settings, tokenizer, pairs, need]
-    return short_hash(parts, 8)
+    return short_hash([STORE_FORMAT, files, settings, tokenizer, pairs, need], 8)
 
 
 def is_store(data_dir: str) -> bool:
@@ -4587,24 +4581,27 @@ def build_corpus_from_sources(
         config = settle(PrepareConfig, {"data_dir": data_dir} | settings)
     verify = isinstance(config, EvalConfig)
     if not config.hf_dataset and is_store(config.data_dir):
-        return adopt(config, TokenStore(Path(config.data_dir), verify), tokenizer, pairs)
+        store = TokenStore(Path(config.data_dir), verify)
+        note(f"{config.data_dir} holds {store.contents()}")
+        return adopt(config, store, tokenizer, pairs)
     if uses_toy_corpus(config):
         note(f"no data in {config.data_dir}: using the built-in toy corpus")
     tokenizer = tokenizer or corpus_tokenizer(config, pairs)
     key, named = store_key(config, tokenizer.spec(), pairs), folder is not None
     if not named:
-        label = Path(source_name(config).get("data_dir") or config.hf_dataset).name[:40] or "data"
+        label = Path(config.hf_dataset or os.path.abspath(config.data_dir)).name[:40] or "data"
         folder = Path(config.processed_dir) / f"{label}-{key}"
     if is_main():
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
             overwrite = named and getattr(config, "overwrite", False)
-            if not stands_in(folder, key, overwrite):
+            if stands_in(folder, key, overwrite):
+                note("the sources and settings are unchanged: the store was made before")
+            else:
                 with write_beside(folder) as new:
                     write_store(config, tokenizer, new, key, pairs)
-                note(f"{folder} holds this corpus as tokens, for the next run too")
-            elif isinstance(config, PrepareConfig):
-                note("the sources and settings are unchanged: this store was made before")
-    return TokenStore(folder, verify)
+    store = TokenStore(folder, verify)
+    note(f"{folder} holds {store.contents()}")
+    return store
 
 
 def corpus_tokenizer(config: DataConfig, pairs: bool) -> Tokenizer:
@@ -4696,7 +4693,6 @@ def write_store(
         "format": STORE_FORMAT,
         "key": key,
         "fingerprint": short_hash([content["files"], spec], 16),
-        "source": source_name(config),
         "settings": {name: getattr(config, name) for name in STORED if hasattr(config, name)},
         "pairs": pairs,
         "tokenizer": spec,
