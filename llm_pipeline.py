@@ -4306,13 +4306,11 @@ class TokenBlocks(IterableDataset):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for text in islice(self.texts, first, None, step):
             held = np.concatenate([held, self.tokenizer.encode(text)], dtype=np.int64)
-            n_blocks = len(held) // self.block_size
-            for ids in torch.from_numpy(held)[: n_blocks * self.block_size].view(
-                -1, self.block_size
-            ):
+            end = len(held) // self.block_size * self.block_size
+            for ids in torch.from_numpy(held[:end]).view(-1, self.block_size):
                 mask = torch.ones_like(ids)
                 yield {"input_ids": ids.clone(), "labels": ids.clone(), "attention_mask": mask}
-            held = held[n_blocks * self.block_size :]
+            held = held[end:]
 
 
 # --- the writer ---
@@ -4409,8 +4407,8 @@ class StoreWriter:
         files = {}
         for name, file in self.files.items():
             file.close()
-            data = mapped(self.folder / name, np.dtype("u1"))
-            files[name] = {"bytes": len(data), "blake2b": content_digest(data)}
+            path = self.folder / name
+            files[name] = {"bytes": path.stat().st_size, "blake2b": content_digest(path)}
         return {
             "files": files,
             "sources": list(self.sources),
@@ -4431,13 +4429,12 @@ def tokens_needed(config: DataConfig) -> int:
     return steps and steps * config.batch_size * (config.block_size or 1024) + 1
 
 
-def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A file's content, (n,), without reading it into memory."""
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
-
-
-def content_digest(data: np.ndarray) -> str:
-    return hashlib.blake2b(data.view(np.uint8).data, digest_size=16).hexdigest()
+def content_digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while data := file.read(2**22):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 # --- the store ---
@@ -4478,13 +4475,13 @@ class TokenStore:
             raise UserError(f"{what}; delete it and run prepare again") from None
 
     def map(self, name: str, dtype: np.dtype, verify: bool) -> np.ndarray:
-        data, stated = mapped(self.folder / name, dtype), self.meta["files"][name]
-        if data.nbytes != stated["bytes"]:
-            raise ValueError(f"{name} has {data.nbytes:,} bytes, not {stated['bytes']:,}")
-        cheap = data.nbytes <= 64 * 2**20
-        if (verify or cheap) and content_digest(data) != stated["blake2b"]:
+        path, stated = self.folder / name, self.meta["files"][name]
+        size = path.stat().st_size
+        if size != stated["bytes"]:
+            raise ValueError(f"{name} has {size:,} bytes, not {stated['bytes']:,}")
+        if (verify or size <= 64 * 2**20) and content_digest(path) != stated["blake2b"]:
             raise ValueError(f"{name} is not what was written there")
-        return data
+        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)  # nothing: no map
 
     def contents(self) -> str:
         """Records of each source, in words."""
@@ -4588,9 +4585,8 @@ def build_corpus_from_sources(
         note(f"no data in {config.data_dir}: using the built-in toy corpus")
     tokenizer = tokenizer or corpus_tokenizer(config, pairs)
     key, named = store_key(config, tokenizer.spec(), pairs), folder is not None
-    if not named:
-        label = Path(config.hf_dataset or os.path.abspath(config.data_dir)).name[:40] or "data"
-        folder = Path(config.processed_dir) / f"{label}-{key}"
+    label = Path(config.hf_dataset or os.path.abspath(config.data_dir)).name[:40] or "data"
+    folder = Path(folder) if named else Path(config.processed_dir) / f"{label}-{key}"
     if is_main():
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
             overwrite = named and getattr(config, "overwrite", False)

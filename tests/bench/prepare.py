@@ -3,7 +3,7 @@
     LLM_PIPELINE_DATA=FOLDER python tests/bench/prepare.py [--rounds 5]
 
 All sides run in this process, in turns; medians are printed. `prepare` is timed from the raw file
-to the finished, synced store; the libraries from the text in memory to ids in memory.
+to the finished store; the libraries from the text in memory to ids in memory.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def prepare(source: Path, tokenizer: str, out: Path) -> int:
     flags = ["--data_dir", str(source), "--tokenizer", tokenizer]
     config = lp.parse(["prepare", *flags])[1]
     with contextlib.redirect_stderr(io.StringIO()):
-        store = lp.build_corpus_from_sources(config, folder=out)
+        store = lp.build_corpus_from_sources(config=config, folder=out)
     return sum(len(ids) for ids in store.tokens.values())
 
 
