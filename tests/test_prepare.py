@@ -537,7 +537,7 @@ def test_a_model_that_cannot_take_the_batch(store, small_gpt2, tmp_path, offline
     assert len(result.errors) == 1 and "--block_size 100" in result.err
     shape = dict(vocab_size=100, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(tmp_path / "s")
-    check(store, tmp_path / "s", "--block_size", 32).fails(1, "259", "--block_size 32")
+    check(store, tmp_path / "s", "--block_size", 32).fails(1, "257", "--block_size 32")
     check(store, tmp_path / "nowhere").fails(1, "nowhere")
     model = transformers.GPT2LMHeadModel.from_pretrained(small_gpt2)
     with torch.no_grad():
