@@ -5907,22 +5907,23 @@ class Answers(Dataset):
 
 @dataclass
 class Evaluation:
-    """What `report` asks of a model on a corpus. max_batches: evenly spaced ones (0: all)."""
+    """What `report` asks of a model on a corpus. limit: evenly spaced sequences of each data set
+    (0: all)."""
 
     loaded: Loaded
     store: TokenStore
     rt: Runtime
     batch_size: int = 32
-    max_batches: int = 0
+    limit: int = 0
 
     def __post_init__(self):
         self.model = self.loaded.model.to(self.rt.device).eval()
         self.block_size = self.model.config.block_size
 
-    def loader(self, data: Dataset) -> DataLoader:
+    def loader(self, data: Dataset, limit: int) -> DataLoader:
         """This process's share of the batches."""
-        limit, rt = self.max_batches * self.batch_size, self.rt
-        sampler = ValidationSampler(data, self.batch_size, limit, rt.rank, rt.world_size)
+        rank, world_size = self.rt.rank, self.rt.world_size
+        sampler = ValidationSampler(data, self.batch_size, limit, rank, world_size)
         return make_loader(data, sampler)
 
     def text(self, source: str, split: str) -> dict:
@@ -5934,7 +5935,7 @@ class Evaluation:
         data = RecordWindows(self.store, split, source, self.block_size)
         if not data.n_targets:
             return {}
-        loader = self.loader(data)
+        loader = self.loader(data, self.limit)
         shown = tqdm(loader, desc=source, delay=1, leave=False, disable=not self.rt.is_main)
         found = evaluate_perplexity(self.model, shown, rt=self.rt)
         numbers = sorted(chain.from_iterable(loader.batch_sampler))  # as the text goes on
@@ -5960,19 +5961,19 @@ class Evaluation:
             losses: list[list[float]] = [[] for _ in labels]
             for label, column in zip(labels, losses, strict=True):
                 data = Answers(self.store, split, self.block_size, source, label)
-                for x, y in self.loader(data):
+                for x, y in self.loader(data, self.limit):
                     if (y != IGNORE).any():  # not the empty batch of a process without a share
                         with self.rt.autocast():
                             found = self.model.losses(x.to(self.rt.device), y.to(self.rt.device))
                         column += found.cpu().double().sum(-1).tolist()
-            order = chain.from_iterable(self.loader(data).batch_sampler)
+            order = chain.from_iterable(self.loader(data, self.limit).batch_sampler)
             truth = [numbers[data.parts(i)[1].tobytes()] for i in order]
             np.add.at(table, (truth, np.argmin(losses, 0)), 1)
         table = np.array(self.rt.sum(*table.ravel().tolist())).astype(int).reshape(table.shape)
         return class_metrics(table, [self.store.tokenizer.decode(a).strip() for a in labels])
 
     @torch.no_grad()
-    def answers(self, split: str) -> dict:
+    def answers(self, split: str, limit: int) -> dict:
         """Loss of the answers in nats a token, and the share that greedy decoding writes exactly.
 
         Those where each token is the likeliest behind the ones before it: one forward pass tells.
@@ -5980,7 +5981,7 @@ class Evaluation:
         """
         data, device = Answers(self.store, split, self.block_size), self.rt.device
         nll, tokens, exact = 0.0, 0, 0
-        for x, y in self.loader(data):
+        for x, y in self.loader(data, limit):
             scored = y != IGNORE
             targets, found = y[scored].to(device), []
             with self.rt.autocast():
@@ -5993,7 +5994,7 @@ class Evaluation:
             right = torch.ones_like(scored)
             right[scored] = torch.cat(found)
             exact += int((right.all(-1) & scored.any(-1)).sum())
-        numbers = evenly_spaced(len(data), self.max_batches * self.batch_size)
+        numbers = evenly_spaced(len(data), limit)
         counts = Counter(data.parts(i)[1].tobytes() for i in numbers)
         nll, tokens, exact = self.rt.sum(nll, tokens, exact)
         return {
@@ -6100,10 +6101,10 @@ def report(
     loss, ppl, bits_per_byte, word_ppl, gzip_bits_per_byte and COUNTS of the split, and `sources`
     with the same of each; of a closed set of answers also accuracy, classes, majority, confusion.
     Where records have answers, `answers` of val and train: records, loss, exact, majority.
-    `examples`: three of given, truth, model. max_batches: evenly spaced batches of each (0: all;
-    20 of the answers of a split that is not asked for). Raises UserError where the split is empty.
+    `examples`: three of given, truth, model. max_batches: evenly spaced batches of each (0: all,
+    but 500 answers of another split). Raises UserError where the split is empty.
     """
-    asked = Evaluation(loaded, store, rt, batch_size, max_batches)
+    asked = Evaluation(loaded, store, rt, batch_size, limit=max_batches * batch_size)
     splits = ("train", "val") if split == "all" else (split,)
     sources, total = {}, Counter()
     for source in store.sources:
@@ -6117,9 +6118,8 @@ def report(
         raise UserError(f"the {split} split of this data is empty; --split all scores all of it")
     result = metrics_from_sums(total) | {"sources": sources}
     answers = {}
-    for part in ("val", "train"):
-        asked.max_batches = max_batches or (0 if part in splits else 20)
-        answers[part] = asked.answers(part)
+    for part in ("val", "train"):  # of which one may be there for comparison alone
+        answers[part] = asked.answers(part, asked.limit or (0 if part in splits else 500))
     if answers["val"]["records"] + answers["train"]["records"]:
         result["answers"] = answers
     return result | {"examples": asked.examples(splits[-1])}
