@@ -6978,9 +6978,7 @@ class SampleConfig(RuntimeConfig):
     """Generate text. Without --prompt on a terminal: an interactive session."""
 
     dtype: str = option("float32", "of weights and matrix products", choices=DTYPES)
-    compile: str = option(
-        "off", "torch.compile: slow to start, then quick", choices=("auto", "off", "on")
-    )
+    compile: str = option("off", "torch.compile (auto: off)", choices=("auto", "off", "on"))
     ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     prompt: str | None = option(None, "text to continue, or the instruction")
     input: str = option("", "the instruction's input")
