@@ -52,6 +52,7 @@ import pickle
 import platform
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -61,7 +62,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -254,7 +255,8 @@ class Batch:
         make a GPU wait, are not counted."""
         columns = {name: t.chunk(parts) for name, t in self.tensors().items()}
         rows = zip(*columns.values(), strict=True)
-        return [Batch(**dict(zip(columns, row, strict=True)), n_targets=math.nan) for row in rows]
+        kind = type(self)
+        return [kind(**dict(zip(columns, row, strict=True)), n_targets=math.nan) for row in rows]
 
 
 class LMDataset(Dataset):
@@ -1149,6 +1151,7 @@ class Run:
     record: Recorder | None = None  # metrics.csv, the progress bar
     gradients: Callable | None = None  # `gradients`, perhaps one that survives a full memory
     grad_sync: Callable = lambda last: contextlib.nullcontext()  # between processes, at the last
+    after_step: Callable = lambda seconds: None  # --minutes may move the run's end
 
 
 class Interrupted(KeyboardInterrupt):
@@ -1274,6 +1277,7 @@ def fit(run: Run) -> str:
         while True:
             # --- before the step: the model is looked at, never changed ---
             last, new_epoch = p.step == p.total, p.step % steps_per_epoch == 0
+            new_epoch &= p.total <= 50 * steps_per_epoch  # else eval_interval alone decides
             if (p.step % config.eval_interval == 0 or new_epoch or last) and p.step > p.evaluated:
                 assess(run, loss)
             late = 0 < config.max_minutes * 60 < time.perf_counter() - started
@@ -1297,7 +1301,9 @@ def fit(run: Run) -> str:
             batch = next(batches).to(run.rt.device)
             loss, norm, stats = train_step(run, batch)
             p.step += 1
-            run.record.step(batch, loss, norm, stats, time.perf_counter() - clock)
+            seconds = time.perf_counter() - clock
+            run.record.step(batch, loss, norm, stats, seconds)
+            run.after_step(seconds)
     except Interrupted:
         run.save("last")
         return "signal"
@@ -1377,13 +1383,13 @@ class KVCache:
 def sample_next(
     logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
     repetition_penalty: float = 1.0, seen: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator | None] = (None,),
 ) -> Tensor:  # fmt: skip
     """Draw the next token of each sequence: logits (B, V) -> (B,) ids.
 
     The filters apply in this order, as in transformers: repetition penalty (Keskar et al., 2019)
     on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen et
-    al., 2024). Temperature 0 takes the likeliest.
+    al., 2024). Temperature 0 takes the likeliest. Each generator draws for as many sequences.
     """
     if repetition_penalty != 1.0:
         scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -1406,7 +1412,9 @@ def sample_next(
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     # A race: of exponential waiting times with rates p, number i ends first with probability p_i.
     # torch.multinomial runs the same race, after it has made the CPU wait for two checks.
-    times = torch.empty_like(probabilities).exponential_(generator=generator)
+    times = torch.empty_like(probabilities)
+    for part, generator in zip(times.chunk(len(generators)), generators, strict=True):
+        part.exponential_(generator=generator)
     return (probabilities / times).argmax(-1)
 
 
@@ -1419,18 +1427,20 @@ def next_logits(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
 @torch.inference_mode()
 def generate(
     model: GPT, idx: Tensor, max_new_tokens: int, stop_ids: tuple[int, ...] = (),
-    num_samples: int = 1, seed: int = 0, cache: KVCache | None = None, **sampling,
+    num_samples: int = 1, seed: int | list[int] = 0, cache: KVCache | None = None, **sampling,
 ) -> Iterator[list[int]]:  # fmt: skip
     """Yield the next id of each of B * num_samples samples, step by step; -1 once one has stopped.
 
     idx: (B, T) ids; the samples of one row stand side by side and are drawn from one prefill.
+    seed: of all draws, or one for each row of idx, which then does not depend on the others.
     cache: holds the first tokens of idx already, which must fit into the block.
     sampling: the keyword arguments of `sample_next`.
     When the cache is full, decoding goes on from the last half of the block.
     """
     device, config, (B, T) = idx.device, model.config, idx.shape
     n, dtype = B * num_samples, model.tok_emb.weight.dtype
-    generator = torch.Generator(device).manual_seed(seed)
+    seeds = [seed] if isinstance(seed, int) else seed
+    generators = [torch.Generator(device).manual_seed(each) for each in seeds]
     history = idx.repeat_interleave(num_samples, 0)  # (n, T)
     seen = torch.zeros(n, config.vocab_size, dtype=torch.bool, device=device)
     seen.scatter_(1, history, True)
@@ -1444,7 +1454,7 @@ def generate(
     keep = max(1, config.block_size // 2)  # what decoding goes on from when the cache is full
     recent = deque(history.unbind(1), maxlen=keep)  # (n,) each
     for step in range(1, max_new_tokens + 1):
-        token = sample_next(logits, seen=seen, generator=generator, **sampling)  # (n,)
+        token = sample_next(logits, seen=seen, generators=generators, **sampling)  # (n,)
         if sampling.get("repetition_penalty", 1.0) != 1.0:
             seen.scatter_(1, token[:, None], True)
         ids = token.tolist()
@@ -2043,6 +2053,7 @@ class Recorder:
             lr = self.run.optimizers[-1].param_groups[0]["lr"]
             self.write("train", loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed), **stats)
             self.shown |= {"loss": f"{loss:.4f}", "tok/s": f"{speed:,.0f}"}
+            self.shown |= {name: f"{value:.3g}" for name, value in stats.items()}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
 
@@ -6223,7 +6234,7 @@ def example_prompt(store: TokenStore) -> tuple[str, str]:
 # Each begins with its settings; those of train stand in section 7.
 # ====================================================================================
 
-# --- the fast recipe ---
+# --- the fast recipe: what it makes of the text at hand ---
 
 # The measured quickest rates, of 128 wide and 400 steps. Only AdamW's differs in finetuning.
 FAST_RATES = dict(
@@ -6232,23 +6243,119 @@ FAST_RATES = dict(
 )  # fmt: skip
 
 
-def fast_recipe(sizes: dict, given: dict) -> dict:
+@dataclass
+class CorpusFacts:
+    """What is known of the text before it is tokenized; zeros: nothing."""
+
+    n_bytes: int = 0
+    longest: int = 0  # bytes of all but its longest records, where every record has an answer
+    store: TokenStore | None = None
+
+
+@lru_cache
+def corpus_facts(data_dir: str) -> CorpusFacts:
+    """Of a folder, a file or a store; nothing of the built-in exercises."""
+    if store := store_at(data_dir):
+        index, n_bytes = store.index["train"], corpus_bytes(data_dir, store)
+        if len(index) == 0 or any((rows["prompt"] <= 1).any() for rows in store.index.values()):
+            return CorpusFacts(n_bytes, 0, store)
+        bytes_a_token = n_bytes / sum(len(tokens) for tokens in store.tokens.values())
+        return CorpusFacts(n_bytes, int(np.quantile(index["length"], 0.95) * bytes_a_token), store)
+    n_bytes, sizes = corpus_bytes(data_dir, None), []
+    if n_bytes == 0:
+        return CorpusFacts()
+    try:
+        for record in read_records(DataConfig(data_dir=data_dir), Report()):
+            if record.is_plain:  # it may be long: no more is read
+                return CorpusFacts(n_bytes)
+            sizes.append(sum(len(turn.prompt) + len(turn.response) for turn in record.turns))
+    except UserError:  # it will be said when the corpus is built
+        return CorpusFacts(n_bytes)
+    return CorpusFacts(n_bytes, int(np.quantile(sizes, 0.95)) if sizes else 0)
+
+
+def fast_recipe(settings: dict, explicit: dict) -> dict:
     """Tuned for the fewest steps to a given loss at 0.6 to 12 M parameters on four data sets.
 
     Wider matrices and longer runs want lower rates. tests/bench/README.md has the tables.
     """
-    sizes, stored = about_corpus(sizes)
-    n_head, (plan, steps) = sizes["n_head"], plan_for_text(sizes, stored | given)
-    rate = min(1, 128 / sizes["n_embd"]) * min(1, math.sqrt(400 / max(steps, 1)))
+    facts, stored = CorpusFacts(), {}
+    if "data_dir" in settings and not settings["hf_dataset"]:
+        facts = corpus_facts(settings["data_dir"])
+    if facts.store:
+        stored = {name: facts.store.meta["settings"][name] for name in ("tokenizer", "vocab_size")}
+    plan, steps = plan_for_text(settings, stored | explicit, facts)
+    n_head, block_size = settings["n_head"], plan.get("block_size", settings["block_size"])
+    rate = min(1, 128 / settings["n_embd"]) * min(1, math.sqrt(400 / max(steps, 1)))
     return FAST_RATES | plan | dict(
-        arch="modern", tie_weights=False, zero_init=True, n_inner=2 * sizes["n_embd"],
-        n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head, rope_theta=3.0 * sizes["block_size"],
+        arch="modern", tie_weights=False, zero_init=True, n_inner=2 * settings["n_embd"],
+        n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head, rope_theta=3.0 * block_size,
         lr=float(f"{0.02 * rate:.2g}"), muon_lr=float(f"{0.012 * rate:.2g}"),
     ) | stored  # fmt: skip
 
 
-# A recipe is a function of the settings so far and of those given; it outranks arch and preset.
-RECIPES = {"classic": lambda sizes, given: {}, "fast": fast_recipe}
+def plan_for_text(settings: dict, explicit: dict, facts: CorpusFacts) -> tuple[dict, float]:
+    """Settings for the text at hand, and about how many steps they take (0: not known).
+
+    A vocabulary in proportion to the text, where `tokenizers` is installed. Four megabytes are
+    read, in six passes at most; from the second on, hidden tokens keep the model from learning the
+    text by heart. Where every record has an answer, whole records whose answers weigh more make
+    the better classifier, and the context holds them. On a CPU a large softmax is sampled.
+    """
+    n_bytes = facts.n_bytes
+    has_library = is_installed("tokenizers") and not settings.get("init_from")
+    usual = "bpe" if n_bytes >= 1e5 and has_library else "byte"
+    tokenizer = explicit.get("tokenizer", usual)
+    if not n_bytes:
+        n = softmax_sample(likely_vocabulary(tokenizer, 0), settings["device"])
+        return dict(dropout=0.0, sampled_softmax=n), explicit.get("max_steps", 0)
+    weighed = facts.longest > 0 and explicit.get("answer_weight", 30)
+    if weighed:
+        plan = dict(epochs=min(10, round(3e6 / n_bytes)), vocab_size=100 * round(n_bytes / 3.4e4),
+                    batch_size=2 * settings["batch_size"], answer_weight=30)  # fmt: skip
+    else:
+        plan = dict(epochs=min(6, round(4e6 / n_bytes)), vocab_size=100 * round(n_bytes / 1.1e5))
+    plan["epochs"] = max(plan["epochs"], settings["epochs"])
+    plan["vocab_size"] = min(max(plan["vocab_size"], 300), 8192)
+    chosen = settings | plan | explicit
+    vocab_size = likely_vocabulary(tokenizer, chosen["vocab_size"])
+    plan["sampled_softmax"] = softmax_sample(vocab_size, settings["device"])
+    if weighed:
+        needed = -(-facts.longest / bytes_per_token(vocab_size) // 16) * 16 + 16
+        plan["block_size"] = max(settings["block_size"], min(int(needed), 1024))
+        chosen = settings | plan | explicit
+    tokens = n_bytes / bytes_per_token(vocab_size)
+    steps_of_a_pass = tokens / chosen["block_size"] / chosen["batch_size"]
+    steps = explicit.get("max_steps") or chosen["epochs"] * steps_of_a_pass
+    passes = steps / steps_of_a_pass
+    if weighed:
+        often = passes > 1.5
+        plan |= dict(dropout=0.3 if often else 0.0, token_dropout=0.15 if often else 0.0)
+    else:
+        plan |= dict(
+            dropout=0.1 if passes > 4.5 else 0.0, token_dropout=0.1 if passes > 1.5 else 0.0
+        )
+    return dict(tokenizer=tokenizer) | plan, steps
+
+
+def likely_vocabulary(tokenizer: str, vocab_size: int) -> int:
+    """How many ids a tokenizer has: bytes, a trained BPE, or else GPT-2's and the like."""
+    return {"byte": ByteTokenizer.vocab_size, "bpe": vocab_size}.get(tokenizer, 50_000)
+
+
+def bytes_per_token(vocab_size: int) -> float:
+    """About, of English text."""
+    return 1.0 if vocab_size == ByteTokenizer.vocab_size else math.log2(vocab_size) / 4
+
+
+def softmax_sample(vocab_size: int, device: str) -> int:
+    """How many ids stand for the rest in the fast recipe's softmax (0: it is over all)."""
+    gpu = torch.accelerator.is_available() if device == "auto" else device != "cpu"
+    return min(vocab_size // 4, 4096) if vocab_size >= 8000 and not gpu else 0
+
+
+# A recipe is a function of the settings so far and of those asked for; it outranks arch and preset.
+RECIPES = {"classic": lambda settings, explicit: {}, "fast": fast_recipe}
 
 
 # --- train and finetune ---
@@ -6289,15 +6396,37 @@ class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
     lora_dropout: float = option(0.0, "dropout before the adapters", low=0.0, high=0.95)
     lora_targets: str = option("qkv,proj,up,down", "layers that get adapters, by comma")
     loss_on: str = option("all", "tokens that count", choices=("all", "response"))
-    objective: str = option("ntp", "next token, or preferences", choices=("ntp", "dpo"))
+    objective: str = option(
+        "ntp",
+        "next token, preferences (dpo, orpo), reward (grpo)",
+        choices=("ntp", "dpo", "orpo", "grpo"),
+    )
     dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
+    orpo_lambda: float = option(0.1, "ORPO: weight of the odds ratio", low=0.0, high=100.0)
+    reward: str = option("exact", "GRPO: exact, number, contains, or FILE.py:function")
+    num_generations: int = option(8, "GRPO: answers to each prompt of a step", low=2, high=4096)
+    max_new_tokens: int = option(64, "GRPO: longest answer, in tokens", low=1, high=2**20)
+    temperature: float = option(1.0, "GRPO: of the answers", above=0.0, high=100.0)
+    grpo_normalize: bool = option(False, "GRPO: divide advantages by their group's deviation")
+    kl_beta: float = option(0.0, "GRPO: strength of the tie to the base", low=0.0, high=100.0)
     report_samples: int = changeable(50, "records generated for the before/after report", low=0)
+
+
+# Of reward alone. tests/bench/README.md has what was tried.
+GRPO_SETTINGS = dict(
+    batch_size=32, lr=1e-4, lr_schedule="constant", warmup_steps=5, max_steps=150, eval_interval=25,
+    compile="off",
+)  # fmt: skip
+
+
+def finetune_classic(settings: dict, explicit: dict) -> dict:
+    return GRPO_SETTINGS if settings["objective"] == "grpo" else {}
 
 
 # The checkpoint brings the shape; a tuned model takes smaller steps.
 FINETUNE_RECIPES = {
-    "classic": RECIPES["classic"],
-    "fast": lambda sizes, given: FAST_RATES | dict(lr=0.008),
+    "classic": finetune_classic,
+    "fast": lambda settings, explicit: FAST_RATES | dict(lr=0.008),
 }
 
 # What --overfit_batch sets, unless told otherwise.
@@ -6342,6 +6471,11 @@ def open_split_store(
     return store
 
 
+FEWEST_STEPS = (
+    300  # of a run whose length nobody has set: fewer teach little, however small the data
+)
+
+
 def dataset_of(config: FitConfig) -> Callable | None:
     """What makes the data set of a split: see `create_dataloaders`."""
     if weight := getattr(config, "answer_weight", 0):  # a setting of `train` alone
@@ -6350,26 +6484,15 @@ def dataset_of(config: FitConfig) -> Callable | None:
         )
     if not isinstance(config, FinetuneConfig):
         return LMDataset.from_store
-    if config.objective == "dpo":
-        return PreferenceDataset
-    return partial(InstructionDataset, loss_on=config.loss_on)
+    kinds = {"dpo": PreferenceDataset, "orpo": PreferenceDataset, "grpo": PromptDataset}
+    return kinds.get(config.objective, partial(InstructionDataset, loss_on=config.loss_on))
 
 
-def make_run(
-    config: FitConfig, rt: Runtime, stop: Stop, folder: RunFolder, loaded: Loaded, store: TokenStore
-) -> Run:
-    """Put a run together: a new one from `loaded`, or the one that the folder's state goes on."""
-    rows = config.batch_size // config.grad_accum
-    choose_threads(config, rt, loaded.model.config, rows)
-    folder.about, resumed = describe_run(config, rt, loaded, store), folder.state
-    if resumed:
-        check_drift(resumed, folder.about)
-    if config.self_test:
-        self_test(loaded.model.config, rt)
-    model = loaded.model.to(rt.device).train()
-    train, val = create_dataloaders(
+def open_loaders(config: FitConfig, rt: Runtime, store: TokenStore, block_size: int) -> tuple:
+    """(training loader, validation loader or None), with a word on what they leave out."""
+    loaders = create_dataloaders(
         store,
-        model.config.block_size,
+        block_size,
         config.batch_size,
         config.seed,
         dataset=dataset_of(config),
@@ -6378,13 +6501,48 @@ def make_run(
         grad_accum=config.grad_accum,
         rt=rt,
     )
-    if not val:
+    if not loaders[1]:
         note("the validation split is empty: best.pth will follow the training loss")
-    total = config.max_steps or config.epochs * len(train)
+    if n_cut := getattr(loaders[0].dataset, "n_cut", 0):
+        n = len(loaders[0].dataset)
+        note(f"{n_cut:,} of {n:,} records are longer than {block_size} tokens and lose the middle of "
+             "their prompt or the end of their answer: raise --block_size")  # fmt: skip
+    return loaders
+
+
+def steps_to_take(config: FitConfig, steps_per_epoch: int) -> int:
+    """As the settings say. Little data is read more often, unless the user has said how often."""
+    total = config.max_steps or config.epochs * steps_per_epoch
+    if total >= FEWEST_STEPS or config.overfit_batch or config.resume:
+        return total
+    if not config.max_steps and "epochs" not in config.explicit:
+        config.max_steps = total = FEWEST_STEPS
+        if "eval_interval" not in config.explicit:
+            config.eval_interval = FEWEST_STEPS // 10
+        passes = f"{total / steps_per_epoch:.0f} passes over little data"
+        note(f"{total} steps, {passes}; --epochs or --max_steps sets another number")
+    elif total < 100:
+        note(f"only {total} steps, in which a model learns little: --max_steps {FEWEST_STEPS}")
+    return total
+
+
+def make_run(
+    config: FitConfig, rt: Runtime, stop: Stop, folder: RunFolder, loaded: Loaded, store: TokenStore
+) -> Run:
+    """Put a run together: a new one from `loaded`, or the one that the folder's state goes on."""
+    if config.self_test:
+        self_test(loaded.model.config, rt)
+    rows = config.batch_size // config.grad_accum
+    choose_threads(config, rt, loaded.model.config, rows)
+    model, resumed = loaded.model.to(rt.device).train(), folder.state
+    train, val = open_loaders(config, rt, store, model.config.block_size)
+    total = steps_to_take(config, len(train))
+    folder.about = describe_run(config, rt, loaded, store)
     progress = Progress(
         total=total, grad_accum=config.grad_accum, grad_checkpointing=config.grad_checkpointing
     )
     if resumed:
+        check_drift(resumed, folder.about)
         progress = resumed_progress(config, rt, resumed, total)
     if config.overfit_batch:
         train.batch_sampler.first_batch_only, val = True, None
@@ -6410,8 +6568,10 @@ def make_run(
 def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) -> Progress:
     """Where the run goes on. What running out of memory has changed stays, unless the number of
     processes is another or the flag was given."""
-    progress = Progress(**resumed["progress"] | {"total": total})
-    if progress.step > total:
+    progress = Progress(**resumed["progress"])
+    if config.explicit & {"max_steps", "epochs"}:  # else --minutes may have moved the end
+        progress.total = total
+    if progress.step > progress.total:
         raise UserError(f"the run is at step {progress.step} already: --max_steps ends before it")
     if rt.sum(progress.step)[0] != progress.step * rt.world_size:
         raise UserError("the processes read different checkpoints: give one --out_dir to them all")
@@ -6420,13 +6580,13 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) 
     for name in ("grad_accum", "grad_checkpointing"):
         if rt.world_size != then or name in config.explicit:
             setattr(progress, name, getattr(config, name))
-    changes = [f"{parts} micro-batches a step"] * (parts != progress.grad_accum * rt.world_size)
-    if config.compile != resumed["config"].get("compile"):
-        changes.append(f"--compile {resumed['config'].get('compile')}")
     drawn = resumed["model_config"] | resumed["config"]
-    if changes and any(drawn.get(n) for n in ("dropout", "token_dropout", "sampled_softmax")):
-        was = " and ".join(changes)
-        note(f"warning: this run had {was}; it draws other masks and ids now, as good as those")
+    draws = any(drawn.get(n) for n in ("dropout", "token_dropout", "sampled_softmax"))
+    if draws and parts != progress.grad_accum * rt.world_size:
+        note(f"warning: this run had {parts} micro-batches a step; it draws other masks now")
+    if draws and config.compile != resumed["config"].get("compile"):
+        note(f"warning: this run had --compile {resumed['config'].get('compile')}; it draws other "
+             "masks now")  # fmt: skip
     return progress
 
 
@@ -6439,7 +6599,7 @@ def run_fit(run: Run, folder: RunFolder) -> str:
                 path.unlink()
         write_json(folder.file("config.json"), folder.about["config"])
     model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
-    steps = f"{p.total:,} steps of {config.batch_size} x {shape.block_size} tokens"
+    steps = f"{p.total:,} steps of {run.train.batch_sampler.batch_size} x {shape.block_size} tokens"
     note(f"{model}, {run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {steps}")
     metrics = folder.file("metrics.csv")
     with run.stop.held(), contextlib.closing(Recorder(run, metrics)) as run.record:
@@ -6454,23 +6614,31 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     if ended == "signal":  # it may have come to another process
         run.stop.number = run.stop.number or signal.SIGTERM
     if config.overfit_batch:
-        if ended not in ("done", "early"):
-            note(f"stopped at step {p.step}: nothing is judged or kept")
-            return ""
-        reached = f"loss {p.best:.4f} after {p.step} steps"
-        if not p.best < 0.05:
-            raise UserError(f"could not overfit one batch: {reached}; check the learning rate")
-        if run.rt.is_main:
-            print(f"overfitted one batch: {reached}; nothing is kept")
-        return ""
+        return judge_overfitting(run, ended)
     note(how_it_ended(run, folder, ended))
     return str(folder.file("best.pth")) if ended in ("done", "early") else ""
+
+
+def judge_overfitting(run: Run, ended: str) -> str:
+    """Says whether one batch was learned by heart; there is no checkpoint to name."""
+    p = run.progress
+    if ended not in ("done", "early"):
+        note(f"stopped at step {p.step}: nothing is judged or kept")
+        return ""
+    reached = f"loss {p.best:.4f} after {p.step} steps"
+    if not p.best < 0.05:
+        raise UserError(f"could not overfit one batch: {reached}; check the learning rate")
+    if run.rt.is_main:
+        print(f"overfitted one batch: {reached}; nothing is kept")
+    return ""
 
 
 def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
     """One line on a run that has ended for one of the reasons of `fit`."""
     p, base = run.progress, folder.about["base_loss"]
-    kind, compared = "validation" if run.val else "training", ""
+    kind, compared = "validation loss" if run.val else "training loss", ""
+    if isinstance(run.train.dataset, PromptDataset) and run.val:
+        kind = "share of held-out prompts answered wrongly"
     if base is not None:
         compared = f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
     if ended == "done":
@@ -6478,8 +6646,8 @@ def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
         data, width = run.train.dataset, run.model.config.block_size
         if isinstance(data, InstructionDataset):  # whole records, padding left out
             width = data.lengths.mean()
-        tokens = round(p.step * run.config.batch_size * width)
-        best = f"best {kind} loss {p.best:.4f} at step {p.best_step}{compared}"
+        tokens = round(p.step * run.train.batch_sampler.batch_size * width)
+        best = f"best {kind} {p.best:.4f} at step {p.best_step}{compared}"
         return f"done: {best}; {tokens:,} tokens seen; this session took {seconds}"
     if ended == "early":
         since = f"nothing better than {p.best:.4f} since step {p.best_step}{compared}"
@@ -6497,98 +6665,39 @@ def measure_base(run: Run, folder: RunFolder) -> None:
         folder.about["base_loss"] = loss
 
 
-def plan_for_text(sizes: dict, given: dict) -> tuple[dict, float]:
-    """What the fast recipe makes of the text at hand, and about how many steps that takes.
-
-    A vocabulary in proportion to the text, where `tokenizers` is installed. Four megabytes are
-    read, in six passes at most; from the second on, hidden tokens keep the model from learning the
-    text by heart. Where every record has an answer, whole records whose answers weigh more make
-    the better classifier. On a CPU the softmax of a large vocabulary is sampled. Of text whose size
-    is not known there is nothing more to say: 0 steps.
-    """
-    size = sizes.get("corpus_bytes", 0)
-    usual = "bpe" if size >= 1e5 and sizes["bpe_at_hand"] else "byte"
-    tokenizer = given.get("tokenizer", usual)
-    if not size:
-        n = softmax_sample(likely_vocabulary(tokenizer, 0), sizes)
-        return dict(dropout=0.0, sampled_softmax=n), given.get("max_steps", 0)
-    weighed = tokenizer == "bpe" and size < 2e6 and given.get("answer_weight", 1)
-    if weighed and only_answers(sizes["data_dir"], sizes["store"]):
-        # In bytes, few records would fit a block.
-        plan = dict(epochs=min(10, round(3e6 / size)), vocab_size=100 * round(size / 3.4e4),
-                    batch_size=2 * sizes["batch_size"], answer_weight=30, dropout=0.3,
-                    token_dropout=0.15)  # fmt: skip
-    else:
-        plan = dict(epochs=min(6, round(4e6 / size)), vocab_size=100 * round(size / 1.1e5))
-    plan["epochs"] = max(plan["epochs"], sizes["epochs"])
-    plan["vocab_size"] = min(max(plan["vocab_size"], 300), 8192)
-    chosen = sizes | plan | given
-    known = likely_vocabulary(tokenizer, chosen["vocab_size"])
-    plan["sampled_softmax"] = softmax_sample(known, sizes)
-    tokens = size / bytes_per_token(known)
-    steps_of_a_pass = tokens / chosen["block_size"] / chosen["batch_size"]
-    steps = given.get("max_steps") or chosen["epochs"] * steps_of_a_pass
-    passes = steps / steps_of_a_pass
-    drops = dict(token_dropout=0.1 * (passes > 1.5), dropout=0.1 * (passes > 4.5))
-    return dict(tokenizer=tokenizer) | drops | plan, steps
-
-
-def about_corpus(sizes: dict) -> tuple[dict, dict]:
-    """(settings with what is known of the corpus of `train`, tokenizer settings of its store)."""
-    if "init_from" not in sizes or sizes["hf_dataset"]:
-        return sizes, {}
-    store = store_at(sizes["data_dir"])
-    found = dict(store=store, corpus_bytes=corpus_bytes(sizes["data_dir"], store),
-                 bpe_at_hand=not sizes["init_from"] and is_installed("tokenizers"))  # fmt: skip
-    made = {n: store.meta["settings"][n] for n in ("tokenizer", "vocab_size")} if store else {}
-    return sizes | found, made
-
-
-def likely_vocabulary(tokenizer: str, vocab_size: int) -> int:
-    """How many ids a tokenizer has: bytes, a trained BPE, or else GPT-2's and the like."""
-    return {"byte": ByteTokenizer.vocab_size, "bpe": vocab_size}.get(tokenizer, 50_000)
-
-
-def bytes_per_token(vocab_size: int) -> float:
-    """About, of English text."""
-    return 1.0 if vocab_size == ByteTokenizer.vocab_size else math.log2(vocab_size) / 4
-
-
-def softmax_sample(vocab_size: int, sizes: dict) -> int:
-    """How many ids stand for the rest in the fast recipe's softmax (0: it is over all)."""
-    device = sizes["device"]
-    gpu = torch.accelerator.is_available() if device == "auto" else device != "cpu"
-    return min(vocab_size // 4, 4096) if vocab_size >= 8000 and not gpu else 0
-
-
-def only_answers(data_dir: str, store: TokenStore | None) -> bool:
-    """Whether every record of a small folder, file or store is a prompt with its answer."""
-    if store:
-        return all((rows["prompt"] > 1).all() for rows in store.index.values())  # 1: plain text
-    with contextlib.suppress(UserError):
-        return all(r.prompt for r in read_records(DataConfig(data_dir=data_dir), Report()))
-    return False
-
-
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
     """Train from scratch, from --init_from, or on from last.pth. Returns the path of best.pth."""
+    clock = None
     if config.minutes and folder.state:
         note("--resume goes on to the steps that the run began with, whatever --minutes says")
     elif config.minutes:
-        config = within_minutes(config, rt, stop, folder)
+        config, clock = within_minutes(config, rt, stop, folder)
     if config.recipe == "fast" and not folder.state:
-        chosen = ["tokenizer", *["vocab_size"] * (config.tokenizer == "bpe"), "epochs", "max_steps",
-                  "batch_size", "lr", "muon_lr", "dropout", "token_dropout", "answer_weight",
-                  "sampled_softmax"]  # fmt: skip
+        chosen = ["tokenizer", "epochs", "max_steps", "batch_size", "block_size", "lr", "muon_lr",
+                  "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
+        if config.tokenizer == "bpe":
+            chosen.insert(1, "vocab_size")
         note("recipe fast: " + ", ".join(f"{n} {getattr(config, n)}" for n in chosen))
     run = new_run(config, rt, stop, folder)
+    if clock:
+        clock.run, run.after_step = run, clock
+    elif rt.device.type == "cpu":
+        run.after_step = partial(say_duration, run)
     best = run_fit(run, folder)
-    if best and run.val and not stop:  # a fortieth of the steps: less than a percent of the time
-        store = run.store
-        shape = config.batch_size, max(1, run.progress.step // 40 // len(store.sources))
-        found = report(load_model(best), store, rt, "val", *shape)
-        note("\n".join(report_lines(found, most_sources=12)))
+    if clock and clock.moved:
+        note(f"the clock has moved its end: about the same again by {clock.flags()}")
+    if best and not stop:
+        say_result(run, folder, best)
     return best
+
+
+def say_duration(run: Run, seconds: float) -> None:
+    """Once its third step is done, how long a run is going to take on this CPU."""
+    p = run.progress
+    minutes = (p.total - p.step) * seconds / 60
+    if p.step == 3 and minutes > 2:
+        note(f"about {minutes:.0f} minutes at this pace; train --minutes 10 chooses sizes and steps "
+             "that make the most of ten")  # fmt: skip
 
 
 def base_and_store(config: TrainConfig, rt: Runtime, folder: RunFolder):
@@ -6613,156 +6722,6 @@ def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolde
     return make_run(config, rt, stop, folder, loaded, store)
 
 
-# --- train --minutes: a run that ends with the time ---
-
-# What it chooses from, smallest first: presets, and sizes between them.
-LADDER = (
-    dict(preset="cpu-debug", n_head=2, n_embd=64, block_size=64, batch_size=12),
-    dict(preset="cpu-debug", n_embd=128, block_size=64, batch_size=12),
-    dict(preset="cpu-debug", n_layer=4, n_embd=128, batch_size=16),
-    dict(preset="cpu-debug", n_layer=4, batch_size=16),
-    dict(preset="cpu-debug", n_layer=6, n_head=6, n_embd=384, batch_size=16),
-    dict(preset="tiny-8g"),
-    dict(preset="small-16g"),
-    dict(preset="gpt2-124m"),
-)
-# Whoever names one of these has chosen the size.
-SIZES = {"preset", "init_from", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"}
-# A size is better than the one before it from about so many tokens for each weight of its blocks,
-# and from a quarter of them where that one has read the text as often as it is good for
-# (tests/bench/README.md); far from Chinchilla's 20, since these runs have few steps.
-ENOUGH = 1
-PASSES = 5  # text read more often teaches hardly anything (Muennighoff et al., 2023)
-
-
-@dataclass
-class Pace:
-    """What a run takes: seconds of its start, a step, a batch of validation, a save."""
-
-    config: TrainConfig
-    start: float
-    step: float
-    look: float
-    save: float
-    looks: float  # batches of an evaluation
-    epoch: int  # steps of a pass over the text
-    params: int  # of the blocks
-
-    def steps(self, seconds: float) -> int:
-        """How many of them, with what goes with them, end in time; at most those of all passes."""
-        assessed = self.look * self.looks + self.save  # best.pth, where it is better
-        each = self.step + assessed * (1 / self.config.eval_interval + 1 / self.epoch)
-        each += self.save / self.config.save_interval + self.look / 40  # last.pth; the report
-        return min(int((seconds - self.start - assessed - self.save) / each), self.most)
-
-    @property
-    def most(self) -> int:
-        """Steps of the passes that --epochs allows, else of as many as teach something."""
-        return (self.config.epochs if "epochs" in self.config.explicit else PASSES) * self.epoch
-
-    def suits(self, seconds: float, smaller: Pace | None) -> bool:
-        """Whether this size makes more of the time than the one before it."""
-        if smaller is None:
-            return True
-        tokens = self.steps(seconds) * self.config.batch_size * self.config.block_size
-        idle = smaller.steps(seconds) == smaller.most
-        return tokens >= (ENOUGH / 4 if idle else ENOUGH) * self.params
-
-    def reasons(self, steps: int, sized: bool) -> str:
-        """What a number of steps comes to, and why this size if it was chosen, on one line."""
-        speed = self.config.batch_size * self.config.block_size / self.step
-        why = f"{speed:,.0f} tokens a second"
-        if not self.config.streaming:
-            why += f", {steps / self.epoch:.2g} passes over the text"
-        if steps == self.most:
-            asked = "epochs" in self.config.explicit
-            why += " (all that --epochs allows)" if asked else " (more of them teach little)"
-        if sized:
-            why += "; a larger size would see too few tokens for its weights"
-        return why
-
-
-def measured(
-    config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder, seconds: float
-) -> Pace:
-    """The pace of a run that is thrown away, from three steps, or up to 50 in `seconds`."""
-    began = time.perf_counter()
-    run = new_run(config, rt, stop, folder)
-    start, run.progress.total = time.perf_counter() - began, 10**9
-    with training_precision(rt.device):
-        step = partial(next_step, run, steps(run.train, 0))
-        took = interleaved_medians({"": step}, rt, 1)[""]
-        if (rounds := int(rt.of_first(min(50, seconds / took)))) > 1:
-            took = interleaved_medians({"": step}, rt, rounds)[""]
-    look, looks = 0.0, 0.0
-    if run.val:
-        validate = partial(estimate_loss, run.model, islice(run.val, 1), run.objective, config, rt)
-        look = interleaved_medians({"": validate}, rt, 1)[""]
-        looks = len(run.val)
-    began = time.perf_counter()
-    scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `sweep` knows
-    save_run(run, folder.about, scratch)
-    save = time.perf_counter() - began
-    if rt.is_main:
-        scratch.unlink()
-    params = sum(p.numel() for p in run.model.blocks.parameters())
-    run.save = None  # which holds the run, whose memory the next one needs
-    seconds = map(rt.of_first, (start, took, look, save))
-    return Pace(config, *seconds, looks, len(run.train), params)
-
-
-def shareable(size: dict, given: dict, rt: Runtime) -> dict:
-    """The size with a batch, unless one is given, that micro-batches and processes can share."""
-    sizes = PRESETS[size.get("preset", TrainConfig.preset)] | size | given
-    missing = -sizes["batch_size"] % (sizes["grad_accum"] * rt.world_size)
-    return size | dict(batch_size=sizes["batch_size"] + missing) if missing else size
-
-
-def within_minutes(
-    config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
-) -> TrainConfig:
-    """The settings that end a run with its minutes: a number of steps and, where none was given, a
-    size. From there on it is the run of a command that gives these numbers, to the last bit.
-
-    Raises UserError where not one step fits.
-    """
-    given = {n: getattr(config, n) for n in config.explicit - {"config", "minutes", "max_steps"}}
-    given["recipe"] = config.recipe
-
-    def left() -> float:
-        return rt.of_first(60 * config.minutes - (time.perf_counter() - rt.started))
-
-    def trial(seconds: float, size: dict, **more) -> Pace:
-        settings = settle(TrainConfig, size | given | more | dict(self_test=False))
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
-                return measured(settings, rt, stop, folder, seconds)
-        except Interrupted:
-            note("stopped while measuring: no run has begun")
-            raise
-
-    base_and_store(config, rt, folder)
-    ladder = [{}] if given.keys() & SIZES else [shareable(r, given, rt) for r in LADDER]
-    best = None
-    for rung in ladder:  # of which three steps are not worth compiling
-        tried = trial(0.0, rung, compile="off", max_steps=10**6)
-        if not tried.suits(left(), best):
-            break
-        best, size, steps = tried, rung, max(1, tried.steps(left()))
-    pace = trial(1.8 * config.minutes, size, max_steps=steps)
-    steps = pace.steps(left())
-    if steps < 1:
-        spent = 60 * config.minutes - left() + pace.start
-        raise UserError(
-            f"--minutes {config.minutes:g} is over before the first step: {spent:.1f} s go by until "
-            f"there, an evaluation takes {pace.look * pace.looks:.1f} s: give more"
-        )
-    chosen = {n: v for n, v in size.items() if n not in given} | dict(max_steps=steps)
-    flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
-    note(f"minutes {config.minutes:g}: {flags}: {pace.reasons(steps, len(ladder) > 1)}")
-    return settle(TrainConfig, chosen | given)
-
-
 def pretrained(config: TrainConfig) -> Loaded:
     """--init_from's model, with the settings that may be asked of it. Raises UserError."""
     loaded = load_model(config.init_from)
@@ -6775,6 +6734,175 @@ def pretrained(config: TrainConfig) -> Loaded:
         resize_block(loaded.model, config.block_size)
     loaded.model = with_settings(loaded.model, **overrides(config))
     return loaded
+
+
+# --- train --minutes: a run that ends with the time ---
+
+# Sizes to choose from, smallest first. Who names one of SIZES has chosen.
+RUNGS = (
+    dict(preset="cpu-debug", n_head=2, n_embd=64, batch_size=16),
+    dict(preset="cpu-debug", n_embd=128, batch_size=16),
+    dict(preset="cpu-debug", n_layer=4, n_embd=128, batch_size=16),
+    dict(preset="cpu-debug", n_layer=4, batch_size=16),
+    dict(preset="cpu-debug", n_layer=6, n_head=6, n_embd=384, batch_size=16),
+    dict(preset="tiny-8g"),
+    dict(preset="small-16g"),
+    dict(preset="gpt2-124m"),
+)
+SIZES = {"preset", "init_from", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"}
+# A size is better than the one before it from about so many tokens for each weight of its blocks,
+# and from a quarter of them where that one has read the text as often as it is good for
+# (tests/bench/README.md); far from Chinchilla's 20, since these runs have few steps.
+ENOUGH = 1
+PASSES = 5  # text read more often teaches hardly anything (Muennighoff et al., 2023)
+
+
+def training_speed(rt: Runtime) -> float:
+    """Floating-point operations a second of a small model's training: the best of several short
+    measurements, so that a neighbour's bad moment does not make a toy of the plan."""
+    model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=4, n_embd=256, dropout=0.0))
+    x = torch.zeros(16 if rt.device.type == "cpu" else 256, 128, dtype=torch.int64)
+    model, x, best = model.to(rt.device), x.to(rt.device), math.inf
+    for _ in range(6):
+        began = time.perf_counter()
+        with rt.autocast():
+            loss = model.losses(x, x, "sum")
+        loss.backward()
+        float(model.tok_emb.weight.grad[0, 0])  # on a GPU: it is done
+        best = min(best, time.perf_counter() - began)
+    return rt.of_first(6 * model.n_params() * x.numel() / best)
+
+
+def choose_size(config: TrainConfig, rt: Runtime, seconds: float) -> dict:
+    """The largest of RUNGS that sees enough tokens in so many seconds."""
+    explicit = explicit_settings(config)
+    if explicit.keys() & SIZES:
+        return {}
+    speed, text = training_speed(rt), corpus_facts(config.data_dir).n_bytes
+    chosen, used_up = {}, False
+    for rung in RUNGS:
+        size = settle(TrainConfig, rung | explicit)
+        vocab_size = likely_vocabulary(size.tokenizer, size.vocab_size)
+        with torch.device("meta"):
+            model = GPT(model_config(size, vocab_size))
+        tokens = seconds * speed / (6 * model.n_params())
+        most = PASSES * text / bytes_per_token(vocab_size) or math.inf
+        needed = ENOUGH * sum(p.numel() for p in model.blocks.parameters())
+        if chosen and min(tokens, most) < (needed / 4 if used_up else needed):
+            break
+        chosen, used_up = rung, tokens >= most
+    return chosen
+
+
+@dataclass
+class Pace:
+    """What a run takes, in seconds, as measured when it was planned."""
+
+    step: float
+    beside: float  # a step's share of evaluations and saves
+    end: float  # the last evaluation, the last saves, the report
+    most: int  # steps that the text is good for
+
+    def steps(self, seconds: float, slowed: float = 1.0) -> int:
+        """How many end in time, where all takes `slowed` times as long."""
+        return min(int((seconds / slowed - self.end) / (self.step + self.beside)), self.most)
+
+
+def measure_pace(config: TrainConfig, rt: Runtime, stop: Stop, folder: RunFolder, seconds: float):
+    """The Pace of a run that is thrown away after so many seconds of steps, four at least."""
+    with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
+        run = new_run(config, rt, stop, folder)
+    batches, took, look = steps(run.train, 0), [], 0.0
+    with training_precision(rt.device):
+        while len(took) < 4 or (len(took) < 50 and rt.of_first(sum(took)) < seconds):
+            began = time.perf_counter()
+            train_step(run, next(batches).to(rt.device))
+            took.append(time.perf_counter() - began)
+        if run.val:
+            began = time.perf_counter()
+            estimate_loss(run.model, islice(run.val, 1), run.objective, config, rt, stop)
+            look = (time.perf_counter() - began) * len(run.val)
+    began, scratch = time.perf_counter(), folder.path / f".last.pth.{os.getpid()}.tmp"
+    save_run(run, folder.about, scratch)  # under a name that `sweep` knows
+    save = time.perf_counter() - began
+    if rt.is_main:
+        scratch.unlink()
+    per_epoch = len(run.train)
+    most = config.epochs if "epochs" in config.explicit else PASSES
+    step, look, save = map(rt.of_first, (float(np.median(took[1:])), look, save))
+    beside = (look + save) * (
+        1 / config.eval_interval + 1 / per_epoch
+    ) + save / config.save_interval
+    return Pace(step, beside, 2 * (look + save) + 1, max(most * per_epoch, FEWEST_STEPS))
+
+
+class Clock:
+    """Keeps a run within its minutes. Called after each step, it moves the run's end, and with it
+    the end of the schedule, where the machine has become slower or faster than it was."""
+
+    def __init__(self, config: TrainConfig, pace: Pace, end: float, flags: dict):
+        self.config, self.pace, self.end, self.given = config, pace, end, flags
+        self.recent = deque(maxlen=max(10, config.max_steps // 10))  # seconds of the last steps
+        self.run, self.moved = None, False
+
+    def __call__(self, seconds: float) -> None:
+        p, rt, pace = self.run.progress, self.run.rt, self.pace
+        self.recent.append(seconds)
+        if p.step % 10 or p.step == p.total:
+            return
+        slowed = rt.of_first(sum(self.recent) / len(self.recent) / pace.step)
+        left = rt.of_first(self.end - time.perf_counter())
+        total = min(p.step + max(1, pace.steps(left, slowed)), pace.most)
+        drift = abs(total - p.total) * (pace.step + pace.beside) * slowed
+        if drift > 0.04 * 60 * self.config.minutes:
+            p.total = self.run.record.bar.total = self.config.max_steps = total
+            self.moved = True
+
+    def flags(self) -> str:
+        """Those of the same run without a clock."""
+        numbers = {"max_steps": self.config.max_steps, "threads": torch.get_num_threads()}
+        if self.moved:  # else they follow from the steps
+            numbers |= {"lr": self.config.lr, "muon_lr": self.config.muon_lr}
+        return " ".join(f"--{name} {value}" for name, value in (self.given | numbers).items())
+
+
+def within_minutes(
+    config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
+) -> tuple[TrainConfig, Clock]:
+    """The settings of a run that ends with its minutes, and the clock that keeps it to them.
+
+    Without a neighbour that comes or goes it is, to the last bit, the run of the flags that are
+    printed. Raises UserError where not one step fits.
+    """
+    explicit = explicit_settings(config)
+    del explicit["minutes"]
+    explicit["recipe"] = config.recipe
+    end = rt.started + 58.5 * config.minutes
+
+    def left() -> float:
+        return rt.of_first(end - time.perf_counter())
+
+    base_and_store(config, rt, folder)  # where the corpus is not prepared, it is now
+    size = choose_size(config, rt, left())
+    trial = settle(TrainConfig, size | explicit | {"self_test": False})
+    pace = measure_pace(trial, rt, stop, folder, 1.2 * config.minutes)
+    chosen = {name: value for name, value in size.items() if name not in explicit}
+    steps = pace.steps(left())
+    if steps < 1:
+        raise UserError(
+            f"--minutes {config.minutes:g} is over before the first step: evaluating and saving take "
+            f"{pace.end:.1f} s: give more"
+        )
+    planned = settle(TrainConfig, chosen | explicit | {"max_steps": steps})
+    planned.minutes = config.minutes
+    clock = Clock(planned, pace, end, {"preset": config.preset, "recipe": "fast"} | chosen)
+    speed = planned.batch_size * planned.block_size / pace.step
+    why = "; more of them teach little" if steps == pace.most else ""
+    note(f"minutes {config.minutes:g}: {clock.flags()}: {speed:,.0f} tokens a second{why}")
+    return planned, clock
+
+
+# --- preferences: DPO and ORPO ---
 
 
 class PreferenceDataset(InstructionDataset):
@@ -6840,43 +6968,211 @@ def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dic
     return -F.logsigmoid(margin).sum(), stats
 
 
-OBJECTIVES["dpo"] = preference_loss
-
-
 @torch.no_grad()
-def reference_log_probs(
-    config: FinetuneConfig, rt: Runtime, model: GPT, store: TokenStore
-) -> dict[str, np.ndarray]:
-    """Log-probabilities of every pair's responses under the base model, (pairs, 2), by split."""
-    found = {}
-    model.to(rt.device).eval()
-    for split in ("train", "val"):
-        if not len(store.index[split]):
-            continue
-        data = PreferenceDataset(store, split, model.config.block_size)
-        found[split] = np.zeros((len(data), 2), np.float32)
-        groups = ValidationSampler(data, config.batch_size)
-        for ids in tqdm(groups, desc=f"reference, {split}", delay=1, disable=not rt.is_main):
-            batch = data.collate([data[i] for i in ids]).to(rt.device)
-            with rt.autocast():
-                found[split][ids] = pair_log_probs(model.losses, batch).cpu().numpy()
+def reference_log_probs(data: PreferenceDataset, model: GPT, config, rt: Runtime) -> np.ndarray:
+    """Log-probabilities of every pair's responses under the base model, (pairs, 2)."""
+    found = np.zeros((len(data), 2), np.float32)
+    groups = ValidationSampler(data, config.batch_size)
+    for ids in tqdm(groups, desc=f"reference, {data.split}", delay=1, disable=not rt.is_main):
+        batch = data.collate([data[i] for i in ids]).to(rt.device)
+        with rt.autocast():
+            found[ids] = pair_log_probs(model.losses, batch).cpu().numpy()
     return found
 
 
-def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
-    """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
-    base = load_model(config.ckpt, block_size=config.block_size)
-    pairs = config.objective == "dpo"
-    store = open_split_store(config, rt, base, bool(folder.state), pairs)
-    before = {}
-    if not folder.state and not config.overfit_batch:
-        before = report(base, store, rt, max_batches=10)
+def orpo_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dict]:
+    """Odds ratio preference optimisation (Hong et al., 2024, eq. 6 and 7), summed over pairs.
+
+    The chosen answer's loss a token, as in supervised tuning, and a term that favours its odds
+    p / (1 - p) over those of the rejected one; p: the geometric mean of its tokens' probabilities.
+    """
+    mean = pair_log_probs(losses, batch) / (batch.y != IGNORE).sum(-1)  # (B, 2), log p
+    log_odds = mean - torch.log(-torch.expm1(mean.clamp(max=-1e-6)))
+    ratio = log_odds[:, 0] - log_odds[:, 1]
+    loss = -mean[:, 0] - config.orpo_lambda * F.logsigmoid(ratio)
+    stats = {
+        "log_odds_ratio": ratio.sum(),
+        "accuracy": (ratio > 0).float().sum(),
+        "chosen_loss": -mean[:, 0].sum(),
+    }
+    return loss.sum(), stats
+
+
+# --- reward: GRPO ---
+
+
+def last_number(text: str) -> float | None:
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def same_number(prompt: str, answer: str, truth: str) -> bool:
+    return last_number(answer) is not None and last_number(answer) == last_number(truth)
+
+
+# What an answer is worth: (prompt, answer, truth) -> a number, texts without space around them.
+REWARDS = {
+    "exact": lambda prompt, answer, truth: answer == truth,
+    "number": same_number,
+    "contains": lambda prompt, answer, truth: truth in answer,
+}
+
+
+def find_reward(name: str) -> Callable:
+    """A row of REWARDS, or the function that FILE.py:function names. Raises UserError."""
+    if name in REWARDS:
+        return REWARDS[name]
+    file, _, function = name.rpartition(":")
+    try:
+        return runpy.run_path(file)[function]
+    except Exception as error:  # whatever the user's file raises
+        ways = f"{', '.join(REWARDS)} or FILE.py:function"
+        raise UserError(f"--reward {name}: {one_line(error)}; give {ways}") from None
+
+
+@dataclass
+class AnswerBatch(Batch):
+    """What a model has answered, each token weighted by its answer's advantage. In validation
+    there are no weights: the answers are judged, and nothing is learned."""
+
+    stats: Tensor | None = None  # (B, 2): what the rows add to reward and length, times n_targets
+
+
+def grpo_loss(losses: Callable, batch: AnswerBatch, config) -> tuple[Tensor, dict]:
+    """Group relative policy optimisation (Shao et al., 2024), on-policy: no ratio, no clipping.
+
+    The next-token loss weighted by the advantages, summed over tokens; with --kl_beta, the tokens'
+    divergence from the base by Schulman's estimate (2020), r - 1 - log r. Of validation: the share
+    of prompts that are not answered rightly, 1 - reward.
+    """
+    reward, length = batch.stats.sum(0)
+    stats = {"reward": reward, "length": length}
+    if batch.weight is None:
+        return batch.n_targets - reward, stats
+    nll = losses(batch.x, batch.y)
+    loss = (nll * batch.weight).sum()
+    if batch.reference is not None:
+        log_ratio = (nll + batch.reference) * (batch.y != IGNORE)  # of the base over the model
+        loss = loss + config.kl_beta * (log_ratio.exp() - 1 - log_ratio).sum()
+    return loss, stats
+
+
+class PromptDataset(InstructionDataset):
+    """Prompts that the model answers when they are gathered into a batch, for GRPO.
+
+    An answer's advantage is its reward minus the mean of those to the same prompt; it is the weight
+    of the answer's tokens. Of a validation split the likeliest answers are judged.
+    run: whose model answers; seed, step and prompt determine the draws, in however many processes.
+    judge: the reward. base: `losses` of the frozen base, for --kl_beta.
+    Raises UserError where the split holds no prompt.
+    """
+
+    run: Run | None = None
+    judge: Callable | None = None
+    base: Callable | None = None
+
+    def __init__(self, store: TokenStore, split: str, block_size: int):
+        super().__init__(store, split, block_size, "response")
+        prompts = store.index[split]["prompt"][self.rows].astype(np.int64)
+        self.rows, self.lengths = self.rows[prompts > 1], prompts[prompts > 1]  # 1: plain text
+        if not len(self.rows):
+            raise UserError(f"the {split} split holds no prompts: GRPO needs instruction records")
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(prompt, answer), ids each."""
+        ids, _, n_prompt = self.record(range(len(self))[i])
+        return ids[:n_prompt], ids[n_prompt:]
+
+    @torch.no_grad()
+    def answers(self, prompts: list[np.ndarray], n: int, temperature: float) -> list[list]:
+        """n answers to each prompt, ids with the separator that ends them. Prompts of one length
+        are answered side by side."""
+        run, sep = self.run, self.store.tokenizer.sep_id
+        same_length, written = defaultdict(list), {}
+        for row, prompt in enumerate(prompts):
+            same_length[len(prompt)].append(row)
+        training = run.model.training
+        run.model.eval()
+        for length, rows in same_length.items():
+            x = torch.from_numpy(np.stack([prompts[row] for row in rows]).astype(np.int64))
+            seeds = [derive_seed(run.config.seed, run.progress.step, *ids) for ids in x.tolist()]
+            room = min(run.config.max_new_tokens, self.block_size + 1 - length)
+            x, how = x.to(run.rt.device), dict(seed=seeds, temperature=temperature)
+            ids = np.array(list(generate(run.model, x, room, (sep,), n, **how))).T
+            for i, answer in enumerate(ids.tolist()):  # -1 once it has ended
+                if -1 in answer:
+                    answer = [*answer[: answer.index(-1)], sep]
+                written.setdefault(rows[i // n], []).append(answer)
+        run.model.train(training)
+        return [written[row] for row in range(len(prompts))]
+
+    def rewards(self, samples: list, answers: list[list]) -> np.ndarray:
+        """(prompts, answers to each). Raises UserError where the user's function fails."""
+        decode = self.store.tokenizer.decode
+        table = np.zeros((len(samples), len(answers[0]) if answers else 1))
+        for i, (prompt, truth) in enumerate(samples):
+            given = decode(prompt.tolist()).strip(), decode(truth.tolist()).strip()
+            for k, ids in enumerate(answers[i]):
+                try:
+                    table[i, k] = self.judge(given[0], decode(ids).strip(), given[1])
+                except Exception as error:
+                    raise UserError(f"--reward failed: {one_line(error)}") from error
+        if not np.isfinite(table).all():
+            raise UserError("--reward gave a number that is not finite")
+        return table
+
+    def collate(self, samples: list[tuple]) -> AnswerBatch:
+        config, prompts = self.run.config, [prompt for prompt, _ in samples]
+        if self.split == "val":
+            answers = self.answers(prompts, 1, 0.0)
+            batch, n_targets = super().collate([]), float(len(samples))
+            tokens = sum(len(ids) for (ids,) in answers)
+            stats = torch.tensor([[self.rewards(samples, answers).sum(), tokens]])
+            return AnswerBatch(batch.x, batch.y, n_targets=n_targets, stats=stats)
+        answers = self.answers(prompts, config.num_generations, config.temperature)
+        rewards = self.rewards(samples, answers)
+        advantages = rewards - rewards.mean(1, keepdims=True)
+        if config.grpo_normalize:
+            advantages /= rewards.std(1, keepdims=True) + 1e-4
+        tokens = float(sum(len(ids) for group in answers for ids in group))
+        rows = self.weighted_rows(prompts, answers, advantages)
+        batch = super().collate(rows)
+        total, length, n = self.run.rt.sum(rewards.sum(), tokens, rewards.size)
+        stats = torch.tensor([total / n, length / n]) * tokens / len(rows)
+        batch = AnswerBatch(*batch, batch.weight, None, tokens, stats.expand(len(rows), 2))
+        if self.base:
+            with torch.no_grad(), self.run.rt.autocast():
+                batch.reference = -self.base(*batch.to(self.run.rt.device)).cpu()
+        return batch
+
+    def weighted_rows(self, prompts: list, answers: list[list], advantages: np.ndarray) -> list:
+        """Samples (x, y, weight) of the answers. Equal ones to a prompt are one, whose weight is the
+        sum of theirs; those that weigh nothing are left out, unless --kl_beta needs them."""
+        weights = Counter()
+        for i, group in enumerate(answers):
+            for k, ids in enumerate(group):
+                weights[i, tuple(ids), k if self.base else 0] += advantages[i, k]
+        kept = {key: weight for key, weight in weights.items() if weight or self.base}
+        kept = kept or dict(islice(weights.items(), 1))  # a batch has a row
+        samples = []
+        for (i, answer, _), weight in kept.items():
+            ids = torch.tensor([*prompts[i].tolist(), *answer])
+            y, weights = ids[1:].clone(), torch.full((len(ids) - 1,), float(weight))
+            y[: len(prompts[i]) - 1] = IGNORE
+            weights[: len(prompts[i]) - 1] = 0.0
+            samples.append((ids[:-1], y, weights))
+        return samples
+
+
+OBJECTIVES |= {"dpo": preference_loss, "orpo": orpo_loss, "grpo": grpo_loss}
+
+
+def tuned_from(config: FinetuneConfig, base: Loaded, folder: RunFolder) -> Loaded:
+    """The model to train: the base's weights under the settings of this run, or the folder's."""
     changes = overrides(config)
-    if pairs:  # as the reference log-probabilities are computed, unless asked otherwise
+    if config.objective != "ntp":  # as answers and the base's likelihoods are computed
         changes = dict(dropout=0.0, token_dropout=0.0) | changes
-    model = base.model = with_settings(base.model, **changes)  # one copy is enough
-    digest = weights_digest(model) if pairs else None  # what the reference belongs to
-    reference = reference_log_probs(config, rt, model, store) if pairs else {}
+    model = with_settings(base.model, **changes)
     lora = lora_settings(config)
     if lora:
         add_lora(model, lora)
@@ -6886,35 +7182,117 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
         p.requires_grad = not lora or "lora_" in name
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     note(f"training {trained:,} of {model.n_params():,} parameters")
-    tuned = Loaded(model, base.tokenizer, {"lora": lora, "base": digest})
+    return Loaded(model, base.tokenizer, {"lora": lora})
+
+
+def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
+    """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
+    if config.objective == "grpo" and config.fsdp:
+        raise UserError(
+            "grpo writes its own answers, which sharded weights cannot: leave --fsdp out"
+        )
+    find_reward(config.reward)
+    base = load_model(config.ckpt, block_size=config.block_size)
+    pairs = config.objective in ("dpo", "orpo")
+    store = open_split_store(config, rt, base, bool(folder.state), pairs)
+    before = base_report(config, rt, base, store, folder)
+    tuned = tuned_from(config, base, folder)
+    if config.objective == "dpo" or config.kl_beta:  # the base is part of what is minimised
+        tuned.state["base"] = weights_digest(base.model)
+        base.model.to(rt.device).eval().requires_grad_(False)
     run = make_run(config, rt, stop, folder, tuned, store)
-    for loader in filter(None, (run.train, run.val)) if pairs else ():
-        loader.dataset.reference = reference.get(loader.dataset.split)
+    for loader in filter(None, (run.train, run.val)):
+        if config.objective == "dpo":
+            loader.dataset.reference = reference_log_probs(loader.dataset, base.model, config, rt)
+        elif config.objective == "grpo":
+            loader.dataset.run, loader.dataset.judge = run, find_reward(config.reward)
+            loader.dataset.base = base.model.losses if config.kl_beta else None
     best = run_fit(run, folder)
-    if best and not stop:
-        after = report(load_model(best), store, rt, max_batches=10)
+    if best and not stop and config.report_samples:
+        after = say_result(run, folder, best, before)
         if rt.is_main:
             write_json(folder.file("report.json"), {"before": before, "after": after})
-        note("\n".join(report_lines(after, before or None)))
     return best
 
 
+def base_report(
+    config: FinetuneConfig, rt: Runtime, base: Loaded, store: TokenStore, folder: RunFolder
+) -> dict:
+    """What is to be known of the base. A run that goes on has the report that it began with."""
+    if config.overfit_batch:
+        return {}
+    path = folder.file("report.json")
+    if folder.state:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return dict(json.loads(path.read_text(encoding="utf-8"))["before"])
+    if not config.report_samples:
+        return {}
+    base.model.to(rt.device).eval()
+    before = report(base, store, rt, *report_shape(config, store))
+    if rt.is_main:
+        write_json(path, {"before": before})
+    return before
+
+
+def report_shape(config: FitConfig, store: TokenStore) -> tuple[str, int, int]:
+    """(split, batch size, batches of each source) of the reports of train and finetune."""
+    split = "val" if len(store.tokens["val"]) > 1 else "train"
+    n = getattr(config, "report_samples", 256) // (config.batch_size * len(store.sources))
+    return split, config.batch_size, max(1, n)
+
+
+def say_result(run: Run, folder: RunFolder, best: str, before: dict | None = None) -> dict:
+    """Report on the best checkpoint, compare it with the last where that knows more of what it was
+    trained on, and say what to type next."""
+    how, p = (run.store, run.rt, *report_shape(run.config, run.store)), run.progress
+    after = report(load_model(best), *how)
+    note("\n".join(report_lines(after, before, most_sources=12)))
+    files, last = [best], str(folder.file("last.pth"))
+    known = after.get("answers", {}).get("train", {"records": 0})
+    if known["records"] and p.best_step < p.step:
+        later = report(load_model(last), *how)["answers"]
+        if later["train"]["exact"] > known["exact"] + 0.05:
+            files.append(last)
+            rows = {best: (p.best_step, after["answers"]), last: (p.step, later)}
+            for file, (step, answers) in rows.items():
+                trained, held_out = (answers[split]["exact"] for split in ("train", "val"))
+                note(f"{file}, of step {step}: {trained:.0%} of the trained questions answered exactly, "
+                     f"{held_out:.0%} of held-out ones")  # fmt: skip
+            note(f"the first has the lowest loss on what was held out; to ask what it was trained on, "
+                 f"take {last}")  # fmt: skip
+    say_next(run, files)
+    return after
+
+
+def say_next(run: Run, files: list[str]) -> None:
+    """Commands that go on with these checkpoints, as they can be typed."""
+    config, place = run.config, ""
+    if config.hf_dataset:
+        place = f" --data_dir {shlex.quote(str(run.store.folder))}"
+    elif config.data_dir != DataConfig.data_dir:
+        place = f" --data_dir {shlex.quote(config.data_dir)}"
+    if not run.val:
+        place += " --split train"
+    instruction, text = example_prompt(run.store)
+    prompt = f" --prompt {shlex.quote(instruction)}"
+    if text:
+        prompt += f" --input {shlex.quote(text)}"
+    note("next:")
+    for file in files:
+        for command, flags in {"eval": place, "sample": prompt, "export": ""}.items():
+            note(f"  python llm_pipeline.py {command} --ckpt {shlex.quote(file)}{flags}")
+
+
 def fit_command(loop: Callable) -> Callable:
+    """The command of a loop: it prints the path of the best checkpoint."""
+
     @wraps(loop)
     def command(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> None:
         result = loop(config, rt, stop, folder)
         if stop:
             raise Interrupted
-        if not result or not rt.is_main:
-            return
-        elsewhere = config.data_dir != type(config).data_dir
-        data = f" --data_dir {shlex.quote(config.data_dir)}" * elsewhere
-        trained = isinstance(config, TrainConfig)
-        then = {"finetune": " --data_dir ..."} if trained else {"export": ""}
-        note("next:")
-        for word, more in ({"eval": data, "sample": ' --prompt "..."'} | then).items():
-            note(f"  python llm_pipeline.py {word} --ckpt {shlex.quote(result)}{more}")
-        print(result)
+        if result and rt.is_main:
+            print(result)
 
     return command
 

@@ -1,0 +1,268 @@
+"""Preferences and reward: DPO, ORPO, GRPO, by their closed forms and from the command line."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, differences, metrics, needs, run, run_together, tensors, words
+
+import llm_pipeline as lp
+
+# --- closed forms ---
+
+
+class Fixed(torch.nn.Module):
+    """A model whose logits are given: (rows, T, V)."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def losses(self, idx, targets, reduction="none"):
+        losses = F.cross_entropy(
+            self.logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=lp.IGNORE
+        )
+        return losses.view_as(targets)
+
+
+@pytest.fixture
+def pairs() -> tuple[Fixed, lp.Batch, list]:
+    """Three pairs of unequal answers, and each answer's log-probability and number of tokens."""
+    torch.manual_seed(0)
+    model = Fixed(torch.randn(6, 7, 11))
+    y = torch.randint(0, 11, (6, 7))
+    for row in range(6):
+        y[row, : row % 4] = lp.IGNORE
+    table = model.logits.detach().double().log_softmax(-1)
+    said = []
+    for row in range(6):
+        terms = [float(table[row, t, y[row, t]]) for t in range(7) if y[row, t] >= 0]
+        said.append((sum(terms), len(terms)))
+    y = y.view(3, 2, 7)
+    return model, lp.Batch(torch.zeros_like(y), y, reference=torch.randn(3, 2) * 5), said
+
+
+def test_dpo_is_the_closed_form(pairs):
+    model, batch, said = pairs
+    loss, stats = lp.OBJECTIVES["dpo"](model.losses, batch, lp.FinetuneConfig(dpo_beta=0.3))
+    gains = [total - ref for (total, _), ref in zip(said, batch.reference.flatten().tolist())]
+    margins = [0.3 * (gains[i] - gains[i + 1]) for i in (0, 2, 4)]
+    assert batch.n_targets == 3
+    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins), rel=1e-5)
+    assert stats["reward_margin"].item() == pytest.approx(sum(margins), rel=1e-5)
+    assert stats["reward_accuracy"].item() == sum(m > 0 for m in margins)
+
+
+def log_odds(said: list) -> list[float]:
+    means = [total / n for total, n in said]
+    return [mean - math.log(1 - math.exp(mean)) for mean in means]
+
+
+def test_orpo_is_the_closed_form(pairs):
+    model, batch, said = pairs
+    loss, stats = lp.OBJECTIVES["orpo"](model.losses, batch, lp.FinetuneConfig(orpo_lambda=0.7))
+    odds = log_odds(said)
+    ratios = [odds[i] - odds[i + 1] for i in (0, 2, 4)]
+    nll = [-said[i][0] / said[i][1] for i in (0, 2, 4)]
+    wanted = sum(nll) + 0.7 * sum(math.log1p(math.exp(-r)) for r in ratios)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert stats["log_odds_ratio"].item() == pytest.approx(sum(ratios), rel=1e-4)
+    assert stats["accuracy"].item() == sum(r > 0 for r in ratios)
+
+
+def test_orpo_survives_certainty():
+    """An answer of probability one has infinite odds; loss and gradient stay finite."""
+    logits = torch.full((2, 1, 3), -100.0)
+    logits[:, 0, 0] = 100.0
+    model, y = Fixed(logits), torch.zeros(1, 2, 1, dtype=torch.int64)
+    loss, _ = lp.OBJECTIVES["orpo"](model.losses, lp.Batch(y, y), lp.FinetuneConfig())
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert model.logits.grad.isfinite().all()
+
+
+def test_orpo_is_trls(pairs):
+    """Its odds-ratio term; TRL's likelihood counts the prompt too, ours the answer alone."""
+    needs("trl")
+    from trl.experimental.orpo import ORPOTrainer
+
+    model, batch, said = pairs
+    mean = torch.tensor([total / n for total, n in said])
+    trainer = SimpleNamespace(beta=0.7, accelerator=SimpleNamespace(device="cpu"))
+    theirs, *_ = ORPOTrainer.odds_ratio_loss(trainer, mean[0::2], mean[1::2])
+    loss, _ = lp.OBJECTIVES["orpo"](model.losses, batch, lp.FinetuneConfig(orpo_lambda=0.7))
+    assert loss.item() == pytest.approx((-mean[0::2] - theirs).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "truth", "worth"),
+    [
+        ("exact", "ham", "ham", 1),
+        ("exact", "hams", "ham", 0),
+        ("number", "so it is 1,234.0.", "1234", 1),
+        ("number", "3 or 4", "3", 0),
+        ("number", "none", "3", 0),
+        ("number", "none", "none", 0),
+        ("contains", "it is ham.", "ham", 1),
+        ("contains", "spam", "ham", 0),
+    ],
+)
+def test_rewards(name, answer, truth, worth):
+    assert lp.find_reward(name)("prompt", answer, truth) == worth
+
+
+# --- GRPO, from the command line ---
+
+TASKS = [("Say a.", "a"), ("Say b.", "b"), ("Say c.", "c"), ("Say d.", "d")]
+MODEL = words("--n_layer 1 --n_head 2 --n_embd 32 --block_size 96 --dropout 0")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> list:
+    """Flags of a corpus of sixty prompts of several lengths, each with one of four answers."""
+    folder = tmp_path_factory.mktemp("prompts")
+    rows = [
+        {"instruction": task, "input": "x" * (i % 3), "output": answer, "id": i}
+        for i, (task, answer) in enumerate(TASKS * 15)
+    ]
+    for i, row in enumerate(rows):
+        row["input"] += str(i)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "tasks.jsonl").write_text(lines, encoding="utf-8")
+    return ["--data_dir", folder / "tasks.jsonl", "--processed_dir", folder / "stores", *CPU,
+            "--val_fraction", 0.3]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(prompts, tmp_path_factory) -> Path:
+    """A model that knows the form of an answer and guesses which."""
+    folder = tmp_path_factory.mktemp("base")
+    flags = words("--answer_weight 5 --batch_size 8 --max_steps 60 --lr 3e-3 --warmup_steps 5")
+    run("train", *prompts, *MODEL, *flags, "--out_dir", folder).ok()
+    return folder / "last.pth"
+
+
+GRPO = words("--objective grpo --batch_size 8 --num_generations 4 --max_new_tokens 6 --max_steps 6 "
+             "--log_interval 1 --eval_interval 3")  # fmt: skip
+
+
+def grpo(prompts: list, base: Path, folder: Path, *more) -> list:
+    return ["finetune", *prompts, "--ckpt", base, *GRPO, "--out_dir", folder, *more]
+
+
+def test_grpo_learns_from_reward_alone(prompts, base, tmp_path):
+    """A reward of the user's own, which no answer in the data earns: only samples can teach it."""
+    (tmp_path / "taste.py").write_text(
+        "def taste(prompt, answer, truth):\n"
+        "    assert prompt.startswith('### Instruction: Say') and truth in 'abcd'\n"
+        "    return answer.count('b') / 2\n"
+    )
+    flags = ["--reward", f"{tmp_path}/taste.py:taste", "--max_steps", 30, "--lr", 1e-3]
+    result = run(*grpo(prompts, base, tmp_path / "run", *flags)).ok()
+    rewards = [float(row["reward"]) for row in metrics(tmp_path / "run", "train", "_finetune")]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1
+    assert all(float(row["length"]) <= 6 for row in metrics(tmp_path / "run", "train", "_finetune"))
+    val = metrics(tmp_path / "run", "val", "_finetune")
+    assert all(float(row["loss"]) == pytest.approx(1 - float(row["reward"])) for row in val)
+    assert "reward" in result.err
+
+
+@pytest.mark.parametrize("settings", [{}, {"grpo_normalize": True}, {"kl_beta": 0.5}], ids=str)
+def test_grpo_is_the_weighted_next_token_loss(settings, prompts, base):
+    """By hand, answer by answer: advantage times its tokens' loss, over the tokens of all. Equal
+    answers, which are merged, and groups without variance, which are left out, change nothing."""
+    loaded = lp.load_model(str(base))
+    model, config = loaded.model, lp.FinetuneConfig(max_new_tokens=6, num_generations=6, **settings)
+    store = lp.build_corpus_from_sources(prompts[1], loaded.tokenizer, processed_dir=prompts[3])
+    data = lp.PromptDataset(store, "train", 96)
+    rt = lp.Runtime(torch.device("cpu"), torch.float32)
+    data.run = SimpleNamespace(model=model, config=config, rt=rt, progress=lp.Progress(step=3))
+    reference = lp.build_model(model.config, lp.model_weights(model))
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.05)
+    data.base = reference.losses if config.kl_beta else None
+    data.judge = lambda prompt, answer, truth: len(answer) + (answer == truth)
+    samples = [data[i] for i in range(8)]
+    batch = data.collate(samples)
+    loss, stats = lp.OBJECTIVES["grpo"](model.losses, batch, config)
+
+    answers = data.answers([prompt for prompt, _ in samples], 6, config.temperature)
+    wanted, n_tokens, total = 0.0, 0, 0.0
+    for (prompt, truth), group in zip(samples, answers, strict=True):
+        texts = [loaded.tokenizer.decode(ids).strip() for ids in group]
+        truth = loaded.tokenizer.decode(truth.tolist()).strip()
+        rewards = np.array([len(text) + (text == truth) for text in texts], float)
+        advantages = rewards - rewards.mean()
+        if config.grpo_normalize:
+            advantages /= rewards.std() + 1e-4
+        for ids, advantage in zip(group, advantages, strict=True):
+            x = torch.tensor([[*prompt.tolist(), *ids]])
+            nll = model.losses(x[:, :-1], x[:, 1:])[0, len(prompt) - 1 :]
+            old = reference.losses(x[:, :-1], x[:, 1:])[0, len(prompt) - 1 :].detach()
+            ratio = torch.exp(nll - old)  # p_base / p
+            wanted = wanted + advantage * nll.sum()
+            wanted = wanted + config.kl_beta * (ratio - 1 - ratio.log()).sum()
+            n_tokens, total = n_tokens + len(ids), total + rewards.mean() / 6
+    assert len(batch.x) < 48 or config.kl_beta
+    assert batch.n_targets == n_tokens
+    assert float(stats["reward"]) / n_tokens == pytest.approx(total / 8, rel=1e-5)
+    assert float(stats["length"]) / n_tokens == pytest.approx(n_tokens / 48, rel=1e-5)
+    names = [name for name, _ in model.named_parameters()]
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    by_hand = torch.autograd.grad(wanted, list(model.parameters()))
+    for name, one, two in zip(names, found, by_hand, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_same_command_same_answers_and_resumed_the_same(prompts, base, tmp_path):
+    run(*grpo(prompts, base, tmp_path / "a", "--dropout", 0.1)).ok()
+    run(*grpo(prompts, base, tmp_path / "b", "--dropout", 0.1, "--stop_after", 2)).ok()
+    run("finetune", "--resume", "--out_dir", tmp_path / "b", "--ckpt", base).ok()
+    assert not differences(tmp_path / "a/last_finetune.pth", tmp_path / "b/last_finetune.pth")
+    other = run(*grpo(prompts, base, tmp_path / "c", "--dropout", 0.1, "--seed", 7)).ok()
+    assert differences(tmp_path / "a/last_finetune.pth", tmp_path / "c/last_finetune.pth")
+    assert other.out
+
+
+def test_two_processes_write_the_same_answers(prompts, base, tmp_path):
+    run(*grpo(prompts, base, tmp_path / "one")).ok()
+    run_together(*grpo(prompts, base, tmp_path / "two"))
+    for split in ("train", "val"):
+        one, two = (metrics(tmp_path / n, split, "_finetune") for n in ("one", "two"))
+        for name in ("reward", "length"):
+            assert [float(row[name]) for row in one] == pytest.approx(
+                [float(row[name]) for row in two], abs=1e-5
+            )
+    one, two = (tensors(tmp_path / n / "last_finetune.pth", ("weights",)) for n in ("one", "two"))
+    assert max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("exactly", "--reward exactly"),
+        ("missing.py:f", "FILE.py:function"),
+        ("{tmp}/own.py:other", "FILE.py:function"),
+        ("{tmp}/own.py:fails", "no such luck"),
+        ("{tmp}/own.py:infinite", "not finite"),
+    ],
+)
+def test_rewards_that_cannot_be(reward, said, prompts, base, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def fails(prompt, answer, truth):\n    raise ValueError('no such luck')\n"
+        "def infinite(prompt, answer, truth):\n    return float('inf')\n"
+    )
+    flags = ["--reward", reward.format(tmp=tmp_path)]
+    run(*grpo(prompts, base, tmp_path / "run", *flags)).fails(1, said)
+
+
+def test_plain_text_has_no_prompts(base, tmp_path):
+    (tmp_path / "book.txt").write_text("Call me Ishmael. " * 200)
+    flags = ["--data_dir", tmp_path / "book.txt", "--processed_dir", tmp_path / "stores", *CPU]
+    run(*grpo(flags, base, tmp_path / "run")).fails(1, "prompts")
