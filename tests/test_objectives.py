@@ -50,7 +50,10 @@ def pairs() -> tuple[Fixed, lp.Batch, list]:
 def test_dpo_is_the_closed_form(pairs):
     model, batch, said = pairs
     loss, stats = lp.OBJECTIVES["dpo"](model.losses, batch, lp.FinetuneConfig(dpo_beta=0.3))
-    gains = [total - ref for (total, _), ref in zip(said, batch.reference.flatten().tolist())]
+    gains = [
+        total - ref
+        for (total, _), ref in zip(said, batch.reference.flatten().tolist(), strict=True)
+    ]
     margins = [0.3 * (gains[i] - gains[i + 1]) for i in (0, 2, 4)]
     assert batch.n_targets == 3
     assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins), rel=1e-5)
