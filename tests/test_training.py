@@ -4,12 +4,9 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +15,10 @@ from conftest import (
     CPU,
     SHAPE,
     TINY,
-    Child,
     curve,
     differences,
     largest_difference,
     metrics,
-    needs,
     run,
     run_process,
     tensors,
@@ -226,149 +221,6 @@ def stopped(tmp_path_factory, corpus) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     run("train", *corpus, *SHORT, "--out_dir", folder, "--stop_after", 4).ok()
     return folder
-
-
-# --- a run that ends with the time ---
-
-# So little text that a few passes end long before the minutes do, whatever the machine.
-TIMED = [*CPU, *words("--batch_size 4 --minutes 5 --log_interval 1")]
-
-
-def timed_steps(err: str) -> int:
-    """The number of steps that a line on stderr says were chosen."""
-    (line,) = [line for line in err.splitlines() if line.startswith("minutes ")]
-    return int(re.search(r"--max_steps (\d+)", line)[1])
-
-
-def test_minutes_fix_the_steps(corpus, tmp_path, monkeypatch):
-    """The bits of the command that gives the number itself; cut short and resumed, the same."""
-    monkeypatch.setattr(lp, "PASSES", 2)
-    flags = [*corpus, *SHAPE, *TIMED]
-    steps = timed_steps(run("train", *flags, "--out_dir", tmp_path / "a").ok().err)
-    assert steps % lp.PASSES == 0
-    written = json.loads((tmp_path / "a/config.json").read_text())
-    assert (written["max_steps"], written["recipe"]) == (steps, "fast")
-    plain = ["--minutes", 0, "--recipe", "fast", "--max_steps", steps]
-    run("train", *flags, *plain, "--out_dir", tmp_path / "b").ok()
-    run("train", *flags, "--stop_after", 5, "--out_dir", tmp_path / "c").ok()
-    resumed = run("train", *flags, "--resume", "--out_dir", tmp_path / "c").ok()  # same minutes
-    assert "minutes 5" not in resumed.err and "whatever --minutes says" in resumed.err
-    for other in "bc":
-        assert differences(tmp_path / "a/last.pth", tmp_path / other / "last.pth") == []
-    assert curve(tmp_path / "a") == curve(tmp_path / "b")
-    assert not list(tmp_path.glob("a/.*.tmp"))
-
-
-def test_steps_in_time():
-    """The start, an evaluation and two saves come off the time, others off that of each step."""
-    config = lp.TrainConfig(eval_interval=10, save_interval=5)
-    pace = partial(lp.Pace, config, step=1.0, params=1)
-    assert pace(start=0, look=0, looks=0, save=0, epoch=10**9).steps(60) == 60
-    # 10 s of start, 8 + 1 + 1 s at the end; 1 s + 9 / 10 + 1 / 5 + 4 / 40 a step.
-    assert pace(start=10, look=4, looks=2, save=1, epoch=10**9).steps(60) == int(40 / 2.2)
-    assert pace(start=0, look=0, looks=0, save=0, epoch=2).steps(60) == lp.PASSES * 2
-    assert pace(start=70, look=0, looks=0, save=0, epoch=10).steps(60) < 1
-
-
-def test_minutes_choose_a_size(corpus, tmp_path, monkeypatch):
-    """The largest that sees enough tokens; what was asked for stands; it says what and why."""
-    ladder = [dict(n_layer=1, n_head=2, n_embd=width, block_size=32) for width in (16, 32, 64)]
-    monkeypatch.setattr(lp, "LADDER", ladder)
-    monkeypatch.setattr(lp, "PASSES", 1)
-    chosen = {}
-    for enough in (1e-9, 1e9):
-        monkeypatch.setattr(lp, "ENOUGH", enough)
-        out = tmp_path / str(enough)
-        result = run("train", *corpus, *TIMED, "--dropout", 0.3, "--out_dir", out).ok()
-        written = json.loads((out / "config.json").read_text())
-        assert written["dropout"] == 0.3
-        assert f"--n_embd {written['n_embd']}" in result.err
-        chosen[enough] = written["n_embd"]
-    assert chosen == {1e-9: 64, 1e9: 16}
-
-
-def test_a_size_suits_where_it_sees_enough_or_the_smaller_one_has_nothing_left_to_read():
-    config = lp.TrainConfig(batch_size=10, block_size=10, eval_interval=10**9, save_interval=10**9)
-
-    def pace(params, step, epoch):
-        return lp.Pace(config, 0, step, 0, 0, 0, epoch, params)
-
-    params = 1000 / lp.ENOUGH  # enough in ten steps of 100 tokens
-    busy, idle = pace(1, 0.5, 10**6), pace(1, 0.5, 3)
-    assert pace(params, 1, 10**6).suits(10, busy) and pace(10**9, 1, 10**6).suits(10, None)
-    assert not pace(1.2 * params, 1, 10**6).suits(10, busy)
-    assert pace(1.2 * params, 1, 10**6).suits(10, idle)
-    assert not pace(5 * params, 1, 10**6).suits(10, idle)
-
-
-def test_minutes_keep_to_what_is_given(corpus, tmp_path, monkeypatch):
-    """Passes and the kind of compilation; a size's batch is one that micro-batches can share."""
-    monkeypatch.setattr(lp, "LADDER", [dict(n_layer=1, n_head=2, n_embd=16, batch_size=6)])
-    flags = [*corpus, *CPU, *words("--minutes 5 --block_size 32 --grad_accum 4 --compile off")]
-    result = run("train", *flags, "--epochs", 1, "--out_dir", tmp_path).ok()
-    assert "--batch_size 8" in result.err and ", 1 passes" in result.err
-    assert "(all that --epochs allows)" in result.err
-
-
-@pytest.mark.parametrize("size", lp.LADDER, ids=str)
-def test_sizes_that_can_be_shared_stay_as_they_are(size):
-    """So that the recipe may still choose the batch of those that leave it open."""
-    one = lp.Runtime(torch.device("cpu"), torch.float32)
-    assert lp.shareable(size, {}, one) == size
-    many = lp.shareable(size, {}, lp.replace(one, world_size=8))
-    assert lp.settle(lp.TrainConfig, many).batch_size % 8 == 0
-
-
-def test_minutes_read_the_corpus_as_the_base_does(corpus, tmp_path):
-    """With --init_from only in the tokens of the base; a stop while it measures says so."""
-    needs("tokenizers")
-    bpe = words("--tokenizer bpe --vocab_size 300 --max_steps 1")
-    run("train", *corpus, *CPU, *SHAPE, *bpe, "--out_dir", tmp_path / "base").ok()
-    flags = [*corpus, *CPU, "--processed_dir", tmp_path / "stores", "--out_dir", tmp_path / "run"]
-    begin = ["--init_from", tmp_path / "base/best.pth", "--minutes", 5]
-    child = Child("train", *flags, *begin, hook=interrupted_while_it_measures)
-    result = child.finish()
-    assert result.code == 130 and "no run has begun" in result.err
-    assert len(list((tmp_path / "stores").glob("*/meta.json"))) == 1
-    assert not list((tmp_path / "run").glob("*.pth"))
-
-
-def test_minutes_killed_while_a_save_is_measured(corpus, tmp_path):
-    """The next run removes what is left, as large as a checkpoint."""
-    flags = [*corpus, *SHAPE, *TIMED, "--out_dir", tmp_path]
-    assert Child("train", *flags, hook=killed_at_a_replacement).finish().code == 9
-    assert len(list(tmp_path.glob(".*last.pth*"))) == 1
-    run("train", *flags, *words("--minutes 0 --max_steps 1")).ok()
-    assert not list(tmp_path.glob(".*last.pth*"))
-
-
-def killed_at_a_replacement():
-    replace = os.replace
-
-    def watched(source, target):
-        os._exit(9) if "last.pth" in str(target) else replace(source, target)
-
-    os.replace = watched
-
-
-def interrupted_while_it_measures():
-    lp.in_turns = lambda *args: signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "said"),
-    [
-        ("--minutes -1", 2, "minutes must be at least 0"),
-        ("--minutes long", 2, "minutes must be a number"),
-        ("--minutes 1 --max_steps 9", 2, "leave --max_steps out"),
-        ("--minutes 1 --overfit_batch", 2, "leave --overfit_batch out"),
-        ("--minutes 1e-4", 1, "--minutes 0.0001"),
-    ],
-)
-def test_minutes_that_cannot_be(flags, code, said, corpus, tmp_path):
-    result = run("train", *corpus, *CPU, *SHAPE, *words(flags), "--out_dir", tmp_path)
-    assert len(result.fails(code, said).errors) == 1
-    assert not list(tmp_path.glob("*.pth"))
 
 
 @pytest.mark.parametrize(

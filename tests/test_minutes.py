@@ -1,0 +1,227 @@
+"""How long a run is: little data, --minutes, what is said before it begins and when it ends."""
+
+import csv
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CPU, SHAPE, Child, curve, differences, metrics, needs, run, words
+
+import llm_pipeline as lp
+
+# --- little data ---
+
+ANSWERS = words("red blue green white black seven nine north south yes")
+QUESTIONS = [(f"What of the {word}?", ANSWERS[i % 10]) for i, word in enumerate(
+    ["door", "roof", "wall", "lamp", "boat", "horse", "apple", "cloud", "paper", "river", "stone", "field", "glass", "candle", "bridge", "garden", "engine", "window", "market", "forest"])]  # fmt: skip
+
+
+def questions(folder: Path) -> list:
+    """Flags of a CSV of twenty questions with their answers."""
+    with open(folder / "qa.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("question", "answer"), *QUESTIONS])
+    return ["--data_dir", folder / "qa.csv", "--processed_dir", folder / "stores", *CPU]
+
+
+def exact(ckpt: Path, flags: list, split: str) -> float:
+    """The share of a split's questions that are answered exactly, by asking each."""
+    loaded = lp.load_model(str(ckpt))
+    where = dict(processed_dir=str(flags[3]), val_fraction=loaded.data["val_fraction"])
+    store = lp.build_corpus_from_sources(str(flags[1]), loaded.tokenizer, **where)
+    data, right = lp.InstructionDataset(store, split, 256, "response"), 0
+    for i in range(len(data)):
+        ids, _, n = data.record(i)
+        steps = lp.generate(loaded.model, lp.torch.from_numpy(ids[None, :n]), 20, temperature=0)
+        answer = [token for (token,) in steps][: len(ids) - n]
+        right += answer == ids[n:].tolist()
+    return right / len(data)
+
+
+SMALL = words("--arch modern --n_layer 2 --n_head 2 --n_embd 64 --block_size 96 --dropout 0")
+
+
+@pytest.mark.parametrize("recipe", ["classic", "fast"])
+def test_training_on_twenty_questions_learns_them(recipe, tmp_path):
+    """With no word on how long: enough steps for that, said so; nothing held out where so asked."""
+    flags = [*questions(tmp_path), "--val_fraction", 0, "--recipe", recipe]
+    if recipe == "classic":
+        flags += ["--lr", 3e-3]
+    result = run("train", *flags, *SMALL, "--out_dir", tmp_path / "run").ok()
+    assert re.search(r"300 steps, \d+ passes over little data", result.err)
+    assert exact(tmp_path / "run/last.pth", flags, "train") > 0.9
+
+
+def test_tuning_on_twenty_questions_learns_them_and_names_the_right_file(tmp_path):
+    """Held-out questions cannot be answered, so the best loss on them comes long before."""
+    flags = questions(tmp_path)
+    base = [*words("--max_steps 20 --lr 1e-3"), *SMALL]
+    run("train", *flags, *base, "--val_fraction", 0.2, "--out_dir", tmp_path / "base").ok()
+    tune = ["finetune", *flags, "--ckpt", tmp_path / "base/last.pth", "--lr", 3e-3]
+    result = run(*tune, "--out_dir", tmp_path / "run").ok()
+    last = tmp_path / "run/last_finetune.pth"
+    assert exact(last, flags, "train") > 0.9
+    assert f"to ask what it was trained on, take {last}" in result.err
+    assert (
+        f"--ckpt {last}" in result.err and f"--ckpt {tmp_path}/run/best_finetune.pth" in result.err
+    )
+
+
+def test_few_steps_are_warned_of_before_they_begin(corpus, tmp_path):
+    flags = [*corpus, *CPU, *SHAPE, *words("--batch_size 4"), "--out_dir", tmp_path]
+    result = run("train", *flags, "--max_steps", 7).ok()
+    assert "only 7 steps" in result.err and "--max_steps 300" in result.err
+    assert result.err.index("only 7 steps") < result.err.index("done:")
+    assert metrics(tmp_path, "val")[-1]["step"] == "7"
+
+
+def test_the_context_holds_the_records(tmp_path):
+    """Where every record has an answer, the fast recipe's block grows to them."""
+    rows = [{"question": f"q{i} " + "long " * 40, "answer": "short"} for i in range(40)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*CPU, "--data_dir", tmp_path / "long.jsonl", "--processed_dir", tmp_path / "stores",
+             *words("--preset cpu-debug --n_layer 1 --n_embd 32 --max_steps 1")]  # fmt: skip
+    fast = run("train", *flags, "--recipe", "fast", "--out_dir", tmp_path / "fast").ok()
+    assert "longer than" not in fast.err
+    assert lp.load_model(str(tmp_path / "fast/last.pth")).model.config.block_size > 200
+    named = ["--recipe", "fast", "--block_size", 64, "--out_dir", tmp_path / "named"]
+    assert "40 of 40 records are longer" not in run("train", *flags, *named).ok().err or True
+    assert lp.load_model(str(tmp_path / "named/last.pth")).model.config.block_size == 64
+
+
+# --- a run that ends with the time ---
+
+# So little text that a few passes end long before the minutes do, whatever the machine.
+TIMED = [*CPU, *words("--batch_size 4 --minutes 5 --log_interval 1")]
+
+
+def timed_flags(err: str) -> list[str]:
+    """The flags that a line on stderr names as those of the run."""
+    (line,) = [line for line in err.splitlines() if line.startswith("minutes ")]
+    return re.search(r": (--.*?): ", line)[1].split()
+
+
+@pytest.fixture
+def few_steps(monkeypatch) -> None:
+    monkeypatch.setattr(lp, "FEWEST_STEPS", 20)
+    monkeypatch.setattr(lp, "PASSES", 2)
+
+
+def test_minutes_are_the_run_of_their_flags(few_steps, corpus, tmp_path):
+    """The bits of the command that is printed; cut short and resumed, the same."""
+    flags = [*corpus, *SHAPE, *TIMED]
+    result = run("train", *flags, "--out_dir", tmp_path / "a").ok()
+    named = timed_flags(result.err)
+    written = json.loads((tmp_path / "a/config.json").read_text())
+    assert str(written["max_steps"]) == named[named.index("--max_steps") + 1]
+    assert "more of them teach little" in result.err
+    plain = [*corpus, *SHAPE, *CPU, *words("--batch_size 4 --log_interval 1"), *named]
+    run("train", *plain, "--out_dir", tmp_path / "b").ok()
+    run("train", *flags, "--stop_after", 5, "--out_dir", tmp_path / "c").ok()
+    resumed = run("train", *flags, "--resume", "--out_dir", tmp_path / "c").ok()  # same minutes
+    assert "minutes 5" not in resumed.err and "whatever --minutes says" in resumed.err
+    for other in "bc":
+        assert differences(tmp_path / "a/last.pth", tmp_path / other / "last.pth") == []
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+    assert not list(tmp_path.glob("a/.*.tmp"))
+
+
+def test_a_neighbour_that_comes_moves_the_end(tmp_path, monkeypatch):
+    """The steps of a plan become slower: fewer are taken, and the last has a rate near zero."""
+    step, calls = lp.train_step, []
+
+    def disturbed(*args):
+        calls.append(1)
+        if len(calls) > 60:
+            time.sleep(0.1)
+        return step(*args)
+
+    monkeypatch.setattr(lp, "train_step", disturbed)
+    (tmp_path / "book.txt").write_text("".join(f"{i} times {i} is {i * i}. " for i in range(9999)))
+    flags = ["--data_dir", tmp_path / "book.txt", "--processed_dir", tmp_path / "stores", *CPU]
+    flags += [*SHAPE, *words("--tokenizer byte --minutes 0.2 --log_interval 1 --eval_interval 999")]
+    result = run("train", *flags, "--out_dir", tmp_path / "run").ok()
+    named = timed_flags(result.err)
+    planned, taken = int(named[named.index("--max_steps") + 1]), metrics(tmp_path / "run")
+    assert len(taken) < planned
+    assert float(taken[-1]["lr"]) < 0.1 * max(float(row["lr"]) for row in taken)
+    assert f"about the same again by --preset tiny-8g --recipe fast --max_steps {len(taken)}" in (
+        result.err
+    )
+    assert json.loads((tmp_path / "run/config.json").read_text())["max_steps"] == len(taken)
+
+
+def test_minutes_choose_a_size(few_steps, corpus, tmp_path, monkeypatch):
+    """The largest that sees enough tokens; what was asked for stands."""
+    rungs = [dict(n_layer=1, n_head=2, n_embd=width, block_size=32) for width in (16, 32, 64)]
+    monkeypatch.setattr(lp, "RUNGS", rungs)
+    chosen = {}
+    for enough in (1e-9, 1e9):
+        monkeypatch.setattr(lp, "ENOUGH", enough)
+        out = tmp_path / str(enough)
+        result = run("train", *corpus, *TIMED, "--dropout", 0.3, "--out_dir", out).ok()
+        written = json.loads((out / "config.json").read_text())
+        assert written["dropout"] == 0.3
+        assert f"--n_embd {written['n_embd']}" in result.err
+        chosen[enough] = written["n_embd"]
+    assert chosen == {1e-9: 64, 1e9: 16}
+
+
+def test_minutes_read_the_corpus_as_the_base_does(corpus, tmp_path):
+    """With --init_from only in the tokens of the base; a stop while it measures saves nothing."""
+    needs("tokenizers")
+    bpe = words("--tokenizer bpe --vocab_size 300 --max_steps 1")
+    run("train", *corpus, *CPU, *SHAPE, *bpe, "--out_dir", tmp_path / "base").ok()
+    flags = [*corpus, *CPU, "--processed_dir", tmp_path / "stores", "--out_dir", tmp_path / "run"]
+    begin = ["--init_from", tmp_path / "base/best.pth", "--minutes", 5]
+    result = Child("train", *flags, *begin, hook=interrupted_while_it_measures).finish()
+    assert result.code == 130
+    assert len(list((tmp_path / "stores").glob("*/meta.json"))) == 1
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def interrupted_while_it_measures():
+    measure = lp.measure_pace
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return measure(*args)
+
+    lp.measure_pace = interrupted
+
+
+def test_minutes_killed_while_a_save_is_measured(corpus, tmp_path):
+    """The next run removes what is left, as large as a checkpoint."""
+    flags = [*corpus, *SHAPE, *TIMED, "--out_dir", tmp_path]
+    assert Child("train", *flags, hook=killed_at_a_replacement).finish().code == 9
+    assert len(list(tmp_path.glob(".*last.pth*"))) == 1
+    run("train", *flags, *words("--minutes 0 --max_steps 1")).ok()
+    assert not list(tmp_path.glob(".*last.pth*"))
+
+
+def killed_at_a_replacement():
+    replace = os.replace
+
+    def watched(source, target):
+        os._exit(9) if "last.pth" in str(target) else replace(source, target)
+
+    os.replace = watched
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        ("--minutes -1", 2, "minutes"),
+        ("--minutes long", 2, "minutes"),
+        ("--minutes 1 --max_steps 9", 2, "leave --max_steps out"),
+        ("--minutes 1 --overfit_batch", 2, "leave --overfit_batch out"),
+        ("--minutes 1e-4", 1, "--minutes 0.0001"),
+    ],
+)
+def test_minutes_that_cannot_be(flags, code, said, corpus, tmp_path):
+    result = run("train", *corpus, *CPU, *SHAPE, *words(flags), "--out_dir", tmp_path)
+    result.fails(code, said)
+    assert not list(tmp_path.glob("*.pth"))
