@@ -6680,11 +6680,12 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
         note("recipe fast: " + ", ".join(f"{n} {getattr(config, n)}" for n in chosen))
     run = new_run(config, rt, stop, folder)
     if clock:
-        clock.run, run.after_step = run, clock
+        clock.run, clock.about, run.after_step = run, folder.about, clock
     elif rt.device.type == "cpu":
         run.after_step = partial(say_duration, run)
     best = run_fit(run, folder)
     if clock and clock.moved:
+        write_json(folder.file("config.json"), folder.about["config"])
         note(f"the clock has moved its end: about the same again by {clock.flags()}")
     if best and not stop:
         say_result(run, folder, best)
@@ -6843,7 +6844,7 @@ class Clock:
     def __init__(self, config: TrainConfig, pace: Pace, end: float, flags: dict):
         self.config, self.pace, self.end, self.given = config, pace, end, flags
         self.recent = deque(maxlen=max(10, config.max_steps // 10))  # seconds of the last steps
-        self.run, self.moved = None, False
+        self.run, self.about, self.moved = None, {}, False
 
     def __call__(self, seconds: float) -> None:
         p, rt, pace = self.run.progress, self.run.rt, self.pace
@@ -6856,6 +6857,7 @@ class Clock:
         drift = abs(total - p.total) * (pace.step + pace.beside) * slowed
         if drift > 0.04 * 60 * self.config.minutes:
             p.total = self.run.record.bar.total = self.config.max_steps = total
+            self.about["config"]["max_steps"] = total  # of the checkpoints from now on
             self.moved = True
 
     def flags(self) -> str:
@@ -6893,7 +6895,8 @@ def within_minutes(
             f"--minutes {config.minutes:g} is over before the first step: evaluating and saving take "
             f"{pace.end:.1f} s: give more"
         )
-    planned = settle(TrainConfig, chosen | explicit | {"max_steps": steps})
+    numbers = {"max_steps": steps, "threads": trial.threads}
+    planned = settle(TrainConfig, chosen | explicit | numbers)
     planned.minutes = config.minutes
     clock = Clock(planned, pace, end, {"preset": config.preset, "recipe": "fast"} | chosen)
     speed = planned.batch_size * planned.block_size / pace.step

@@ -16,8 +16,9 @@ import llm_pipeline as lp
 # --- little data ---
 
 ANSWERS = words("red blue green white black seven nine north south yes")
-QUESTIONS = [(f"What of the {word}?", ANSWERS[i % 10]) for i, word in enumerate(
-    ["door", "roof", "wall", "lamp", "boat", "horse", "apple", "cloud", "paper", "river", "stone", "field", "glass", "candle", "bridge", "garden", "engine", "window", "market", "forest"])]  # fmt: skip
+THINGS = words("door roof wall lamp boat horse apple cloud paper river stone field glass candle "
+               "bridge garden engine window market forest")  # fmt: skip
+QUESTIONS = [(f"What of the {thing}?", ANSWERS[i % 10]) for i, thing in enumerate(THINGS)]
 
 
 def questions(folder: Path) -> list:
