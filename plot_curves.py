@@ -32,12 +32,7 @@ PICTURES = {  # file name: (splits, what is drawn)
     "val_loss.png": (("val",), "validation loss"),
     "val_ppl.png": (("val",), "validation perplexity"),
 }
-# Legible at half size; opaque, so that a dark page leaves the letters readable.
-STYLE = {
-    "font.size": 13, "legend.fontsize": 12, "axes.titlesize": 13, "savefig.dpi": 120,
-    "figure.facecolor": "white", "savefig.transparent": False, "axes.grid": True,
-    "grid.alpha": 0.3, "axes.spines.top": False,
-}  # fmt: skip
+STYLE = {"font.size": 13, "savefig.dpi": 120, "axes.grid": True, "grid.alpha": 0.3}
 
 
 @dataclass
@@ -114,12 +109,12 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def short_names(files: list[Path]) -> list[str]:
-    """Names of the files' folders, with as many parents as tell them apart; else whole paths."""
+    """Names of the files' folders, with as many parents as tell them apart; or of the files."""
     for n in range(1, 5):
         names = ["/".join(file.resolve().parent.parts[-n:]) for file in files]
         if len(set(names)) == len(names):
             return names
-    return [str(file) for file in files]
+    return [f"{file.resolve().parent.name}/{file.stem}" for file in files]
 
 
 @contextlib.contextmanager
@@ -207,44 +202,33 @@ def finish(*every) -> None:
 
 
 def draw_lengths(out_dir: Path, stores: dict[str, dict], args: argparse.Namespace) -> None:
-    """token_lengths.png: documents by their length, with the length that 95% stay within."""
-    import numpy as np
-
-    every = sorted({length for lengths in stores.values() for length in lengths})
-    wide = every[-1] > 20 * every[0]
-    edges = (np.geomspace if wide else np.linspace)(every[0], every[-1] + 1, 50)
+    """token_lengths.png: how many documents have how many tokens."""
     with picture(out_dir / "token_lengths.png") as (axes,):
-        for number, (name, lengths) in enumerate(stores.items()):
-            sizes, counts = np.array(sorted(lengths.items())).T
-            most = sizes[np.searchsorted(counts.cumsum(), 0.95 * counts.sum())]
-            words = f"{name}: {counts.sum():,} documents, 95% within {most:,} tokens"
-            axes.hist(sizes, np.unique(edges.round()), weights=counts, alpha=0.6, label=words)
-            axes.axvline(most, color=f"C{number}", linestyle="--")
-        axes.set(xlabel="tokens in a document", ylabel="documents", ymargin=0.2)
-        axes.set_xscale("log" if wide else "linear")
+        for name, lengths in stores.items():
+            words = f"{name}: {sum(lengths.values()):,} documents"
+            weights = list(lengths.values())
+            axes.hist(list(lengths), bins=50, weights=weights, alpha=0.6, label=words)
+        axes.set(xlabel="tokens in a document", ylabel="documents")
         finish(axes)
 
 
 DRAW = {"run": draw_curves, "store": draw_lengths}
 
 
-def files_of(path: Path) -> list[Path]:
-    """A folder's curves, or its token store; any other path stands for itself."""
-    if not path.is_dir():
-        return [path]
-    if found := sorted(path.glob("metrics*.csv")) or list(path.glob("meta.json")):
-        return found
-    raise ValueError("holds no metrics.csv, and no meta.json of a token store")
-
-
-def read(path: Path, x: str) -> tuple[str, Curves | dict]:
-    """("run", curves) or ("store", {length: documents}), told by the content."""
-    if path.suffix != ".json":
-        return "run", read_curves(path, x)
-    lengths = json.loads(path.read_text(encoding="utf-8")).get("lengths")
+def read(path: Path, x: str) -> dict[str, dict[Path, Curves | dict]]:
+    """{"run" or "store": {file: content}} of a file or folder. Raises ValueError where none is."""
+    if path.is_dir():
+        files = sorted(path.glob("metrics*.csv")) or list(path.glob("meta.json"))
+        if not files:
+            raise ValueError("holds no metrics.csv, and no meta.json of a token store")
+    else:
+        files = [path]
+    if files[0].suffix != ".json":
+        return {"run": {file: read_curves(file, x) for file in files}}
+    lengths = json.loads(files[0].read_text(encoding="utf-8")).get("lengths")
     if not lengths:
         raise ValueError("not the meta.json of a token store")
-    return "store", {int(length): documents for length, documents in lengths.items()}
+    return {"store": {files[0]: {int(length): n for length, n in lengths.items()}}}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -259,9 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     problems = []
     for path in args.path:
         try:
-            for file in files_of(path):
-                kind, content = read(file, args.x)
-                found[kind][file] = content
+            for kind, contents in read(path, args.x).items():
+                found[kind] |= contents
         except (OSError, ValueError, csv.Error) as error:
             problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
     files = [file for inputs in found.values() for file in inputs]

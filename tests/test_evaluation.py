@@ -237,6 +237,28 @@ def test_bytes_are_those_of_the_text_whatever_the_tokens(make, tmp_path):
     assert unknown > 100 if make is word_level else unknown == 0
 
 
+def test_texts_without_a_first_token(tmp_path):
+    """A foreign vocabulary may declare no bos: then nothing stands before a text."""
+    library = needs("tokenizers")
+    made = added_tokens(library)
+    made.add_special_tokens(list(lp.SPECIAL_TOKENS))
+    ids = {f"{name}_id": made.token_to_id(f"<|{name}|>") for name in ("pad", "eos", "sep")}
+    tokenizer = lp.BPETokenizer(made.to_str(), bos_id=None, **ids)
+    rows = [f"the sun and the river {i} Größe" for i in range(6)]
+    tasks = [{"instruction": f"say {row}", "input": "", "output": row} for row in rows]
+    lines = [json.dumps(row) + "\n" for row in [{"text": row} for row in rows] + tasks]
+    (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+    store = open_store(tmp_path / "a.jsonl", tmp_path, tokenizer)
+    loaded = lp.Loaded(random_model(tokenizer.vocab_size), tokenizer, {})
+    records = [("", row) for row in rows]
+    records += [(prompt_of(task), f" {task['output']}\n") for task in tasks]
+    wanted = naive_figures(loaded, records, 64)
+    figures = ("loss", "tokens", "bytes", "bits_per_byte")
+    assert_figures(lp.report(loaded, store, RT, "all"), {name: wanted[name] for name in figures})
+    with pytest.raises(lp.UserError, match="--prompt"):
+        lp.sample_text(loaded.model, tokenizer, "")
+
+
 def test_batches_do_not_change_the_figures(checkpoint, texts, tmp_path):
     one, many = (evaluate(checkpoint, texts[0], tmp_path, "--batch_size", n) for n in (1, 64))
     figures = (*lp.COUNTS, "loss", "bits_per_byte", "word_ppl")

@@ -97,6 +97,10 @@ def test_several_runs_have_short_names_of_their_own(metrics, figures, tmp_path):
     names = [f"{tmp_path.name}/run", "deep/run"]
     assert labels(axes) == [f"{name}: training" for name in names]
     assert axes.get_xscale() == axes.get_yscale() == "log"
+    (metrics.parent / "metrics_finetune.csv").write_text(HEADER + ROWS, encoding="utf-8")
+    assert plot(metrics.parent) == 0
+    names = [text.split(":")[0] for text in labels(figures["training loss"][0])]
+    assert names == ["run/metrics", "run/metrics_finetune"]
 
 
 def test_what_holds_no_curve_is_passed_over(metrics, tmp_path, capsys):
