@@ -3188,13 +3188,10 @@ PREFERENCES = ("chosen", "rejected")
 INPUTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
 LABELS = ("label", "sentiment", "class")
-UNSUPPORTED = {
-    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id", "image",
-                     "images", "video", "videos", "audio", "audios"),
-                    "tool calls and media are not supported"),
-    **dict.fromkeys(("train_detail", "training_detail"),
-                    "masks inside a message are not supported: split the message"),
-}  # fmt: skip
+UNSUPPORTED = (
+    "tools", "functions", "tool_calls", "function_call", "tool_call_id", "image", "images",
+    "video", "videos", "audio", "audios", "train_detail", "training_detail",
+)  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")
 MASKS = {"weight", "train", "training", "trainable", "loss"}  # OpenAI's, axolotl's and swift's
 KNOWN_COLUMNS = {*QUESTIONS, *ANSWERS, *DIALOGUES, *PREFERENCES, *INPUTS, *SYSTEMS, *LABELS,
@@ -3254,24 +3251,27 @@ def flag(value) -> bool | None:
 
 
 def refuse_unsupported(row: dict, place: str) -> None:
-    """Tool calls and media cannot be rendered; without them a dialogue would be half read."""
-    for name in row.keys() & UNSUPPORTED.keys():
+    """What cannot be rendered: without it a dialogue would be half read."""
+    for name in row.keys() & UNSUPPORTED:
         if row[name] not in (None, "", "[]", [], {}):
-            raise ValueError(f"{name!r} in {place}: {UNSUPPORTED[name]}")
+            what = "tool calls, media and masks inside a message are not supported"
+            raise ValueError(f"{name!r} in {place}: {what}")
 
 
-def content_of(entry: dict, name: str, column: str) -> str:
-    """The text under `name` or "value", or that of its parts {type: text, text}."""
-    content = entry.get(name) if entry.get(name) is not None else entry.get("value")
-    if isinstance(content, list) and name == "content":
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text":
+def content_of(entry: dict, column: str) -> str:
+    """The text of a message, or that of its parts {type: text, text}."""
+    content = entry.get("content") if entry.get("content") is not None else entry.get("value")
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, dict):
+            if part.get("type") != "text":
+                kind = part.get("type")
                 raise ValueError(f"a part of type {kind!r} in {column!r}: only text is supported")
-        return "".join(content_of(part, "text", column) for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f"a message in {column!r} has no text")
-    return text_from(content, column)
+            part = part.get("text") or part.get("value")
+        if not isinstance(part, str):
+            raise ValueError(f"a message in {column!r} has no text")
+        texts.append(text_from(part, column))
+    return "".join(texts)
 
 
 def message_from(entry: dict, column: str) -> Message:
@@ -3289,7 +3289,7 @@ def message_from(entry: dict, column: str) -> Message:
     for name, value in masks.items():
         if flag(value) is None:
             raise ValueError(f"{name} {value!r} in {column!r} is neither 0 nor 1")
-    return Message(ROLES[role], content_of(entry, "content", column),
+    return Message(ROLES[role], content_of(entry, column),
                    trained=all(map(flag, masks.values())))  # fmt: skip
 
 
@@ -3951,21 +3951,21 @@ def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
     return roles
 
 
-def role_of(path: Path) -> str:
-    """train, val or test, where a name and those beside it speak of a split, else ""."""
-    role = role_in_name(path.name)
-    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
-        beside = {role_in_name(e.name) for e in entries if e.is_dir() == path.is_dir()}
-        return role if ("val" if role == "train" else "train") in beside else ""
-    return ""
-
-
 def data_role(config: DataConfig) -> str:
-    """The role of what --data_dir names: a folder, or a file and the folder it stands in."""
-    root = Path(os.path.abspath(config.data_dir))
+    """The role of what --data_dir names, or of the folder of a file: train, val, test or "".
+
+    Its name counts where those beside it speak of the other parts of a split.
+    """
     if config.hf_dataset:
         return ""
-    return role_of(root) or ("" if root.is_dir() else role_of(root.parent))
+    root = Path(os.path.abspath(config.data_dir))
+    for path in [root] if root.is_dir() else [root, root.parent]:
+        role = role_in_name(path.name)
+        with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+            beside = {role_in_name(e.name) for e in entries if e.is_dir() == path.is_dir()}
+            if role and ("val" if role == "train" else "train") in beside:
+                return role
+    return ""
 
 
 def toy_rows() -> Iterator[tuple]:
