@@ -504,6 +504,19 @@ def test_all_ends_of_text_and_no_bos(hf, tmp_path):
     assert config.bos_token_id is None and set(config.eos_token_id) == {0, 1}
 
 
+def test_generation_stops_at_the_second_end(hf, tmp_path):
+    """A head that gives 0, <|endoftext|>, after this prompt; the tokenizer declares <|im_end|>."""
+    folder = foreign_folder(tmp_path / "hf", hf)
+    ids = lp.load_tokenizer(str(folder)).encode("the cat").astype(int)
+    with torch.no_grad():
+        last = load_peer(folder).model(torch.from_numpy(ids)[None]).last_hidden_state[0, -1]
+    head = torch.zeros(300, 32)
+    head[0] = last
+    edit_tensors(lambda t: t.update({"lm_head.weight": head}))(folder)
+    edit_json(tie_word_embeddings=False)(folder)
+    assert lp.load(str(folder), device="cpu").generate("the cat", temperature=0.0) == ""
+
+
 def test_an_end_undeclared_by_the_tokenizer(hf, tmp_path):
     folder = foreign_folder(tmp_path / "hf", hf, eos_token=None)
     tokenizer = lp.load_model(str(folder)).tokenizer
