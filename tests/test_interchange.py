@@ -510,8 +510,8 @@ def test_generation_stops_at_the_second_end(hf, tmp_path):
     ids = lp.load_tokenizer(str(folder)).encode("the cat").astype(int)
     with torch.no_grad():
         last = load_peer(folder).model(torch.from_numpy(ids)[None]).last_hidden_state[0, -1]
-    head = torch.zeros(300, 32)
-    head[0] = last
+    head = 0.1 * torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+    head[0] = last  # and something else after it
     edit_tensors(lambda t: t.update({"lm_head.weight": head}))(folder)
     edit_json(tie_word_embeddings=False)(folder)
     assert lp.load(str(folder), device="cpu").generate("the cat", temperature=0.0) == ""
