@@ -60,6 +60,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
@@ -5138,6 +5139,7 @@ def transformers_library():
     library = optional("transformers")
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     return library
 
 
