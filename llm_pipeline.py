@@ -2807,7 +2807,7 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     """
     tokenizers = optional("tokenizers")
     special = names_in(config.special_tokens) or list(SPECIAL_TOKENS)
-    extra = names_in(config.extra_special_tokens)
+    extra = [name for name in names_in(config.extra_special_tokens) if name not in special]
     library = byte_level_library(tokenizers.models.BPE())
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=config.vocab_size,

@@ -336,7 +336,8 @@ def test_trained_special_tokens_keep_their_roles(trained):
 def test_tokens_of_the_user_are_made_from_text(tmp_path):
     """In the store and anywhere else, whole, whatever stands around them; ours never are."""
     text = "".join(f"<|user|>hi {n}<|sep|> <|tool|>x<|user|>\n" for n in range(50))
-    store = trained_on(tmp_path, text, extra_special_tokens="<|user|>,<|tool|>", vocab_size=300)
+    extra = "<|user|>,<|tool|>,<|sep|>"  # the last is ours already
+    store = trained_on(tmp_path, text, extra_special_tokens=extra, vocab_size=300)
     library = tokenizers.Tokenizer.from_str(store.tokenizer.json)
     user, tool, sep = map(library.token_to_id, ("<|user|>", "<|tool|>", "<|sep|>"))
     ids = [*store.tokens["train"].tolist(), *store.tokens["val"].tolist()]
