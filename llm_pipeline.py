@@ -2523,13 +2523,13 @@ def newton_schulz_in_bf16(X: Tensor) -> Tensor:
     """Each round corrects the rounding of the one before, so that bf16 will do, where the hardware
     multiplies it: elsewhere it is emulated, thirty times slower than fp32. Sums are fused."""
     native = X.is_cuda or cpu_has_bf16()
-    X = X.bfloat16() if native else X
-    X = X if X.ndim == 3 else X[None]
+    shape = X.shape
+    X = (X.bfloat16() if native else X).reshape(-1, *shape[-2:])
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         G = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(G, G, G, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return X
+    return X.view(shape)
 
 
 class QuickAdamW(torch.optim.AdamW):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -25,6 +26,8 @@ from conftest import (
     words,
     write_corpus,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import llm_pipeline as lp
 
@@ -291,19 +294,24 @@ def test_accumulation_gives_the_same_gradient_on_padded_batches(
             assert distance < 1e-5, (accum, name, float(distance))
 
 
+def small_store(corpus):
+    return lp.build_corpus_from_sources(corpus[1], processed_dir=corpus[3], val_fraction=0.2)
+
+
+def batch_of(data, numbers) -> lp.Batch:
+    return data.collate([data[i] for i in numbers])
+
+
 def test_padding_does_not_count(corpus):
     """The loss of a padded batch is the sum of its records', each alone and without padding."""
-    folder, stores = corpus[1], corpus[3]
-    config = lp.DataConfig(data_dir=folder, processed_dir=stores, val_fraction=0.2)
-    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
+    store = small_store(corpus)
     model = lp.GPT(lp.GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=32)).eval()
     for loss_on in ("all", "response"):
         records = lp.InstructionDataset(store, "train", 128, loss_on=loss_on)
-        ids = torch.arange(len(records)).numpy()
-        batch = records.batch(ids)
-        assert (batch.y != lp.IGNORE).sum() == records.n_targets(ids) < batch.y.numel()
+        batch = batch_of(records, range(len(records)))
+        assert (batch.y != lp.IGNORE).sum() == batch.n_targets < batch.y.numel()
         whole = model.losses(batch.x, batch.y, "sum")
-        alone = [records.batch(ids[i : i + 1]) for i in range(len(ids))]
+        alone = [batch_of(records, [i]) for i in range(len(records))]
         assert len({one.x.shape[1] for one in alone}) > 1
         assert float(whole) == pytest.approx(
             sum(float(model.losses(one.x, one.y, "sum")) for one in alone), rel=1e-5
@@ -312,21 +320,90 @@ def test_padding_does_not_count(corpus):
 
 def test_answers_that_weigh_more(corpus):
     """The loss is that of all tokens, and six times more that of the answers; each by itself."""
-    config = lp.DataConfig(data_dir=corpus[1], processed_dir=corpus[3], val_fraction=0.2)
-    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
+    store = small_store(corpus)
     model = lp.GPT(lp.GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=32)).eval()
-    weighted = lp.RecordDataset(store, "train", 64, 1, 4, weight=7)
-    ids = torch.arange(len(weighted)).numpy()
-    loss, n_targets, _ = lp.next_token_loss(model.losses, weighted.batch(ids))
-    assert n_targets == weighted.n_targets(ids)
-    halves = [lp.next_token_loss(model.losses, b)[0] for b in weighted.batch(ids[:8]).split(2)]
-    one = lp.next_token_loss(model.losses, weighted.batch(ids[:8]))[0]
+    weighted = lp.InstructionDataset(store, "train", 64, answer_weight=7)
+    ids = range(len(weighted))
+    loss, _ = lp.next_token_loss(model.losses, batch_of(weighted, ids))
+    first = batch_of(weighted, ids[:8])
+    halves = [lp.next_token_loss(model.losses, half)[0] for half in first.split(2)]
+    one = lp.next_token_loss(model.losses, first)[0]
     assert sum(halves).item() == pytest.approx(one.item(), rel=1e-5)
-    parts = (
-        lp.InstructionDataset(store, "train", 64, 1, loss_on) for loss_on in ("all", "response")
-    )
-    sums = [lp.next_token_loss(model.losses, part.batch(ids))[0].item() for part in parts]
+    sums, counts = [], []
+    for loss_on in ("all", "response"):
+        batch = batch_of(lp.InstructionDataset(store, "train", 64, loss_on), ids)
+        sums.append(lp.next_token_loss(model.losses, batch)[0].item())
+        counts.append(batch.n_targets)
     assert loss.item() == pytest.approx(sums[0] + 6 * sums[1], rel=1e-5)
+    assert batch_of(weighted, ids).n_targets == counts[0] + 6 * counts[1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    n=st.integers(1, 90), size=st.integers(1, 40), world=st.sampled_from([1, 2, 4]),
+    accum=st.sampled_from([1, 2, 4]), seed=st.integers(0, 9), step=st.integers(0, 30),
+)  # fmt: skip
+def test_the_batch_of_a_step_is_a_function_of_seed_and_step(n, size, world, accum, seed, step):
+    """From any step, in any number of processes; an epoch has each sample at most once."""
+    data = lp.LMDataset(range(4 * n + 1), 4)
+    if n < world:
+        with pytest.raises(lp.UserError):
+            lp.StepSampler(data, size, seed, accum, 0, world)
+        return
+    size *= world * accum
+
+    def rows_of_step(rank, world, accum, first):
+        sampler = lp.StepSampler(data, size, seed, accum, rank, world)
+        sampler.first, sampler.end = first, step + 1
+        return list(sampler)[-1]
+
+    alone = rows_of_step(0, 1, 1, step)
+    assert alone == rows_of_step(0, 1, 1, 0)
+    together = [i for rank in range(world) for i in rows_of_step(rank, world, accum, step)]
+    if world == 1 or n >= size:
+        assert sorted(together) == sorted(alone)
+    sampler = lp.StepSampler(data, size, seed)
+    epoch = [i for batch in sampler for i in batch]
+    assert len(set(epoch)) == len(epoch) == n - n % min(n, size)
+    assert n < 12 or [i for batch in sampler for i in batch] != epoch  # the next one
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(2, 120), block=st.integers(1, 30), stride=st.integers(0, 30),
+    masked=st.lists(st.tuples(st.integers(0, 120), st.integers(0, 12)), max_size=6),
+    shift=st.integers(0, 30),
+)  # fmt: skip
+def test_a_masked_token_is_never_a_target(n, block, stride, masked, shift):
+    hidden, ranges = np.zeros(300, bool), []
+    for start, length in sorted(masked):
+        if length and not hidden[start : start + length].any():
+            hidden[start : start + length] = True
+            ranges.append((start, start + length))
+    data = lp.LMDataset(np.arange(n), block, stride, np.array(ranges, np.int64).reshape(-1, 2))
+    data.shift = min(shift, data.slack)
+    for x, y in data:
+        wanted = torch.where(torch.from_numpy(hidden)[x + 1], lp.IGNORE, x + 1)
+        assert torch.equal(y, wanted)
+
+
+def test_whole_blocks_are_all_seen():
+    """floor((N - 1) / L) windows; validation goes through all of them, in order."""
+    for n in (17, 24, 25, 100):
+        data = lp.LMDataset(range(n), 8)
+        assert len(data) == (n - 1) // 8
+        loader = lp.make_loader(data, lp.ValidationSampler(data, 3))
+        seen = torch.cat([y for _, y in loader]).flatten().tolist()
+        assert seen == list(range(1, 8 * len(data) + 1))
+
+
+def test_three_records_are_one_batch_an_epoch(tmp_path):
+    rows = [{"instruction": f"Say {w}.", "output": w} for w in ("red", "blue", "green", "grey")]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    command = ["train", "--data_dir", tmp_path / "a.json", *CPU, *SHAPE, "--val_fraction", 0]
+    command += ["--processed_dir", tmp_path / "stores", "--answer_weight", 2]
+    run(*command, "--epochs", 3, "--batch_size", 32, "--out_dir", tmp_path / "run").ok()
+    assert progress(tmp_path / "run/last.pth")["total"] == 3
 
 
 def test_answers_of_plain_text_cannot_weigh(tmp_path):
@@ -346,11 +423,8 @@ def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
     state = lp.load_checkpoint(tmp_path / "a/last.pth")
     torch.manual_seed(state["config"]["seed"])
     start = lp.GPT(lp.GPTConfig(**state["model_config"]))
-    config = lp.DataConfig(data_dir=corpus[1], processed_dir=corpus[3], val_fraction=0.2)
-    store = lp.build_corpus_from_sources(config, lp.ByteTokenizer())
-    data = lp.LMDataset(store, "train", 32, seed=state["config"]["seed"])
-    batch = data.batch(data.epoch_ids(0, torch.arange(4).numpy()))
-    loss = start.losses(batch.x, batch.y).mean()
+    train, _ = lp.create_dataloaders(small_store(corpus), 32, 4, state["config"]["seed"])
+    _, loss = start(*next(iter(train)))
     assert float(loss) == pytest.approx(first, rel=1e-5)
     loss.backward()
     for name, parameter in start.named_parameters():
