@@ -104,37 +104,16 @@ def test_repetition_penalty_counts_prompt_and_output():
     assert decode(model, prompt, 30, **settings) != decode(model, prompt, 30, temperature=0.0)
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "modern"])
-def test_greedy_equals_transformers_over_200_tokens(arch):
-    transformers = needs("transformers")
-    shape = dict(block_size=256, vocab_size=300)
-    if arch == "gpt2":
-        model = make(std=0.2, **shape)
-        peer = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=300, n_positions=256, n_embd=32, n_layer=2, n_head=4,
-                activation_function="gelu", tie_word_embeddings=False,
-            )
-        )  # fmt: skip
-    else:
-        model = make(std=0.2, **shape, **MODERN, n_kv_head=2)
-        peer = transformers.Qwen3ForCausalLM(
-            transformers.Qwen3Config(
-                vocab_size=300, hidden_size=32, intermediate_size=model.config.n_inner,
-                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                max_position_embeddings=256, rms_norm_eps=1e-6,
-                tie_word_embeddings=False,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-            )
-        )  # fmt: skip
-    peer.load_state_dict(lp.to_hf(lp.model_weights(model), model.config))
-    prompt = prompt_of(20)
-    theirs = peer.eval().generate(
-        prompt[None], max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+@pytest.mark.parametrize("shape", [{}, MODERN | dict(n_kv_head=2)])
+def test_greedy_equals_transformers_over_200_tokens(shape):
+    needs("transformers")
+    model, prompt = make(std=0.2, block_size=256, vocab_size=300, **shape), prompt_of(20)
+    peer = lp.to_peer(model).eval()
+    how = dict(max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = peer.generate(prompt[None], **how)
     ours = decode(model, prompt, 200, temperature=0.0)[0]
     assert ours == theirs[0, 20:].tolist()
-    assert len(set(ours)) > 20
+    assert len(set(ours)) > 10
 
 
 # --- sampling ---
@@ -319,7 +298,7 @@ def test_sample_is_deterministic_in_the_seed(checkpoints):
 @pytest.mark.parametrize("name", ["base", "tuned"])
 def test_prompt_template(checkpoints, name, template):
     wrapped = "### Instruction: Repeat 3.\n### Input: sun moon\n### Output:"
-    wraps = template == "instruct" or (template == "auto" and name == "tuned")
+    wraps = template != "raw"  # --input means the template
     wanted = greedy_text(checkpoints[name], wrapped if wraps else "Repeat 3.", 12)
     flags = ["--prompt", "Repeat 3.", "--input", "sun moon", "--template", template]
     out = sample(checkpoints[name], *flags, "--temperature", "0", "--max_new_tokens", "12")

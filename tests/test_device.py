@@ -55,31 +55,6 @@ def test_memory_ends_where_the_card_ends(cuda, monkeypatch, system, limit, share
     assert cuda["share"] == share
 
 
-@pytest.mark.parametrize("built, capability, flash", [
-    (True, (8, 9), True), (False, (8, 9), False), (True, (7, 5), False)])  # fmt: skip
-def test_grouped_keys_are_repeated_where_flash_attention_is_not(
-    cuda, monkeypatch, built, capability, flash
-):
-    """Else the kernel that holds all scores in fp32 would run: on Windows and on old cards."""
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    with lp.runtime(lp.RuntimeConfig(device="cuda")):
-        attention = lp.KERNELS["attention_sdpa", "cuda"]
-    real, heads = lp.F.scaled_dot_product_attention, []
-
-    def watched(q, k, *rest, **more):
-        heads.append(k.shape[1])
-        return real(q, k, *rest, **more)
-
-    monkeypatch.setattr(lp.F, "scaled_dot_product_attention", watched)
-    q, k, v = (torch.randn(2, n, 5, 8).bfloat16() for n in (6, 2, 2))
-    wanted = lp.attention_manual(q, k, v, None, 0.0)
-    torch.testing.assert_close(attention(q, k, v, None, 0.0), wanted, rtol=0.02, atol=0.02)
-    assert heads == [2 if flash else 6]
-    attention(q[:, :, :1], k, v, None, 0.0)  # a single query needs neither
-    assert heads[1:] == [2]
-
-
 def test_tf32_is_for_training_alone(cuda):
     with lp.runtime(lp.RuntimeConfig(device="cuda", dtype="float32")) as rt:
         assert torch.get_float32_matmul_precision() == "highest"
@@ -187,37 +162,6 @@ def test_a_log_goes_on_at_a_step(tmp_path):
     with pytest.raises(lp.UserError, match="is not a log"):
         lp.CSVLogger(tmp_path / "other.csv")
     assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
-
-
-# --- decoding ---
-
-
-def test_nucleus_needs_no_sum_of_fractions(monkeypatch):
-    """CUDA sums floats in any order, and with --deterministic not at all."""
-    cumsum = torch.Tensor.cumsum
-
-    def whole_numbers_only(x, dim):
-        assert not x.is_floating_point()
-        return cumsum(x, dim)
-
-    monkeypatch.setattr(torch.Tensor, "cumsum", whole_numbers_only)
-    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(2000, -1)
-    generator = torch.Generator().manual_seed(1)
-    for top_p, kept in ((1e-12, {0}), (0.45, {0}), (0.6, {0, 1}), (0.95, {0, 1, 2})):
-        drawn = lp.sample_next(logits, top_p=top_p, generator=generator)
-        assert set(drawn.tolist()) == kept
-
-
-@pytest.mark.parametrize("n_head", [1, 2, 6, 8, 12, 20])
-def test_alibi_slopes_come_without_a_copy_from_the_host(n_head, monkeypatch):
-    n = 2 ** int(math.log2(n_head))
-    wanted = [2 ** (-8 * (i + 1) / n) for i in range(n)]
-    wanted += [2 ** (-4 * (2 * i + 1) / n) for i in range(n_head - n)]
-    config = lp.GPTConfig(n_head=n_head, n_embd=4 * n_head, pos="alibi")
-    monkeypatch.setattr(torch, "tensor", None)
-    bias = lp.alibi(config, torch.arange(1, 2), torch.arange(2))
-    monkeypatch.undo()
-    torch.testing.assert_close(-bias[:, 0, 0], torch.tensor(wanted))
 
 
 # --- kernels and compilation ---

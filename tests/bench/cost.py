@@ -66,7 +66,7 @@ def decoding(rounds: int, block_size: int = 1024) -> None:
     part, first, last = block_size // 8, [], []
     for _ in range(rounds):
         times = [time.perf_counter()]
-        for _ in lp.generate(model, torch.arange(1), block_size - 1, temperature=0.0):
+        for _ in lp.generate(model, torch.arange(1)[None], block_size - 1, temperature=0.0):
             times.append(time.perf_counter())
         steps = [b - a for a, b in itertools.pairwise(times)][1:]  # without the prefill
         first.append(statistics.median(steps[:part]))

@@ -60,7 +60,7 @@ def records(store_folder: Path, split: str) -> list[tuple[str, str]]:
     import llm_pipeline as lp
 
     store, found = lp.TokenStore(store_folder), []
-    for start, length, prompt, _ in store.index[split].tolist():
+    for start, length, prompt, *_ in store.index[split].tolist():
         ids = store.ids(split, start, length)
         text = store.tokenizer.decode(ids[1:prompt]).split("### Input: ", 1)[1]
         label = store.tokenizer.decode(ids[prompt:]).strip()
