@@ -294,15 +294,14 @@ def test_sample_is_deterministic_in_the_seed(checkpoints):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("template", ["auto", "raw", "instruct"])
+@pytest.mark.parametrize("template", ["auto", "instruct"])
 @pytest.mark.parametrize("name", ["base", "tuned"])
 def test_prompt_template(checkpoints, name, template):
+    """--input means the template."""
     wrapped = "### Instruction: Repeat 3.\n### Input: sun moon\n### Output:"
-    wraps = template != "raw"  # --input means the template
-    wanted = greedy_text(checkpoints[name], wrapped if wraps else "Repeat 3.", 12)
     flags = ["--prompt", "Repeat 3.", "--input", "sun moon", "--template", template]
     out = sample(checkpoints[name], *flags, "--temperature", "0", "--max_new_tokens", "12")
-    assert out == wanted + "\n"
+    assert out == greedy_text(checkpoints[name], wrapped, 12) + "\n"
 
 
 def test_prompt_longer_than_the_block(checkpoints):
@@ -392,7 +391,7 @@ def test_stop_strings(text, stop, wanted):
     """Bytes are tokens here, so that every stop string of two characters straddles tokens."""
     assert "".join(pieces(text, stop)) == wanted
     both = pieces(text, stop, num_samples=2)
-    assert "".join(both) == f"{wanted}\n{wanted}"
+    assert both == [wanted, wanted]
 
 
 def test_nothing_after_a_possible_stop_is_shown_early():
