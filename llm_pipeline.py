@@ -3188,7 +3188,7 @@ DIALOGUES = ("messages", "conversations", "conversation")
 PREFERENCES = ("chosen", "rejected")
 INPUTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
-LABELS = ("label", "sentiment", "class")
+LABELS = ("label", "labels", "sentiment", "class", "target")
 UNSUPPORTED = (
     "tools", "functions", "tool_calls", "function_call", "tool_call_id", "image", "images",
     "video", "videos", "audio", "audios", "train_detail", "training_detail",
@@ -3451,9 +3451,9 @@ def plain_record(row: dict, source: str, text_field: str, where: str, half: str)
 
 
 def unused_in(row: dict, record: Record, text_field: str) -> Iterator[str]:
-    """Names of what a row holds, numbers apart, and its record does not."""
+    """Names of what a row holds and its record does not; beside an answer, numbers are scores."""
     for name in row.keys() - KNOWN_COLUMNS - {text_field}:
-        if row[name] and not isinstance(row[name], int | float):
+        if record.is_plain or (row[name] and not isinstance(row[name], int | float)):
             yield str(name)
     for name in row.keys() & LABELS:
         is_used = name == "label" and not record.is_plain and flag(row[name]) is not None

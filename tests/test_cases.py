@@ -110,6 +110,9 @@ CASES = {
     "labels that do not repeat": Case(
         {"a.jsonl": jsonl(*(row | dict(label=str(i)) for i, row in enumerate(TEXTS)))}, PLAIN,
         ("not used: label",)),
+    "numbers beside a text": Case({"a.jsonl": jsonl(*(dict(text=f"t{i}", topic=i % 2)
+                                                      for i in range(4)))},
+                                  [f"t{i}" for i in range(4)], ("not used: topic: 4",)),
     "a text without its label": Case({"a.jsonl": jsonl(*SPAM, dict(text="x", label=None))}, None,
                                      ("'label' is null",)),
     # encodings
