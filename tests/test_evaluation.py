@@ -171,17 +171,6 @@ def test_figures_equal_the_naive_loop(checkpoint, texts, tmp_path, block):
     assert_figures(result, naive_figures(loaded, everything, block))
 
 
-def test_figures_of_a_bpe_model(texts, tmp_path):
-    needs("tokenizers")
-    flags, records = texts
-    bpe = ["--tokenizer", "bpe", "--vocab_size", "300", "--out_dir", tmp_path / "run"]
-    run("train", *flags, *MODEL, *bpe).ok()
-    result = evaluate(tmp_path / "run" / "best.pth", flags, tmp_path, "--split", "all")
-    everything = [record for mine in records.values() for record in mine]
-    loaded = lp.load_model(str(tmp_path / "run" / "best.pth"))
-    assert_figures(result, naive_figures(loaded, everything))
-
-
 def byte_fallback(library):
     """As SentencePiece's: a word's space is a character, unknown ones are spelled in bytes."""
     names = [*lp.SPECIAL_TOKENS, *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"abcdehinorstu"]
@@ -418,6 +407,11 @@ def test_classes_equal_scikit_learn(texts, tmp_path, block):
         assert [found[k] for k in ("precision", "recall", "f1")] == pytest.approx(wanted[:3])
         assert found["support"] == wanted[3]
     assert [name for name, s in result["sources"].items() if "classes" in s] == ["sms"]
+    promised = {"loss", "ppl", "bits_per_byte", "tokens", "bytes"}
+    assert result.keys() >= promised | {"sources"} and source.keys() >= promised
+    out = run("eval", "--ckpt", checkpoint, *flags, *CPU, "--split", "all").ok().out
+    for value in (result["loss"], result["bits_per_byte"], source["accuracy"], found["f1"]):
+        assert f"{value:.4f}" in out
 
 
 @pytest.fixture(scope="module")
@@ -503,30 +497,6 @@ def test_two_reports_stand_beside_each_other(learned, checkpoint, tmp_path):
     assert any(line.startswith("total, before") for line in lines)
     shown = [line.split(None, 1)[0] for line in lines if line.startswith("  ")]
     assert shown[-4:] == ["given", "truth", "model", "before"]
-
-
-def test_json_and_table(tmp_path):
-    """Spam and ham from their own format; the keys that others rely on."""
-    sms = tmp_path / "raw" / "sms_spam_collection" / "SMSSpamCollection"
-    sms.parent.mkdir(parents=True)
-    lines = [f"{'spam' if i % 3 else 'ham'}\tmessage {i} says {i * i}\n" for i in range(60)]
-    sms.write_text("".join(lines), encoding="utf-8")
-    flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "p"]
-    run("train", *flags, *MODEL, "--out_dir", tmp_path / "run").ok()
-    checkpoint = tmp_path / "run" / "best.pth"
-    result = evaluate(checkpoint, flags, tmp_path, "--split", "all")
-    figures = {"loss", "ppl", "bits_per_byte", "tokens", "bytes"}
-    assert result.keys() >= figures | {"sources"}
-    source = result["sources"]["sms"]
-    assert source.keys() >= figures | {"records", "accuracy", "classes"}
-    assert source["classes"].keys() == {"ham", "spam"}
-    assert source["classes"]["spam"].keys() == {"precision", "recall", "f1", "support"}
-    assert source["classes"]["spam"]["support"] == 40
-    out = run("eval", "--ckpt", checkpoint, *flags, *CPU, "--split", "all").ok().out
-    ham = source["classes"]["ham"]
-    for value in (result["loss"], result["bits_per_byte"], source["accuracy"], ham["f1"]):
-        assert f"{value:.4f}" in out
-    assert "ham" in out and "spam" in out
 
 
 # --- several processes, and the end of a training ---

@@ -151,14 +151,6 @@ def test_log_axes_have_ticks(tmp_path, figures, losses):
         assert len(inside) >= 3, (losses, inside)
 
 
-def test_smoothing_keeps_the_mean_and_the_steep_beginning():
-    assert plot_curves.smooth([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
-    noisy = [5.0] + [1.0 + (-1) ** i * 0.5 for i in range(199)]
-    smooth = plot_curves.smooth(noisy)
-    assert smooth[0] == 5.0 and len(smooth) == len(noisy)
-    assert max(abs(value - 1.0) for value in smooth[30:]) < 0.06
-
-
 @pytest.mark.parametrize("iso", [False, True])
 def test_minutes_leave_out_the_pause_between_sessions(tmp_path, figures, iso):
     times = [0, 30, 60, 90, 5000, 5030]  # resumed at 5000
@@ -221,14 +213,6 @@ def test_bad_input_is_one_line(tmp_path, capsys, content, message):
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith(f"error: {path}: ")
     assert message in err and not list(tmp_path.glob("*.png"))
-
-
-def test_an_output_folder_that_cannot_be_made(metrics, tmp_path, capsys):
-    needs("matplotlib")
-    (tmp_path / "file").write_text("")
-    assert plot(metrics, "--out_dir", tmp_path / "file") == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and str(tmp_path / "file") in err
 
 
 def test_without_matplotlib(metrics, monkeypatch, capsys):
