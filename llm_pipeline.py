@@ -26,7 +26,7 @@ parts. Part I is the course, to be read from the top in one sitting:
      4 Optimisation    objectives, AdamW and Muon, schedules
      5 Training        gradients, the step, validation, the loop
      6 Sampling        the key/value cache, the next token, generation
-     7 Settings        what is left to be asked for, and the presets
+     7 Presets         names that set many settings at once
 
 Part II, the workshop, makes it exact, fast and usable: 8 Runtime, 9 The same, faster, 10 BPE,
 11 Corpus, 12 Checkpoints, 13 Interchange, 14 Evaluation, 15 Commands, 16 Command line.
@@ -555,21 +555,13 @@ class GPTConfig(ModelSettings):
         """What makes this shape impossible, one line each."""
         found = []
         if not self.head_dim:
-            found.append(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of "
-                "them, or give head_dim"
-            )
+            sizes = f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}"
+            found.append(f"{sizes}: change one of them, or give head_dim")
         if self.n_head % self.n_kv_head:
             found.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.pos == "rope" and self.head_dim % 2:
             found.append(f"rotary positions need an even head_dim, not {self.head_dim}")
         return found
-
-
-def model_config(settings: ModelSettings, vocab_size: int = GPTConfig.vocab_size) -> GPTConfig:
-    """The shape that a command's settings ask for, over a tokenizer of `vocab_size` ids."""
-    shape = {f.name: getattr(settings, f.name) for f in fields(ModelSettings)}
-    return GPTConfig(vocab_size=vocab_size, **shape)
 
 
 # --- operations, some of which have a faster twin ---
@@ -1473,11 +1465,11 @@ def generate(
 
 
 # ====================================================================================
-# 7. Settings
+# 7. Presets
 #
-# The settings that no section above has introduced, and the tables of names that set many at once.
-# Each is stated once, in a typed field that carries its default, help and limits; flags, --config
-# files and config.json are generated from these fields (section 16).
+# Names that set many settings at once. Every setting is stated once, in a typed field of a
+# dataclass that stands where it is first needed and carries its default, help and limits; flags,
+# --config files and config.json are generated from these fields (section 16).
 #
 #     $ python llm_pipeline.py train -h            # what a first user needs
 #     $ python llm_pipeline.py train --help_all    # every field, by topic
@@ -1485,94 +1477,26 @@ def generate(
 
 
 @dataclass
-class TokenizerConfig(Settings):
-    """Tokenizer. Commands that take a checkpoint use the tokenizer inside it."""
-
-    tokenizer: str = option("byte", "byte, bpe (trained here), gpt2, or a file or folder")
-    vocab_size: int = option(8192, "size of a trained BPE vocabulary", low=260, high=2**20)
-    min_frequency: int = option(2, "a BPE merge needs this many occurrences", low=1)
-    special_tokens: str = option(
-        "", "a trained BPE's, by comma, for <|pad|>,<|bos|>,<|eos|>,<|sep|>"
-    )
-    extra_special_tokens: str = option("", "further tokens of a trained BPE, kept whole in texts")
-
-
-@dataclass
-class DataConfig(Settings):
-    """Data: where text comes from and which of it is kept."""
-
-    data_dir: str = changeable("data/raw", "a folder, a file, or a store made by prepare")
-    processed_dir: str = changeable("data/processed", "where token stores are kept")
-    val_fraction: float = option(0.1, "share of records kept for validation", low=0.0, high=0.9)
-    split_seed: int = option(1337, "salt of the split's hash", low=0)
-    split_by: str = option("prompt", "what decides a record's side", choices=("prompt", "content"))
-    doc_delimiter: str = option("", r"cuts plain text into records (\n for lines)")
-    encoding_errors: str = option("strict", "invalid UTF-8", choices=("strict", "replace"))
-    bad_records: str = option("error", "malformed lines and entries", choices=("error", "skip"))
-    text_field: str = option("text", "column or key that holds plain text")
-    join_rows: bool = option(False, "one text of a split's rows: lines, as of WikiText on the Hub")
-    keep_duplicates: bool = option(False, "keep repeated records, which are dropped otherwise")
-    min_chars: int = option(1, "drop plain texts shorter than this", low=0)
-    max_docs: int = option(0, "stop after this many records (0: all)", low=0)
-    max_tokens: int = option(0, "stop after about this many tokens (0: all)", low=0)
-    hf_dataset: str = option("", "a dataset on the Hub, or a builder such as parquet or json")
-    hf_config: str = option("", "its configuration, such as wikitext-103-raw-v1")
-    hf_split: str = option("", "one of its splits (default: all, each for what its name says)")
-    hf_files: str = option("", "file pattern for a local builder")
-    streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
-    add_special_tokens: bool = option(True, "bos and eos around each plain text")
-
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass
-class RuntimeConfig(Settings):
-    """Machine: where a command runs."""
-
-    seed: int = option(1337, "of initialisation, order, dropout and sampling", low=0, high=2**32)
-    device: str = changeable("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = option("auto", "of products (float32 trains in TF32 on CUDA)", choices=DTYPES)
-    threads: int = changeable(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
-    vram_limit_gb: float = changeable(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
-    deterministic: bool = option(False, "same command, same bits on CUDA too (a CPU always)")
-    config: str = session_only("", "settings from a json, toml or yaml file")
-    debug: bool = session_only(False, "show tracebacks")
-
-
-@dataclass
 class PresetConfig(Settings):
-    """Names that set many others at once: the tables below."""
+    """Presets: names that set many others at once."""
 
     preset: str = option("tiny-8g", "sizes that fit a machine")
     recipe: str = option("classic", "classic: what the preset says; fast: measured quickest")
     arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)")
 
 
-@dataclass
-class TrainConfig(
-    PresetConfig, TokenizerConfig, ModelSettings, FitConfig, OptimConfig, DataConfig, RuntimeConfig
-):
-    """Train a GPT from scratch, or go on from a pretrained one (--init_from)."""
-
-    init_from: str = changeable("", "start from a checkpoint or a Hugging Face folder or name")
-    answer_weight: int = option(0, "whole records, answers counting N-fold (0: windows)", low=0)
-    minutes: float = session_only(
-        0.0, "fill N minutes: sets steps, size, recipe fast", low=0.0, high=1e6
-    )
-
-
 # Sized for an RTX 4060 with 8 or 16 GB, but for the last two: a laptop, and GPT-2's smallest.
 PRESETS = {
-    name: dict(zip(("block_size", "n_layer", "n_head", "n_embd", "batch_size", "grad_accum", "lr",
-                    "epochs"), row, strict=True))
-    for name, row in {
-        "tiny-8g": (256, 6, 8, 512, 32, 1, 3e-4, 5),
-        "compact-8g": (384, 6, 8, 512, 24, 2, 3e-4, 6),
-        "small-16g": (512, 8, 8, 640, 32, 1, 2e-4, 6),
-        "cpu-debug": (128, 2, 4, 256, 8, 1, 5e-4, 1),
-        "gpt2-124m": (1024, 12, 12, 768, 32, 4, 6e-4, 1),
-    }.items()
+    "tiny-8g": dict(block_size=256, n_layer=6, n_head=8, n_embd=512,
+                    batch_size=32, grad_accum=1, lr=3e-4, epochs=5),
+    "compact-8g": dict(block_size=384, n_layer=6, n_head=8, n_embd=512,
+                       batch_size=24, grad_accum=2, lr=3e-4, epochs=6),
+    "small-16g": dict(block_size=512, n_layer=8, n_head=8, n_embd=640,
+                      batch_size=32, grad_accum=1, lr=2e-4, epochs=6),
+    "cpu-debug": dict(block_size=128, n_layer=2, n_head=4, n_embd=256,
+                      batch_size=8, grad_accum=1, lr=5e-4, epochs=1),
+    "gpt2-124m": dict(block_size=1024, n_layer=12, n_head=12, n_embd=768,
+                      batch_size=32, grad_accum=4, lr=6e-4, epochs=1),
 }  # fmt: skip
 
 ARCHS = {
@@ -1596,6 +1520,22 @@ ARCHS = {
 #
 #     CSVLogger("m.csv").log(1, 0, "train", 2.5)    # a row: step, epoch, split, loss, timestamp
 # ====================================================================================
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class RuntimeConfig(Settings):
+    """Machine: where a command runs."""
+
+    seed: int = option(1337, "of initialisation, order, dropout and sampling", low=0, high=2**32)
+    device: str = changeable("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = option("auto", "of products (float32 trains in TF32 on CUDA)", choices=DTYPES)
+    threads: int = changeable(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
+    vram_limit_gb: float = changeable(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
+    deterministic: bool = option(False, "same command, same bits on CUDA too (a CPU always)")
+    config: str = session_only("", "settings from a json, toml or yaml file")
+    debug: bool = session_only(False, "show tracebacks")
 
 
 def one_line(error: object, limit: int = 200) -> str:
@@ -2646,6 +2586,19 @@ def loss_and_gradient(model: GPT, batch: Batch, rt: Runtime) -> tuple[float, Ten
 # ====================================================================================
 
 
+@dataclass
+class TokenizerConfig(Settings):
+    """Tokenizer. Commands that take a checkpoint use the tokenizer inside it."""
+
+    tokenizer: str = option("byte", "byte, bpe (trained here), gpt2, or a file or folder")
+    vocab_size: int = option(8192, "size of a trained BPE vocabulary", low=260, high=2**20)
+    min_frequency: int = option(2, "a BPE merge needs this many occurrences", low=1)
+    special_tokens: str = option(
+        "", "a trained BPE's, by comma, for <|pad|>,<|bos|>,<|eos|>,<|sep|>"
+    )
+    extra_special_tokens: str = option("", "further tokens of a trained BPE, kept whole in texts")
+
+
 class BPETokenizer:
     """A `tokenizers.Tokenizer` behind the interface of `ByteTokenizer`.
 
@@ -3024,6 +2977,33 @@ def tiktoken_twin(library: dict):
 # `split_records`: a record's side follows from the record itself, so that what was trained on
 # never validates.
 # ====================================================================================
+
+
+@dataclass
+class DataConfig(Settings):
+    """Data: where text comes from and which of it is kept."""
+
+    data_dir: str = changeable("data/raw", "a folder, a file, or a store made by prepare")
+    processed_dir: str = changeable("data/processed", "where token stores are kept")
+    val_fraction: float = option(0.1, "share of records kept for validation", low=0.0, high=0.9)
+    split_seed: int = option(1337, "salt of the split's hash", low=0)
+    split_by: str = option("prompt", "what decides a record's side", choices=("prompt", "content"))
+    doc_delimiter: str = option("", r"cuts plain text into records (\n for lines)")
+    encoding_errors: str = option("strict", "invalid UTF-8", choices=("strict", "replace"))
+    bad_records: str = option("error", "malformed lines and entries", choices=("error", "skip"))
+    text_field: str = option("text", "column or key that holds plain text")
+    join_rows: bool = option(False, "one text of a split's rows: lines, as of WikiText on the Hub")
+    keep_duplicates: bool = option(False, "keep repeated records, which are dropped otherwise")
+    min_chars: int = option(1, "drop plain texts shorter than this", low=0)
+    max_docs: int = option(0, "stop after this many records (0: all)", low=0)
+    max_tokens: int = option(0, "stop after about this many tokens (0: all)", low=0)
+    hf_dataset: str = option("", "a dataset on the Hub, or a builder such as parquet or json")
+    hf_config: str = option("", "its configuration, such as wikitext-103-raw-v1")
+    hf_split: str = option("", "one of its splits (default: all, each for what its name says)")
+    hf_files: str = option("", "file pattern for a local builder")
+    streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
+    add_special_tokens: bool = option(True, "bos and eos around each plain text")
+
 
 # Two commands with the same values of these agree on which records validate.
 SPLIT_SETTINGS = ("split_seed", "val_fraction", "split_by")
@@ -6233,8 +6213,28 @@ def example_prompt(store: TokenStore) -> tuple[str, str]:
 # ====================================================================================
 # 15. Commands
 #
-# Each begins with its settings; those of train stand in section 7.
+# train, finetune, eval, sample, prepare, export, bench: each begins with its settings.
 # ====================================================================================
+
+
+@dataclass
+class TrainConfig(
+    PresetConfig, TokenizerConfig, ModelSettings, FitConfig, OptimConfig, DataConfig, RuntimeConfig
+):
+    """Train a GPT from scratch, or go on from a pretrained one (--init_from)."""
+
+    init_from: str = changeable("", "start from a checkpoint or a Hugging Face folder or name")
+    answer_weight: int = option(0, "whole records, answers counting N-fold (0: windows)", low=0)
+    minutes: float = session_only(
+        0.0, "fill N minutes: sets steps, size, recipe fast", low=0.0, high=1e6
+    )
+
+
+def model_config(settings: ModelSettings, vocab_size: int = GPTConfig.vocab_size) -> GPTConfig:
+    """The shape that a command's settings ask for, over a tokenizer of `vocab_size` ids."""
+    shape = {f.name: getattr(settings, f.name) for f in fields(ModelSettings)}
+    return GPTConfig(vocab_size=vocab_size, **shape)
+
 
 # --- the fast recipe: what it makes of the text at hand ---
 
