@@ -1531,7 +1531,7 @@ class RuntimeConfig(Settings):
     seed: int = option(1337, "of initialisation, order, dropout and sampling", low=0, high=2**32)
     device: str = changeable("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of products (float32 trains in TF32 on CUDA)", choices=DTYPES)
-    threads: int = changeable(0, "CPU threads (0: PyTorch's choice)", low=0, high=1024)
+    threads: int = changeable(0, "CPU threads (0: measured at the start)", low=0, high=1024)
     vram_limit_gb: float = changeable(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
     deterministic: bool = option(False, "same command, same bits on CUDA too (a CPU always)")
     config: str = session_only("", "settings from a json, toml or yaml file")
