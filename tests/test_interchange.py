@@ -676,6 +676,7 @@ def test_an_adapter_with_its_base_is_a_model(lora, tmp_path):
     run("export", "--ckpt", tuned, "--out_dir", adapter, *wrong).fails(1, "logits differ")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's call of transformers
 def test_an_adapter_that_peft_made(hf, tmp_path):
     peft = needs("peft")
     save_peer("qwen3, grouped", tmp_path / "hf", hf)

@@ -18,9 +18,9 @@ needs("gguf")
 needs("xllamacpp")
 
 SHAPE = words("--n_layer 2 --n_head 4 --n_embd 64 --block_size 160 --init_std 0.08 --dropout 0")
-SHORT = [*CPU, *words("--batch_size 8 --max_steps 60 --lr 3e-3")]
+SHORT = [*CPU, *words("--batch_size 8 --max_steps 150 --lr 3e-3")]
 KINDS = {
-    "gpt2": [],
+    "gpt2": words("--mlp gelu_tanh"),  # as llama.cpp has it
     "modern": words("--arch modern --n_kv_head 2 --tokenizer bpe --vocab_size 320"),
 }
 PROMPTS = [f"Repeat {i}." for i in range(7)] + ["Größe?", "river stone", ""]
