@@ -6416,8 +6416,8 @@ class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
 
 # Of reward alone. tests/bench/README.md has what was tried.
 GRPO_SETTINGS = dict(
-    batch_size=32, lr=1e-4, lr_schedule="constant", warmup_steps=5, max_steps=150, eval_interval=25,
-    compile="off",
+    optimizer="muon", muon_lr=5e-4, lr=1e-4, lr_schedule="constant", warmup_steps=5, batch_size=32,
+    max_steps=150, eval_interval=25, compile="off",
 )  # fmt: skip
 
 
@@ -6680,6 +6680,12 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
         if config.tokenizer == "bpe":
             chosen.insert(1, "vocab_size")
         note("recipe fast: " + ", ".join(f"{n} {getattr(config, n)}" for n in chosen))
+    asked = config.explicit & {"answer_weight", "epochs", "max_steps"}
+    if not (asked or config.answer_weight or config.hf_dataset or folder.state):
+        facts = corpus_facts(config.data_dir)
+        if facts.longest and facts.n_bytes < 1e5:
+            config.answer_weight = 10
+            note("a few questions with answers: whole records, whose answers count tenfold")
     run = new_run(config, rt, stop, folder)
     if clock:
         clock.run, clock.about, run.after_step = run, folder.about, clock
