@@ -98,6 +98,18 @@ def test_the_program_says_what_it_is_its_commands_and_the_shortest_path(argv):
     assert "python llm_pipeline.py train --preset cpu-debug" in result.out
 
 
+def test_the_command_lines_of_the_readme_are_taken(tmp_path, monkeypatch):
+    for package in words("tokenizers peft gguf datasets transformers"):
+        needs(package)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("python llm_pipeline.py ")]
+    for line in lines:
+        name, config = lp.parse(shlex.split(line, comments=True)[2:])
+        assert isinstance(config, lp.COMMANDS[name].settings)
+    assert len(lines) > 9
+
+
 def test_the_version():
     assert run("--version").ok().out.startswith(f"llm_pipeline.py {lp.__version__}, torch ")
 
