@@ -8292,7 +8292,7 @@ COMMANDS = {
     ),
     "finetune": Command(
         FinetuneConfig, fit_command(finetune_loop),
-        "ckpt data_dir epochs max_steps batch_size lr recipe method loss_on objective block_size "
+        "ckpt data_dir epochs max_steps batch_size lr recipe method loss_on objective reward block_size "
         "threads out_dir resume config",
         ["--ckpt ckpts/best.pth --data_dir qa.csv", "--ckpt gpt2 --method lora --data_dir chats.jsonl",
          "--ckpt ckpts/best_finetune.pth --objective dpo --data_dir pairs.jsonl --out_dir runs/dpo"],
@@ -8615,6 +8615,8 @@ def cross_checks(config: Settings) -> None:
             )
         if config.fsdp and config.compile == "on":
             raise UserError("--fsdp and --compile on exclude each other: leave one out")
+    if getattr(config, "objective", "ntp") != "ntp" and config.sampled_softmax:
+        raise UserError(f"{config.objective} needs whole likelihoods: leave --sampled_softmax out")
     if is_set("streaming") and not is_set("hf_dataset"):
         raise UserError("--streaming reads a dataset: name it by --hf_dataset")
     ends = ("max_steps", "minutes", "max_tokens", "max_docs")

@@ -95,7 +95,7 @@ def test_training_works_in_another_thread(source, tmp_path):
     [
         ({"learning_rate": 0.1}, "did you mean lr?"),
         ({"epcohs": 1}, "did you mean epochs?"),
-        ({"temperature": 1}, "belongs to sample"),
+        ({"top_p": 1}, "belongs to sample"),
         ({"lr": -1}, "lr must be above 0"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"lr": None}, "lr must be a number"),

@@ -149,7 +149,7 @@ PROBLEMS = {
     "train --n-embed 64": "did you mean --n_embd?",
     "train --heads 4": "did you mean --n_head?",
     "train --learning_rate 1e-3": "did you mean --lr?",
-    "train --temperature 1": "--temperature belongs to sample",
+    "train --top_p 1": "--top_p belongs to sample",
     "train --qwertyuiop 1": "--help_all lists every one",
     "train stray": "unexpected 'stray'",
     "trian": "invalid choice: 'trian' (choose from",
@@ -159,6 +159,7 @@ PROBLEMS = {
     "eval --split test": "--split",
     "eval --checkpoint x.pth": "did you mean --ckpt?",
     "finetune --method qlora": "did you mean lora?",
+    "finetune --objective DPO --sampled_softmax 9": "leave --sampled_softmax out",
     "prepare --streaming": "--hf_dataset",
     "export --adaptor": "did you mean --adapter?",
     "export --gguf x --adapter": "--gguf and --adapter",
@@ -712,5 +713,8 @@ def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
     assert settings(data_dir=store) == settings(vocab_size=400)
     recipe = dict(recipe="fast", data_dir=store)
     assert lp.settle(lp.TrainConfig, recipe).vocab_size == 400
-    (tmp_path / "text.txt").write_text("A line of a book.\n" * 9)
-    assert settings() == (0, 6, 0.1, 8)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "rows.jsonl").write_text(file.read_text())
+    (mixed / "text.txt").write_text("A line of a book.\n" * 9)
+    assert settings(data_dir=str(mixed)) == (0, 6, 0.1, 8)
