@@ -7202,6 +7202,8 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
         raise UserError(
             "grpo writes its own answers, which sharded weights cannot: leave --fsdp out"
         )
+    if config.objective != "ntp" and config.sampled_softmax:
+        raise UserError(f"{config.objective} needs exact likelihoods: leave --sampled_softmax out")
     find_reward(config.reward)
     base = load_model(config.ckpt, block_size=config.block_size)
     pairs = config.objective in ("dpo", "orpo")
