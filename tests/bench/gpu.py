@@ -99,7 +99,7 @@ def command_of(row: Row, text: Path, work: Path, dry: bool) -> list[str]:
     if command == "train":
         files = ["--data_dir", text, "--out_dir", work / "run", "--processed_dir", work / "stores"]
     else:
-        files = ["--data_dir", work, "--json", work / "bench.json"]
+        files = ["--json", work / "bench.json"]
     toy = TOY_OF[command].split() if dry else []
     return [sys.executable, str(PROGRAM), command, *flags, *map(str, files), *toy]
 
