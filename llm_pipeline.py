@@ -1376,13 +1376,13 @@ class KVCache:
 def sample_next(
     logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
     repetition_penalty: float = 1.0, seen: Tensor | None = None,
-    generators: Sequence[torch.Generator | None] = (None,),
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:  # fmt: skip
     """Draw the next token of each sequence: logits (B, V) -> (B,) ids.
 
     The filters apply in this order, as in transformers: repetition penalty (Keskar et al., 2019)
     on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen et
-    al., 2024). Temperature 0 takes the likeliest. Each generator draws for as many sequences.
+    al., 2024). Temperature 0 takes the likeliest. Several generators share the sequences evenly.
     """
     if repetition_penalty != 1.0:
         scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -1406,8 +1406,9 @@ def sample_next(
     # A race: of exponential waiting times with rates p, number i ends first with probability p_i.
     # torch.multinomial runs the same race, after it has made the CPU wait for two checks.
     times = torch.empty_like(probabilities)
-    for part, generator in zip(times.chunk(len(generators)), generators, strict=True):
-        part.exponential_(generator=generator)
+    generators = generator if isinstance(generator, list) else [generator]
+    for part, each in zip(times.chunk(len(generators)), generators, strict=True):
+        part.exponential_(generator=each)
     return (probabilities / times).argmax(-1)
 
 
@@ -1447,7 +1448,7 @@ def generate(
     keep = max(1, config.block_size // 2)  # what decoding goes on from when the cache is full
     recent = deque(history.unbind(1), maxlen=keep)  # (n,) each
     for step in range(1, max_new_tokens + 1):
-        token = sample_next(logits, seen=seen, generators=generators, **sampling)  # (n,)
+        token = sample_next(logits, seen=seen, generator=generators, **sampling)  # (n,)
         if sampling.get("repetition_penalty", 1.0) != 1.0:
             seen.scatter_(1, token[:, None], True)
         ids = token.tolist()
