@@ -3048,6 +3048,10 @@ class Record:
     def response(self) -> str:
         return self.turns[-1].response
 
+    @property
+    def n_characters(self) -> int:
+        return sum(len(turn.prompt) + len(turn.response) for turn in self.turns)
+
 
 class Report:
     """What was read from each source, what was skipped, and why."""
@@ -4189,36 +4193,21 @@ def characters_in(text: str, n_bytes: int) -> int:
 # --- pieces of text and their ids ---
 
 
-@dataclass
-class Piece:
-    """Text that is encoded by itself. The pieces of a record follow one another in the store."""
+def corpus_records(
+    config: DataConfig, report: Report, pairs: bool = False
+) -> Iterator[tuple[Record, str]]:
+    """Every record to be kept, up to --max_docs, with its split: "train" or "val".
 
-    text: str
-    split: str
-    source: str
-    kind: str  # "text", a "prompt" or an "answer"
-    behind: str = ""  # the prompt that an answer follows
-    trained: bool = True  # False: an answer that is context alone
-    first: bool = False  # begins a record
-    last: bool = False  # ends a record
-
-
-def record_pieces(
-    record: Record, split: str, size: int, config: DataConfig, whole: bool
-) -> Iterator[Piece]:
-    """A record's texts in order. A long plain text comes in blocks, its validation part last."""
-    source = record.source
-    if record.is_plain:
-        for part, text in split_text(record, split, size, config.val_fraction):
-            done = 0  # characters
-            for block in safe_blocks(text, whole):
-                first, done = done == 0, done + len(block)
-                yield Piece(block, part, source, "text", first=first, last=done == len(text))
-        return
-    for n, turn in enumerate(record.turns, 1):
-        yield Piece(turn.prompt, split, source, "prompt", first=n == 1)
-        last = n == len(record.turns)
-        yield Piece(turn.response, split, source, "answer", turn.prompt, turn.trained, last=last)
+    A text of which a part validates makes two; so does a preference under `pairs`.
+    """
+    found = split_records(read_records(config, report), config, report, pairs)
+    for record, split, size in islice(found, config.max_docs or None):
+        for each in as_pair(record) if pairs else [record]:
+            if not each.is_plain:
+                yield each, split
+                continue
+            for part, text in split_text(each, split, size, config.val_fraction):
+                yield replace(each, turns=[Turn("", text)]), part
 
 
 def as_pair(record: Record) -> list[Record]:
@@ -4229,17 +4218,11 @@ def as_pair(record: Record) -> list[Record]:
     return [replace(record, turns=[*context, replace(last, response=a)]) for a in answers]
 
 
-def corpus_pieces(
-    config: DataConfig, report: Report, pairs: bool = False, whole: bool = False
-) -> Iterator[Piece]:
-    """The pieces of every record to be kept, up to --max_docs. A preference makes two records.
-
-    whole: a long text comes in one piece, whatever memory that takes.
-    """
-    found = split_records(read_records(config, report), config, report, pairs)
-    for record, split, size in islice(found, config.max_docs or None):
-        for each in as_pair(record) if pairs else [record]:
-            yield from record_pieces(each, split, size, config, whole)
+def record_texts(record: Record, whole: bool = False) -> list[str]:
+    """What is encoded by itself: each prompt and response; a plain text in blocks, or `whole`."""
+    if record.is_plain:
+        return [record.response] if whole else list(safe_blocks(record.response))
+    return [text for turn in record.turns for text in (turn.prompt, turn.response)]
 
 
 # GPT-2 and its like begin a new word at a space between letters, and at a mark behind a letter (in
@@ -4247,39 +4230,46 @@ def corpus_pieces(
 SAFE_CUT = re.compile(r"[^\W\d_](?= [^\W\d_])|[^\W\d_](?=[.,;:!?。，、；：！？])")
 
 
-def safe_blocks(text: str, whole: bool) -> Iterator[str]:
-    """A text in blocks that end at a safe cut; in one if `whole`.
+def safe_blocks(text: str) -> Iterator[str]:
+    """A text in blocks that end at a safe cut.
 
     Where `tokenizer.cuts_safely`, ids do not depend on these cuts. Of other vocabularies nothing is
     known: SentencePiece's mark where a text begins, normalisers look across spaces.
     """
     start = 0
-    while not whole and (cut := SAFE_CUT.search(text, start + BLOCK)):
+    while cut := SAFE_CUT.search(text, start + BLOCK):
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]
 
 
-def encode_pieces(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Each piece with its ids, (n,).
+def encode_records(records: list[Record], tokenizer: Tokenizer) -> Iterator[list[tuple]]:
+    """Of each record the ids of each turn, (prompt, response), (n,) each.
 
     Where ids depend on all of a text, an answer is encoded behind its prompt, as chat templates do.
     Raises UserError where that changes the prompt's ids: a model would be asked otherwise than it
     was taught.
     """
-    if tokenizer.cuts_safely:
-        yield from zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True)
-        return
-    prompts = tokenizer.encode_batch([piece.behind for piece in pieces])
-    texts = tokenizer.encode_batch([piece.behind + piece.text for piece in pieces])
-    for piece, prompt, ids in zip(pieces, prompts, texts, strict=True):
-        if not piece.behind:
-            yield piece, ids
-        elif tokenizer.keeps_turns and np.array_equal(ids[: len(prompt)], prompt):
-            yield piece, ids[len(prompt) :]
-        else:
-            what = "this tokenizer reads a prompt and its answer otherwise apart than together"
-            raise UserError(f"{what}: choose another --tokenizer for instructions")
+    whole, ids, end = not tokenizer.cuts_safely, [], 0
+    texts = [record_texts(record, whole) for record in records]
+    for record, each in zip(records, texts, strict=True):
+        if whole and not record.is_plain:
+            each[1::2] = [turn.prompt + turn.response for turn in record.turns]
+    for batch in batched(chain.from_iterable(texts), 2**16, len, 128 * BLOCK):
+        ids += tokenizer.encode_batch(batch)
+    for record, each in zip(records, texts, strict=True):
+        found, end = ids[end : end + len(each)], end + len(each)
+        if record.is_plain:
+            yield [(found[0][:0], np.concatenate(found))]
+            continue
+        turns = list(zip(found[::2], found[1::2], strict=True))
+        for n, (prompt, both) in enumerate(turns):
+            if whole and record.turns[n].prompt:
+                if not (tokenizer.keeps_turns and np.array_equal(both[: len(prompt)], prompt)):
+                    what = "this tokenizer reads a prompt and its answer otherwise apart"
+                    raise UserError(f"{what}: choose another --tokenizer for instructions")
+                turns[n] = prompt, both[len(prompt) :]
+        yield turns
 
 
 class TokenBlocks(IterableDataset):
@@ -4333,67 +4323,53 @@ class StoreWriter:
         self.size = {"train": 0, "val": 0}  # tokens
         self.sources: dict[str, int] = {}
         self.lengths = Counter()  # {tokens: records}
-        self.start = 0  # of the record being written
-        self.need = tokens_needed(config)
         self.files = {name: open(folder / name, "wb") for name in TOKEN_FILES}
 
-    def write(self, piece: Piece, ids: np.ndarray) -> None:
-        split, tokenizer, is_text = piece.split, self.tokenizer, piece.kind == "text"
-        special = self.config.add_special_tokens or not is_text
-        before = tokenizer.prefix if piece.first and special else ()
-        after = []
-        if piece.kind == "answer":
-            after = [tokenizer.sep_id]
-        elif is_text and piece.last and special:
-            after = [tokenizer.eos_id]
-        if piece.first:
-            self.start = self.size[split]
-            self.report.count(piece.source, split)
-        data = np.concatenate([before, ids, after], dtype=id_dtype(tokenizer), casting="unsafe")
+    def write(self, record: Record, split: str, ids: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """ids: as `encode_records` gives them."""
+        tokenizer, counts = self.tokenizer, self.report.rows[record.source]
+        special, end = self.config.add_special_tokens or not record.is_plain, [tokenizer.sep_id]
+        if record.is_plain:
+            end = [tokenizer.eos_id] if special else []
+        parts, rows = [tokenizer.prefix if special else []], []
+        number = self.sources.setdefault(record.source, len(self.sources))
+        length = len(parts[0])
+        for turn, (prompt, response) in zip(record.turns, ids, strict=True):
+            parts += [prompt, response, end]
+            before = length + len(prompt)
+            length = before + len(response) + len(end)
+            last = turn is record.turns[-1]
+            rows.append((self.size[split], length, before, number, turn.trained, last))
+            size, answer = len(encoded(turn.prompt)), len(encoded(turn.response))
+            counts["bytes"] += size + answer
+            counts[f"{split}_bytes"] += size + (answer if turn.trained else 0)
+            if tokenizer.unk_id is not None:
+                unknown = [np.sum(part == tokenizer.unk_id) for part in (prompt, response)]
+                counts["unknown_tokens"] += int(sum(unknown))
+        data = np.concatenate(parts, dtype=id_dtype(tokenizer), casting="unsafe")
         self.files[f"{split}.bin"].write(data)
-        self.size[split] += len(data)
-        self.count(piece, ids, len(data))
-        length = self.size[split] - self.start
-        if piece.kind == "answer" or (is_text and piece.last):
-            prompt = length - len(data)
-            if is_text:
-                prompt = len(tokenizer.prefix) if special else 0
-            number = self.sources.setdefault(piece.source, len(self.sources))
-            row = (self.start, length, prompt, number, piece.trained, piece.last)
-            self.files[f"{split}.idx"].write(np.array([row], INDEX))
-        if piece.last:
-            self.lengths[length] += 1
+        self.files[f"{split}.idx"].write(np.array(rows, INDEX))
+        self.size[split] += length
+        self.lengths[length] += 1
+        counts[split] += 1
+        counts[f"{split}_tokens"] += length
 
-    def count(self, piece: Piece, ids: np.ndarray, n_tokens: int) -> None:
-        """Tokens, and bytes of the text itself: all of it, and that which is scored."""
-        counts = self.report.rows[piece.source]
-        size = len(piece.text) if piece.text.isascii() else len(encoded(piece.text))
-        counts[f"{piece.split}_tokens"] += n_tokens
-        counts["bytes"] += size
-        if piece.trained:
-            counts[f"{piece.split}_bytes"] += size
-        if self.tokenizer.unk_id is not None:
-            counts["unknown_tokens"] += int((ids == self.tokenizer.unk_id).sum())
+    def write_all(self, records: Iterable[tuple[Record, str]], pairs: bool, bar) -> None:
+        """Tokenize in parallel batches and write, until all is written or the store is full.
 
-    def is_full(self) -> bool:
-        """Whether --max_tokens are written, or all that a run on a stream will read."""
-        limit = self.config.max_tokens
-        return 0 < limit <= sum(self.size.values()) or 0 < self.need <= self.size["train"]
-
-    def write_all(self, pieces: Iterable[Piece], pairs: bool, bar) -> None:
-        """Tokenize in parallel batches and write, until all is written or the store is full."""
-        limited = self.config.max_tokens or self.need
-        weight = BLOCK if limited else 128 * BLOCK  # with a limit, little is read past it
-        for batch in batched(pieces, 2**16, lambda piece: len(piece.text), weight):
-            for n, (piece, ids) in enumerate(encode_pieces(batch, self.tokenizer)):
-                half = pairs and self.lengths.total() % 2  # of a pair is written
-                if piece.first and self.is_full() and not half:
-                    why = "past --max_tokens" if self.config.max_tokens else "past the run's need"
-                    for unused in [p for p in batch[n:] if p.first and not pairs]:
-                        self.report.skip(unused.source, why, "read ahead")
+        It is with --max_tokens, or with all that a run on a stream will read; a pair stays whole.
+        """
+        limit, need = self.config.max_tokens, tokens_needed(self.config)
+        weight = BLOCK if limit or need else 64 * BLOCK  # with a limit, little is read past it
+        for batch in batched(records, 2**16, lambda item: item[0].n_characters, weight):
+            found = encode_records([record for record, _ in batch], self.tokenizer)
+            for (record, split), ids in zip(batch, found, strict=True):
+                self.write(record, split, ids)
+                full = 0 < limit <= sum(self.size.values()) or 0 < need <= self.size["train"]
+                if full and not (pairs and self.lengths.total() % 2):
+                    self.report.advise("enough tokens: what was read ahead of them is left out")
                     return
-                self.write(piece, ids)
-            bar.update(sum(len(piece.text) for piece in batch))
+            bar.update(sum(record.n_characters for record, _ in batch))
 
     def close(self) -> dict:
         """Returns what meta.json says of the content, plain data."""
@@ -4406,7 +4382,6 @@ class StoreWriter:
             "files": files,
             "sources": list(self.sources),
             "counts": {name: dict(row) for name, row in self.report.rows.items()},
-            "skipped": [[*key, where] for key, where in self.report.examples.items()],
             "tokens": self.size,
             "lengths": {str(k): n for k, n in sorted(self.lengths.items())},
         }
@@ -4447,11 +4422,8 @@ class TokenStore:
     unknown_tokens; and what was skipped. fingerprint: of the content, wherever it is from.
     """
 
-    def __init__(self, folder: Path, verify: bool = False):
-        """Raises UserError where the folder does not hold a whole store of this version.
-
-        verify: check the content of large files too.
-        """
+    def __init__(self, folder: Path):
+        """Raises UserError where the folder does not hold a whole store of this version."""
         self.folder = folder = Path(folder)
         try:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -4461,26 +4433,21 @@ class TokenStore:
             self.sources: list[str] = self.meta["sources"]
             self.fingerprint: str = self.meta["fingerprint"]
             kind = id_dtype(self.tokenizer)
-            self.tokens = {s: self.map(f"{s}.bin", kind, verify) for s in ("train", "val")}
-            self.index = {s: self.map(f"{s}.idx", INDEX, verify) for s in ("train", "val")}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            self.tokens = {split: self.map(f"{split}.bin", kind) for split in ("train", "val")}
+            self.index = {split: self.map(f"{split}.idx", INDEX) for split in ("train", "val")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"{folder} is not a usable token store ({one_line(error)})"
             raise UserError(f"{what}; delete it and run prepare again") from None
 
-    def map(self, name: str, dtype: np.dtype, verify: bool) -> np.ndarray:
+    def map(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """A file's content, once its size is right and, up to 64 MiB, its digest."""
         path, stated = self.folder / name, self.meta["files"][name]
         size = path.stat().st_size
         if size != stated["bytes"]:
             raise ValueError(f"{name} has {size:,} bytes, not {stated['bytes']:,}")
-        if (verify or size <= 64 * 2**20) and content_digest(path) != stated["blake2b"]:
+        if size <= 64 * 2**20 and content_digest(path) != stated["blake2b"]:
             raise ValueError(f"{name} is not what was written there")
         return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)  # nothing: no map
-
-    def contents(self) -> str:
-        """Records of each source, in words."""
-        rows = self.meta["counts"].items()
-        parts = [(name, row.get("train", 0), row.get("val", 0)) for name, row in rows]
-        return ", ".join(f"{name} ({n:,} + {m:,} val records)" for name, n, m in parts if n + m)
 
     def whole_records(self, split: str) -> np.ndarray:
         """Numbers of the rows that cover a whole record, (records,)."""
@@ -4492,12 +4459,9 @@ class TokenStore:
         start = rows["start"].astype(np.int64)
         return np.stack([start + rows["prompt"], start + rows["length"].astype(np.int64)], axis=1)
 
-    def ids(self, split: str, start: np.ndarray | int, length: int) -> np.ndarray:
-        """(length,) int64 ids from `start` on, or (n, length) for (n,) starts."""
-        tokens = self.tokens[split]
-        if np.ndim(start):
-            return tokens[start[:, None] + np.arange(length)].astype(np.int64)
-        return tokens[start : start + length].astype(np.int64)
+    def ids(self, split: str, start: int, length: int) -> np.ndarray:
+        """(length,) int64 ids from `start` on."""
+        return self.tokens[split][start : start + length].astype(np.int64)
 
 
 # --- finding or building the store ---
@@ -4505,8 +4469,6 @@ class TokenStore:
 # Settings that say where data and stores are, but not what is in them.
 PLACES = ("data_dir", "processed_dir", "streaming", "hf_dataset", "hf_config", "hf_split",
           "hf_files")  # fmt: skip
-# What a store's meta.json keeps, and what a command that reads the store takes from there.
-STORED = [f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)]
 
 
 def both_ends(path: Path) -> str:
@@ -4526,11 +4488,11 @@ def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
     """
     stats = [(path, path.stat()) for path in find_files(config)]
     files = [[str(p.absolute()), s.st_size, s.st_mtime_ns, both_ends(p)] for p, s in stats]
-    names = ["hf_dataset", "hf_config", "hf_split", "hf_files"]
     if not config.hf_dataset:
         files.append(os.path.abspath(config.data_dir))  # its name may speak of a split
-    names += [f.name for f in fields(DataConfig) if f.name not in PLACES]
-    settings = {name: getattr(config, name) for name in names}
+    settings = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
+    for name in ("data_dir", "processed_dir", "streaming"):
+        del settings[name]
     need = tokens_needed(config)
     return short_hash([STORE_FORMAT, files, settings, tokenizer, pairs, need], 8)
 
@@ -4538,14 +4500,6 @@ def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
 def is_store(data_dir: str) -> bool:
     """Whether a folder is a store that was prepared before."""
     return all((Path(data_dir) / name).is_file() for name in ("meta.json", "train.bin"))
-
-
-def store_at(data_dir: str) -> TokenStore | None:
-    """The store that a folder is, if it is a sound one."""
-    with contextlib.suppress(UserError):
-        if is_store(data_dir):
-            return TokenStore(Path(data_dir))
-    return None
 
 
 def build_corpus_from_sources(
@@ -4569,28 +4523,37 @@ def build_corpus_from_sources(
         settings, tokenizer = settings | {"tokenizer": tokenizer}, None
     if config is None:
         config = settle(PrepareConfig, {"data_dir": data_dir} | settings)
-    verify = isinstance(config, EvalConfig)
     if not config.hf_dataset and is_store(config.data_dir):
-        store = TokenStore(Path(config.data_dir), verify)
-        note(f"{config.data_dir} holds {store.contents()}")
-        return adopt(config, store, tokenizer, pairs)
+        store = TokenStore(Path(config.data_dir))
+        adopt(config, store, tokenizer, pairs)
+    else:
+        store = TokenStore(built_store(config, tokenizer, folder, pairs))
+    rows = store.meta["counts"].items()
+    parts = [(name, row.get("train", 0), row.get("val", 0)) for name, row in rows]
+    parts = [f"{name} ({n:,} + {m:,} val records)" for name, n, m in parts if n + m]
+    note(f"{store.folder} holds {', '.join(parts)}")
+    return store
+
+
+def built_store(
+    config: DataConfig, tokenizer: Tokenizer | None, named: Path | None, pairs: bool
+) -> Path:
+    """The folder of the store of raw data, in which the first process writes it if need be."""
     if uses_toy_corpus(config):
         note(f"no data in {config.data_dir}: using the built-in toy corpus")
     tokenizer = tokenizer or corpus_tokenizer(config, pairs)
-    key, named = store_key(config, tokenizer.spec(), pairs), folder is not None
+    key = store_key(config, tokenizer.spec(), pairs)
     label = Path(config.hf_dataset or os.path.abspath(config.data_dir)).name[:40] or "data"
-    folder = Path(folder) if named else Path(config.processed_dir) / f"{label}-{key}"
+    folder = named or Path(config.processed_dir) / f"{label}-{key}"
     if is_main():
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
-            overwrite = named and getattr(config, "overwrite", False)
+            overwrite = named is not None and getattr(config, "overwrite", False)
             if stands_in(folder, key, overwrite):
                 note("the sources and settings are unchanged: the store was made before")
             else:
                 with write_beside(folder) as new:
                     write_store(config, tokenizer, new, key, pairs)
-    store = TokenStore(folder, verify)
-    note(f"{folder} holds {store.contents()}")
-    return store
+    return folder
 
 
 def corpus_tokenizer(config: DataConfig, pairs: bool) -> Tokenizer:
@@ -4601,18 +4564,18 @@ def corpus_tokenizer(config: DataConfig, pairs: bool) -> Tokenizer:
     file = Path(config.processed_dir) / f"bpe-{store_key(config, asked, pairs)}.json"
     with run_lock(file.parent, f".{file.name}.lock", wait=True):
         if not file.is_file():
-            pieces = corpus_pieces(config, Report(), pairs)
-            texts = (piece.text for piece in pieces if piece.split == "train")
+            records = corpus_records(config, Report(), pairs)
+            texts = (
+                t for record, split in records if split == "train" for t in record_texts(record)
+            )
             if need := tokens_needed(config):  # of a stream: about as much as will be read
                 texts = chain.from_iterable(islice(batched(texts, 2**16, len, 4 * need), 1))
             write_json(file, train_bpe(texts, config).spec())
     return tokenizer_from_spec(read_table(file, str(file)))
 
 
-def adopt(
-    config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pairs: bool
-) -> TokenStore:
-    """The store that --data_dir names, whose settings become the command's.
+def adopt(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pairs: bool) -> None:
+    """The settings of the store that --data_dir names become the command's.
 
     Raises UserError where the command asks for others.
     """
@@ -4620,25 +4583,19 @@ def adopt(
         raise UserError(f"{store.folder} was prepared with another tokenizer than the checkpoint's")
     if pairs and not store.meta["pairs"]:
         raise UserError(f"{store.folder} was prepared without preference pairs: name the raw data")
-    for spec in fields(config):
-        if spec.name not in STORED or spec.name in PLACES:
+    for name, value in store.meta["settings"].items():
+        if name in PLACES or not hasattr(config, name):
             continue
-        try:
-            value = checked(spec, store.meta["settings"].get(spec.name, spec.default))
-        except ValueError as error:
-            raise UserError(f"{store.folder}/meta.json: {error}; prepare it again") from None
-        if spec.name in config.explicit and value != getattr(config, spec.name):
-            what = f"{store.folder} was prepared with --{spec.name} {value}"
+        if name in config.explicit and value != getattr(config, name):
+            what = f"{store.folder} was prepared with --{name} {value}"
             raise UserError(f"{what}: leave that out, or name the raw data")
-        setattr(config, spec.name, value)
-    return store
+        setattr(config, name, value)
 
 
 def stands_in(folder: Path, key: str, overwrite: bool) -> bool:
-    """Whether a folder that the user named holds the store of this key; False if it is free.
+    """Whether a folder holds the store of this key; False if it is free, or to be overwritten.
 
-    Raises UserError where it holds anything but a store of this program, or another store, unless
-    that is to be overwritten.
+    Raises UserError where it holds another store, or anything else.
     """
     try:
         inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -4667,8 +4624,7 @@ def write_store(
     started = time.perf_counter()
     total = sum(path.stat().st_size for path in find_files(config))
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True) as bar:
-        whole = not tokenizer.cuts_safely
-        writer.write_all(corpus_pieces(config, writer.report, pairs, whole), pairs, bar)
+        writer.write_all(corpus_records(config, writer.report, pairs), pairs, bar)
     content = writer.close()
     for line in writer.report.lines():
         note(line)
@@ -4678,11 +4634,12 @@ def write_store(
     spec = tokenizer.spec()
     if "json" in spec:
         (folder / "tokenizer.json").write_text(spec["json"], encoding="utf-8")
+    names = [f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)]
     origin = {
         "format": STORE_FORMAT,
         "key": key,
         "fingerprint": short_hash([content["files"], spec], 16),
-        "settings": {name: getattr(config, name) for name in STORED if hasattr(config, name)},
+        "settings": {name: getattr(config, name) for name in names if hasattr(config, name)},
         "pairs": pairs,
         "tokenizer": spec,
         "seconds": {"encoding": time.perf_counter() - started},
@@ -6258,7 +6215,11 @@ class CorpusFacts:
 @lru_cache
 def corpus_facts(data_dir: str) -> CorpusFacts:
     """Of a folder, a file or a store; nothing of the built-in exercises."""
-    if store := store_at(data_dir):
+    store = None
+    if is_store(data_dir):
+        with contextlib.suppress(UserError):  # it will be said when the corpus is built
+            store = TokenStore(Path(data_dir))
+    if store:
         index, n_bytes = store.index["train"], corpus_bytes(data_dir, store)
         if len(index) == 0 or any((rows["prompt"] <= 1).any() for rows in store.index.values()):
             return CorpusFacts(n_bytes, 0, store)
@@ -6271,7 +6232,7 @@ def corpus_facts(data_dir: str) -> CorpusFacts:
         for record in read_records(DataConfig(data_dir=data_dir), Report()):
             if record.is_plain:  # it may be long: no more is read
                 return CorpusFacts(n_bytes)
-            sizes.append(sum(len(turn.prompt) + len(turn.response) for turn in record.turns))
+            sizes.append(record.n_characters)
     except UserError:  # it will be said when the corpus is built
         return CorpusFacts(n_bytes)
     return CorpusFacts(n_bytes, int(np.quantile(sizes, 0.95)) if sizes else 0)
@@ -7743,7 +7704,6 @@ class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
     save_raw: bool = option(False, "keep the rows of --hf_dataset as files under data_dir")
     overwrite: bool = option(False, "replace an older store in out_dir")
     preview: int = option(0, "show N records token by token", low=0)
-    mirror: str = option("", "fetch downloads from this address instead")
     check_model: str = option("", "run a batch through this AutoModelForCausalLM")
 
 
@@ -7774,92 +7734,79 @@ DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's me
 }  # fmt: skip
 
 
-def download(name: str, data_dir: Path, mirror: str = "") -> list[Path]:
-    """Fetch a public data set into data_dir and check its sha256. Returns its files.
+def download(name: str, data_dir: Path) -> str:
+    """Fetch a public data set into data_dir and check its sha256; or print the flags that do.
 
-    Raises UserError where there is no network or the bytes are not the pinned ones.
+    Returns the folder or file to train on. Raises UserError where there is no network or the bytes
+    are not the pinned ones.
     """
-    address, wanted = DOWNLOADS[name]
-    files = {data_dir / file: digest for file, digest in wanted.items()}
+    if isinstance(DOWNLOADS[name], str):
+        note(f"{name}: the Hub has it, and this reads it from there:")
+        print(f"python llm_pipeline.py prepare {DOWNLOADS[name]}")
+        return ""
+    address, digests = DOWNLOADS[name]
+    files = {data_dir / file: digest for file, digest in digests.items()}
     if all(path.is_file() and sha256(path.read_bytes()) == d for path, d in files.items()):
         note(f"{name}: already in {data_dir}")
-        return list(files)
-    address = f"{mirror.rstrip('/')}/{address.rsplit('/', 1)[1]}" if mirror else address
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download.") as folder:
-            fetched = Path(folder) / "fetched"
-            note(f"{name}: fetching {address}")
-            torch.hub.download_url_to_file(address, str(fetched))
-            for path, digest in files.items():
-                data = member(fetched, path.name)
-                if sha256(data) != digest:
-                    raise ValueError(f"the sha256 of {path.name} differs")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(path) as file:
-                    file.write(data)
-    except Exception as error:  # of urllib, http, zipfile, zlib: no common base
-        why = f"cannot fetch {address} ({one_line(error, 80)})"
-        way = f"run the same command again, or put there by hand: {', '.join(map(str, files))}"
-        raise UserError(f"{name}: {why}; {way}") from None
-    return list(files)
+    else:
+        try:
+            fetch(address, files)
+        except Exception as error:  # of urllib, http, zipfile, zlib: no common base
+            why = f"cannot fetch {address} ({one_line(error, 80)})"
+            way = f"run the same command again, or put there by hand: {', '.join(map(str, files))}"
+            raise UserError(f"{name}: {why}; {way}") from None
+    first = next(iter(files))
+    place = first if first.parent == data_dir else first.parent
+    note(f"next: python llm_pipeline.py train --data_dir {shlex.quote(str(place))}")
+    print(*files, sep="\n")
+    return str(place)
+
+
+def fetch(address: str, files: dict[Path, str]) -> None:
+    """Write {path: sha256} from a file at an address, or from an archive that holds them."""
+    note(f"fetching {address}")
+    with tempfile.TemporaryDirectory() as folder:
+        fetched = Path(folder) / "fetched"
+        torch.hub.download_url_to_file(address, str(fetched))
+        for path, digest in files.items():
+            if address.endswith(".zip"):
+                with zipfile.ZipFile(fetched) as archive:
+                    member = next(n for n in archive.namelist() if n.endswith(path.name))
+                    data = archive.read(member)
+            else:
+                data = fetched.read_bytes()
+            if sha256(data) != digest:
+                raise ValueError(f"the sha256 of {path.name} differs")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(data)
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def member(fetched: Path, name: str) -> bytes:
-    """What was fetched, or the file `name` out of it if it is an archive."""
-    if not zipfile.is_zipfile(fetched):
-        return fetched.read_bytes()
-    archive = zipfile.ZipFile(fetched)
-    return archive.read(next(n for n in archive.namelist() if n.endswith(name)))
-
-
-def download_command(config: PrepareConfig) -> str:
-    """Fetch a data set, or print the flags that do. Returns the folder or file to train on."""
-    name, data_dir = config.download, Path(config.data_dir)
-    if isinstance(DOWNLOADS[name], str):
-        note(f"{name}: the Hub has it, and this reads it from there:")
-        print(f"python llm_pipeline.py prepare {DOWNLOADS[name]}")
-        return ""
-    files = download(name, data_dir, config.mirror)
-    place = files[0] if files[0].parent == data_dir else files[0].parent
-    note(f"next: python llm_pipeline.py train --data_dir {shlex.quote(str(place))}")
-    print(*files, sep="\n")
-    return str(place)
-
-
-def prepare_store(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str:
+def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str:
     """What `prepare` does. Returns the folder of the store, or what was downloaded."""
     if config.download:
-        return download_command(config)
+        return download(config.download, Path(config.data_dir))
     if config.save_raw:
         config = saved_raw(config)
     folder = Path(config.out_dir) if config.out_dir else None
     store = build_corpus_from_sources(config=config, folder=folder)
-    report = store_report(store)
+    report, batch = store_report(store, config), sample_batch(store, config.block_size)
     print("\n".join(report["lines"]))
     write_json(store.folder / "report.json", report)
-    batch = sample_batch(store, config.block_size)
     write_json(store.folder / "sample_batch.json", batch)
-    if not is_store(config.data_dir):
-        print(throughput(config, store.tokenizer))
     if config.preview:
         print(preview(store, config.preview))
     if config.check_model:
         print(check_model(config.check_model, torch.tensor(batch["input_ids"])))
-    folder = shlex.quote(str(store.folder))
-    note(f"python plot_curves.py {folder} draws how long the records are")
-    note(f"next: python llm_pipeline.py train --data_dir {folder}")
+    place = shlex.quote(str(store.folder))
+    note(f"python plot_curves.py {place} draws how long the records are")
+    note(f"next: python llm_pipeline.py train --data_dir {place}")
+    print(store.folder)
     return str(store.folder)
-
-
-def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> None:
-    place = prepare_store(config, rt, stop)
-    if not config.download:
-        print(place)
 
 
 def saved_raw(config: PrepareConfig) -> PrepareConfig:
@@ -7889,8 +7836,9 @@ def sample_batch(store: TokenStore, block_size: int, n_rows: int = 4) -> dict[st
     """
     tokens = store.tokens["train" if len(store.tokens["train"]) else "val"]
     width = min(block_size, len(tokens))
-    n_rows = min(n_rows, len(tokens) // width)
-    rows = tokens[: n_rows * width].reshape(n_rows, width).tolist()
+    rows = [
+        tokens[i : i + width].tolist() for i in range(0, len(tokens) - width + 1, width)[:n_rows]
+    ]
     return {
         "input_ids": rows,
         "labels": rows,
@@ -7899,54 +7847,47 @@ def sample_batch(store: TokenStore, block_size: int, n_rows: int = 4) -> dict[st
     }
 
 
-def throughput(config: PrepareConfig, tokenizer: Tokenizer, n_batches: int = 25) -> str:
-    """How fast the first texts become batches: read, filtered, tokenized, cut, collated."""
-    pieces = corpus_pieces(config, Report(), whole=not tokenizer.cuts_safely)
-    blocks = TokenBlocks((piece.text for piece in pieces), tokenizer, config.block_size)
-    loader = DataLoader(blocks, batch_size=4, generator=torch.Generator())
-    started = time.perf_counter()
-    sizes = [batch["input_ids"].numel() for batch in islice(loader, n_batches)]
-    seconds = time.perf_counter() - started
-    speed = f"about {sum(sizes) / seconds:,.0f} tokens/s"
-    return f"streamed {len(sizes)} batches of 4 x {config.block_size} in {seconds:.2f} s: {speed}"
-
-
-def store_report(store: TokenStore) -> dict:
-    """Records, tokens, speed, bytes per token and the distribution of lengths."""
-    figures, lengths = store_figures(store), store.meta["lengths"]  # {tokens: records}
+def store_report(store: TokenStore, config: PrepareConfig) -> dict:
+    """Records, tokens, speed, bytes per token, lengths; of raw data, how fast it makes batches."""
+    meta, total, lengths = store.meta, Counter(), []
+    for row in meta["counts"].values():
+        total.update(row)
+    figures = {"records read": total["records"]}
+    for what, n in total.items():
+        if what.startswith("skipped: "):
+            figures[f"dropped, {what.removeprefix('skipped: ')}"] = n
+    for split, index in store.index.items():
+        whole = index[store.whole_records(split)]
+        lengths.append(whole["length"])
+        figures[f"records, {split}"] = len(whole)
+        if len(index) > len(whole):  # conversations
+            figures[f"answers, {split}"] = len(index)
+            figures[f"answers not trained, {split}"] = len(store.masked(split))
+        figures[f"tokens, {split}"] = meta["tokens"][split]
+    if total["unknown_tokens"]:
+        figures["tokens unknown"] = total["unknown_tokens"]
+    tokens, seconds = sum(meta["tokens"].values()), max(meta["seconds"]["encoding"], 1e-9)
+    figures["vocabulary"] = store.tokenizer.vocab_size
+    figures["bytes per token"] = round(total["bytes"] / tokens, 3)
+    figures["tokens per second"] = round(tokens / seconds)
+    figures["megabytes per second"] = round(total["bytes"] / 1e6 / seconds, 1)
     percents = (1, 5, 25, 50, 75, 95, 99, 100)
-    sizes, counts = np.array(list(lengths), int), list(lengths.values())
-    found = np.percentile(sizes, percents, method="inverted_cdf", weights=counts)
+    found = np.percentile(np.concatenate(lengths), percents, method="inverted_cdf")
     percentiles = dict(zip(percents, found.tolist(), strict=True))
     lines = [f"{name:<28}{value:>16,}" for name, value in figures.items()]
     lines.append("tokens in a record, by percentile:")
-    lines += [f"  {p:>3}%{n:>12,}" for p, n in percentiles.items()]
+    lines += [f"  {percent:>3}%{length:>12,}" for percent, length in percentiles.items()]
+    if not is_store(config.data_dir):
+        records, whole = corpus_records(config, Report()), not store.tokenizer.cuts_safely
+        texts = (text for record, _ in records for text in record_texts(record, whole))
+        blocks = TokenBlocks(texts, store.tokenizer, config.block_size)
+        loader = DataLoader(blocks, batch_size=4, generator=torch.Generator())
+        started = time.perf_counter()
+        sizes = [batch["input_ids"].numel() for batch in islice(loader, 25)]
+        seconds = time.perf_counter() - started
+        what = f"streamed {len(sizes)} batches of 4 x {config.block_size} in {seconds:.2f} s"
+        lines.append(f"{what}: about {sum(sizes) / seconds:,.0f} tokens/s")
     return {"figures": figures, "length_percentiles": percentiles, "lines": lines}
-
-
-def store_figures(store: TokenStore) -> dict[str, float]:
-    """What was read, what became of it, and how fast."""
-    meta, total = store.meta, Counter()
-    for row in meta["counts"].values():
-        total.update(row)
-    dropped = {k.removeprefix("skipped: "): n for k, n in total.items() if "skipped: " in k}
-    tokens, seconds = sum(meta["tokens"].values()), max(meta["seconds"]["encoding"], 1e-9)
-    figures = {"records read": total["records"]}
-    figures |= {f"dropped, {why}": n for why, n in dropped.items()}
-    for split, index in store.index.items():
-        figures[f"records, {split}"] = n_records = len(store.whole_records(split))
-        if len(index) > n_records:  # conversations
-            figures[f"answers, {split}"] = len(index)
-            figures[f"answers not trained, {split}"] = len(store.masked(split))
-    figures |= {f"tokens, {split}": n for split, n in meta["tokens"].items()}
-    if total["unknown_tokens"]:
-        figures["tokens unknown"] = total["unknown_tokens"]
-    return figures | {
-        "vocabulary": store.tokenizer.vocab_size,
-        "bytes per token": round(total["bytes"] / max(tokens, 1), 3),
-        "tokens per second": round(tokens / seconds),
-        "megabytes per second": round(total["bytes"] / 1e6 / seconds, 1),
-    }
 
 
 def preview(store: TokenStore, n: int) -> str:
@@ -7957,16 +7898,15 @@ def preview(store: TokenStore, n: int) -> str:
     index, records, lines = store.index["train"], store.whole_records("train"), []
     for row in records[evenly_spaced(len(records), n)]:
         start, length = int(index["start"][row]), int(index["length"][row])
-        source = store.sources[index["source"][row]]
-        lines.append(
-            f"record {row} of {source}: {length} tokens (--loss_on all trains prompts, too)"
-        )
+        what = f"record {row} of {store.sources[index['source'][row]]}: {length} tokens"
+        lines.append(f"{what} (--loss_on all trains prompts, too)")
         answers = index[(index["start"] == start) & (index["trained"] == 1)]
+        hidden = range(150, length - 50) if length > 200 else range(0)
         for place in range(length):
-            if length > 200 and 150 <= place < length - 50:
-                if place == 150:
-                    lines.append(f"   ... {length - 200:,} tokens left out")
+            if place in hidden:
                 continue
+            if place == hidden.stop and hidden:
+                lines.append(f"   ... {len(hidden):,} tokens left out")
             token = int(store.tokens["train"][start + place])
             inside = (answers["prompt"] <= place) & (place < answers["length"])
             state = "trained" if inside.any() else "masked"
@@ -8861,7 +8801,7 @@ def evaluate(**settings) -> dict:
 def prepare(**settings) -> str:
     """Make a token store, reporting on stderr. Returns its folder, which is a --data_dir."""
     with contextlib.redirect_stdout(sys.stderr):
-        return call(PrepareConfig, prepare_store, settings)
+        return call(PrepareConfig, prepare_command, settings)
 
 
 def export(**settings) -> str:

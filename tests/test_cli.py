@@ -581,7 +581,7 @@ ODD = ["nan", "-inf", "-1", "0", "1e400", "3.5", "", "x", " ", "\0", "你好", "
        "[]", "1e-5", "9" * 40, "\ud800", "%(default)s", "a\nb", "-h5", "--n_embd=", "--=",
        "cuda:99", "..", "none/x", "raw", "base.pth", "text.txt", "~"]  # fmt: skip
 # What would fetch from a network, compile, or fill a disk is left out.
-LEFT_OUT = words("download mirror compile hf_dataset wandb tokenizer check_model init_from threads "
+LEFT_OUT = words("download compile hf_dataset wandb tokenizer check_model init_from threads "
                  "debug max_new_tokens num_samples minutes")  # fmt: skip
 BASES = {
     "train": "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --max_steps 1 "

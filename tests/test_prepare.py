@@ -584,17 +584,20 @@ class Mirror:
 
 
 @pytest.fixture
-def mirror(data):
-    served = Mirror(
-        {
-            "instruction-data.json": (data / "instruction-data.json").read_bytes(),
-            "sms+spam+collection.zip": zipped(data, "sms_spam_collection", "SMSSpamCollection"),
-            "wikitext-2-v1.zip": zipped(
-                data, "wikitext-2", *(f"wiki.{s}.tokens" for s in ("train", "valid", "test"))
-            ),
-            "input.txt": (data / "tinyshakespeare/input.txt").read_bytes(),
-        }
-    )
+def mirror(data, monkeypatch):
+    """Every download's own file name, at an address of this machine."""
+    parts = [f"wiki.{split}.tokens" for split in ("train", "valid", "test")]
+    files = {
+        "instruction-data.json": (data / "instruction-data.json").read_bytes(),
+        "sms+spam+collection.zip": zipped(data, "sms_spam_collection", "SMSSpamCollection"),
+        "wikitext-2-v1.zip": zipped(data, "wikitext-2", *parts),
+        "input.txt": (data / "tinyshakespeare/input.txt").read_bytes(),
+    }
+    served = Mirror(files)
+    for name in ("instructions", "sms_spam", "wikitext-2", "tinyshakespeare"):
+        address, digests = lp.DOWNLOADS[name]
+        there = f"{served.address}/{address.rsplit('/', 1)[1]}"
+        monkeypatch.setitem(lp.DOWNLOADS, name, (there, digests))
     yield served
     served.server.shutdown()
     served.server.server_close()
@@ -613,7 +616,7 @@ def zipped(data: Path, folder: str, *names: str) -> bytes:
 def fetch(mirror, tmp_path):
     def go(name: str = "instructions"):
         flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "out"]
-        return run("prepare", "--download", name, *flags, "--mirror", mirror.address)
+        return run("prepare", "--download", name, *flags)
 
     return go
 
@@ -623,39 +626,23 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in found}
 
 
-@pytest.mark.parametrize("name", ["instructions", "tinyshakespeare", "sms_spam"])
+@pytest.mark.parametrize("name", ["instructions", "tinyshakespeare", "sms_spam", "wikitext-2"])
 def test_download(fetch, mirror, data, tmp_path, name):
     result = fetch(name).ok()
-    out, files = result.out, files_in(tmp_path / "raw")
-    assert len(files) == 1
-    assert out == f"{tmp_path / 'raw' / next(iter(files))}\n"
+    files = files_in(tmp_path / "raw")
+    assert sorted(files) == sorted(lp.DOWNLOADS[name][1])
+    assert sorted(result.out.splitlines()) == sorted(str(tmp_path / "raw" / f) for f in files)
     assert all(content == (data / file).read_bytes() for file, content in files.items())
     assert not (tmp_path / "out").exists(), "nobody asked for tokens"
     hint = result.err.splitlines()[-1].removeprefix("next: python llm_pipeline.py ").split()
     (tmp_path / "raw/other.txt").write_text("something else " * 100)
-    run(
-        *hint,
-        *TINY,
-        "--max_steps",
-        1,
-        "--processed_dir",
-        tmp_path / "p",
-        "--out_dir",
-        tmp_path / "run",
-    ).ok()
+    places = ["--processed_dir", tmp_path / "p", "--out_dir", tmp_path / "run"]
+    run(*hint, *TINY, "--max_steps", 1, "--eval_batches", 1, *places).ok()
     (made,) = (f for f in (tmp_path / "p").iterdir() if f.is_dir())
     assert "other.txt" not in lp.TokenStore(made).sources, "the hint names its own folder"
     asked = mirror.asked
     fetch(name).ok()
     assert mirror.asked == asked, "what is there is not fetched again"
-
-
-def test_download_of_several_files(mirror, data, tmp_path):
-    found = lp.download("wikitext-2", tmp_path, mirror.address)
-    files = files_in(tmp_path)
-    assert found == [tmp_path / file for file in lp.DOWNLOADS["wikitext-2"][1]]
-    assert len(files) == 3
-    assert all(content == (data / file).read_bytes() for file, content in files.items())
 
 
 @pytest.mark.parametrize("mode", ["truncate", "no length", "corrupt", "refuse"])
@@ -690,13 +677,13 @@ def test_a_damaged_archive(fetch, mirror, tmp_path, damage):
     assert list(files_in(tmp_path / "raw")) == ["sms_spam_collection/SMSSpamCollection"]
 
 
-def test_no_network(tmp_path, mirror):
+def test_no_network(fetch, mirror, monkeypatch):
     mirror.server.shutdown()
     mirror.server.server_close()
-    flags = ["--download", "instructions", "--data_dir", tmp_path / "raw"]
-    result = run("prepare", *flags, "--mirror", mirror.address).fails(1, "instructions", "network")
+    result = fetch().fails(1, "instructions", "Connection refused", "same command")
     assert len(result.errors) == 1
-    run("prepare", *flags, "--mirror", "not an address").fails(1, "not an address")
+    monkeypatch.setitem(lp.DOWNLOADS, "instructions", ("not an address", {"a.json": "0"}))
+    fetch().fails(1, "not an address")
 
 
 def test_names_of_downloads(tmp_path):
