@@ -62,7 +62,6 @@ import threading
 import time
 import warnings
 import zipfile
-import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +69,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import cached_property, lru_cache, partial, wraps
 from glob import glob
-from itertools import chain, groupby, islice, repeat, takewhile
+from itertools import chain, groupby, islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -5793,31 +5792,30 @@ class RecordWindows(Dataset):
         self.store, self.split, self.block_size = store, split, block_size
         self.masked, index = store.masked(split), store.index[split]
         mine = index["source"] == store.sources.index(source)
-        self.rows = index[mine & (index["last"] == 1)]
-        start, length = (self.rows[name].astype(np.int64) for name in ("start", "length"))
+        rows = index[mine & (index["last"] == 1)]
+        start, length = (rows[name].astype(np.int64) for name in ("start", "length"))
         joined = store.tokens[split][start + length - 1] == store.tokenizer.eos_id
-        self.ends = length - 1 - (joined & (self.rows["prompt"] <= 1))  # targets of each record
-        windows = -(-self.ends // block_size)
-        self.record = np.repeat(np.arange(len(windows)), windows)  # of each window
-        number = np.arange(len(self.record)) - np.repeat(windows.cumsum() - windows, windows)
-        self.first = number * block_size  # of its targets, among its record's
-        self.lengths = np.minimum(self.ends[self.record], block_size) + 1
+        n_targets = length - 1 - (joined & (rows["prompt"] <= 1))  # of each record
+        self.windows = []  # (place of the first id, targets, how many of them were scored before)
+        for place, n in zip(start.tolist(), n_targets.tolist(), strict=True):
+            for first in range(0, n, block_size):
+                end = min(first + block_size, n)
+                begin = max(0, end - block_size)
+                self.windows.append((place + begin, end - begin, first - begin))
+        self.lengths = np.array([n for _, n, _ in self.windows])
         untrained = index[mine & (index["trained"] == 0)]
-        self.n_targets = int(self.ends.sum() - (untrained["length"] - untrained["prompt"]).sum())
+        self.n_targets = int(n_targets.sum() - (untrained["length"] - untrained["prompt"]).sum())
+        self.n_records = len(rows)
 
     def __len__(self) -> int:
-        return len(self.record)
+        return len(self.windows)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        first, record = int(self.first[i]), self.record[i]
-        end = min(first + self.block_size, int(self.ends[record]))
-        begin = max(0, end - self.block_size)
-        place = int(self.rows["start"][record]) + begin
-        ids = self.store.ids(self.split, place, end - begin + 1)
-        masked = self.masked[np.searchsorted(self.masked[:, 1], place, "right") :]
-        masked = masked[: np.searchsorted(masked[:, 0], place + len(ids))]
-        x, y = LMDataset(ids, len(ids), masked=masked - place)[0]
-        return x, y.index_fill(0, torch.arange(first - begin), IGNORE)  # those scored before
+        place, n, scored_before = self.windows[i]
+        window = LMDataset(self.store.tokens[self.split], n, masked=self.masked)
+        window.shift = place
+        x, y = window[0]
+        return x, y.index_fill(0, torch.arange(scored_before), IGNORE)
 
     def collate(self, samples: list[tuple]) -> Batch:
         return pad(samples, self.store.tokenizer.pad_id, self.block_size)
@@ -5880,27 +5878,65 @@ class Evaluation:
     def text(self, source: str, split: str) -> dict:
         """Sums over a source's text, for `metrics_from_sums`; {} where it has none.
 
-        Bytes are those of the text itself, which the store has counted. Of a sample of windows
-        they are all bytes times the share of the tokens that are scored; so are records.
+        Bytes are those of the text itself, which the store has counted; of a sample of windows, all
+        of them times the share of the tokens that are scored. So are records.
         """
-        data = RecordWindows(self.store, split, source, self.block_size)
+        data, tokenizer = (
+            RecordWindows(self.store, split, source, self.block_size),
+            self.store.tokenizer,
+        )
         if not data.n_targets:
             return {}
         loader = self.loader(data, self.limit)
         shown = tqdm(loader, desc=source, delay=1, leave=False, disable=not self.rt.is_main)
         found = evaluate_perplexity(self.model, shown, rt=self.rt)
-        numbers = sorted(chain.from_iterable(loader.batch_sampler))  # as the text goes on
-        texts = text_sums((data[i] for i in numbers), self.store.tokenizer)
+        words = unknown = 0
+        for x, y in map(data.__getitem__, chain.from_iterable(loader.batch_sampler)):
+            scored = y[y != IGNORE].tolist()
+            before = x[: int((y != IGNORE).int().argmax()) + 1][-8:].tolist()
+            text = tokenizer.decode(scored, before)
+            words += len(text.split())
+            if text[:1].strip() and tokenizer.decode(before)[-1:].strip():
+                words -= 1  # its first word began in the window before
+            unknown += scored.count(tokenizer.unk_id)
+        words, unknown = self.rt.sum(words, unknown)
         share = found["tokens"] / data.n_targets
         return {
             "nll": found["loss"] * found["tokens"],
             "tokens": found["tokens"],
             "bytes": share * self.store.meta["counts"][source][f"{split}_bytes"],
-            "records": share * len(data.rows),
-            **dict(zip(texts, self.rt.sum(*texts.values()), strict=True)),
+            "words": words,
+            "records": share * data.n_records,
+            "unknown_tokens": unknown,
         }
 
     @torch.no_grad()
+    def score(self, data: Answers, limit: int) -> tuple[list[float], list[bool], int]:
+        """Of each answer: its loss in nats, and whether greedy decoding writes exactly it; tokens.
+
+        It does where each token is the likeliest behind the ones before it: one forward pass tells.
+        """
+        nlls, exact, tokens, device = [], [], 0, self.rt.device
+        for x, y in self.loader(data, limit):
+            scored = y != IGNORE
+            if not scored.any():  # the empty batch of a process without a share
+                continue
+            losses, right = [], []
+            with self.rt.autocast():
+                h = self.model.hidden(x.to(device))[scored.to(device)]
+                targets = y[scored].to(device)
+                for part, wanted in zip(h.split(1024), targets.split(1024), strict=True):
+                    logits = self.model.head(part).float()  # (1024, V) at most at a time
+                    losses.append(F.cross_entropy(logits, wanted, reduction="none").cpu())
+                    right.append((logits.argmax(-1) == wanted).cpu())
+            nll = torch.zeros(y.shape).masked_scatter(scored, torch.cat(losses))
+            nlls += nll.double().sum(-1).tolist()
+            exact += (
+                torch.ones_like(scored).masked_scatter(scored, torch.cat(right)).all(-1).tolist()
+            )
+            tokens += len(targets)
+        return nlls, exact, tokens
+
     def classes(self, source: str, splits: tuple[str, ...]) -> dict:
         """Where answers are a small closed set: which is the likeliest, as a classifier says it."""
         labels = closed_set(self.store, source)
@@ -5909,88 +5945,42 @@ class Evaluation:
         numbers = {label.tobytes(): number for number, label in enumerate(labels)}
         table = np.zeros((len(labels), len(labels)), int)  # [true, predicted]
         for split in splits:
-            losses: list[list[float]] = [[] for _ in labels]
-            for label, column in zip(labels, losses, strict=True):
-                data = Answers(self.store, split, self.block_size, source, label)
-                for x, y in self.loader(data, self.limit):
-                    if (y != IGNORE).any():  # not the empty batch of a process without a share
-                        with self.rt.autocast():
-                            found = self.model.losses(x.to(self.rt.device), y.to(self.rt.device))
-                        column += found.cpu().double().sum(-1).tolist()
-            order = chain.from_iterable(self.loader(data, self.limit).batch_sampler)
-            truth = [numbers[data.parts(i)[1].tobytes()] for i in order]
-            np.add.at(table, (truth, np.argmin(losses, 0)), 1)
+            tried = [Answers(self.store, split, self.block_size, source, each) for each in labels]
+            nlls = [self.score(data, self.limit)[0] for data in tried]
+            order = chain.from_iterable(self.loader(tried[0], self.limit).batch_sampler)
+            truth = [numbers[tried[0].parts(i)[1].tobytes()] for i in order]
+            np.add.at(table, (truth, np.argmin(nlls, 0)), 1)
         table = np.array(self.rt.sum(*table.ravel().tolist())).astype(int).reshape(table.shape)
         return class_metrics(table, [self.store.tokenizer.decode(a).strip() for a in labels])
 
-    @torch.no_grad()
     def answers(self, split: str, limit: int) -> dict:
-        """Loss of the answers in nats a token, and the share that greedy decoding writes exactly.
-
-        Those where each token is the likeliest behind the ones before it: one forward pass tells.
-        majority: how often the most frequent answer is the right one.
-        """
-        data, device = Answers(self.store, split, self.block_size), self.rt.device
-        nll, tokens, exact = 0.0, 0, 0
-        for x, y in self.loader(data, limit):
-            scored = y != IGNORE
-            targets, found = y[scored].to(device), []
-            with self.rt.autocast():
-                h = self.model.hidden(x.to(device))[scored.to(device)]
-                for part, wanted in zip(h.split(1024), targets.split(1024), strict=True):
-                    logits = self.model.head(part).float()  # (1024, V) at most at a time
-                    nll += float(F.cross_entropy(logits, wanted, reduction="sum"))
-                    found.append((logits.argmax(-1) == wanted).cpu())
-            tokens += len(targets)
-            right = torch.ones_like(scored)
-            right[scored] = torch.cat(found)
-            exact += int((right.all(-1) & scored.any(-1)).sum())
-        numbers = evenly_spaced(len(data), limit)
-        counts = Counter(data.parts(i)[1].tobytes() for i in numbers)
-        nll, tokens, exact = self.rt.sum(nll, tokens, exact)
-        return {
-            "records": len(numbers),
-            "loss": nll / max(tokens, 1),
-            "exact": exact / max(len(numbers), 1),
-            "majority": max(counts.values(), default=0) / max(len(numbers), 1),
-        }
+        """Loss of the answers in nats a token, and the share that greedy decoding writes exactly."""
+        data = Answers(self.store, split, self.block_size)
+        nlls, exact, tokens = self.score(data, limit)
+        n, nll, exact, tokens = self.rt.sum(len(nlls), sum(nlls), sum(exact), tokens)
+        return {"records": int(n), "loss": nll / max(tokens, 1), "exact": exact / max(n, 1)}
 
     def examples(self, split: str) -> list[dict]:
         """Texts of three records: given, truth, and what the model writes there."""
-        index, tokenizer, device = self.store.index[split], self.store.tokenizer, self.rt.device
+        index, tokenizer, found = self.store.index[split], self.store.tokenizer, []
         width = 120 if isinstance(tokenizer, ByteTokenizer) else 40  # tokens of a line, about
-        rows, found = index[index["trained"] == 1], []
+        rows = index[index["trained"] == 1]
         for row in rows[evenly_spaced(len(rows), 3)]:
             start, length, prompt = (int(row[name]) for name in ("start", "length", "prompt"))
-            first = prompt if prompt > 1 else min(max(1, length // 2), width)
+            first, temperature = prompt, 0.0
+            if prompt <= 1:  # plain text: from its middle
+                first, temperature = min(max(1, length // 2), width), 0.8
             ids = self.store.ids(split, start, min(length, first + width)).tolist()
-            given, truth, temperature = ids[:first], ids[first:], 0.0 if prompt > 1 else 0.8
-            idx = torch.tensor([given], device=device)
+            given, truth = ids[:first], ids[first:]
+            idx = torch.tensor([given], device=self.rt.device)
             steps = generate(self.model, idx, width, tokenizer.end_ids, temperature=temperature)
-            model = [token for (token,) in steps if token >= 0]
-            texts = {"given": tokenizer.decode(given), "truth": tokenizer.decode(truth, given),
-                     "model": tokenizer.decode(model, given)}  # fmt: skip
-            found.append({name: text.strip() for name, text in texts.items()})
+            written = [token for (token,) in steps if token >= 0]
+            found.append({
+                "given": tokenizer.decode(given).strip(),
+                "truth": tokenizer.decode(truth, given).strip(),
+                "model": tokenizer.decode(written, given).strip(),
+            })  # fmt: skip
         return found
-
-
-def text_sums(windows: Iterable[tuple], tokenizer: Tokenizer) -> dict[str, int]:
-    """What the scored text holds: words between white space, unknown tokens, its size by gzip."""
-    words = unknown = size = packed = 0
-    packer = zlib.compressobj(9, wbits=31)
-    for x, y in windows:
-        first = int((y != IGNORE).int().argmax())
-        before, scored = x[: first + 1][-8:].tolist(), y[y != IGNORE].tolist()
-        text = tokenizer.decode(scored, before)
-        words += len(text.split())
-        if text[:1].strip() and tokenizer.decode(before)[-1:].strip():
-            words -= 1  # its first word began in the window before
-        unknown += scored.count(tokenizer.unk_id)
-        data = text.encode("utf-8", "replace")
-        size += len(data)
-        packed += len(packer.compress(data))
-    packed += len(packer.flush())
-    return {"words": words, "unknown_tokens": unknown, "packed": packed, "unpacked": size}
 
 
 COUNTS = ("tokens", "bytes", "words", "records", "unknown_tokens")
@@ -6004,7 +5994,6 @@ def metrics_from_sums(sums: dict) -> dict:
         "ppl": math.exp(min(20.0, nll / sums["tokens"])),
         "bits_per_byte": nll / math.log(2) / size if size else math.nan,
         "word_ppl": math.exp(min(500.0, nll / words)) if words else math.nan,
-        "gzip_bits_per_byte": 8 * sums["packed"] / max(1, sums["unpacked"]),
         **{name: round(sums[name]) for name in COUNTS},
     }
 
@@ -6049,11 +6038,10 @@ def report(
 ) -> dict:  # fmt: skip
     """What is to be known of a model on a corpus, as plain data: what `eval --json` writes.
 
-    loss, ppl, bits_per_byte, word_ppl, gzip_bits_per_byte and COUNTS of the split, and `sources`
-    with the same of each; of a closed set of answers also accuracy, classes, majority, confusion.
-    Where records have answers, `answers` of val and train: records, loss, exact, majority.
-    `examples`: three of given, truth, model. max_batches: evenly spaced batches of each (0: all,
-    but 500 answers of another split). Raises UserError where the split is empty.
+    loss, ppl, bits_per_byte, word_ppl and COUNTS of the split, and `sources` with the same of each;
+    of a closed set of answers also `class_metrics`. Where records have answers, `answers` of val
+    and train. `examples`: three. max_batches: evenly spaced batches of each (0: all, but 500
+    answers of another split). Raises UserError where the split is empty.
     """
     asked = Evaluation(loaded, store, rt, batch_size, limit=max_batches * batch_size)
     splits = ("train", "val") if split == "all" else (split,)
@@ -6076,11 +6064,21 @@ def report(
     return result | {"examples": asked.examples(splits[-1])}
 
 
-REPORT_COLUMNS = (  # key, title, width, how a value is written
-    ("loss", "loss", 9, ".4f"), ("ppl", "ppl", 11, ",.3f"), ("word_ppl", "word ppl", 11, ".5g"),
-    ("bits_per_byte", "bits/byte", 11, ".4f"), ("gzip_bits_per_byte", "gzip", 8, ".3f"),
-    ("tokens", "tokens", 12, ",d"), ("records", "records", 9, ",d"),
+REPORT_COLUMNS = (  # key, title, how a value is written
+    ("loss", "loss", ".4f"), ("ppl", "ppl", ",.3f"), ("word_ppl", "word ppl", ".5g"),
+    ("bits_per_byte", "bits/byte", ".4f"), ("tokens", "tokens", ",d"), ("records", "records", ",d"),
 )  # fmt: skip
+ANSWER_ROWS = (("loss", "loss in nats a token", ".4f"), ("exact", "exactly right", ".1%"))
+
+
+def table_lines(rows: list[list[str]]) -> list[str]:
+    """Cells in columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *cells in rows:
+        rest = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *rest]).rstrip())
+    return lines
 
 
 def report_lines(after: dict, before: dict | None = None, most_sources: int = 0) -> list[str]:
@@ -6091,40 +6089,31 @@ def report_lines(after: dict, before: dict | None = None, most_sources: int = 0)
     sources = after["sources"]
     if 0 < most_sources < len(sources):
         sources = {}
-    rows = {**sources, "total": after} | ({"total, before": before} if before else {})
-    lines = [
-        f"{'source':<18}" + "".join(f"{title:>{width}}" for _, title, width, _ in REPORT_COLUMNS)
-    ]
+    rows, shown = {**sources, "total": after}, {"": after}
+    if before:
+        rows["total, before"], shown = before, {"before": before, "after": after}
+    cells = [["source", *(title for _, title, _ in REPORT_COLUMNS)]]
     for name, row in rows.items():
-        cells = (f"{row[key]:>{width}{written}}" for key, _, width, written in REPORT_COLUMNS)
-        lines.append(f"{name[:17]:<18}" + "".join(cells))
+        cells.append([name[:24], *(format(row[key], spec) for key, _, spec in REPORT_COLUMNS)])
+    lines = table_lines(cells)
     if after["unknown_tokens"]:
         lines.append(f"{after['unknown_tokens']:,} of the tokens are unknown to the vocabulary")
-    columns = [answer_rows(each) for each in (before, after) if each]
-    if columns[-1]:
-        lines.append(f"{'':<48}{'before':>10}{'after':>10}" if before else "")
-        for label in columns[-1]:
-            lines.append(f"{label:<48}" + "".join(f"{c.get(label, ''):>10}" for c in columns))
+    cells = [["", *shown]]
+    for split, name in {"val": "held-out", "train": "training"}.items():
+        answers = [each.get("answers", {}).get(split, {}) for each in shown.values()]
+        if all(row.get("records") for row in answers):
+            for key, title, spec in ANSWER_ROWS:
+                label = f"{answers[-1]['records']:,} {name} answers: {title}"
+                cells.append([label, *(format(row[key], spec) for row in answers)])
+    lines += table_lines(cells) if len(cells) > 1 else []
     for name, row in sources.items():
         if "accuracy" in row:
             lines += ["", *class_lines(name, row)]
     for number, example in enumerate(after["examples"]):
-        old = {"before": before["examples"][number]["model"]} if before else {}
-        lines += ["", *(f"  {k:<8}{shortened(text)}" for k, text in (example | old).items())]
+        if before:
+            example = example | {"before": before["examples"][number]["model"]}
+        lines += ["", *(f"  {key:<8}{shortened(text)}" for key, text in example.items())]
     return lines
-
-
-def answer_rows(report: dict) -> dict[str, str]:
-    """What is said of answers, where records have any."""
-    rows = {}
-    for split, name in {"val": "held-out", "train": "training"}.items():
-        row = report.get("answers", {}).get(split, {})
-        if row.get("records"):
-            what = f"{row['records']:,} {name} answers"
-            rows[f"{what}: loss in nats a token"] = f"{row['loss']:.4f}"
-            rows[f"{what}: exactly right"] = f"{row['exact']:.1%}"
-            rows[f"{what}: always the most frequent"] = f"{row['majority']:.1%}"
-    return rows
 
 
 def class_lines(name: str, row: dict) -> list[str]:
@@ -6132,23 +6121,18 @@ def class_lines(name: str, row: dict) -> list[str]:
     classes, labels = row["classes"], row["confusion"]["labels"]
     largest = max(classes, key=lambda label: classes[label]["support"])
     accuracy, majority = (f"{row[key]:.4f}" for key in ("accuracy", "majority"))
-    lines = [f"{name}: accuracy {accuracy}; always predicting {largest!r} gives {majority}"]
-    shown = [shortened(label)[:15] for label in labels]
-    titles = ("precision", "recall", "f1", "support", *(f"-> {label[:7]}" for label in shown))
-    lines.append(f"{'true class':<16}" + "".join(f"{title:>11}" for title in titles))
-    for label, figures, counts in zip(
-        shown, classes.values(), row["confusion"]["true_by_predicted"], strict=True
-    ):
-        cells = [f"{figures[key]:>11.4f}" for key in titles[:3]]
-        cells += [f"{n:>11,}" for n in (figures["support"], *counts)]
-        lines.append(f"{label:<16}" + "".join(cells))
-    return lines
+    titles = (f"-> {shortened(label)[:7]}" for label in labels)
+    cells = [["true class", "precision", "recall", "f1", "support", *titles]]
+    for label, counts in zip(labels, row["confusion"]["true_by_predicted"], strict=True):
+        figures = (f"{classes[label][key]:.4f}" for key in ("precision", "recall", "f1"))
+        support = f"{classes[label]['support']:,}"
+        cells.append([shortened(label)[:15], *figures, support, *(f"{n:,}" for n in counts)])
+    first = f"{name}: accuracy {accuracy}; always predicting {largest!r} gives {majority}"
+    return [first, *table_lines(cells)]
 
 
 def shortened(text: str) -> str:
-    """One line of at most 160 characters, without its middle where it is longer. What a model
-    writes may be anything: characters that would steer a terminal are replaced.
-    """
+    """One line of at most 160 characters; those that would steer a terminal are replaced."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(text.split()))
     return text if len(text) <= 160 else f"{text[:77]} ... {text[-77:]}"
 
@@ -7318,7 +7302,6 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     result = evaluate_checkpoint(config, rt, stop)
     if rt.is_main:
         print("\n".join(report_lines(result)))
-        note("Each record is scored by itself; gzip: bits a byte of gzip -9 on the same text.")
         if config.json:
             write_json(Path(config.json), result)
 
@@ -7363,33 +7346,26 @@ def sample_text(
     such as seed and stop.
     """
     settings |= dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-    training = model.training
+    config, training = SampleConfig(**settings, template="raw"), model.training
     model.eval()
     try:
-        ids = prompt_ids(tokenizer, prompt)
-        return "".join(generated_texts(model, tokenizer, SampleConfig(**settings), ids))
+        return "".join(stream_text(Loaded(model, tokenizer, {}), config, prompt))
     finally:
         model.train(training)
 
 
-def stream_text(loaded: Loaded, config: SampleConfig, rt: Runtime, prompt: str) -> Iterator[str]:
-    """What the `sample` command writes: pieces as they are generated; of several samples, whole ones.
-
-    The answer to an instruction comes without the space before it and the newline after it.
-    """
-    instruct = is_instruct(loaded, config)
-    if instruct:
-        ids = conversation_ids(loaded.tokenizer, [ChatTurn(prompt, config.input)], config.system)
-    else:
-        ids = prompt_ids(loaded.tokenizer, prompt)
-    ids = fit_context(ids, loaded.model.config, config.max_new_tokens, instruct)
-    texts = generated_texts(loaded.model, loaded.tokenizer, config, ids)
-    if not instruct:
-        yield from texts
-    elif config.num_samples == 1:
-        yield from answer_text(texts)
-    else:
-        yield from ("".join(answer_text([text])) for text in texts)
+def stream_text(loaded: Loaded, config: SampleConfig, prompt: str) -> Iterator[str]:
+    """What the `sample` command writes: pieces as they are generated; of several samples, whole ones."""
+    if is_instruct(loaded, config):
+        ids = conversation_ids(loaded, config, [ChatTurn(prompt, config.input)])
+        yield from generated_texts(loaded, config, ids, is_answer=True)
+        return
+    ids = [*loaded.tokenizer.prefix, *loaded.tokenizer.encode(prompt).tolist()]
+    if not ids:
+        raise UserError("this model needs a --prompt: its texts begin without a special token")
+    if len(ids) > (size := context_size(loaded.model.config)):
+        note(f"the prompt has {len(ids):,} tokens and the context {size:,}: only its end is read")
+    yield from generated_texts(loaded, config, ids)
 
 
 def is_instruct(loaded: Loaded, config: SampleConfig) -> bool:
@@ -7410,72 +7386,82 @@ class ChatTurn(NamedTuple):
     answer: str | None = None
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of text to go on from. Raises UserError where there are none."""
-    ids = [*tokenizer.prefix, *tokenizer.encode(text).tolist()]
-    if not ids:
-        raise UserError("this model needs a --prompt: its texts begin without a special token")
-    return ids
+def context_size(config: GPTConfig) -> float:
+    """Tokens that a model goes on from at most: any number where its window slides on for ever."""
+    slides = 0 < config.attn_window < config.block_size and config.pos != "learned"
+    return math.inf if slides else config.block_size
 
 
-def conversation_ids(
-    tokenizer: Tokenizer, turns: Sequence[ChatTurn], system: str = ""
-) -> list[int]:
-    """Ids of a conversation, the same as in a token store."""
-    ids = list(tokenizer.prefix)
-    for number, turn in enumerate(turns):
-        prompt = instruction_prompt(turn.instruction, turn.input, "" if number else system)
-        ids += tokenizer.encode(prompt).tolist()
-        if turn.answer is not None:
-            response = instruction_response(turn.answer)
-            ids += [*tokenizer.encode(response).tolist(), tokenizer.sep_id]
-    return ids
+def conversation_ids(loaded: Loaded, config: SampleConfig, turns: list[ChatTurn]) -> list[int]:
+    """Ids of a conversation, the same as in a token store.
 
-
-def context_room(config: GPTConfig, max_new_tokens: int) -> int:
-    """Tokens of a prompt that fit into the context beside the beginning of an answer."""
-    if 0 < config.attn_window < config.block_size and config.pos != "learned":
-        return sys.maxsize  # the window slides on for ever
-    return config.block_size - min(max_new_tokens, config.block_size // 8)
-
-
-def fit_context(ids: list[int], config: GPTConfig, max_new_tokens: int, instruct: bool) -> list:
-    """A prompt that fits the context. One that is too long is cut, with a note that says so.
-
-    An instruction loses its middle, as in training; of other text the model sees the end.
+    What does not fit into the context beside the beginning of an answer is left out, with a note:
+    the oldest turns, which `turns` loses, then the middle of an instruction, as in training.
     """
-    room = context_room(config, max_new_tokens)
-    if len(ids) <= (room if instruct else max(room, config.block_size)):
-        return ids
-    what = "its middle is left out, so that an answer fits" if instruct else "only its end is read"
-    note(f"the prompt has {len(ids):,} tokens and the context {config.block_size:,}: {what}")
-    if not instruct:  # `generate` takes the last block; the repetition penalty counts all
-        return ids
-    return fit_record(np.array(ids), np.empty(0, np.int64), room)[0].tolist()
+    tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
+    room = context_size(loaded.model.config) - min(config.max_new_tokens, block_size // 8)
+    while True:
+        ids = list(tokenizer.prefix)
+        for number, turn in enumerate(turns):
+            system = "" if number else config.system
+            prompt = instruction_prompt(turn.instruction, turn.input, system)
+            ids += tokenizer.encode(prompt).tolist()
+            if turn.answer is not None:
+                response = instruction_response(turn.answer)
+                ids += [*tokenizer.encode(response).tolist(), tokenizer.sep_id]
+        if len(ids) <= room:
+            return ids
+        sizes = f"has {len(ids):,} tokens and the context {block_size:,}"
+        if len(turns) == 1:
+            note(f"the prompt {sizes}: its middle is left out, so that an answer fits")
+            return fit_record(np.array(ids), np.empty(0, np.int64), room)[0].tolist()
+        note(f"the conversation {sizes}: its oldest turn is left out")
+        del turns[0]
 
 
 def generated_texts(
-    model: GPT, tokenizer: Tokenizer, config: SampleConfig, ids: list[int],
-    cache: KVCache | None = None, cached: list | None = None,
-) -> Iterator[str]:  # fmt: skip
+    loaded: Loaded, config: SampleConfig, ids: list[int], is_answer: bool = False
+) -> Iterator[str]:
     """`generate` as text: pieces of one sample as they become certain, or several whole samples.
 
-    cached: the ids that the cache stands for; generated ids are added to it.
+    An answer comes without the space before it and the newline after it.
     """
-    idx = torch.tensor([ids], device=next(model.parameters()).device)
-    how = (config.max_new_tokens, tokenizer.end_ids, config.num_samples, config.seed, cache)
-    steps = generate(model, idx, *how, **{name: getattr(config, name) for name in SAMPLING})
-    streams = [TextStream(tokenizer, unescape(config.stop), ids) for _ in range(config.num_samples)]
-    for tokens in steps:
-        if cached is not None:
-            cached.append(tokens[0])
-        pieces = [s.add(t) if t >= 0 else "" for s, t in zip(streams, tokens, strict=True)]
-        if len(streams) == 1:
-            yield pieces[0]
-        if all(s.stopped or t < 0 for s, t in zip(streams, tokens, strict=True)):
+
+    def text(tokens: Iterable[int]) -> Iterator[str]:
+        pieces = text_pieces(tokens, loaded.tokenizer, unescape(config.stop), ids)
+        return answer_text(pieces) if is_answer else pieces
+
+    idx = torch.tensor([ids], device=next(loaded.model.parameters()).device)
+    how = (config.max_new_tokens, loaded.tokenizer.end_ids, config.num_samples, config.seed)
+    steps = generate(loaded.model, idx, *how, **{name: getattr(config, name) for name in SAMPLING})
+    if config.num_samples == 1:
+        yield from text(token for (token,) in steps)
+    else:
+        yield from ("".join(text(tokens)) for tokens in zip(*steps, strict=True))
+
+
+def text_pieces(
+    tokens: Iterable[int], tokenizer: Tokenizer, stop: str = "", before: Sequence[int] = ()
+) -> Iterator[str]:
+    """The text of tokens as it becomes certain: whole characters, no beginning of `stop`.
+
+    It ends where `stop` begins, or at a negative token. before: ids that the tokens follow.
+    """
+    before, ids = list(before)[-8:], []  # ids: tokens that are not text yet
+    held = ""  # text that may be the beginning of `stop`
+    for token in takewhile(lambda token: token >= 0, tokens):
+        ids.append(token)
+        piece = tokenizer.decode(ids, before)
+        if piece.endswith("\ufffd") and len(ids) < 8:  # perhaps half a character
+            continue
+        before, ids, held = ids, [], held + piece
+        if stop and stop in held:
             break
-    last = [s.finish() for s in streams]
-    yield from last if len(streams) == 1 else [s.text for s in streams]
+        keep = max((n for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[: len(held) - keep]
+        held = held[len(held) - keep :]
+    held += tokenizer.decode(ids, before)
+    yield held.split(stop)[0] if stop else held
 
 
 def answer_text(pieces: Iterable[str]) -> Iterator[str]:
@@ -7489,131 +7475,54 @@ def answer_text(pieces: Iterable[str]) -> Iterator[str]:
         yield text.removesuffix("\n")
 
 
-class TextStream:
-    """Turns tokens into text as it becomes certain: whole characters, no beginning of a stop."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: str, before: Sequence[int] = ()):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.before = [int(i) for i in before][-8:]  # ids that the next ones follow
-        self.ids: list[int] = []  # not yet turned into text
-        self.held = ""  # text that may be the beginning of the stop string
-        self.text, self.stopped = "", False
-
-    def add(self, token: int) -> str:
-        """The text that this token completes."""
-        if self.stopped:
-            return ""
-        self.ids.append(token)
-        piece = self.tokenizer.decode(self.ids, self.before)
-        if piece.endswith("\ufffd") and len(self.ids) < 8:  # perhaps half a character
-            return ""
-        self.before, self.ids = self.ids, []
-        return self.emit(self.held + piece)
-
-    def emit(self, text: str, last: bool = False) -> str:
-        if self.stop and self.stop in text:
-            text, self.stopped, last = text[: text.index(self.stop)], True, True
-        ends = () if last else range(min(len(self.stop) - 1, len(text)), 0, -1)
-        keep = next((n for n in ends if text.endswith(self.stop[:n])), 0)
-        out, self.held = text[: len(text) - keep], text[len(text) - keep :]
-        self.text += out
-        return out
-
-    def finish(self) -> str:
-        if self.stopped:
-            return ""
-        return self.emit(self.held + self.tokenizer.decode(self.ids, self.before), last=True)
-
-
 class Chat:
-    """A session with one model. A conversation with one trained on answers keeps its cache.
+    """A session with one model: a conversation with one trained on answers, else single texts."""
 
-    The cache is brought to the conversation rather than the other way round: what they begin with
-    in common stays, the rest is fed again. So a new system text, a dropped turn or an answer that
-    was cut need no care of their own.
-    """
-
-    def __init__(self, loaded: Loaded, config: SampleConfig, rt: Runtime):
-        self.loaded, self.config, self.rt = loaded, config, rt
+    def __init__(self, loaded: Loaded, config: SampleConfig):
+        self.loaded, self.config = loaded, config
         self.instruct = is_instruct(loaded, config)
-        self.system, self.turns = config.system, []
+        self.turns: list[ChatTurn] = []
         self.answered = 0  # over the whole session
-        self.cache: KVCache | None = None
-        self.cached: list[int] = []  # ids whose first cache.length are in the cache
 
-    def ask(self, instruction: str, input: str = "") -> Iterator[str]:
-        """Pieces of the answer, which becomes a part of the conversation."""
-        self.turns.append(ChatTurn(instruction, input))
-        ids = self.context()
-        self.reuse_cache(ids)
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        texts = generated_texts(model, tokenizer, self.next(), ids, self.cache, self.cached)
-        answer = ""
+    def ask(self, line: str) -> Iterator[str]:
+        """Pieces of what follows a line; an answer becomes a part of the conversation."""
+        self.answered += 1  # another seed for each: a session repeats itself only when asked to
+        config = replace(self.config, seed=derive_seed(self.config.seed, self.answered))
+        if not self.instruct:
+            yield from stream_text(self.loaded, config, line)
+            return
+        self.turns.append(ChatTurn(line, config.input))
+        self.config, answer = replace(self.config, input=""), ""
+        ids = conversation_ids(self.loaded, config, self.turns)
         try:
-            for piece in answer_text(texts):
+            for piece in generated_texts(self.loaded, config, ids, is_answer=True):
                 answer += piece
                 yield piece
-        except KeyboardInterrupt:
-            self.cache = None  # half a token may be in it
-            raise
         finally:
-            self.turns[-1] = ChatTurn(instruction, input, answer)
+            self.turns[-1] = ChatTurn(line, config.input, answer)
 
-    def next(self) -> SampleConfig:
-        """With another seed for each answer: a session repeats itself only when asked to."""
-        self.answered += 1
-        return replace(self.config, seed=derive_seed(self.config.seed, self.answered))
-
-    def reply(self, line: str, input: str = "") -> Iterator[str]:
-        """Pieces of what follows a line that was typed."""
-        if self.instruct:
-            return self.ask(line, input)
-        return stream_text(self.loaded, self.next(), self.rt, line)
-
-    def context(self) -> list[int]:
-        """Ids of the conversation, without its oldest turns where it outgrows the context."""
-        shape, new = self.loaded.model.config, self.config.max_new_tokens
-        room, before = context_room(shape, new), len(self.turns)
-        rendered = partial(conversation_ids, self.loaded.tokenizer, self.turns, self.system)
-        while len(ids := rendered()) > room and len(self.turns) > 1:
-            del self.turns[0]
-        if dropped := before - len(self.turns):
-            left_out = "turn is" if dropped == 1 else f"{dropped} turns are"
-            what = f"the conversation is longer than the context of {shape.block_size:,} tokens"
-            note(f"{what}: its oldest {left_out} left out")
-        return fit_context(ids, shape, new, True)
-
-    def reuse_cache(self, ids: list[int]) -> None:
-        """Keep what the cache and the new ids begin with in common."""
-        model, reused = self.loaded.model, 0
-        if self.cache and not self.cache.ring:  # a ring has overwritten its beginning
-            limit = min(self.cache.length, len(ids) - 1)  # the last token's state is needed
-            pairs = zip(self.cached[:limit], ids, strict=False)
-            reused = next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
-        if not reused:
-            self.cache = KVCache(model.config, 1, self.rt.device, model.tok_emb.weight.dtype)
-        self.cache.length, self.cached = reused, list(ids)
-
-    def use_template(self) -> None:
-        """What has an input or a system text is an instruction. Raises UserError if that is off."""
-        if self.config.template == "raw":
-            raise UserError("--template raw knows no input and no system text")
-        self.instruct = True
+    def change(self, **settings) -> None:
+        """Other settings from here on. With an input or a system text, lines are instructions."""
+        config = replace(self.config, **settings)
+        self.instruct |= is_instruct(self.loaded, config)
+        self.config = config
 
     def command(self, line: str) -> None:
-        """Carry out a line that begins with a slash, but for /quit and /input."""
+        """Carry out a line that begins with a slash, but for /quit. Raises UserError, ValueError."""
         word, _, text = line.partition(" ")
-        if word in ("/new", "/system"):
+        text = text.strip()
+        if word == "/input":
+            self.change(input=text)
+        elif word == "/system":
+            self.change(system=text)
             self.turns = []
-            if word == "/system":
-                self.system = text.strip()
-                self.use_template()
+        elif word == "/new":
+            self.turns = []
         elif word == "/set":
-            name, _, value = text.strip().partition(" ")
+            name, _, value = text.partition(" ")
             if name not in (known := (*SAMPLING, "max_new_tokens", "stop", "seed")):
                 raise UserError(f"/set NAME VALUE, where NAME is one of {', '.join(known)}")
-            value = checked(SampleConfig.__dataclass_fields__[name], value.strip())
-            self.config = replace(self.config, **{name: value})
+            self.change(**{name: checked(SampleConfig.__dataclass_fields__[name], value.strip())})
         elif word == "/help":
             note(CHAT_HELP)
         else:
@@ -7629,49 +7538,49 @@ CHAT_HELP = """\
 /quit            end the session, as ctrl-d and an empty line do; ctrl-c ends an answer"""
 
 
-def chat_session(loaded: Loaded, config: SampleConfig, rt: Runtime) -> None:
+def chat_session(loaded: Loaded, config: SampleConfig) -> None:
     """Read prompts from the terminal and answer them until an empty line or the end of input."""
     with contextlib.suppress(ImportError):  # arrow keys and history; Windows has no such module
         import readline  # noqa: F401
     if "seed" not in config.explicit:
         config.seed = int.from_bytes(os.urandom(4), "little")
-    chat, input_text, last = Chat(loaded, config, rt), config.input, ""
+    chat, last = Chat(loaded, config), ""
     if chat.instruct and config.num_samples > 1:
         raise UserError("--num_samples needs --prompt: a conversation goes on from one answer")
     kind = "a conversation" if chat.instruct else "text to continue"
     note(f"{kind}; /help lists the commands; --seed {config.seed} repeats this session")
     with contextlib.suppress(EOFError):
-        while line := input("> ") or (last if input_text else ""):
+        while line := input("> ") or (last if chat.config.input else ""):
             if line.strip() == "/quit":
                 return
             if line.startswith("/"):
                 try:
-                    if line.startswith("/input"):
-                        chat.use_template()
-                        input_text = line.removeprefix("/input").strip()
-                    else:
-                        chat.command(line)
+                    chat.command(line)
                 except (UserError, ValueError) as error:
                     note(str(error))
-            else:
-                last = line
-                show(chat.reply(line, input_text))
-                input_text = ""
+                continue
+            last = line
+            with (
+                contextlib.suppress(KeyboardInterrupt),
+                contextlib.closing(chat.ask(line)) as texts,
+            ):
+                show(texts)
 
 
-def show(pieces: Iterator[str]) -> None:
-    """Print pieces of text as they come; ctrl-c ends them."""
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
+def show(pieces: Iterable[str]) -> None:
+    """Print pieces of text as they come, and a newline in the end."""
+    try:
         for piece in pieces:
             print(piece, end="", flush=True)
-    print(flush=True)
+    finally:
+        print(flush=True)
 
 
 def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
     loaded, prompt = load_model(config.ckpt), config.prompt
     for_decoding(loaded.model, rt.device, rt.dtype, config.compile == "on")
     if prompt is None and sys.stdin.isatty():
-        chat_session(loaded, config, rt)
+        chat_session(loaded, config)
         return
     if prompt is None:
         try:
@@ -7680,11 +7589,9 @@ def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
             prompt = sys.stdin.read().removesuffix("\n")  # of `echo ... | sample`
         except UnicodeDecodeError as error:
             raise UserError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
-    texts = stream_text(loaded, config, rt, prompt)
+    texts = stream_text(loaded, config, prompt)
     if config.num_samples == 1:
-        for piece in texts:
-            print(piece, end="", flush=True)
-        print(flush=True)
+        show(texts)
         return
     for number, text in enumerate(texts, 1):
         note(f"--- sample {number}")
@@ -7985,39 +7892,29 @@ class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, Run
     json: str = option("", "write the figures to this file")
 
 
-def seconds_of(side: Callable, rt: Runtime) -> float:
-    synchronize = torch.get_device_module(rt.device).synchronize
-    synchronize()
-    started = time.perf_counter()
-    side()
-    synchronize()
-    return time.perf_counter() - started
+def measure(
+    what: str, sides: dict[str, Callable], tokens: int, rt: Runtime, rounds: int
+) -> tuple[dict, float]:
+    """Tokens per second of each side by its median, and the least seconds of its "product".
 
-
-def interleaved_medians(
-    sides: dict[str, Callable], rt: Runtime, rounds: int, what: str = ""
-) -> dict[str, float]:
-    """Median seconds of each side, measured A B A B ..., so that drift affects them alike.
-
-    The first two rounds, which warm up, compile and fill caches, do not count.
+    They take turns, A B A B ..., so that drift affects them alike. The first two rounds, which warm
+    up, compile and fill caches, do not count.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in tqdm(range(rounds + 2), desc=f"measuring {what}", disable=not what):
+    synchronize = torch.get_device_module(rt.device).synchronize
+    for _ in tqdm(range(rounds + 2), desc=f"measuring {what}"):
         for name, side in sides.items():
-            times[name].append(seconds_of(side, rt))
-    return {name: sorted(t[2:])[rounds // 2] for name, t in times.items()}
-
-
-def product_seconds(rt: Runtime, n: int, columns: int, dtype: torch.dtype, rounds: int) -> float:
-    """Least seconds of a product of an (n, n) and an (n, columns) matrix: what the machine can do."""
-    a, b = (torch.randn(n, width, device=rt.device, dtype=dtype) for width in (n, columns))
-    return min(seconds_of(lambda: a @ b, rt) for _ in range(rounds + 2))
-
-
-def next_step(run: Run, batches: Iterator[Batch]) -> None:
-    """A step of a run that is measured, and thrown away."""
-    train_step(run, next(batches).to(run.rt.device))
-    run.progress.step += 1
+            synchronize()
+            started = time.perf_counter()
+            side()
+            synchronize()
+            times[name].append(time.perf_counter() - started)
+    least = min(times.pop("product")[2:])
+    speed = {name: tokens / sorted(t[2:])[rounds // 2] for name, t in times.items()}
+    result = {f"{name}{what}_tokens_per_s": each for name, each in speed.items()}
+    if "hf_" in speed:
+        result[f"{what}_ratio"] = speed[""] / speed["hf_"]
+    return result, least
 
 
 def flops_per_token(model: GPT, T: int) -> float:
@@ -8030,11 +7927,12 @@ def flops_per_token(model: GPT, T: int) -> float:
     return 6 * used + 12 * c.n_layer * T * c.n_head * c.head_dim
 
 
-def bench_run(config: BenchConfig, rt: Runtime, model: GPT) -> Run:
-    """A training run that nobody keeps: the very step of `train`."""
+def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
+    """Speed of the very step of `train`, its share of what matrix products reach (MFU), and peak
+    memory."""
     total = 10**9  # a long run: compiling pays, the learning rate stays in its warm-up
     model.grad_checkpointing = config.grad_checkpointing
-    return Run(
+    run = Run(
         config=config, rt=rt, model=model, losses=distribute(model, config, rt, total),
         objective=next_token_loss, optimizers=make_optimizers(model, config),
         train=None, val=None, store=None, gradients=retry_on_oom,
@@ -8042,52 +7940,40 @@ def bench_run(config: BenchConfig, rt: Runtime, model: GPT) -> Run:
                           grad_checkpointing=config.grad_checkpointing),
         scaler=torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16),
     )  # fmt: skip
-
-
-def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
-    """Speed of a training step, its share of what matrix products reach (MFU), and peak memory."""
-    run = bench_run(config, rt, model)
     # This process's share of a global batch; speed does not depend on what the tokens are.
     shape = config.batch_size // rt.world_size, config.block_size + 1
     ids = torch.randint(model.config.vocab_size, shape, device=rt.device)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
-    our_step = partial(next_step, run, repeat(batch))
+    def step() -> None:
+        train_step(run, batch)
+        run.progress.step += 1
+
     if rt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    our_step()
-    our_step()
-    memory, sides = peak_memory(rt), {"": our_step}  # before there is a peer
+    step()
+    step()
+    memory = peak_memory(rt)  # before there is a peer
+    n = 8192 if rt.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=rt.device, dtype=rt.dtype) for _ in range(2))
+    sides = {"": step, "product": lambda: a @ b}
     if config.vs:
         sides["hf_"] = hf_step(config, rt, model, batch)
-    n = 8192 if rt.device.type == "cuda" else 2048
-    ceiling = partial(product_seconds, rt, n, n, rt.dtype, config.rounds)
-    before = ceiling()
-    seconds = interleaved_medians(sides, rt, config.rounds, "training")
     tokens = config.batch_size * config.block_size
-    reached = tokens * flops_per_token(model, config.block_size) / seconds[""]
-    # Clocks and neighbours drift: the best of all products, and at least what training reached.
-    peak = max(2 * n**3 / min(before, ceiling()), reached)
-    result = {
-        "train_tokens_per_s": tokens / seconds[""], "step_ms": 1e3 * seconds[""],
-        "matmul_peak_flops": peak, "mfu": reached / peak, "peak_memory_bytes": memory,
-        "grad_accum": run.progress.grad_accum,
+    result, seconds = measure("train", sides, tokens, rt, config.rounds)
+    speed = result["train_tokens_per_s"]
+    reached = speed * flops_per_token(model, config.block_size)
+    peak = max(2 * n**3 / seconds, reached)  # a neighbour may have disturbed the products
+    return result | {
+        "step_ms": 1e3 * tokens / speed, "matmul_peak_flops": peak, "mfu": reached / peak,
+        "peak_memory_bytes": memory, "grad_accum": run.progress.grad_accum,
         "grad_checkpointing": run.progress.grad_checkpointing,
     }  # fmt: skip
-    if config.vs:
-        result["hf_train_tokens_per_s"] = tokens / seconds["hf_"]
-        result["train_ratio"] = seconds["hf_"] / seconds[""]
-    return result
-
-
-def hf_peer(config: GPTConfig):
-    """A transformers model of the same shape, with random weights."""
-    return transformers_library().AutoModelForCausalLM.from_config(hf_config(config))
 
 
 def hf_step(config: BenchConfig, rt: Runtime, model: GPT, batch: Batch) -> Callable:
-    """A training step of the peer as people write it: autocast, fused AdamW, clipping."""
-    peer = hf_peer(model.config).to(rt.device).train()
+    """A training step of transformers' model as people write it: autocast, fused AdamW, clipping."""
+    peer = to_peer(GPT(model.config)).to(rt.device).train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=config.lr, fused=True)
 
     def step() -> None:
@@ -8107,46 +7993,23 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     n, batch = config.block_size // 2, config.decode_batch
     idx = torch.arange(8, device=rt.device)[None]
     ours = for_decoding(GPT(model.config), rt.device, rt.dtype, config.compile == "on")
-    sides = {"": lambda: [None for _ in generate(ours, idx, n, (), batch, temperature=0.0)]}
+    # A matrix too large for the caches, in fp32, whose products are at the limit everywhere.
+    width = 16384 if rt.device.type == "cuda" else 8192
+    a, b = (torch.randn(width, columns, device=rt.device) for columns in (width, 1))
+    sides = {
+        "": lambda: list(generate(ours, idx, n, (), batch, temperature=0.0)),
+        "product": lambda: a @ b,
+    }
     if config.vs:
-        peer = hf_peer(model.config).to(rt.device).eval()
+        peer = to_peer(GPT(model.config)).to(rt.device).eval()
         peer.generation_config.eos_token_id = None
         ids = idx.expand(batch, -1)
         how = dict(max_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(ids))
         sides["hf_"] = lambda: peer.generate(ids, **how)
-    # A matrix too large for the caches, in fp32, whose products are at the limit everywhere.
-    side = 16384 if rt.device.type == "cuda" else 8192
-    ceiling = partial(product_seconds, rt, side, 1, torch.float32, config.rounds)
-    before = ceiling()
-    seconds = interleaved_medians(sides, rt, config.rounds, "decoding")
-    bandwidth = 4 * side**2 / min(before, ceiling())
+    result, seconds = measure("decode", sides, batch * n, rt, config.rounds)
     read = sum(t.nbytes for part in (ours.blocks, ours.head) for t in part.state_dict().values())
-    speed = {name: batch * n / s for name, s in seconds.items()}
-    result = {"decode_tokens_per_s": speed[""],
-              "decode_limit_tokens_per_s": max(batch * bandwidth / read, speed[""])}  # fmt: skip
-    if config.vs:
-        result["hf_decode_tokens_per_s"] = speed["hf_"]
-        result["decode_ratio"] = speed[""] / speed["hf_"]
-    return result
-
-
-def bench_lines(result: dict) -> list[str]:
-    """The figures of `bench` for people."""
-    peak, limit = result["matmul_peak_flops"] / 1e9, result["decode_limit_tokens_per_s"]
-    place = f"{result['device']}, {result['dtype']}, {result['threads']} CPU threads"
-    rows = {
-        "machine": place,
-        "parameters": f"{result['params']:,}",
-        "training": f"{result['train_tokens_per_s']:,.0f} tokens/s, {result['step_ms']:,.1f} ms a step",
-        "of matrix products": f"{result['mfu']:.1%} of their {peak:,.0f} GFLOP/s (MFU)",
-        "peak memory": f"{result['peak_memory_bytes'] / 2**30:.2f} GiB",
-        "decoding": f"{result['decode_tokens_per_s']:,.0f} tokens/s of at most {limit:,.0f}",
-    }
-    if "train_ratio" in result:
-        for what in ("train", "decode"):
-            speed, ratio = result[f"hf_{what}_tokens_per_s"], result[f"{what}_ratio"]
-            rows[f"transformers, {what}"] = f"{speed:,.0f} tokens/s; here {ratio:.2f} times that"
-    return [f"{label:<22}{text}" for label, text in rows.items()]
+    limit = max(batch * a.nbytes / seconds / read, result["decode_tokens_per_s"])
+    return result | {"decode_limit_tokens_per_s": limit}
 
 
 def peak_memory(rt: Runtime) -> int:
@@ -8161,15 +8024,6 @@ def peak_memory(rt: Runtime) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def device_name(rt: Runtime) -> str:
-    if rt.device.type == "cuda":
-        return torch.cuda.get_device_name(rt.device)
-    with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()):
-            return found[1]
-    return rt.device.type
-
-
 def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     """Measure training and decoding beside the limits of the machine."""
     vocab_size = config.vocab_size
@@ -8179,9 +8033,10 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
     if config.self_test:
         self_test(model.config, rt)
     choose_threads(config, rt, model.config, config.batch_size // config.grad_accum)
+    is_cuda = rt.device.type == "cuda"
     result = {
         "params": model.n_params(),
-        "device": device_name(rt),
+        "device": torch.cuda.get_device_name(rt.device) if is_cuda else platform.processor(),
         "dtype": str(rt.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
@@ -8189,7 +8044,8 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
         result |= bench_training(config, rt, model)
     result |= bench_decoding(config, rt, model)
     if rt.is_main:
-        print("\n".join(bench_lines(result)))
+        for name, value in result.items():
+            print(f"{name:<28}{value:,.6g}" if isinstance(value, float) else f"{name:<28}{value}")
         if config.json:
             write_json(Path(config.json), result)
 
@@ -8826,7 +8682,7 @@ class TextGenerator:
 
     def stream(self, prompt: str, **settings) -> Iterator[str]:
         """Pieces of text as they are generated; of several samples, each whole."""
-        return stream_text(self.loaded, self.config(**settings), self.rt, prompt)
+        return stream_text(self.loaded, self.config(**settings), prompt)
 
     def generate(self, prompt: str, **settings) -> str | list[str]:
         """The text that follows `prompt`, or with num_samples=N > 1 a list of N texts.

@@ -352,8 +352,7 @@ class Parrot(torch.nn.Module):
 def pieces(text, stop="", num_samples=1):
     loaded = lp.Loaded(Parrot(text), lp.ByteTokenizer(), {})
     config = lp.SampleConfig(stop=stop, max_new_tokens=500, num_samples=num_samples)
-    rt = lp.Runtime(torch.device("cpu"), torch.float32)
-    return list(lp.stream_text(loaded, config, rt, "x"))
+    return list(lp.stream_text(loaded, config, "x"))
 
 
 @pytest.mark.parametrize("text", ["plain", "Größe 你好 👋🏽 e\u0301", "", "\n\n", "a\ufffdb"])
@@ -367,8 +366,7 @@ def test_streamed_pieces_are_whole_characters_and_add_up(text):
 def test_bytes_that_are_no_character_do_not_hold_up_the_rest():
     loaded = lp.Loaded(Parrot(""), lp.ByteTokenizer(), {})
     loaded.model.said = [0xE4, 0xBD, *b"ok", 0xFF, 0xFF, *b"then more text", 0xE4, 258]
-    rt = lp.Runtime(torch.device("cpu"), torch.float32)
-    found = list(lp.stream_text(loaded, lp.SampleConfig(), rt, "x"))
+    found = list(lp.stream_text(loaded, lp.SampleConfig(), "x"))
     assert "".join(found) == "\ufffdok\ufffd\ufffdthen more text\ufffd"
 
 

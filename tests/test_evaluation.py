@@ -1,6 +1,5 @@
 """`eval`, the report, `bench`: every figure against one computed here, a token at a time."""
 
-import gzip
 import json
 import math
 import random
@@ -293,18 +292,6 @@ def test_max_batches_bounds_each_source(checkpoint, texts, tmp_path):
     assert evaluate(checkpoint, flags, tmp_path, "--max_batches", "1000000") == whole
 
 
-def test_gzip_of_the_same_text_stands_beside(checkpoint, texts, tmp_path):
-    result = evaluate(checkpoint, texts[0], tmp_path, "--split", "train")
-    store = open_store(texts[0][1], tmp_path, val_fraction=0.4)
-    for source in store.sources:
-        rows = store.index["train"][store.whole_records("train")]
-        rows = rows[rows["source"] == store.sources.index(source)]
-        texts_of = [store.ids("train", int(r["start"]), int(r["length"])) for r in rows]
-        text = "".join(map(store.tokenizer.decode, texts_of)).encode()
-        packed = 8 * len(gzip.compress(text)) / len(text)
-        assert result["sources"][source]["gzip_bits_per_byte"] == pytest.approx(packed, rel=0.05)
-
-
 def test_a_conversation_is_scored_once_and_masked_answers_never(checkpoint, tmp_path):
     """It has a row of the index for each answer, over the same tokens."""
     records = []
@@ -448,8 +435,8 @@ def test_exact_answers_are_those_that_greedy_decoding_writes(learned, tmp_path):
     loaded = lp.load_model(str(checkpoint))
     store = open_store(flags[1], tmp_path, val_fraction=0.25)
     for split in ("train", "val"):
-        exact, losses, truths = 0, [], []
-        for row in store.index[split]:
+        exact, losses, rows = 0, [], store.index[split]
+        for row in rows:
             start, length, prompt = (int(row[name]) for name in ("start", "length", "prompt"))
             ids = store.ids(split, start, length).tolist()
             idx = torch.tensor([ids[:prompt]])
@@ -457,15 +444,13 @@ def test_exact_answers_are_those_that_greedy_decoding_writes(learned, tmp_path):
             made = [token for (token,) in steps if token >= 0]
             exact += made == ids[prompt:-1]
             losses += naive_losses(loaded.model, ids, 80)[prompt - 1 :]
-            truths.append(tuple(ids[prompt:]))
         found = result["answers"][split]
-        assert found["records"] == len(truths) > 0
-        assert found["exact"] == pytest.approx(exact / len(truths))
+        assert found["records"] == len(rows) > 0
+        assert found["exact"] == pytest.approx(exact / len(rows))
         assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-        assert found["majority"] == max(map(truths.count, truths)) / len(truths)
     assert result["answers"]["train"]["exact"] > 0.8, "the model has learned them"
     shown = run("eval", "--ckpt", checkpoint, *flags, *CPU).ok().out
-    assert "held-out answers: exactly right" in shown and "always the most frequent" in shown
+    assert "held-out answers: exactly right" in shown
 
 
 def test_examples_are_records_and_what_the_model_says(learned, tmp_path):
@@ -580,14 +565,13 @@ def test_the_benchmark(tmp_path, vs):
     assert found.keys() >= promised
     assert all(found[name] > 0 for name in promised - {"device", "dtype"})
     assert found["mfu"] <= 1 and found["decode_limit_tokens_per_s"] >= found["decode_tokens_per_s"]
-    for unit in ("tokens/s", "FLOP/s", "GiB", "%", "ms a step"):
-        assert unit in out, unit
-    assert ("transformers" in out) is bool(vs)
+    assert all(name in out for name in promised)
 
 
 def test_a_ceiling_is_never_below_what_was_reached(monkeypatch):
     """A neighbour disturbs the measurement of the products."""
-    monkeypatch.setattr(lp, "product_seconds", lambda *args: 1e9)
+    measure = lp.measure
+    monkeypatch.setattr(lp, "measure", lambda *args: (measure(*args)[0], 1e9))
     shape = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=2, rounds=1)
     config = lp.BenchConfig(**shape)
     found = lp.bench_training(config, RT, random_model(block_size=16))

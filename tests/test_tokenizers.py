@@ -434,8 +434,7 @@ def test_a_stream_of_tokens_keeps_its_spaces(fallback, tmp_path):
     for text in WORD_STARTS + (["the 你 dog 😀"] if fallback else []):
         ids = tokenizer.encode(text).tolist()
         for before, wanted in (([tokenizer.bos_id], text), (tokenizer.encode("the"), " " + text)):
-            stream = lp.TextStream(tokenizer, "", before)
-            assert "".join(map(stream.add, ids)) + stream.finish() == wanted
+            assert "".join(lp.text_pieces(ids, tokenizer, "", before)) == wanted
 
 
 def test_texts_have_the_ids_of_one_encode(tmp_path):
