@@ -3024,10 +3024,7 @@ class Turn:
 
 @dataclass
 class Record:
-    """One unit of text: plain text, an instruction with its answer, or a conversation.
-
-    `prompt` and `response` are those of the last turn.
-    """
+    """One unit of text: plain text, an instruction with its answer, or a conversation."""
 
     source: str
     turns: list[Turn]  # at least one; readers end it with a trained one
@@ -3037,7 +3034,7 @@ class Record:
 
     @property
     def is_plain(self) -> bool:
-        return not self.prompt
+        return not self.turns[-1].prompt
 
     @property
     def prompt(self) -> str:
@@ -3060,21 +3057,19 @@ class Report:
     def __init__(self):
         self.rows: dict[str, Counter] = {}
         self.examples: dict[tuple[str, str], str] = {}  # (source, what) -> where it was met first
-        self.advice: list[str] = []
+        self.advice: dict[str, None] = {}  # lines below the table, each once
 
     def count(self, source: str, what: str, n: int = 1, where: str = "") -> None:
         """Add to a column, or to a line of its own below the source's row."""
         self.rows.setdefault(source, Counter())[what] += n
         if where:
-            self.examples.setdefault((source, what.removeprefix("skipped: ")), where)
+            self.examples.setdefault((source, what), where)
 
     def skip(self, source: str, why: str, where: str) -> None:
         self.count(source, f"skipped: {why}", where=where)
 
     def advise(self, text: str) -> None:
-        """A line below the table, once."""
-        if text not in self.advice:
-            self.advice.append(text)
+        self.advice[text] = None
 
     def lines(self) -> list[str]:
         table = [f"{'source':<28}" + "".join(f"{c:>14}" for c in self.COLUMNS)]
@@ -3082,9 +3077,9 @@ class Report:
             table.append(f"{source[:27]:<28}" + "".join(f"{row[c]:>14,}" for c in self.COLUMNS))
             for what, n in row.items():
                 if what not in (*self.COLUMNS, "train_bytes", "val_bytes"):
-                    where = self.examples.get((source, what.removeprefix("skipped: ")))
+                    where = self.examples.get((source, what))
                     table.append(f"  {what}: {n:,}" + (f" (first: {where})" if where else ""))
-        return table + self.advice
+        return [*table, *self.advice]
 
 
 # --- reading files ---
@@ -3173,17 +3168,18 @@ PREFERENCES = ("chosen", "rejected")
 INPUTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
 LABELS = ("label", "labels", "sentiment", "class", "target")
-UNSUPPORTED = (
+UNSUPPORTED = {
     "tools", "functions", "tool_calls", "function_call", "tool_call_id", "image", "images",
-    "video", "videos", "audio", "audios", "train_detail", "training_detail",
-)  # fmt: skip
-REASONING = ("reasoning_content", "reasoning", "thinking")
+    "video", "videos", "audio", "audios", "train_detail", "training_detail", "history",
+}  # fmt: skip
+REASONING = {"reasoning_content", "reasoning", "thinking"}
 MASKS = {"weight", "train", "training", "trainable", "loss"}  # OpenAI's, axolotl's and swift's
-KNOWN_COLUMNS = {*QUESTIONS, *ANSWERS, *DIALOGUES, *PREFERENCES, *INPUTS, *SYSTEMS, *LABELS,
-                 *UNSUPPORTED, *MASKS, "history", "text", "role", "message_id", "parent_id"}  # fmt: skip
+USED_COLUMNS = {*QUESTIONS, *ANSWERS, *DIALOGUES, *PREFERENCES, *INPUTS, *SYSTEMS, *UNSUPPORTED,
+                *MASKS, "text", "role", "message_id", "parent_id"}  # fmt: skip
+KNOWN_COLUMNS = USED_COLUMNS | set(LABELS)
 MESSAGE_FIELDS = {"role", "from", "content", "value", *MASKS, *UNSUPPORTED}
 LAYOUTS = (
-    "text; instruction, prompt or question (with input or context, system, history) and output, "
+    "text; instruction, prompt or question (with input or context, system) and output, "
     "completion, response or answer; messages or conversations; chosen and rejected"
 )
 ROLES = {
@@ -3192,13 +3188,19 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "model": "assistant",
 }  # fmt: skip
+FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)  # as in HH-RLHF
 
 
 class Message(NamedTuple):
     role: str  # system, user or assistant
     text: str
-    input: str = ""
     trained: bool = True
+
+
+def flag(value) -> bool | None:
+    """A yes or no, as JSON, numbers or a table's cells have it; None for anything else."""
+    return FLAGS.get(str(value).strip().lower())
 
 
 def present(row: dict, names: Iterable[str]) -> str:
@@ -3227,20 +3229,12 @@ def text_in(row: dict, names: Iterable[str]) -> str:
     return text_from(row[name], name) if name else ""
 
 
-FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
-
-
-def flag(value) -> bool | None:
-    """A yes or no, as JSON, numbers or a table's cells have it; None for anything else."""
-    return None if value is None else FLAGS.get(str(value).strip().lower())
-
-
-def refuse_unsupported(row: dict, place: str) -> None:
-    """What cannot be rendered: without it a dialogue would be half read."""
-    for name in row.keys() & UNSUPPORTED:
+def refuse(row: dict, names: set[str], place: str) -> None:
+    """Raises ValueError where one of these is filled: without it a dialogue would be half read."""
+    for name in row.keys() & names:
         if row[name] not in (None, "", "[]", [], {}):
-            what = "tool calls, media and masks inside a message are not supported"
-            raise ValueError(f"{name!r} in {place}: {what}")
+            what = f"{name!r} in {place} is not supported"
+            raise ValueError(f"{what}: write what it says into the content, or drop it")
 
 
 def content_of(entry: dict, column: str) -> str:
@@ -3263,44 +3257,19 @@ def message_from(entry: dict, column: str) -> Message:
     """A message as {role, content} (OpenAI) or {from, value} (ShareGPT)."""
     if not isinstance(entry, dict):
         raise ValueError(f"{column!r} must be a list of {{role, content}}")
-    refuse_unsupported(entry, repr(column))
-    for name in REASONING:
-        if entry.get(name):
-            raise ValueError(f"{name!r} in {column!r}: write it into the content, or drop it")
-    role = entry.get("role") or entry.get("from")
+    refuse(entry, UNSUPPORTED | REASONING, repr(column))
+    role, trained = entry.get("role") or entry.get("from"), True
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"unknown role {role!r} in {column!r} (known: {', '.join(ROLES)})")
-    masks = {name: entry[name] for name in MASKS if entry.get(name) is not None}
-    for name, value in masks.items():
-        if flag(value) is None:
+    for name in entry.keys() & MASKS:
+        value = entry[name]
+        if value is not None and flag(value) is None:
             raise ValueError(f"{name} {value!r} in {column!r} is neither 0 nor 1")
-    return Message(ROLES[role], content_of(entry, column),
-                   trained=all(map(flag, masks.values())))  # fmt: skip
+        trained = trained and flag(value) is not False
+    return Message(ROLES[role], content_of(entry, column), trained)
 
 
-def messages_of(value, column: str, role: str = "") -> list[Message]:
-    """The messages that a column holds: a list, a single one, a transcript, or text of `role`."""
-    if isinstance(value, str) and column in (*DIALOGUES, *PREFERENCES):  # JSON in a table's cell
-        with contextlib.suppress(ValueError):
-            parsed = json.loads(value)
-            value = parsed if speaks(parsed) else value
-    if value == [] and (column in PREFERENCES or not role):
-        raise ValueError(f"no messages in {column!r}")
-    if speaks(value) or (not role and isinstance(value, list)):
-        entries = [value] if isinstance(value, dict) else value
-        return [message_from(entry, column) for entry in entries]
-    is_transcript = isinstance(value, str) and re.match(r"\s*Human:", value)  # as in HH-RLHF
-    if is_transcript and "\n\nAssistant:" in value and column not in ANSWERS:
-        _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text_from(value, column).lstrip())
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        found = [Message(ROLES[who.lower()], text.strip()) for who, text in pairs]
-        return found if found[-1].text else found[:-1]  # a prompt ends with "Assistant:" alone
-    if not role:
-        raise ValueError(f"{column!r} must be a list of {{role, content}}")
-    return [Message(role, text_from(value, column))]
-
-
-def speaks(value) -> bool:
+def is_dialogue(value) -> bool:
     """Whether a value is a message, or a list with one."""
     entries = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
     return any(
@@ -3310,59 +3279,57 @@ def speaks(value) -> bool:
     )
 
 
+def messages_of(value, column: str, role: str = "") -> list[Message]:
+    """The messages that a column holds: a list, a single one, or one of a text of `role`."""
+    if isinstance(value, str) and column in (*DIALOGUES, *PREFERENCES):  # JSON in a table's cell
+        parsed = json_value(value)
+        value = parsed if is_dialogue(parsed) else value
+    if isinstance(value, str) and column not in ANSWERS and TRANSCRIPT.match(value):
+        raise ValueError(f"a transcript in {column!r}: make it a list of {{role, content}}")
+    if value == [] and (column in PREFERENCES or not role):
+        raise ValueError(f"no messages in {column!r}")
+    if is_dialogue(value) or (not role and isinstance(value, list)):
+        entries = [value] if isinstance(value, dict) else value
+        return [message_from(entry, column) for entry in entries]
+    if not role:
+        raise ValueError(f"{column!r} must be a list of {{role, content}}")
+    return [Message(role, text_from(value, column))]
+
+
 def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
     """All messages of a row, from its columns of question, dialogue and answer ("" for none)."""
     columns = {asked: "user", talk: "", answer: "assistant"}  # and the role of a text in each
     columns.pop("", None)
-    parts = [messages_of(row[name], name, role) for name, role in columns.items()]
-    extra = text_in(row, INPUTS) if asked else ""
-    if extra:
-        if len(parts[0]) > 1:
-            raise ValueError(f"an input beside the messages of {asked!r}")
-        parts[0][0] = parts[0][0]._replace(input=extra)
-    body = parts.pop()
+    *parts, body = [messages_of(row[name], name, role) for name, role in columns.items()]
     for part in reversed(parts):
-        is_answered = body[0].role == "assistant" and part[-1].role != "assistant"
-        is_repeated = {m.text for m in part} <= {m.text for m in body}  # as UltraFeedback's prompt
-        if is_answered:
+        if body[0].role == "assistant" and part[-1].role != "assistant":
             body = part + body
-        elif not is_repeated:
+        elif not {m.text for m in part} <= {m.text for m in body}:  # UltraFeedback repeats these
             names = " and ".join(map(repr, columns))
             raise ValueError(f"{names} hold different dialogues: drop a column")
     return body
 
 
-def preamble_of(row: dict, body: list[Message]) -> list[Message]:
-    """What columns of their own put before a dialogue: a system text, Alpaca's history."""
-    system, has_system = text_in(row, SYSTEMS), body[0].role == "system"
-    history = row.get("history") or []
-    if has_system and (history or system not in ("", body[0].text)):
-        raise ValueError("a system text both inside the dialogue and beside it")
-    before = [Message("system", system)] if system and not has_system else []
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise ValueError("'history' must be a list of [user, assistant] texts")
-        asked, answer = (text_from(text, "history") for text in pair)
-        before += [Message("user", asked), Message("assistant", answer)]
-    return before
-
-
-def turns_of(messages: list[Message]) -> list[Turn]:
+def turns_of(messages: list[Message], system: str, extra: str) -> list[Turn]:
     """Pair each user's message with the answer to it. Raises ValueError where that fails.
 
     Several messages of one role in a row are joined by an empty line. A system text may stand
-    only at the beginning, a user's message must come first and an answer last.
+    only at the beginning, a user's message must come first and an answer last. system and extra:
+    the texts of columns of their own, for the first prompt.
     """
     joined: list[Message] = []
-    for role, run in groupby(messages, key=lambda m: m.role):
-        group = list(run)
-        if role == "assistant" and len({m.trained for m in group}) > 1:
+    for role, text, trained in messages:
+        if not joined or role != joined[-1].role:
+            joined.append(Message(role, text, trained))
+            continue
+        if role == "assistant" and trained != joined[-1].trained:
             raise ValueError("answers of different weight in a row")
-        text = "\n\n".join(m.text for m in group)
-        extra = "\n".join(m.input for m in group if m.input)
-        joined.append(Message(role, text, extra, group[0].trained))
-    system = joined.pop(0).text if joined and joined[0].role == "system" else ""
-    roles = [m.role for m in joined]
+        joined[-1] = Message(role, f"{joined[-1].text}\n\n{text}", trained)
+    if joined[0].role == "system":
+        if system not in ("", joined[0].text):
+            raise ValueError("a system text both inside the dialogue and beside it")
+        system = joined.pop(0).text
+    roles = [message.role for message in joined]
     if "system" in roles:
         raise ValueError("a system text inside the conversation; only its first message may be one")
     if roles[:1] != ["user"]:
@@ -3371,8 +3338,9 @@ def turns_of(messages: list[Message]) -> list[Turn]:
         raise ValueError("a conversation must end with an assistant's answer")
     turns = []
     for question, answer in zip(joined[::2], joined[1::2], strict=True):
-        prompt = instruction_prompt(question.text, question.input, "" if turns else system)
+        prompt = instruction_prompt(question.text, extra, system)
         turns.append(Turn(prompt, instruction_response(answer.text), answer.trained))
+        system = extra = ""
     return turns
 
 
@@ -3401,103 +3369,108 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
     by_name = text_field != "text" and row.get(text_field) is not None
     if by_name or not (pair or talk or (asked and answer)):
         return plain_record(row, source, text_field, where, "" if by_name else asked or answer)
-    refuse_unsupported(row, "the row")
+    refuse(row, UNSUPPORTED, "the row")
     body = dialogue_of(row, asked, talk, answer)
     rejected = rejected_answer(row["rejected"], body) if pair else ""
     if flag(row.get("label")) is False:  # KTO's: an answer that people did not like
         body[-1] = body[-1]._replace(trained=False)
     if any(flag(row[name]) is False for name in row.keys() & MASKS):  # of all its answers
         body = [message._replace(trained=False) for message in body]
-    return Record(source, turns_of(preamble_of(row, body) + body), rejected, where)
+    extra = text_in(row, INPUTS) if asked else ""
+    if extra and is_dialogue(row[asked]):
+        raise ValueError(f"an input beside the messages of {asked!r}")
+    return Record(source, turns_of(body, text_in(row, SYSTEMS), extra), rejected, where)
 
 
 def plain_record(row: dict, source: str, text_field: str, where: str, half: str) -> Record:
     """A record of plain text. half: a question without its answer, or the other way round."""
-    if half and row.get(text_field) is not None:
+    text, role = row.get(text_field), row.get("role")
+    if half and text is not None:
         raise ValueError(f"{half!r} beside 'text' is half a pair: name one by --text_field")
-    is_message = isinstance(row.get("role"), str) and row["role"] in ROLES
-    if is_message or {"message_id", "parent_id"} <= row.keys():  # as in OASST
+    if (isinstance(role, str) and role in ROLES) or {"message_id", "parent_id"} <= row.keys():
         raise ValueError("one message of a dialogue: put all of them into a list called messages")
-    if row.get(text_field) is None:
-        wanted = KNOWN_COLUMNS | {text_field}
-        if half:
-            wanted = ANSWERS if half in QUESTIONS else QUESTIONS
-        for name in row:
-            if name in wanted and row[name] is None:
-                raise ValueError(f"{name!r} is null")
-        names = ", ".join(map(str, list(row)[:12])) or "none"
-        what = f"no {text_field!r} and no known layout among the fields ({names})"
+    if text is None:
+        nulls = [name for name in row if name in {*KNOWN_COLUMNS, text_field} and row[name] is None]
+        what = (
+            f"no {text_field!r} and no known layout among the fields ({', '.join(list(row)[:12])})"
+        )
+        if nulls:
+            raise ValueError(f"{nulls[0]!r} is null")
         way = "name the one that holds text with --text_field"
         raise ValueError(f"{what}; {way}, or use {LAYOUTS}")
-    if not isinstance(row[text_field], str):
-        raise ValueError(f"{text_field!r} must be text, not {type(row[text_field]).__name__}")
-    return Record(source, [Turn("", text_from(row[text_field], text_field))], where=where)
+    if not isinstance(text, str):
+        raise ValueError(f"{text_field!r} must be text, not {type(text).__name__}")
+    return Record(source, [Turn("", text_from(text, text_field))], where=where)
 
 
 def unused_in(row: dict, record: Record, text_field: str) -> Iterator[str]:
     """Names of what a row holds and its record does not; beside an answer, numbers are scores."""
-    for name in row.keys() - KNOWN_COLUMNS - {text_field}:
-        if record.is_plain or (row[name] and not isinstance(row[name], int | float)):
-            yield str(name)
-    for name in row.keys() & LABELS:
-        is_used = name == "label" and not record.is_plain and flag(row[name]) is not None
-        if row[name] is not None and not is_used:
+    for name in row.keys() - USED_COLUMNS - {text_field}:
+        is_liking = name == "label" and flag(row[name]) is not None
+        is_score = isinstance(row[name], int | float) or is_liking
+        if row[name] not in (None, "", [], {}) and (record.is_plain or not is_score):
             yield name
     for column in row.keys() & {*DIALOGUES, *PREFERENCES}:
-        entries = row[column] if isinstance(row[column], list) else []
-        for entry in entries if speaks(entries) else ():
+        for entry in row[column] if isinstance(row[column], list) else ():
             for name in entry.keys() - MESSAGE_FIELDS:
                 if isinstance(entry[name], str) and entry[name]:
                     yield f"{name} in {column}"
-            is_answer = ROLES.get(entry.get("role") or entry.get("from")) == "assistant"
-            if not is_answer and any(flag(entry.get(name)) is False for name in MASKS):
-                yield "masks of questions, which --loss_on response leaves out"
 
 
-def records_from_rows(
-    rows: Iterable[tuple], source: str, config: DataConfig, report: Report, instructions: str = ""
-) -> Iterator[Record]:
-    """Records of (where, row); a row of no known layout, or an error in its place, is reported.
+class Source(NamedTuple):
+    """A file, or a split of a data set."""
 
-    instructions: the source of records that have a prompt, where that is another.
+    name: str
+    rows: Callable[[Report], Iterator[tuple]]  # (where, row), with an error in a bad one's place
+    split: str = ""  # train or val, where a name says so
+    is_table: bool = False  # whose texts may have labels
+
+
+def records_of(source: Source, labels: str, config: DataConfig, report: Report) -> Iterator[Record]:
+    """Records of a source; rows of no known layout, or broken ones, are refused or counted.
+
+    labels: the column that makes texts instructions, or "". Instructions of files count together.
     """
     unused: Counter[str] = Counter()
-    n_texts = n_blank = 0
-    for where, row in rows:
+    for where, row in source.rows(report):
+        kind = source.name
+        if source.is_table and not config.hf_dataset:
+            kind = "instructions"
         try:
-            record = record_from_row(row, source, config.text_field, where)
+            if labels and is_text(row, config.text_field) and labels in row:
+                row = classification(row, labels, config.text_field)
+                kind = kind if config.hf_dataset else labels
+            record = record_from_row(row, source.name, config.text_field, where)
         except (ValueError, RecursionError) as error:
             why = one_line(error, 400)
             if config.bad_records == "error":
                 raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip") from None
-            report.skip(source, why, where)
+            report.skip(source.name, why, where)
             continue
         unused.update(unused_in(row, record, config.text_field))
-        n_texts += record.is_plain
-        n_blank += record.is_plain and not record.response.strip()
-        if instructions and not record.is_plain:
-            record.source = instructions
-        yield from trained_part(record, report)
+        record.split = source.split
+        if not record.is_plain:
+            record.source = kind
+        if cut_to_trained(record, report):
+            yield record
     if unused:
-        report.count(source, f"not used: {', '.join(sorted(unused))}", max(unused.values()))
-    if n_blank > 0.1 * n_texts and not (config.join_rows or config.doc_delimiter):
-        what = f"{source}: {n_blank:,} of {n_texts:,} rows are blank, as lines of a text are"
-        report.advise(f"{what}: --join_rows makes one text of them")
+        what = f"not used: {', '.join(sorted(unused))}"
+        report.count(source.name, what, max(unused.values()))
 
 
-def trained_part(record: Record, report: Report) -> Iterator[Record]:
-    """The record up to its last trained answer, if it has one; what is not trained is counted."""
+def cut_to_trained(record: Record, report: Report) -> bool:
+    """Cut a record behind its last trained answer. False if it has none."""
     context = sum(not turn.trained for turn in record.turns)
     if context:
         what = "answers not trained (weight 0, train false, label false)"
         report.count(record.source, what, context, record.where)
     if context == len(record.turns):
         report.skip(record.source, "no answer to train", record.where)
-        return
+        return False
     while not record.turns[-1].trained:  # nothing follows that it is context for
         record.turns.pop()
         record.rejected = ""
-    yield record
+    return True
 
 
 def join_rows(records: Iterable[Record]) -> Iterator[Record]:
@@ -3510,6 +3483,49 @@ def join_rows(records: Iterable[Record]) -> Iterator[Record]:
         lines = (record.response.removesuffix("\n") + "\n" for record in group)
         for batch in batched(lines, sys.maxsize, len, PIECE):
             yield Record(source, [Turn("", "".join(batch))], where=source, split=split)
+
+
+# --- labels of plain texts: a set for classification ---
+
+MAX_LABELS = 10
+
+
+def is_text(row, text_field: str) -> bool:
+    """Whether a row is plain text, with no column of another layout."""
+    others = (*QUESTIONS, *ANSWERS, *DIALOGUES, "chosen")
+    is_text = isinstance(row, dict) and isinstance(row.get(text_field), str)
+    return is_text and not any(row.get(name) is not None for name in others)
+
+
+def label_column(tables: Iterable[Iterable[tuple]], text_field: str) -> str:
+    """The column whose labels make texts a set for classification, or "".
+
+    It has at most MAX_LABELS different labels, each of them repeated. A table counts if its first
+    row is a labelled text.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for rows in tables:
+        for number, (_, row) in enumerate(rows):
+            names = LABELS if is_text(row, text_field) else ()
+            name = next((name for name in names if row.get(name) is not None), "")
+            if not name and not number:
+                break
+            if name:
+                counts[name, text_from(row[name], name)] += 1
+            if len(counts) > MAX_LABELS:
+                return ""
+    names = {name for name, _ in counts}
+    is_set = len(names) == 1 and len(counts) > 1 and min(counts.values()) > 1
+    return names.pop() if is_set else ""
+
+
+def classification(row: dict, column: str, text_field: str) -> dict:
+    """A labelled text as an instruction: classify it, answer with its label."""
+    if row[column] is None:
+        raise ValueError(f"{column!r} is null")
+    task = dict(instruction=f"classify the text by {column}", output=row[column])
+    others = {name: value for name, value in row.items() if name not in (column, text_field)}
+    return others | task | dict(input=row[text_field])
 
 
 # --- one reader for each format ---
@@ -3540,15 +3556,14 @@ def json_value(text: str):
 
 def json_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
     """JSON Lines, or one JSON list of objects, under whatever name."""
-    text = next(filter(str.strip, read_text(path, config, Report())), "").lstrip()
-    is_whole = (
-        text[:1] != "[" and ending(path) == ".json" and not isinstance(json_value(text), dict)
-    )
-    if not (text.startswith("[") or is_whole):
-        lines = enumerate(read_text(path, config, report), 1)
-        yield from ((f"{path}:{n}", json_value(line)) for n, line in lines if line.strip())
+    first = next(filter(str.strip, read_text(path, config, Report())), "").lstrip()
+    is_whole = ending(path) == ".json" and not isinstance(json_value(first), dict)
+    if not (first.startswith("[") or is_whole):
+        for number, line in enumerate(read_text(path, config, report), 1):
+            if not line.isspace():
+                yield f"{path}:{number}", json_value(line)
         return
-    entries = json_value("".join(read_text(path, config, report, BLOCK)))
+    entries = json_value("".join(read_text(path, config, report)))
     if isinstance(entries, list):
         yield from ((f"{path}: entry {n}", entry) for n, entry in enumerate(entries, 1))
     elif isinstance(entries, dict):
@@ -3568,18 +3583,18 @@ def csv_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
     if said := re.fullmatch(r"sep=(.)\n?", header):  # Excel's line
         delimiter, header, before = said[1], next(lines, ""), 1
     spaced = f"{delimiter} " in header
-    table = csv.DictReader(
-        chain([header], lines), delimiter=delimiter, strict=True, skipinitialspace=spaced
-    )
-    number = 1 + before
+    lines = chain([header], lines)
+    table = csv.DictReader(lines, delimiter=delimiter, strict=True, skipinitialspace=spaced)
+    number = before + 1
     try:
         names = table.fieldnames = [name.strip() for name in table.fieldnames or []]
-        twice = {n for n in names if names.count(n) > 1} & {*KNOWN_COLUMNS, config.text_field}
-        if twice:
-            raise UserError(f"{path}: two columns {min(twice)!r}: rename one")
     except csv.Error as error:
         raise UserError(f"{path}:{number}: {error}") from None
-    while True:
+    for name in {*KNOWN_COLUMNS, config.text_field}:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: two columns {name!r}: rename one")
+    row: dict | Exception | None = {}
+    while row is not None:
         number = table.line_num + before + 1
         try:
             row = next(table, None)
@@ -3588,9 +3603,8 @@ def csv_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
                 what = f"{path}:{number}: a quote is never closed"
                 raise UserError(f"{what}; close it, or double it") from None
             row = error
-        if row is None:
-            return
-        yield f"{path}:{number}", row
+        if row is not None:
+            yield f"{path}:{number}", row
 
 
 def parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
@@ -3613,58 +3627,48 @@ def parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tup
         raise UserError(f"cannot read {path} as parquet: {one_line(error)}") from None
 
 
-def arrow_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
-    """Rows of a file that `save_to_disk` of the `datasets` library wrote."""
-    datasets = optional("datasets")
-    try:
-        table = rows_of(datasets.Dataset.from_file(str(path)))
-    except Exception as error:  # of pyarrow
-        raise UserError(f"cannot read {path} as Arrow data: {one_line(error)}") from None
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(table, 1))
-
-
 def plain_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
     """One record a file, or one between delimiters; of a file above PIECE characters, several.
 
     Under --max_tokens the records are not longer than that: of a long file, what is not needed is
     not read, and validation takes the last part of what is.
     """
-    blocks = read_text(path, config, report, BLOCK)
     if config.doc_delimiter:
         delimiter = text_from(unescape(config.doc_delimiter), "--doc_delimiter")
+        blocks = read_text(path, config, report, BLOCK)
         for number, text in enumerate(documents_in(blocks, delimiter), 1):
             yield f"{path}: document {number}", {config.text_field: text}
         return
     size = PIECE
     if config.max_tokens:
         a_token = 1 if getattr(config, "tokenizer", "") == "byte" else BYTES_PER_TOKEN
-        size = min(PIECE, max(config.max_tokens * a_token, 2 * LONG_TEXT))
-    blocks = chain([next(blocks, "")], blocks)  # an empty file is a record, too, and skipped later
-    for number, batch in enumerate(batched(blocks, sys.maxsize, len, size), 1):
-        if number == 1 and "<|endoftext|>" in batch[0]:
-            what = f"{path} holds <|endoftext|>, read as plain characters"
-            report.advise(f"{what}: --doc_delimiter '<|endoftext|>' makes a record of each part")
-        where = str(path) if number == 1 else f"{path}: part {number}"
-        text = "".join(batch)
-        batch.clear()  # which is as large again
-        yield where, {config.text_field: text}
+        needed = max(config.max_tokens * a_token, 2 * LONG_TEXT)
+        size = min(PIECE, math.ceil(needed / BLOCK) * BLOCK)
+    texts = read_text(path, config, report, size)
+    first = next(texts, "")  # an empty file is a record, too, and skipped later
+    if "<|endoftext|>" in first[:BLOCK]:
+        what = f"{path} holds <|endoftext|>, read as plain characters"
+        report.advise(f"{what}: --doc_delimiter '<|endoftext|>' makes a record of each part")
+    yield str(path), {config.text_field: first}
+    for number, text in enumerate(texts, 2):
+        yield f"{path}: part {number}", {config.text_field: text}
 
 
 READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[tuple]]] = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson", ".jsonlines", ".jl"), json_rows),
     **dict.fromkeys((".csv", ".tsv"), csv_rows),
-    ".parquet": parquet_rows, ".arrow": arrow_rows, ".txt": plain_rows, ".md": plain_rows,
+    ".parquet": parquet_rows, ".txt": plain_rows, ".md": plain_rows,
 }  # fmt: skip
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BINARY = {  # first bytes -> what to do
     b"%PDF-": "a PDF: convert it to text first, for example with pdftotext",
     b"PK\x03\x04": "an archive or office document: unpack it, or save it as text",
-    b"{\\rtf": "rich text: save it as plain text",
+    b"\xff\xff\xff\xff": "Arrow data: name the folder that save_to_disk wrote by --hf_dataset",
     b"\x1f\x8b": "compressed, but not named .gz",
     b"\x28\xb5\x2f\xfd": "compressed, but not named .zst",
     b"BZh": "compressed, but not named .bz2",
     b"\xfd7zXZ": "compressed, but not named .xz",
-    LFS_POINTER: "a Git LFS pointer: run git lfs pull",
+    LFS_POINTER: "a Git LFS pointer, not the data: run git lfs pull",
 }
 JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # of an object, or of a list of them
 
@@ -3676,7 +3680,7 @@ def find_reader(path: Path):
         with open(path, "rb") as file:
             head = file.read(4096)
         if head.startswith(LFS_POINTER) and (reader or is_packed(path)):
-            raise UserError(f"{path} is a Git LFS pointer, not the data: run git lfs pull")
+            raise UserError(f"{path} is {BINARY[LFS_POINTER]}")
         if is_packed(path):
             with open_binary(path) as file:
                 head = file.read(4096)
@@ -3686,55 +3690,43 @@ def find_reader(path: Path):
         return reader, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
     decoder = codecs.getincrementaldecoder(encoding_of(head))  # a character may be cut at the end
     text = decoder("ignore").decode(head).lstrip("\ufeff")
-    label = text.lstrip().partition("\t")[0]
-    if path.name.lower().startswith("smsspamcollection"):
-        return sms_rows, ""
-    if ending(path) == ".tsv" and label in ("ham", "spam"):
+    is_sms = ending(path) == ".tsv" and text.lstrip().partition("\t")[0] in ("ham", "spam")
+    if is_sms or path.name.lower().startswith("smsspamcollection"):
         return sms_rows, ""
     if reader in (None, plain_rows) and JSON_START.match(text):
         return json_rows, ""
     if reader:
         return reader, ""
-    why = next((why for first, why in BINARY.items() if head.startswith(first)), "not text")
-    with contextlib.suppress(UnicodeDecodeError):
-        if why == "not text" and "\0" not in decoder().decode(head):
-            return plain_rows, ""
-    return None, why
+    for first, why in BINARY.items():
+        if head.startswith(first):
+            return None, why
+    try:
+        is_plain = "\0" not in decoder().decode(head)
+    except UnicodeDecodeError:
+        is_plain = False
+    return (plain_rows, "") if is_plain else (None, "not text")
 
 
 # --- data sets of Hugging Face ---
 
 
-def load_hub(config: DataConfig, report: Report) -> Iterator[Record]:
-    """Records of --hf_dataset, from the Hub or a local builder, whole or as a stream.
+def hub_sources(config: DataConfig, report: Report) -> list[Source]:
+    """The splits of --hf_dataset, each for what its name says.
 
-    Without --hf_split all its splits, each for what its name says. What is read only in part
-    validates by hash: the end, where the validation split is, might not be reached.
+    What is read only in part validates by hash: the end, where the validation split is, might not
+    be reached.
     """
-    name, splits = config.hf_dataset, hub_splits(config)
+    name, splits, sources = config.hf_dataset, hub_splits(config), []
     roles = roles_of([Path(split) for split in splits], Path("."))
     in_part = bool(config.streaming or config.max_docs or config.max_tokens)
-    for split in list(splits):
-        role = roles[Path(split)]
+    for split, dataset in splits.items():
+        role, where = roles[Path(split)], f"{name} {split}"
         if role == "test" or (role == "val" and in_part):
-            report.skip(name, f"{role} split, kept out", f"{name} {split}")
-            del splits[split]
-    where = name
-    try:
-        limit = 1000 if config.streaming else None  # a stream shows its labels early, or never
-        tables = (islice(rows_of(rows), limit) for rows in splits.values())
-        labels = label_column(tables, config.text_field)
-        for split, rows in splits.items():
-            numbered = ((f"{name} {split}: row {n}", r) for n, r in enumerate(rows_of(rows), 1))
-            numbered = classified(numbered, labels, config.text_field)
-            for record in records_from_rows(numbered, name, config, report):
-                record.split = "" if in_part else roles[Path(split)]
-                where = record.where
-                yield record
-    except UserError:
-        raise
-    except Exception as error:  # of pyarrow, fsspec, the network: no common base
-        raise UserError(f"cannot read on after {where}: {one_line(error, 160)}") from None
+            report.skip(name, f"{role} split, kept out", where)
+            continue
+        rows = partial(dataset_rows, dataset, where)
+        sources.append(Source(name, rows, "" if in_part else role, is_table=True))
+    return sources
 
 
 def hub_splits(config: DataConfig) -> dict:
@@ -3742,12 +3734,8 @@ def hub_splits(config: DataConfig) -> dict:
     datasets = optional("datasets")
     datasets.disable_progress_bars()
     name, split, files = config.hf_dataset, config.hf_split, find_files(config)
-    if config.hf_files and not files and "://" not in config.hf_files and name in LOCAL_BUILDERS:
-        raise UserError(f"--hf_files {config.hf_files} matches no file")
-    if config.streaming and "[" in split:
-        raise UserError(f"--hf_split {split}: a stream has no slices; use --max_docs instead")
     try:
-        if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
+        if any((Path(name) / saved).exists() for saved in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(name)
             data = data[split] if split and isinstance(data, dict) else data
         else:
@@ -3760,7 +3748,7 @@ def hub_splits(config: DataConfig) -> dict:
             )  # fmt: skip
     except Exception as error:
         what = f"cannot load dataset {name!r}: {one_line(error, 160)}"
-        raise UserError(f"{what}; check the name and the network, or use --data_dir") from None
+        raise UserError(f"{what}; check names, patterns and the network") from None
     return data if isinstance(data, dict) else {split or "train": data}
 
 
@@ -3775,53 +3763,14 @@ def rows_of(dataset) -> Iterator[dict]:
         yield row
 
 
-LOCAL_BUILDERS = ("arrow", "csv", "json", "parquet", "text")
-
-
-# --- labels of plain texts: a set for classification ---
-
-MAX_LABELS = 10
-
-
-def label_in(row, text_field: str) -> str:
-    """The column that labels a row of plain text, or ""."""
-    if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-        return ""
-    if any(row.get(name) is not None for name in (*QUESTIONS, *ANSWERS, *DIALOGUES, "chosen")):
-        return ""
-    return next((name for name in LABELS if row.get(name) is not None), "")
-
-
-def label_column(tables: Iterable[Iterable[dict]], text_field: str) -> str:
-    """The column whose labels make texts a set for classification, or "".
-
-    It has at most MAX_LABELS different labels, each of them repeated. A table counts if its first
-    row is a labelled text.
-    """
-    counts: Counter[tuple[str, str]] = Counter()
-    for rows in tables:
-        for number, row in enumerate(rows):
-            name = label_in(row, text_field)
-            if not name and not number:
-                break
-            if name:
-                counts[name, text_from(row[name], name)] += 1
-            if len(counts) > MAX_LABELS:
-                return ""
-    names = {name for name, _ in counts}
-    is_set = len(names) == 1 and len(counts) > 1 and min(counts.values()) > 1
-    return names.pop() if is_set else ""
-
-
-def classified(rows: Iterable[tuple], column: str, text_field: str) -> Iterator[tuple]:
-    """Rows whose labelled texts became instructions: classify the text, answer with its label."""
-    for where, row in rows:
-        if column and isinstance(row, dict) and column in row and row.get(text_field):
-            others = {n: value for n, value in row.items() if n not in (column, text_field)}
-            task = f"classify the text by {column}"
-            row = others | dict(instruction=task, input=row[text_field], output=row[column])
-            row = row if row["output"] is not None else ValueError(f"{column!r} is null")
-        yield where, row
+def dataset_rows(dataset, name: str, report: Report) -> Iterator[tuple]:
+    where = name
+    try:
+        for number, row in enumerate(rows_of(dataset), 1):
+            where = f"{name}: row {number}"
+            yield where, row
+    except Exception as error:  # of pyarrow, fsspec, the network: no common base
+        raise UserError(f"cannot read on after {where}: {one_line(error, 160)}") from None
 
 
 # --- files and roles ---
@@ -3839,38 +3788,36 @@ def written_by_us(names: set[str]) -> str:
 def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
     """(files under --data_dir in a stable order, {what is left out: why}). Raises UserError.
 
-    Links to folders are followed, each folder once; names that begin with a dot are passed over.
+    Links to folders are not followed; names that begin with a dot are passed over.
     """
     root = Path(config.data_dir)
     try:
         if root.is_file():
             return [root], {}
-        if not root.is_dir() and not (is_default_folder(root) and not root.exists()):
-            what = "is neither a folder nor a file" if root.exists() else "does not exist"
-            raise UserError(f"--data_dir {root} {what}: name a folder or a file with text")
+        if not root.is_dir() and (root.exists() or not is_default_folder(root)):
+            raise UserError(f"--data_dir {root} does not exist as a folder or file with text")
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered
         raise UserError(f"cannot read --data_dir {root}: {one_line(error)}") from None
-    found, left_out = [], {}
-    met = {os.path.realpath(config.processed_dir): "where token stores are kept"}
+    found, left_out, stores = [], {}, os.path.realpath(config.processed_dir)
 
     def unreadable(error: OSError) -> None:
         if root.exists():
             left_out[Path(error.filename)] = f"cannot be read: {error.strerror}"
 
-    for name, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
-        folder, real = Path(name), os.path.realpath(name)
-        why = written_by_us({*folders, *files}) or met.get(real)
+    for name, folders, files in os.walk(root, onerror=unreadable):
+        folder, why = Path(name), written_by_us({*folders, *files})
+        if os.path.realpath(name) == stores:
+            why = "where token stores are kept"
         if why and folder != root:
             left_out[folder] = why
             folders.clear()
             continue
-        met[real] = "a link to a folder that is read already"
         folders[:] = sorted(n for n in folders if not n.startswith("."))
-        for path in (folder / n for n in files if not n.startswith(".")):
+        for path in (folder / n for n in (*folders, *files) if not n.startswith(".")):
             if path.is_file():
                 found.append(path)
-            else:
-                left_out[path] = "a broken link" if path.is_symlink() else "not a regular file"
+            elif path.is_symlink() or not path.is_dir():
+                left_out[path] = "a link to a folder, or not a file"
     return sorted(found), left_out
 
 
@@ -3892,9 +3839,8 @@ def is_default_folder(path: str | Path) -> bool:
 
 def uses_toy_corpus(config: DataConfig) -> bool:
     """Whether the default folder is empty or absent, so that the built-in corpus is read."""
-    if config.hf_dataset or not is_default_folder(config.data_dir):
-        return False
-    return walk(config) == ([], {})
+    is_default = not config.hf_dataset and is_default_folder(config.data_dir)
+    return is_default and walk(config) == ([], {})
 
 
 ROLE_WORDS = {
@@ -3905,7 +3851,7 @@ ROLE_WORDS = {
 
 
 def role_in_name(name: str) -> str:
-    """The role that the first such word of a name speaks of; words end at what is no letter."""
+    """The role that the first such word of a name says; words end at what is no letter."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((ROLE_WORDS[word] for word in words if word in ROLE_WORDS), "")
 
@@ -3918,17 +3864,17 @@ def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
     to train on.
     """
     beside: dict[Path, set[str]] = {}  # folder -> the roles of the names in it
-    speaking: dict[Path, Path | None] = {}  # file -> the part of its path that names a role
+    named_by: dict[Path, Path | None] = {}  # file -> the part of its path that names a role
     for file in files:
         parts = [*takewhile(lambda part: part != root, (file, *file.parents))]
         for part in parts:
             beside.setdefault(part.parent, set()).add(role_in_name(part.name))
-        speaking[file] = next((part for part in parts if role_in_name(part.name)), None)
-    roles = {file: role_in_name(part.name) if part else "" for file, part in speaking.items()}
+        named_by[file] = next((part for part in parts if role_in_name(part.name)), None)
+    roles = {file: role_in_name(part.name) if part else "" for file, part in named_by.items()}
     some = set(roles.values())
     for file, role in roles.items():
         alone = (
-            (role == "train" and "val" not in beside[speaking[file].parent])
+            (role == "train" and "val" not in beside[named_by[file].parent])
             or (role == "val" and not some & {"train", ""})
             or (role == "test" and some == {"test"})
         )
@@ -3963,123 +3909,70 @@ def toy_rows() -> Iterator[tuple]:
         "Write the words in upper case.": str.upper,
         "Count the words.": lambda text: str(len(text.split())),
     }
-    phrases = [
-        ("good morning", "bonjour"), ("thank you", "merci"), ("good night", "bonne nuit"),
-        ("see you soon", "a bientot"), ("please", "s'il vous plait"), ("yes", "oui"), ("no", "non"),
-    ]  # fmt: skip
     texts = [" ".join(rng.choice(words, rng.integers(1, 5))) for _ in range(900)]
     rows = [(task, text, answer(text)) for text in texts for task, answer in tasks.items()]
     rows += [("Add the numbers.", f"{a} + {b}", str(a + b)) for a in range(20) for b in range(20)]
-    rows += [("Say it in French.", *pair) for pair in phrases]
     for task, text, answer in dict.fromkeys(rows):  # without repeats
         yield "toy", dict(instruction=task, input=text, output=answer)
-
-
-class Source(NamedTuple):
-    path: Path
-    read: Callable[[Path, DataConfig, Report], Iterator[tuple]]
-    split: str  # train or val, where a name says so
-
-
-def find_sources(config: DataConfig, report: Report) -> list[Source]:
-    """The files to read, each with its reader. Raises UserError where none can be read."""
-    files, left_out = walk(config)
-    readers = {}
-    for path in files:
-        readers[path], why = find_reader(path)
-        if readers[path] is None:
-            left_out[path] = why
-    tables = [path for path, reader in readers.items() if reader not in (None, plain_rows)]
-    with_tables = {folder for table in tables for folder in table.parents}
-    for path in files:
-        is_card = readers[path] is plain_rows and path.stem.lower() in ("readme", "license")
-        if path.name in ABOUT or (is_card and path.parent in with_tables):
-            left_out[path] = "describes a data set"
-    found = [path for path in files if path not in left_out]
-    if not found:
-        what = f"{len(files)} file(s), none readable as text" if files else "no files"
-        first = "; ".join(f"{path.name}: {why}" for path, why in islice(left_out.items(), 3))
-        what += f" ({first})" if first else ""
-        what = f"--data_dir {config.data_dir}: {what}"
-        raise UserError(f"{what}; add .txt, .json, .jsonl, .csv or .parquet")
-    roles, whole = roles_of(found, Path(config.data_dir)), data_role(config)
-    left_out |= {path: "test split, kept out" for path in found if roles[path] == "test"}
-    for path, why in left_out.items():
-        report.skip(path.name, why, str(path))
-    # A test part that is named is read, not trained on.
-    whole = "val" if whole == "test" else whole
-    return [Source(p, readers[p], roles[p] or whole) for p in found if p not in left_out]
 
 
 # Files that say what a data set is, as the Hub and `save_to_disk` write them.
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
+def file_sources(config: DataConfig, report: Report) -> list[Source]:
+    """The files to read, each with its reader. Raises UserError where none can be read."""
+    files, left_out = walk(config)
+    looks = {path: find_reader(path) for path in files}
+    tables = [path for path, (reader, _) in looks.items() if reader not in (None, plain_rows)]
+    with_tables = {folder for table in tables for folder in table.parents}
+    for path, (reader, why) in looks.items():
+        is_card = reader is plain_rows and path.stem.lower() in ("readme", "license")
+        if path.name in ABOUT or (is_card and path.parent in with_tables):
+            left_out[path] = "describes a data set"
+        elif reader is None:
+            left_out[path] = why
+    found = [path for path in files if path not in left_out]
+    if not found:
+        what = f"{len(files)} file(s), none readable as text" if files else "no files"
+        first = "; ".join(f"{path.name}: {why}" for path, why in islice(left_out.items(), 3))
+        what = f"--data_dir {config.data_dir}: {what}" + (f" ({first})" if first else "")
+        raise UserError(f"{what}; add .txt, .json, .jsonl, .csv or .parquet")
+    roles, whole = roles_of(found, Path(config.data_dir)), data_role(config)
+    left_out |= {path: "test split, kept out" for path in found if roles[path] == "test"}
+    for path, why in left_out.items():
+        report.skip(path.name, why, str(path))
+    whole = "val" if whole == "test" else whole  # a test part that is named is read, not trained on
+    sources = []
+    for path in [path for path in found if path not in left_out]:
+        read, _ = looks[path]
+        name = "sms" if read is sms_rows else path.name
+        is_table = read not in (plain_rows, sms_rows)
+        sources.append(Source(name, partial(read, path, config), roles[path] or whole, is_table))
+    return sources
+
+
 def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
     """Every record of the configured sources. Raises UserError when there is none to read."""
     if config.hf_dataset:
-        records = load_hub(config, report)
+        sources = hub_sources(config, report)
     elif uses_toy_corpus(config):
-        records = records_from_rows(toy_rows(), "toy", config, report)
+        sources = [Source("toy", lambda _: toy_rows())]
     else:
-        records = read_files(config, report)
+        sources = file_sources(config, report)
+    limit = 1000 if config.streaming else None  # a stream shows its labels early, or never
+    tables = (islice(source.rows(Report()), limit) for source in sources if source.is_table)
+    labels = label_column(tables, config.text_field)
+    found = (records_of(source, labels, config, report) for source in sources)
+    records = chain.from_iterable(found)
     yield from join_rows(records) if config.join_rows else records
-
-
-def read_files(config: DataConfig, report: Report) -> Iterator[Record]:
-    sources, unheard = find_sources(config, report), Report()
-    tables = [s for s in sources if s.read not in (plain_rows, sms_rows)]
-    seen = ((row for _, row in table.read(table.path, config, unheard)) for table in tables)
-    labels = label_column(seen, config.text_field)
-    for source in sources:
-        rows = source.read(source.path, config, report)
-        first = [*islice(rows, 1)]
-        rows = chain(first, rows)
-        name, instructions = source.path.name, "instructions"
-        if source.read is sms_rows:
-            name, instructions = "sms", ""
-        elif labels and any(label_in(row, config.text_field) == labels for _, row in first):
-            rows, instructions = classified(rows, labels, config.text_field), labels
-        for record in records_from_rows(rows, name, config, report, instructions):
-            record.split = source.split
-            yield record
 
 
 # --- duplicates and the split ---
 
 
-class SeenHashes:
-    """A set of 64-bit hashes at 8 bytes each, where Python's takes 70.
-
-    So that a gigabyte of short lines (ten million records) takes 80 MB and not 700.
-    """
-
-    FEW = 1 << 20  # that a set holds before they are sorted into the others
-
-    def __init__(self):
-        self.recent: set[int] = set()
-        self.sorted = np.empty(0, np.uint64)
-
-    def __contains__(self, value: int) -> bool:
-        if value in self.recent:
-            return True
-        place = self.sorted.searchsorted(np.uint64(value))
-        return place < len(self.sorted) and int(self.sorted[place]) == value
-
-    def add(self, value: int) -> None:
-        self.recent.add(value)
-        if len(self.recent) == self.FEW:
-            recent = np.fromiter(self.recent, np.uint64, len(self.recent))
-            self.sorted = np.union1d(self.sorted, recent)
-            self.recent = set()
-
-
 def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
-
-
-def blocks_of(text: str) -> Iterator[str]:
-    return (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
 
 
 def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
@@ -4092,73 +3985,81 @@ def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
     for number, turn in enumerate(record.turns):
         if number or not turn.trained:
             hasher.update(b"\0\1" if turn.trained else b"\0\2")
-        for data in map(encoded, chain([turn.prompt, "\0"], blocks_of(turn.response))):
-            hasher.update(data)
-            size += len(data)
+        data = encoded(f"{turn.prompt}\0{turn.response}")
+        hasher.update(data)
+        size += len(data) - 1
     hasher.update(b"\0" + encoded(record.rejected))
-    identity, place = np.frombuffer(hasher.digest(), "<u8").tolist()
+    digest = hasher.digest()
+    place = digest[8:]
     if config.split_by == "prompt" and not record.is_plain:
-        first = hashlib.blake2b(encoded(record.turns[0].prompt), digest_size=16, salt=salt)
-        place = int.from_bytes(first.digest()[8:], "little")
-    return identity, place, size - len(record.turns)  # without the zeros between the texts
+        first = encoded(record.turns[0].prompt)
+        place = hashlib.blake2b(first, digest_size=16, salt=salt).digest()[8:]
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(place, "little"), size
+
+
+def side_of(record: Record, place: int, size: int, config: DataConfig) -> str:
+    """ "train", "val", or "both" of a long text, whose last part validates."""
+    if record.split:
+        return record.split
+    if record.is_plain and size > LONG_TEXT and config.val_fraction:
+        return "both"
+    return "val" if place < int(config.val_fraction * 2**64) else "train"
 
 
 def split_records(
     records: Iterable[Record], config: DataConfig, report: Report, pairs: bool = False
 ) -> Iterator[tuple[Record, str, int]]:
-    """Records without duplicates, each with its split and its size in bytes.
+    """Records without duplicates, each with its side of the split and its size in bytes.
 
-    The split is "train", "val", or "both" for a text whose last part validates: a long one, or
-    the only plain text. With --keep_duplicates a record is left out only if it stands on the
-    other side of the split too.
+    The only plain text is split as a long one is. With --keep_duplicates a record is left out only
+    if it stands on the other side of the split too.
     """
-    threshold = int(config.val_fraction * 2**64)
-    seen, marks = SeenHashes(), {"train": 1, "val": 2, "both": 3}
+    sides: dict[int, str] = {}  # identity -> where the record stands; about 110 bytes each
     prompts: set[int] = set()  # places of up to two
     waiting: tuple[Record, str, int] | None = None  # the first short plain text: the only one?
-    n_kept = n_plain = 0
+    n_plain = 0
     for record in records:
         report.count(record.source, "records")
         identity, place, size = record_hash(record, config)
-        side = record.split or ("val" if place < threshold else "train")
-        if record.is_plain and size > LONG_TEXT and not record.split and config.val_fraction:
-            side = "both"
-        own, others = identity, [identity]
-        if config.keep_duplicates:  # but for those on another side
-            own = identity ^ marks[side]
-            others = [identity ^ mark for mark in marks.values() if mark != marks[side]]
+        side = side_of(record, place, size, config)
         why = unusable(record, size, config, pairs)
-        if not why and any(key in seen for key in others):
+        known = sides.get(identity)
+        if not why and known and not (config.keep_duplicates and known == side):
             why = "duplicate"
         if why:
             report.skip(record.source, why, record.where)
             continue
-        seen.add(own)
-        n_kept += 1
+        sides[identity] = side
         if len(prompts) < 2:
             prompts.add(place)
-        if record.is_plain:
-            n_plain += 1
-            if waiting:
-                yield waiting
-                waiting = None
-            if n_plain == 1 and side != "both" and not record.split:
-                waiting = record, side, size
-                continue
+        n_plain += record.is_plain
+        if record.is_plain and n_plain == 1 and side != "both" and not record.split:
+            waiting = record, side, size
+            continue
+        if record.is_plain and waiting:
+            yield waiting
+            waiting = None
         yield record, side, size
     if waiting:
         yield waiting[0], "both" if config.val_fraction else "train", waiting[2]
-    advise_on_split(config, report, n_kept, len(prompts))
+    advise(config, report, len(sides), len(prompts))
 
 
-def advise_on_split(config: DataConfig, report: Report, n_kept: int, n_prompts: int) -> None:
+def advise(config: DataConfig, report: Report, n_kept: int, n_prompts: int) -> None:
+    """What to do where many records are repeated, blank, or on one side of the split."""
     if config.split_by == "prompt" and n_kept > 1 and n_prompts == 1:
         what = f"all {n_kept:,} records have the same prompt, and so are on one side of the split"
         report.advise(f"{what}: --split_by content splits them by their answers")
     for source, row in report.rows.items():
-        n = row["skipped: duplicate"]
-        if n > 0.1 * row["records"]:
-            report.advise(f"{source}: {n:,} repeated records dropped: --keep_duplicates keeps them")
+        repeated, blank = row["skipped: duplicate"], row["skipped: short or empty"]
+        if repeated > 0.1 * row["records"]:
+            what = f"{source}: {repeated:,} repeated records dropped"
+            report.advise(f"{what}: --keep_duplicates keeps them")
+        if blank > 0.1 * row["records"] and config.min_chars <= 1 and not config.doc_delimiter:
+            what = (
+                f"{source}: {blank:,} of {row['records']:,} rows are blank, as a text's lines are"
+            )
+            report.advise(f"{what}: --join_rows makes one text of them")
 
 
 def unusable(record: Record, size: int, config: DataConfig, pairs: bool) -> str:
@@ -4174,19 +4075,11 @@ def split_text(record: Record, split: str, size: int, val_fraction: float) -> li
     text = record.response
     if split != "both":
         return [(split, text)]
-    cut = characters_in(text, size - math.ceil(size * val_fraction))
+    n_bytes = max(0, size - math.ceil(size * val_fraction))
+    head = np.frombuffer(encoded(text)[:n_bytes], np.uint8)
+    cut = int((head & 0xC0 != 0x80).sum())  # characters that begin there
     parts = [("train", text[:cut]), ("val", text[cut:])]
     return [(part, text) for part, text in parts if text]
-
-
-def characters_in(text: str, n_bytes: int) -> int:
-    """How many characters begin within the first `n_bytes` of a text's UTF-8."""
-    n = 0
-    for data in map(encoded, blocks_of(text)):
-        head = np.frombuffer(data[: max(0, n_bytes)], np.uint8)
-        n += int((head & 0xC0 != 0x80).sum())
-        n_bytes -= len(data)
-    return n
 
 
 # --- pieces of text and their ids ---

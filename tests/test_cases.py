@@ -84,7 +84,7 @@ CASES = {
     "a mask of a question": Case({"a.jsonl": jsonl(
         dict(messages=[dict(role="user", content="q", train=False),
                        dict(role="assistant", content="a", train=True)])
-    )}, ["q > a"], ("masks of questions", "--loss_on response")),
+    )}, ["q > a"]),
     "half a weight": Case({"a.jsonl": jsonl(chat("q", "a", weight=0.5))}, None, ("weight 0.5",)),
     "masks inside a message": Case({"a.jsonl": jsonl(chat("q", "a", train_detail=[{"end": 1}]))},
                                    None, ("'train_detail'",)),
@@ -265,9 +265,9 @@ def test_tables_as_pandas_reads_them(tmp_path_factory, rows, delimiter, encoding
     assert found == wanted
 
 
-@pytest.mark.parametrize("ending", ["csv", "json", "parquet", "arrow"])
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
 def test_rows_as_datasets_reads_them(tmp_path, ending):
-    """What `datasets` saves, by each of its formats and by save_to_disk, split by split."""
+    """What `datasets` saves, by each of its formats, split by split."""
     datasets = needs("datasets")
     rows = [dict(prompt=f"Größe {i}?", completion=f"{i} m\n\nund", n=i) for i in range(20)]
     parts = datasets.DatasetDict(
@@ -275,9 +275,7 @@ def test_rows_as_datasets_reads_them(tmp_path, ending):
         validation=datasets.Dataset.from_list(rows[12:16]),
         test=datasets.Dataset.from_list(rows[16:]),
     )
-    if ending == "arrow":
-        parts.save_to_disk(tmp_path / "raw")
-    for name, part in parts.items() if ending != "arrow" else ():
+    for name, part in parts.items():
         (tmp_path / "raw").mkdir(exist_ok=True)
         getattr(part, f"to_{ending}")(tmp_path / f"raw/{name}-00000-of-00001.{ending}")
     found, said = read(tmp_path / "raw")
@@ -286,6 +284,10 @@ def test_rows_as_datasets_reads_them(tmp_path, ending):
     assert [text for text, side in found if side == "val"] == wanted[12:16]
     assert len(found) == 16 and "test split, kept out" in said
     assert sorted(found) == sorted(read("", hf_dataset=str(tmp_path / "raw"))[0])
+    parts.save_to_disk(tmp_path / "saved")
+    assert sorted(found) == sorted(read("", hf_dataset=str(tmp_path / "saved"))[0])
+    with pytest.raises(lp.UserError, match="--hf_dataset"):
+        read(tmp_path / "saved")
 
 
 # --- data sets of Hugging Face ---
@@ -339,7 +341,7 @@ def test_joined_rows_are_the_running_text(hub):
 def test_slices_of_a_split(hub):
     found, _ = read("", hf_dataset=str(hub), hf_split="train[:50%]")
     assert len(found) == 4
-    with pytest.raises(lp.UserError, match="a stream has no slices"):
+    with pytest.raises(lp.UserError, match="cannot load dataset"):
         read("", hf_dataset=str(hub), hf_split="train[:50%]", streaming=True)
 
 
@@ -353,12 +355,11 @@ def test_names_of_classes(tmp_path):
     names = [("neg", "pos")[label] for label in rows["label"]]
     wanted = {f"classify the text by label + t{i} > {name}" for i, name in enumerate(names)}
     assert {text for text, _ in read("", hf_dataset=str(tmp_path / "data"))[0]} == wanted
-    assert {text for text, _ in read(tmp_path / "data")[0]} == wanted
 
 
 def test_a_pattern_that_matches_no_file(tmp_path):
     needs("datasets")
-    with pytest.raises(lp.UserError, match="matches no file"):
+    with pytest.raises(lp.UserError, match="cannot load dataset"):
         read("", hf_dataset="json", hf_files=str(tmp_path / "*.jsonl"))
     with pytest.raises(lp.UserError, match="cannot load dataset"):
         read("", hf_dataset=str(tmp_path / "none"))

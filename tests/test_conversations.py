@@ -31,12 +31,6 @@ def shared(*texts: str) -> list[dict]:
     return said(*texts, roles=("human", "gpt"), role="from", content="value")
 
 
-def transcript(*texts: str) -> str:
-    """The same as HH-RLHF has them."""
-    roles = ("Human", "Assistant")
-    return "".join(f"\n\n{roles[i % 2]}: {text}" for i, text in enumerate(texts))
-
-
 def read(path: Path, rows, **more) -> tuple[list[lp.Record], lp.Report]:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return records(path, **more)
@@ -91,9 +85,9 @@ LAYOUTS = {
     "alpaca": (
         dict(instruction="Sort", input="b a", output="a b"), rendered(("Sort", "b a", "a b")), ""
     ),
-    "alpaca, system and history": (
-        dict(instruction="And now?", input="", output="Bye.", system="Be brief.",
-             history=[list(TALK[:2])]), TWO_SYSTEM, "",
+    "alpaca with a system text": (
+        dict(instruction="Hi", input="", output="Hello!", system="Be brief.", history=[]),
+        rendered(("Hi", "Hello!"), system="Be brief."), "",
     ),
     "dolly": (
         dict(instruction="Who?", context="Ada wrote it.", response="Ada", category="closed_qa"),
@@ -118,9 +112,6 @@ LAYOUTS = {
              messages=said("Hi", "Hello!"), score_chosen=8.5), ONE, " No.\n",
     ),
     "ultrachat": (dict(prompt=TALK[0], prompt_id="0", messages=said(*TALK)), TWO, ""),
-    "hh-rlhf": (
-        dict(chosen=transcript(*TALK), rejected=transcript(*TALK[:3], "No.")), TWO, " No.\n"
-    ),
     "preference beside another answer": (
         dict(instruction="Hi", input="", output="x", chosen="Hello!", rejected="No."),
         ONE, " No.\n",
@@ -153,7 +144,7 @@ def test_the_same_rows_in_every_kind_of_file(tmp_path, ending):
     path = tmp_path / f"a.{ending}"
     if ending == "parquet":
         pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
-        names = ["messages", "sharegpt", "alpaca", "question", "hh-rlhf"]
+        names = ["messages", "sharegpt", "alpaca", "question", "orca"]
         rows = [LAYOUTS[name][0] for name in names]
         parquet.write_table(pa.Table.from_pylist([dict.fromkeys(
             {key for r in rows for key in r}) | row for row in rows]), path)  # fmt: skip
@@ -247,12 +238,15 @@ REFUSED = {
         dict(messages=[SYSTEM, *said("Hi", "x")], system="Sing."), "a system text both"
     ),
     "pairs that part early": (
-        dict(chosen=transcript(*TALK), rejected=transcript("Ho", "x", "y", "z")),
-        "do not share their prompt",
+        dict(chosen=said(*TALK), rejected=said("Ho", "x", "y", "z")), "do not share their prompt"
     ),
     "a pair without a prompt": (dict(chosen="a", rejected="b"), "begin with the user"),
-    "a broken history": (
-        dict(instruction="Hi", output="x", history=[["a"]]), "'history' must be"
+    "a history": (dict(instruction="Hi", output="x", history=[["a", "b"]]), "'history'"),
+    "a transcript": (
+        dict(chosen="\n\nHuman: Hi\n\nAssistant: x", rejected="y"), "a transcript in 'chosen'"
+    ),
+    "a prompt of a transcript": (
+        dict(prompt="Human: Hi\n\nAssistant:", chosen="x", rejected="y"), "transcript in 'prompt'"
     ),
     "unknown columns": (dict(question="Hi", solution="x"), "(question, solution)"),
 }  # fmt: skip
