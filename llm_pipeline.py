@@ -3654,16 +3654,25 @@ def plain_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple
         yield f"{path}: part {number}", {config.text_field: text}
 
 
+def arrow_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
+    """Rows of a file that `save_to_disk` of the `datasets` library wrote."""
+    datasets = optional("datasets")
+    try:
+        table = datasets.Dataset.from_file(str(path))
+    except Exception as error:  # of pyarrow
+        raise UserError(f"cannot read {path} as Arrow data: {one_line(error)}") from None
+    yield from dataset_rows(table, str(path), report)
+
+
 READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[tuple]]] = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson", ".jsonlines", ".jl"), json_rows),
     **dict.fromkeys((".csv", ".tsv"), csv_rows),
-    ".parquet": parquet_rows, ".txt": plain_rows, ".md": plain_rows,
+    ".parquet": parquet_rows, ".arrow": arrow_rows, ".txt": plain_rows, ".md": plain_rows,
 }  # fmt: skip
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BINARY = {  # first bytes -> what to do
     b"%PDF-": "a PDF: convert it to text first, for example with pdftotext",
     b"PK\x03\x04": "an archive or office document: unpack it, or save it as text",
-    b"\xff\xff\xff\xff": "Arrow data: name the folder that save_to_disk wrote by --hf_dataset",
     b"\x1f\x8b": "compressed, but not named .gz",
     b"\x28\xb5\x2f\xfd": "compressed, but not named .zst",
     b"BZh": "compressed, but not named .bz2",
@@ -3734,6 +3743,9 @@ def hub_splits(config: DataConfig) -> dict:
     datasets = optional("datasets")
     datasets.disable_progress_bars()
     name, split, files = config.hf_dataset, config.hf_split, find_files(config)
+    is_local = name in ("arrow", "csv", "json", "parquet", "text") and "://" not in config.hf_files
+    if config.hf_files and is_local and not files:
+        raise UserError(f"--hf_files {config.hf_files} matches no file")
     try:
         if any((Path(name) / saved).exists() for saved in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(name)
