@@ -67,7 +67,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
-from functools import cached_property, lru_cache, partial, wraps
+from functools import lru_cache, partial, wraps
 from glob import glob
 from itertools import chain, groupby, islice, takewhile
 from pathlib import Path
@@ -2578,7 +2578,7 @@ def loss_and_gradient(model: GPT, batch: Batch, rt: Runtime) -> tuple[float, Ten
 #
 # Byte-level BPE trained here, and the vocabularies of others: a tokenizer.json, the folder of a
 # Hugging Face model, GPT-2's own two files. Look at `special_ids`, which finds the ends of texts,
-# and at `cuts_safely` and `keeps_turns`, which say what a vocabulary can be used for.
+# and at `cuts_as_gpt2`, which says whether a long text may be encoded in blocks.
 #
 #     >>> tokenizer = lp.load_tokenizer("folder/of/gpt2")
 #     >>> tokenizer.encode("Hello world").tolist(), tokenizer.eos_id
@@ -2600,68 +2600,33 @@ class TokenizerConfig(Settings):
 
 
 class BPETokenizer:
-    """A `tokenizers.Tokenizer` behind the interface of `ByteTokenizer`.
+    """A `tokenizers.Tokenizer` behind the interface of `ByteTokenizer`. bos_id may be None."""
 
-    library_json: what its `to_str()` gives. end_ids: what ends a text beside eos and sep. bos_id
-    may be None: then nothing is put before a text. Raises UserError for what cannot be used.
-    """
-
-    def __init__(self, library_json: str, pad_id=None, bos_id=None, eos_id=None, sep_id=None,
-                 end_ids: tuple[int, ...] = ()):  # fmt: skip
-        tokenizers = optional("tokenizers")
+    def __init__(self, library_json: str, pad_id, bos_id, eos_id, sep_id, end_ids=()):
         self.json = library_json
         with library_errors("the tokenizer is not valid"):
-            self.library = tokenizers.Tokenizer.from_str(library_json)
+            self.library = optional("tokenizers").Tokenizer.from_str(library_json)
             self.library.encode_special_tokens = True  # a literal "<|sep|>" stays characters
             self.library.no_padding()
             self.library.no_truncation()
             self.vocab_size = max(self.library.get_vocab().values(), default=0) + 1
-        if self.vocab_size > 2**24:
-            raise UserError(f"the tokenizer has ids up to {self.vocab_size - 1:,}: too many")
-        ids = {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id, "sep_id": sep_id}
-        for name, number in ids.items():
-            usable = type(number) is int and 0 <= number < self.vocab_size
-            if not usable and not (name == "bos_id" and number is None):
-                raise UserError(f"the tokenizer has no usable {name} (got {number!r})")
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = pad_id, bos_id, eos_id, sep_id
         self.end_ids = tuple(sorted({eos_id, sep_id, *end_ids}))
         self.prefix = [] if bos_id is None else [bos_id]
         library = json.loads(library_json)
-        self.unk_id = unknown_id(library)
-        self.cut = known_cut(library)  # by llama.cpp's name
+        model = library["model"]
+        self.unk_id = model.get("unk_id")  # Unigram's; the others name a token
+        if model["type"] != "Unigram":
+            self.unk_id = model["vocab"].get(model.get("unk_token"))
+        self.cuts_safely = cuts_as_gpt2(library)  # encoded in pieces, a text has the same ids
         self.is_byte_level = '"ByteLevel"' in json.dumps(library.get("decoder"))
         self.twin = tiktoken_twin(library)
-
-    @property
-    def cuts_safely(self) -> bool:
-        """Whether a text cut before a space between words has the ids of the whole."""
-        return self.cut is not None
-
-    @cached_property
-    def keeps_turns(self) -> bool:
-        """Whether a chat encoded turn by turn, as here, has the ids of the chat in one piece.
-
-        Chat templates give it in one piece, where a vocabulary that puts a space before the first
-        text alone, as some of SentencePiece's do, has other ids.
-        """
-        text = "".join(map(self.library.id_to_token, self.prefix))
-        for instruction, input, output in PROBE_TURNS:
-            text += instruction_prompt(instruction, input) + instruction_response(output)
-            text += self.library.id_to_token(self.sep_id)
-        self.library.encode_special_tokens = False
-        with library_errors("the tokenizer cannot encode a chat"):
-            whole = self.library.encode(text, add_special_tokens=False).ids
-        self.library.encode_special_tokens = True
-        return whole == turn_ids(self)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, (n,) uint32. Lone surrogates become U+FFFD.
-
-        Byte-level vocabularies are encoded by tiktoken where it is installed: the same ids, sooner.
-        """
+        """Ids of each text, (n,) uint32. Lone surrogates become U+FFFD."""
         texts = [SURROGATE.sub("\ufffd", text) for text in texts]
         with library_errors("the tokenizer cannot encode this text"):
             if self.twin is None:
@@ -2678,11 +2643,7 @@ class BPETokenizer:
             return np.array(self.library.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def decode(self, ids: Iterable[int], before: Sequence[int] = ()) -> str:
-        """The text that `ids` add after the ids `before`.
-
-        Vocabularies that mark word starts (SentencePiece's) drop the space of the first token,
-        so that a stream of tokens must be decoded behind the ones it follows.
-        """
+        """The text that `ids` add after `before`: SentencePiece drops the first token's space."""
         ids = [int(i) for i in ids]
         if self.is_byte_level or not before:
             return self.library.decode(ids, skip_special_tokens=True)
@@ -2690,12 +2651,11 @@ class BPETokenizer:
         return self.library.decode([*before, *ids], skip_special_tokens=True)[len(known) :]
 
     def spec(self) -> dict:
-        ids = {name: getattr(self, name) for name in SPECIAL_IDS}
+        ids = {f"{role}_id": getattr(self, f"{role}_id") for role in USUAL_NAMES}
         return {"kind": "bpe", "json": self.json, **ids, "end_ids": list(self.end_ids)}
 
 
 Tokenizer = ByteTokenizer | BPETokenizer
-SPECIAL_IDS = ("pad_id", "bos_id", "eos_id", "sep_id")
 POOL = ThreadPoolExecutor(os.cpu_count())  # starts its threads when first used
 SURROGATE = re.compile("[\ud800-\udfff]")
 bpe_tokenizer = lru_cache(maxsize=4)(BPETokenizer)  # a large vocabulary takes a second
@@ -2714,28 +2674,10 @@ def library_errors(complaint: str):
 
 def tokenizer_from_spec(spec: dict) -> Tokenizer:
     """The tokenizer that a checkpoint or a store describes. Raises UserError."""
-    if spec.get("kind") == "byte":
+    if spec["kind"] == "byte":
         return ByteTokenizer()
-    if spec.get("kind") != "bpe":
-        raise UserError(f"unknown tokenizer kind {spec.get('kind')!r}")
-    with library_errors("the tokenizer is not valid"):  # such as an id that is a list
-        ids = {name: spec.get(name) for name in SPECIAL_IDS}
-        return bpe_tokenizer(spec.get("json"), **ids, end_ids=tuple(spec.get("end_ids", ())))
-
-
-PROBE_TURNS = (("What is 1 + 1?", "Größe 3", "two"), (" ", "", " a\n"), ("Who?", "x\n", ""))
-
-
-def turn_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids of a chat of PROBE_TURNS, as records are stored: a prompt and its answer at a time."""
-    ids = list(tokenizer.prefix)
-    for instruction, input, output in PROBE_TURNS:
-        text = instruction_prompt(instruction, input) + instruction_response(output)
-        ids += [*tokenizer.encode(text).tolist(), tokenizer.sep_id]
-    return ids
-
-
-# --- trained here ---
+    ids = {f"{role}_id": spec[f"{role}_id"] for role in USUAL_NAMES}
+    return bpe_tokenizer(spec["json"], **ids, end_ids=tuple(spec["end_ids"]))
 
 
 def byte_level_library(model, cut: bool = True):
@@ -2747,11 +2689,6 @@ def byte_level_library(model, cut: bool = True):
     return library
 
 
-def names_in(setting: str) -> list[str]:
-    """The names of a setting that lists them by comma."""
-    return [name.strip() for name in setting.split(",") if name.strip()]
-
-
 def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     """Train byte-level BPE on an iterator of texts, in bounded memory.
 
@@ -2759,8 +2696,9 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     merge crosses their borders. A signal waits until the library is done. Raises UserError.
     """
     tokenizers = optional("tokenizers")
-    special = names_in(config.special_tokens) or list(SPECIAL_TOKENS)
-    extra = [name for name in names_in(config.extra_special_tokens) if name not in special]
+    special = re.findall(r"[^,\s]+", config.special_tokens) or list(SPECIAL_TOKENS)
+    extra = re.findall(r"[^,\s]+", config.extra_special_tokens)
+    extra = [name for name in extra if name not in special]
     library = byte_level_library(tokenizers.models.BPE())
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -2777,26 +2715,22 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     saved = json.loads(library.to_str())
     for token in saved["added_tokens"]:
         token["special"] = token["content"] not in extra  # the library looks for others in texts
-    library = tokenizers.Tokenizer.from_str(json.dumps(saved))
-    return bpe_tokenizer(library.to_str(), **special_ids(library, {}))
+    return bpe_tokenizer(json.dumps(saved), **special_ids(library, {}))
 
-
-# --- somebody else's ---
 
 # Names of special tokens where a configuration declares none; the first that is there counts.
 USUAL_NAMES = {
-    "eos": ("<|eos|>", "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "[EOS]"),
-    "bos": ("<|bos|>", "<s>", "<bos>", "[BOS]"),
-    "sep": ("<|sep|>", "<sep>", "[SEP]"),
     "pad": ("<|pad|>", "<pad>", "[PAD]"),
+    "bos": ("<|bos|>", "<s>", "<bos>", "[BOS]"),
+    "eos": ("<|eos|>", "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "[EOS]"),
+    "sep": ("<|sep|>", "<sep>", "[SEP]"),
 }
 
 
 def special_ids(library, declared: dict[str, str | None], ends: Sequence[int] = ()) -> dict:
-    """Ids of pad, bos, eos, sep and of all that ends a text, as BPETokenizer takes them.
+    """The ids that BPETokenizer takes. A missing sep or pad is eos; without one, UserError.
 
-    declared: {role: token, or None for none} of the tokenizer's own configuration. ends: further
-    ids that end a text. A missing sep or pad is eos. Raises UserError where there is no eos.
+    declared: {role: token, or None for none}, of its configuration. ends: ids that end a text, too.
     """
     ids: dict = {}
     for role, usual in USUAL_NAMES.items():
@@ -2814,10 +2748,7 @@ def special_ids(library, declared: dict[str, str | None], ends: Sequence[int] = 
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`byte`, a tokenizer.json, a folder with a tokenizer's files, or a name on the Hub.
-
-    Raises UserError where nothing usable stands there.
-    """
+    """`byte`, a tokenizer.json, a folder, or a name on the Hub. Raises UserError."""
     if name == "byte":
         return ByteTokenizer()
     path = Path(name)
@@ -2864,22 +2795,20 @@ def hf_tokenizer(folder: Path, has: set[str]) -> Tokenizer:
         library = theirs.backend_tokenizer
     if library.get_vocab() == byte_library().get_vocab():  # ours, exported
         return ByteTokenizer()
-    declared = {role: getattr(theirs, f"{role}_token", None) for role in USUAL_NAMES}
-    declared = {role: token for role, token in declared.items() if token is not None}
+    tokens = {role: getattr(theirs, f"{role}_token", None) for role in USUAL_NAMES}
+    declared = {role: token for role, token in tokens.items() if token is not None}
     if {"tokenizer_config.json", "special_tokens_map.json"} & has:
         declared.setdefault("bos", None)
     ends = []
-    for file in ("generation_config.json", "config.json"):
-        found = {}
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads((folder / file).read_text(encoding="utf-8"))
-        stated = found.get("eos_token_id") if isinstance(found, dict) else None
-        ends += [n for n in (stated if isinstance(stated, list) else [stated]) if type(n) is int]
+    for file in sorted({"generation_config.json", "config.json"} & has, reverse=True):
+        stated = read_table(folder / file, file).get("eos_token_id")
+        ends += stated if isinstance(stated, list) else [stated]
+    ends = [number for number in ends if type(number) is int]
     return bpe_tokenizer(library.to_str(), **special_ids(library, declared, ends))
 
 
 def byte_library():
-    """The byte tokenizer as a `tokenizers.Tokenizer` with the same 260 ids."""
+    """The byte tokenizer as a `tokenizers.Tokenizer`."""
     model = optional("tokenizers").models.BPE(byte_alphabet(), [])
     library = byte_level_library(model, cut=False)
     library.add_special_tokens(list(SPECIAL_TOKENS))
@@ -2896,45 +2825,21 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-# --- what a vocabulary does, from its tokenizer.json ---
+def cuts_as_gpt2(library: dict) -> bool:
+    """Whether a `tokenizer.json` is byte-level BPE that cuts text as GPT-2's does.
 
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def unknown_id(library: dict) -> int | None:
-    """The id that stands for what the vocabulary lacks, if it has one."""
-    model = library.get("model", {})
-    if model.get("type") == "Unigram":
-        return model.get("unk_id")
-    return model.get("vocab", {}).get(model.get("unk_token"))
-
-
-def known_cut(library: dict) -> str | None:
-    """How byte-level BPE cuts text before it merges, by llama.cpp's name, where it is a known way.
-
-    The known ways begin a piece at every space that follows a letter and precedes one.
+    Then a piece begins at every space that follows a letter and precedes one.
     """
-    model, steps = library.get("model", {}), library.get("pre_tokenizer") or {}
-    if model.get("type") != "BPE" or any(
-        model.get(k) for k in ("ignore_merges", "byte_fallback", "dropout")
-    ):
-        return None
+    model, cut = library["model"], library.get("pre_tokenizer") or {}
+    odd = any(model.get(name) for name in ("ignore_merges", "byte_fallback", "dropout"))
+    if model["type"] != "BPE" or odd or library.get("normalizer"):
+        return False
     for token in library.get("added_tokens", []):  # those that are looked for in texts
         loose = token["lstrip"] or token["rstrip"] or token["single_word"]
         if not token["special"] and (loose or re.search(r"\s", token["content"])):
-            return None
-    normalizer = (library.get("normalizer") or {}).get("type")
-    if steps.get("type") == "ByteLevel":
-        plain = steps.get("use_regex", True) and not steps.get("add_prefix_space")
-        return "gpt-2" if plain and normalizer is None else None
-    split, last = [*steps.get("pretokenizers", []), {}, {}][:2]
-    plain = not last.get("use_regex", True) and not last.get("add_prefix_space")
-    isolated = split.get("behavior") == "Isolated" and not split.get("invert")
-    is_qwen2 = split.get("pattern") == {"Regex": QWEN2_PATTERN} and isolated and plain
-    return "qwen2" if is_qwen2 and normalizer in (None, "NFC") else None
+            return False
+    plain = cut.get("use_regex", True) and not cut.get("add_prefix_space")
+    return cut.get("type") == "ByteLevel" and plain
 
 
 def tiktoken_twin(library: dict):
@@ -2947,7 +2852,7 @@ def tiktoken_twin(library: dict):
         import tiktoken
     except ImportError:
         return None
-    if known_cut(library) != "gpt-2" or not hasattr(tiktoken.Encoding, "encode_to_numpy"):
+    if not cuts_as_gpt2(library):
         return None
     model = library["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
@@ -4169,7 +4074,7 @@ def encode_records(records: list[Record], tokenizer: Tokenizer) -> Iterator[list
         turns = list(zip(found[::2], found[1::2], strict=True))
         for n, (prompt, both) in enumerate(turns):
             if whole and record.turns[n].prompt:
-                if not (tokenizer.keeps_turns and np.array_equal(both[: len(prompt)], prompt)):
+                if not np.array_equal(both[: len(prompt)], prompt):
                     what = "this tokenizer reads a prompt and its answer otherwise apart"
                     raise UserError(f"{what}: choose another --tokenizer for instructions")
                 turns[n] = prompt, both[len(prompt) :]
@@ -4864,11 +4769,9 @@ def open_run(config: FitConfig) -> Iterator[RunFolder]:
 # 13. Interchange
 #
 # Models from Hugging Face and to it, through transformers' own objects; LoRA, as peft has it; GGUF
-# for llama.cpp and Ollama. Look at the two tables of names, and at `check_logits`: whatever comes
+# for llama.cpp. Look at the two tables of names, and at `check_logits`: whatever comes
 # in or goes out must compute what the library's own model computes, or it is refused.
 # ====================================================================================
-
-# --- names, read in both directions ---
 
 HF_ARCHS = {"gpt2": "gpt2", "qwen3": "modern"}  # model_type: ours, in ARCHS
 # Our settings under transformers' names; GPT2Config has older ones and answers to these, too.
@@ -4914,14 +4817,12 @@ def hf_kind(c: GPTConfig) -> str:
         held |= {"n_kv_head": c.n_head, "head_dim": c.n_embd / c.n_head, "attn_window": 0}
         if c.mlp in GPT2_ACTIVATIONS.values():
             held["mlp"] = c.mlp
-        if c.attn_window >= c.block_size:  # a window that leaves nothing out
-            held["attn_window"] = c.attn_window
-    odd = [
-        f"{name}={getattr(c, name)}" for name, value in held.items() if getattr(c, name) != value
-    ]
+    odd = [name for name, value in held.items() if getattr(c, name) != value]
     if odd:
-        what = f"{', '.join(odd)} with the rest of --arch {HF_ARCHS[kind]}"
-        raise UserError(f"no Hugging Face class has {what}")
+        what = ", ".join(f"{name}={getattr(c, name)}" for name in odd)
+        raise UserError(
+            f"no Hugging Face class has {what} with the rest of --arch {HF_ARCHS[kind]}"
+        )
     return kind
 
 
@@ -4960,20 +4861,8 @@ def to_hf(weights: dict[str, Tensor], c: GPTConfig, conv1d: bool = True) -> dict
     return tensors
 
 
-def from_hf(tensors: dict[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
-    """Their tensors under our names. Raises UserError naming one that is left over."""
-    left, weights = dict(tensors), {}
-    if c.tie_weights:
-        left.pop("lm_head.weight", None)
-    for row in tensor_rows(c):
-        parts = [left.pop(name) for name in row.theirs]
-        weights[row.ours] = torch.cat([p.T if row.transposed else p for p in parts]).contiguous()
-    if left:
-        raise UserError(f"the model holds a tensor this program does not know: {sorted(left)[0]}")
-    return weights
-
-
-# --- models in ---
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # of GPT-2 files; the causal mask
+HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
 
 
 def transformers_library():
@@ -5016,32 +4905,17 @@ def hf_shape(hf) -> GPTConfig:
     return checked_model_config(asdict(GPTConfig(**shape)))
 
 
-def check_stored(folder: Path) -> None:
-    """Raise UserError unless a folder's weights are safetensors of floating point.
-
-    transformers would take whole numbers for weights; a pickle can run code.
-    """
+def hf_model(folder: Path):
+    """transformers' own model of a folder, float32; a peft adapter is merged into its base."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError("no .safetensors file; others, such as pickles, are not read")
-    for file in files:
+        raise UserError("no .safetensors file; others, such as pickles, can run code")
+    for file in files:  # transformers would take whole numbers for weights
         with optional("safetensors").safe_open(file, "pt") as opened:
-            kinds = {n: opened.get_slice(n).get_dtype() for n in list(opened.keys())}
-        for name, kind in kinds.items():
-            if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(OLD_BUFFERS):
-                raise UserError(f"{name} is stored as {kind}: quantised models are not supported")
-
-
-OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # of GPT-2 files; the causal mask
-HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
-
-
-def hf_model(folder: Path):
-    """transformers' own model of a folder, float32; a peft adapter is merged into its base.
-
-    Raises UserError, or what the libraries raise.
-    """
-    check_stored(folder)
+            for name in list(opened.keys()):
+                kind = opened.get_slice(name).get_dtype()
+                if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(OLD_BUFFERS):
+                    raise UserError(f"{name} is stored as {kind}: quantised models are not read")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = read_table(folder / "adapter_config.json", "it").get("base_model_name_or_path")
         if not base:
@@ -5052,8 +4926,6 @@ def hf_model(folder: Path):
     if about.get("model_type") not in HF_ARCHS:
         known = ", ".join(HF_ARCHS)
         raise UserError(f"model_type {about.get('model_type')!r} is not one of {known}")
-    if "quantization_config" in about:
-        raise UserError("quantised models are not supported")
     peer, found = transformers_library().AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
         trust_remote_code=False, ignore_mismatched_sizes=True,  # told below, by name
@@ -5067,10 +4939,7 @@ def hf_model(folder: Path):
 
 
 def load_hf(name: str) -> Loaded:
-    """The model of a Hugging Face folder, of a peft adapter, or of a name on the Hub.
-
-    Raises UserError for anything but GPT-2 or Qwen3 in safetensors that computes what ours does.
-    """
+    """GPT-2 or Qwen3, of a folder, a peft adapter or a name on the Hub. Raises UserError."""
     folder = hf_folder(name, "", HUB_FILES)
     if runs := sorted(folder.glob("*.pth")):
         raise UserError(f"{name} is a run's folder: name a checkpoint in it, such as {runs[0]}")
@@ -5079,15 +4948,23 @@ def load_hf(name: str) -> Loaded:
             peer = hf_model(folder)
             tied = peer.get_output_embeddings().weight is peer.get_input_embeddings().weight
             config = replace(hf_shape(peer.config), tie_weights=tied)
-            model = build_model(config, from_hf(peer.state_dict(), config))
+            left, weights = dict(peer.state_dict()), {}
+            for row in tensor_rows(config):
+                parts = [left.pop(name) for name in row.theirs]
+                parts = [part.T if row.transposed else part for part in parts]
+                weights[row.ours] = torch.cat(parts).contiguous()
+            model = build_model(config, weights)
+        left = left.keys() - ({"lm_head.weight"} if tied else set())
+        if left:
+            raise UserError(f"the model holds a tensor that is not known here: {min(left)}")
         check_logits(peer, model)
         origin = folder if any(folder.glob("*token*")) else Path(peer.config.name_or_path)
         tokenizer = load_tokenizer(str(origin.absolute()))
+        if tokenizer.vocab_size > config.vocab_size:
+            ids = f"{tokenizer.vocab_size} ids, the model only {config.vocab_size}"
+            raise UserError(f"the tokenizer has {ids}")
     except UserError as error:
         raise UserError(str(error) if name in str(error) else f"{name}: {error}") from None
-    if tokenizer.vocab_size > config.vocab_size:
-        ids = f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
-        raise UserError(f"{name}: {ids}")
     templates = [origin / "chat_template.jinja", origin / "tokenizer_config.json"]
     texts = [file.read_text("utf-8", "replace") for file in templates if file.is_file()]
     return Loaded(model.train(), tokenizer, {}, "### Instruction: " in "".join(texts))
@@ -5133,12 +5010,8 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
     """A checkpoint of this program, or a Hugging Face folder or name. LoRA comes folded in."""
     path = Path(name)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or path.is_file():
-        state = load_checkpoint(path)
-        try:
-            loaded = restored(state)
-        except UserError as error:
-            raise UserError(f"{path} is not a usable checkpoint: {error}") from None
-        if state.get("lora") and merge:
+        loaded = restored(load_checkpoint(path))
+        if loaded.state.get("lora") and merge:
             loaded.model.float()  # frozen weights may be bf16, too coarse to add small changes to
             remove_lora(loaded.model, merge=True)
     else:
@@ -5149,33 +5022,26 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
 
 def resize_block(model: GPT, block_size: int | None) -> None:
     """Another context length: learned positions can only be cut, the others take any."""
-    config = model.config
-    if not block_size or block_size == config.block_size:
+    known = model.config.block_size
+    if not block_size or block_size == known:
         return
-    if config.pos == "learned":
-        if block_size > config.block_size:
-            most = f"this model has learned {config.block_size} positions"
-            raise UserError(f"--block_size {block_size}: {most}; choose at most that")
+    if model.config.pos == "learned" and block_size > known:
+        most = f"this model has learned {known} positions"
+        raise UserError(f"--block_size {block_size}: {most}; choose at most that")
+    if model.config.pos == "learned":
         model.positions.weight = nn.Parameter(model.positions.weight[:block_size].clone())
-    elif block_size > config.block_size:
-        note(f"block_size {block_size} is longer than the {config.block_size} it was trained for")
-    config.block_size = block_size
+    elif block_size > known:
+        note(f"block_size {block_size} is longer than the {known} it was trained for")
+    model.config.block_size = block_size
 
 
-OVERRIDABLE = ("dropout", "token_dropout", "attn")  # settings that any weights go with
+OVERRIDABLE = ("dropout", "token_dropout", "attn")  # settings that do not change weight shapes
 
 
-def overrides(config) -> dict:
-    """Those of OVERRIDABLE that a command sets."""
-    return {n: getattr(config, n) for n in OVERRIDABLE if getattr(config, n) is not None}
-
-
-def with_settings(model: GPT, **changes) -> GPT:
-    """The same weights in a model with other settings that do not change their shapes."""
-    return build_model(replace(model.config, **changes), model_weights(model))
-
-
-# --- models out ---
+def with_settings(model: GPT, config, **usual) -> GPT:
+    """The same weights under the settings of OVERRIDABLE that a command sets, else the usual."""
+    asked = {n: getattr(config, n) for n in OVERRIDABLE if getattr(config, n) is not None}
+    return build_model(replace(model.config, **usual | asked), model_weights(model))
 
 
 def hf_config(c: GPTConfig):
@@ -5184,19 +5050,15 @@ def hf_config(c: GPTConfig):
     shape = {theirs: getattr(c, ours) for ours, theirs in HF_SETTINGS[kind].items()}
     shape |= {"tie_word_embeddings": c.tie_weights, "dtype": "float32"}
     if kind == "gpt2":
+        shape |= {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
         activation = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}[c.mlp]
-        shape |= {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "n_ctx": c.block_size}
         return transformers.GPT2Config(activation_function=activation, **shape)
-    window = c.attn_window if 0 < c.attn_window < c.block_size else None
-    layer = "full_attention" if window is None else "sliding_attention"
-    config = transformers.Qwen3Config(
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        use_sliding_window=window is not None,
-        sliding_window=window,
-        max_window_layers=c.n_layer if window is None else 0,
-        layer_types=[layer] * c.n_layer,
-        **shape,
-    )
+    shape["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
+    shape["layer_types"] = ["full_attention"] * c.n_layer
+    if 0 < c.attn_window < c.block_size:
+        shape |= dict(use_sliding_window=True, sliding_window=c.attn_window, max_window_layers=0)
+        shape["layer_types"] = ["sliding_attention"] * c.n_layer
+    config = transformers.Qwen3Config(**shape)
     config.rope_theta = c.rope_theta  # where transformers 4 reads it
     return config
 
@@ -5205,22 +5067,11 @@ def to_peer(model: GPT):
     """transformers' model with our weights. Adapters are left out."""
     weights = model_weights(model)
     weights = {n.replace(".base_layer", ""): t for n, t in weights.items() if ".lora_" not in n}
-    tensors = to_hf(weights, model.config)
     with torch.random.fork_rng(devices=[]):  # it begins with random weights
         peer = transformers_library().AutoModelForCausalLM.from_config(hf_config(model.config))
-    peer.load_state_dict(tensors, strict=False, assign=True)
+    peer.load_state_dict(to_hf(weights, model.config), strict=False, assign=True)
     peer.tie_weights()
     return peer
-
-
-def save_peer(peer, folder: Path, **options) -> None:
-    """Into its folder; for all to read, as the library's own mode is not."""
-    with library_errors(f"cannot write {folder.name}"):
-        peer.save_pretrained(folder, **options)
-    mask = os.umask(0o022)
-    os.umask(mask)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o666 & ~mask)
 
 
 def export_model(loaded: Loaded, folder: Path) -> None:
@@ -5229,53 +5080,42 @@ def export_model(loaded: Loaded, folder: Path) -> None:
     remove_lora(loaded.model, merge=False)  # under --no_merge: the base, for an adapter to load on
     loaded.model.float().eval()
     peer = to_peer(loaded.model)
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "pad")}
+    ids = dict(bos_token_id=tokenizer.bos_id, pad_token_id=tokenizer.pad_id)
     ids["eos_token_id"] = list(tokenizer.end_ids)
     for name, value in ids.items():
         setattr(peer.config, name, value)
     sampling = dict(do_sample=True, temperature=0.9, top_k=30)
     peer.generation_config = transformers.GenerationConfig(**ids, **sampling)
-    save_peer(peer, folder)
-    export_tokenizer(loaded, folder)
-    write_model_card(loaded, folder)
+    save_folder(loaded, peer, folder)
     check_logits(hf_model(folder), loaded.model)
 
 
-def write_model_card(loaded: Loaded, folder: Path) -> None:
-    state, config, figures = loaded.state, loaded.model.config, ""
-    used = {k: v for k, v in state.get("config", {}).items() if v not in ("", None, 0, False)}
-    settings = "\n".join(f"| {k} | {v} |" for k, v in sorted(used.items()))
-    if progress := state.get("progress"):
-        best, step, total = (progress[name] for name in ("best", "best_step", "total"))
-        figures = f"Best validation loss {best:.4f} nats a token at step {step} of {total}."
+def save_folder(loaded: Loaded, peer, folder: Path, **options) -> None:
+    """Weights for all to read, as the library's own mode is not, tokenizer and model card."""
+    with library_errors(f"cannot write {folder.name}"):
+        peer.save_pretrained(folder, **options)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
+    export_tokenizer(loaded, folder)
     example = instruction_prompt("INSTRUCTION", "INPUT", "SYSTEM") + instruction_response("ANSWER")
     card = f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# {hf_kind(config)}, {loaded.model.n_params():,} parameters
-
-Trained with llm_pipeline.py: {config.n_layer} layers, {config.n_head} heads, width {config.n_embd},
-context {config.block_size}, {config.vocab_size} token ids. {figures}
-
-A tuned model was trained on texts of this form, with a separator token behind each answer:
+Trained with llm_pipeline.py. A tuned model knows texts of this form, which the chat template
+renders, with a separator behind each answer; a user's message may have an `input`, too:
 
 ```
 {example}```
 
-The chat template renders the same; a user's message may have an `input` beside its `content`.
 Special tokens written out in a message, such as `<|sep|>`, stay characters in llm_pipeline.py, but
 become the special tokens in transformers and llama.cpp.
-
-| setting | value |
-|---|---|
-{settings}
 """
     (folder / "README.md").write_text(card, encoding="utf-8")
 
-
-# --- template and tokenizer ---
 
 # `instruction_prompt` and `instruction_response` for transformers and llama.cpp. <|sep|> stands
 # for the separator's name. A user's message may have an `input` beside its content.
@@ -5284,12 +5124,7 @@ CHAT_TEMPLATE = r"""
 {%- for message in messages %}
     {%- set text = message['content'] %}
     {%- if text is not string %}
-        {%- for part in text %}
-            {%- if part['type'] != 'text' %}
-                {{- raise_exception('only parts of type text are supported, not ' + part['type']) }}
-            {%- endif %}
-        {%- endfor %}
-        {%- set text = text | map(attribute='text') | join %}
+        {{- raise_exception('only messages of text are supported, no image or other part') }}
     {%- endif %}
     {%- if message['role'] == 'system' or message['role'] == 'developer' %}
         {%- if text %}
@@ -5306,13 +5141,6 @@ CHAT_TEMPLATE = r"""
     {%- endif %}
 {%- endfor %}
 """.strip()
-
-# The same for Ollama, in Go's language.
-OLLAMA_TEMPLATE = """\
-{{ range .Messages }}{{ if eq .Role "system" }}### System: {{ .Content }}
-{{ else if eq .Role "user" }}### Instruction: {{ .Content }}
-### Input: \n### Output:{{ else if eq .Role "assistant" }} {{ .Content }}
-<|sep|>{{ end }}{{ end }}"""
 
 
 def chat_template(tokenizer: Tokenizer, sep: str) -> str:
@@ -5339,13 +5167,21 @@ def export_library(loaded: Loaded):
     return library
 
 
+CHECK_TEXTS = (
+    "First Citizen:\nBefore we proceed any further, hear me speak.", " Größe 你好 e\u0301 😀",
+    "  two  spaces\t\r\n\n x" + " " * 20 + "y ", "1234567 3.14", "I'll don't WE'RE", "!?...#@",
+)  # fmt: skip
+CHECK_TURNS = (("What is 1 + 1?", "Größe 3", "two"), (" ", "", " a\n"), ("Who?", "x\n", ""))
+
+
 def export_tokenizer(loaded: Loaded, folder: Path) -> None:
     """Write the tokenizer, with its chat template if tuned. Raises UserError if ids differ."""
     transformers, tokenizer = transformers_library(), loaded.tokenizer
     library = export_library(loaded)
-    tokens = {role: getattr(tokenizer, f"{role}_id") for role in USUAL_NAMES}
-    tokens = {role: library.id_to_token(n) for role, n in tokens.items() if n is not None}
+    ids = {role: getattr(tokenizer, f"{role}_id") for role in USUAL_NAMES}
+    tokens = {role: library.id_to_token(n) for role, n in ids.items() if n is not None}
     more = {f"{role}_token": token for role, token in tokens.items()}
+    more["model_max_length"] = loaded.model.config.block_size
     if loaded.is_tuned:
         more["chat_template"] = chat_template(tokenizer, tokens["sep"])
         ends = "|".join(re.escape(tokens[role]) for role in ("sep", "eos"))
@@ -5356,20 +5192,9 @@ def export_tokenizer(loaded: Loaded, folder: Path) -> None:
         }
     # transformers 4 knows the class by this name; transformers 5 would write another.
     kind = type("PreTrainedTokenizerFast", (transformers.PreTrainedTokenizerFast,), {})
-    theirs = kind(
-        tokenizer_object=library,
-        model_max_length=loaded.model.config.block_size,
-        clean_up_tokenization_spaces=False,
-        **more,
-    )
+    theirs = kind(tokenizer_object=library, clean_up_tokenization_spaces=False, **more)
     theirs.save_pretrained(folder)
     check_tokenizer(tokenizer, transformers.AutoTokenizer.from_pretrained(folder), loaded.is_tuned)
-
-
-CHECK_TEXTS = (
-    "First Citizen:\nBefore we proceed any further, hear me speak.", " Größe 你好 e\u0301 😀",
-    "  two  spaces\t\r\n\n x" + " " * 20 + "y ", "1234567 3.14", "I'll don't WE'RE", "!?...#@",
-)  # fmt: skip
 
 
 def check_tokenizer(ours: Tokenizer, theirs, is_tuned: bool) -> None:
@@ -5377,11 +5202,13 @@ def check_tokenizer(ours: Tokenizer, theirs, is_tuned: bool) -> None:
     for text in CHECK_TEXTS:
         if theirs(text, add_special_tokens=False)["input_ids"] != ours.encode(text).tolist():
             raise UserError(f"export failed its check: the tokenizer has other ids for {text!r}")
-    messages = []
-    for instruction, input, output in PROBE_TURNS:
+    messages, ids = [], list(ours.prefix)  # a prompt and its answer at a time, as records are
+    for instruction, input, output in CHECK_TURNS:
         messages.append({"role": "user", "content": instruction, "input": input})
         messages.append({"role": "assistant", "content": output})
-    if is_tuned and theirs.apply_chat_template(messages, return_dict=False) != turn_ids(ours):
+        text = instruction_prompt(instruction, input) + instruction_response(output)
+        ids += [*ours.encode(text).tolist(), ours.sep_id]
+    if is_tuned and theirs.apply_chat_template(messages, return_dict=False) != ids:
         what = "a chat has other ids in one piece than turn by turn, as it was trained"
         raise UserError(f"export failed its check: {what}; train with another tokenizer")
 
@@ -5392,30 +5219,26 @@ LORA_LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "up": "mlp.up", "down": "
 
 
 def lora_settings(config: FitConfig) -> dict | None:
-    """The adapters that --method lora asks for. Raises UserError."""
+    """What --method lora asks for, as peft.LoraConfig takes it. Raises UserError."""
     if getattr(config, "method", "full") != "lora":
         return None
     targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
     if None in targets:
         raise UserError(f"--lora_targets must be among {', '.join(LORA_LAYERS)}")
-    numbers = {name: getattr(config, f"lora_{name}") for name in ("r", "alpha", "dropout")}
-    return numbers | {"targets": targets}
+    settings = dict(lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)
+    return settings | {"r": config.lora_r, "target_modules": targets}
 
 
 def add_lora(model: GPT, lora: dict) -> None:
-    """Put peft's adapters, with `lora_settings`, around the target layers."""
+    """Put peft's adapters around the target layers."""
     peft = optional("peft")
-    size = dict(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"])
-    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=lora["targets"], **size), model)
-
-
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    peft.inject_adapter_in_model(peft.LoraConfig(**lora), model)
 
 
 def remove_lora(model: nn.Module, merge: bool) -> None:
     """Take the adapters out: merged into the weights, or dropped."""
-    for name, layer in adapted_layers(model).items():
+    adapted = [(name, m) for name, m in model.named_modules() if hasattr(m, "lora_A")]
+    for name, layer in adapted:
         if merge:
             layer.merge()
         model.set_submodule(name, layer.get_base_layer())
@@ -5423,95 +5246,58 @@ def remove_lora(model: nn.Module, merge: bool) -> None:
 
 
 def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
-    """A peft adapter for the exported base (export it with --no_merge), checked upon its base.
-
-    Where their model has several matrices for one of ours, each gets our A and its rows of B.
-    """
+    """A peft adapter: of several matrices for one of ours each gets our A and its rows of B."""
     lora, config = loaded.state.get("lora"), loaded.model.config
     if not lora:
         raise UserError("--adapter: this checkpoint was not tuned with --method lora")
-    peft, kind, layers = optional("peft"), hf_kind(config), adapted_layers(loaded.model)
-    tensors, targets = {}, set()
+    peft, tensors = optional("peft"), {}
     for row in tensor_rows(config):
-        layer = layers.get(row.ours.removesuffix(".weight"))
-        if not layer:
+        module, _, kind = row.ours.rpartition(".")
+        layer = loaded.model.get_submodule(module)
+        if kind != "weight" or not hasattr(layer, "lora_A"):
             continue
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         for name, part in zip(row.theirs, b.split(row.rows), strict=True):
-            name = name.removesuffix(".weight")
-            targets.add(".".join(name.split(".")[3:]))  # within its layer
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().float()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = part.detach().float()
-    settings = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=lora["r"], lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"], target_modules=sorted(targets),
-        fan_in_fan_out=kind == "gpt2",
-    )  # fmt: skip
+            tensors[name.removesuffix(".weight")] = (a.detach().float(), part.detach().float())
+    targets = sorted({".".join(name.split(".")[3:]) for name in tensors})  # within a layer
+    lora = lora | {"target_modules": targets, "fan_in_fan_out": hf_kind(config) == "gpt2"}
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
     peer = peft.get_peft_model(to_peer(loaded.model), settings)
-    peft.set_peft_model_state_dict(peer, tensors)
+    for name, (a, b) in tensors.items():
+        layer = peer.get_submodule(f"base_model.model.{name}")
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a, b
     check_logits(peer, loaded.model)
-    source = loaded.state["config"].get("ckpt", "")
+    source = loaded.state["config"]["ckpt"]
     base = base or (source if Path(source).is_dir() else "")
     is_local = bool(base) and Path(base).is_dir()
     settings.base_model_name_or_path = str(Path(base).resolve()) if is_local else base or None
-    save_peer(peer, folder, save_embedding_layers=False)
-    export_tokenizer(loaded, folder)
-    write_model_card(loaded, folder)
+    save_folder(loaded, peer, folder, save_embedding_layers=False)
     if is_local:
         check_logits(hf_model(folder), loaded.model)
     elif not base:
         note("peft needs the base: export it with --no_merge, and this with --base_model FOLDER")
 
 
-# --- GGUF, the format of llama.cpp and Ollama ---
+# --- GGUF, the format of llama.cpp ---
 
-# type of the matrices: (its number as a file type, the largest error of a stored value as a share
-# of the largest among its 32 neighbours)
-GGUF_TYPES = {
-    "f32": (0, 0.0),
-    "f16": (1, 2**-11),
-    "bf16": (32, 2**-8),
-    "q8_0": (7, 1 / 254 + 2**-11),
-}
-GGUF_SHAPE = {
+# type of the matrices: (its number as a file type, its largest error as a share of the largest
+# value in the matrix)
+GGUF_TYPES = {"f32": (0, 0.0), "f16": (1, 2**-11), "bf16": (32, 2**-8), "q8_0": (7, 2**-7)}
+GGUF_SETTINGS = {  # methods of GGUFWriter, without "add_": our settings
     "context_length": "block_size", "embedding_length": "n_embd", "block_count": "n_layer",
     "feed_forward_length": "n_inner", "head_count": "n_head", "head_count_kv": "n_kv_head",
+    "key_length": "head_dim", "value_length": "head_dim", "rope_dimension_count": "head_dim",
+    "rope_freq_base": "rope_theta", "layer_norm_eps": "norm_eps", "layer_norm_rms_eps": "norm_eps",
 }  # fmt: skip
-GGUF_SETTINGS = {  # methods of GGUFWriter, without "add_": our settings
-    "gpt2": {**GGUF_SHAPE, "layer_norm_eps": "norm_eps"},
-    "qwen3": {
-        **GGUF_SHAPE, "layer_norm_rms_eps": "norm_eps", "rope_freq_base": "rope_theta",
-        "rope_dimension_count": "head_dim", "key_length": "head_dim", "value_length": "head_dim",
-    },
-}  # fmt: skip
-
-
-def gguf_tensors(model: GPT, kind: str) -> dict[str, Tensor]:
-    """Our tensors under llama.cpp's names. Raises UserError on what it cannot compute."""
-    gguf, config = optional("gguf"), model.config
-    if config.mlp == "relu" or 0 < config.attn_window < config.block_size:
-        odd = "--mlp relu" if config.mlp == "relu" else f"--attn_window {config.attn_window}"
-        raise UserError(f"llama.cpp cannot run {odd}; the Hugging Face export can hold it")
-    if config.mlp == "gelu":
-        note("llama.cpp has GELU in its tanh approximation: log-probabilities move by about 1e-3")
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), config.n_layer)
-    tensors = to_hf(model_weights(model), config, conv1d=False)
-    return {names.get_name(n, (".weight", ".bias")): t.float() for n, t in tensors.items()}
 
 
 def gguf_vocabulary(loaded: Loaded) -> dict:
-    """The tokenizer's settings, by the names of GGUFWriter's methods.
-
-    Raises UserError unless llama.cpp has a name for the way in which text is cut.
-    """
+    """The tokenizer's settings, by the names of GGUFWriter's methods. Raises UserError."""
     gguf, tokenizer, library = optional("gguf"), loaded.tokenizer, export_library(loaded)
-    saved = json.loads(library.to_str())
-    cut = "gpt-2" if isinstance(tokenizer, ByteTokenizer) else tokenizer.cut
-    if cut is None:
+    if not tokenizer.cuts_safely:
         way = "export a folder and use llama.cpp's convert_hf_to_gguf.py"
-        raise UserError(f"--gguf: only GPT-2's and Qwen's ways to cut text are known here: {way}")
-    if saved["normalizer"]:
-        note("llama.cpp does not normalise text (NFC): write composed characters")
+        raise UserError(f"--gguf: only GPT-2's way to cut text is known here: {way}")
+    saved = json.loads(library.to_str())
     added = {t["id"]: "CONTROL" if t["special"] else "USER_DEFINED" for t in saved["added_tokens"]}
     tokens, types = [], []
     for i in range(loaded.model.config.vocab_size):
@@ -5520,7 +5306,7 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
         types.append(gguf.TokenType["UNUSED" if token is None else added.get(i, "NORMAL")])
     merges = [m if isinstance(m, str) else " ".join(m) for m in saved["model"]["merges"]]
     settings = {
-        "tokenizer_model": "gpt2", "tokenizer_pre": cut,
+        "tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2",
         "token_list": tokens, "token_types": types,
         "token_merges": merges or ["þ ÿ"],  # there must be one: of bytes that UTF-8 never has
         "eos_token_id": tokenizer.eos_id,
@@ -5531,32 +5317,34 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
     if tokenizer.prefix:
         settings["bos_token_id"] = tokenizer.bos_id
     if loaded.is_tuned:
-        sep = library.id_to_token(tokenizer.sep_id)
-        settings["chat_template"] = chat_template(tokenizer, sep)
+        settings["chat_template"] = chat_template(tokenizer, library.id_to_token(tokenizer.sep_id))
     return settings
 
 
 def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
-    """Write a GGUF file beside, check it, rename it. Norms, biases and positions stay float32."""
+    """Write a GGUF file beside, check it, rename it. Raises UserError on what it cannot hold."""
     gguf, config, kind = optional("gguf"), loaded.model.config, hf_kind(loaded.model.config)
-    loaded.model.float().eval()
+    if config.mlp == "relu" or 0 < config.attn_window < config.block_size:
+        odd = "--mlp relu" if config.mlp == "relu" else f"--attn_window {config.attn_window}"
+        raise UserError(f"llama.cpp cannot run {odd}; the Hugging Face export can hold it")
+    if config.mlp == "gelu":
+        note("llama.cpp has GELU in its tanh approximation: log-probabilities move by about 1e-3")
+    loaded.model.float()
     remove_lora(loaded.model, merge=False)
-    tensors, settings = gguf_tensors(loaded.model, kind), gguf_vocabulary(loaded)
-    settings |= {theirs: getattr(config, ours) for theirs, ours in GGUF_SETTINGS[kind].items()}
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), config.n_layer)
+    theirs = to_hf(model_weights(loaded.model), config, conv1d=False)
+    tensors = {names.get_name(n, (".weight", ".bias")): t for n, t in theirs.items()}
+    settings = {theirs: getattr(config, ours) for theirs, ours in GGUF_SETTINGS.items()}
     settings |= {"name": target.stem, "file_type": GGUF_TYPES[dtype][0]}
-    settings["quantization_version"] = gguf.GGML_QUANT_VERSION
+    settings |= {"quantization_version": gguf.GGML_QUANT_VERSION} | gguf_vocabulary(loaded)
     beside = target.with_name(f".{target.name}.writing")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(beside, kind)
         for name, value in settings.items():
             getattr(writer, f"add_{name}")(value)
-        # Ollama's engine reads these alone.
-        writer.add_array("tokenizer.ggml.eos_token_ids", list(loaded.tokenizer.end_ids))
         write_gguf(writer, tensors, dtype)
         check_gguf(tensors, beside, dtype)
-        with atomic_write(target.with_name("Modelfile")) as file:
-            file.write(modelfile(loaded, target.name).encode())
         os.replace(beside, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
@@ -5565,6 +5353,7 @@ def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
 
 
 def write_gguf(writer, tensors: dict[str, Tensor], dtype: str) -> None:
+    """Matrices in the type asked for; norms, biases and positions stay float32."""
     gguf = optional("gguf")
     for name, tensor in tensors.items():
         matrix = tensor.ndim == 2 and not name.startswith("position")
@@ -5580,17 +5369,6 @@ def write_gguf(writer, tensors: dict[str, Tensor], dtype: str) -> None:
     writer.close()
 
 
-def modelfile(loaded: Loaded, name: str) -> str:
-    """What `ollama create NAME -f Modelfile` reads."""
-    template, stop = "{{ .Prompt }}", ""
-    if loaded.is_tuned:
-        sep = export_library(loaded).id_to_token(loaded.tokenizer.sep_id)
-        template, stop = OLLAMA_TEMPLATE.replace("<|sep|>", sep), f'PARAMETER stop "{sep}"\n'
-    head = f'{MODELFILE_MARK}\nFROM ./{name}\nTEMPLATE """{template}"""\n{stop}'
-    n_ctx = loaded.model.config.block_size
-    return f"{head}PARAMETER num_ctx {n_ctx}\nPARAMETER temperature 0.9\nPARAMETER top_k 30\n"
-
-
 def check_gguf(tensors: dict[str, Tensor], file: Path, dtype: str) -> None:
     """Read the file back: every tensor must be there, as exact as its type allows."""
     gguf, written = optional("gguf"), {}
@@ -5599,18 +5377,12 @@ def check_gguf(tensors: dict[str, Tensor], file: Path, dtype: str) -> None:
     if written.keys() != tensors.keys():
         raise UserError("export failed its check: the file lacks tensors")
     for name, tensor in tensors.items():
-        error = (torch.from_numpy(written[name].copy()) - tensor).abs().flatten()
-        scale = tensor.abs().flatten()
-        if len(scale) % 32 == 0:
-            scale = scale.view(-1, 32).amax(1).repeat_interleave(32)
-        if not (error <= GGUF_TYPES[dtype][1] * scale + 2**-24).all():
-            what = f"export failed its check: {name} differs by {error.max():.1e}"
+        error = (torch.from_numpy(written[name].copy()) - tensor).abs().max().item()
+        if not error <= GGUF_TYPES[dtype][1] * tensor.abs().max().item() + 2**-24:
+            what = f"export failed its check: {name} differs by {error:.1e}"
             raise UserError(f"{what}; try --gguf_type f32")
 
 
-# --- replacing an earlier export ---
-
-MODELFILE_MARK = "# Ollama's recipe, written by llm_pipeline.py"
 EXPORT_FILES = {
     "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     "tokenizer_config.json", "chat_template.jinja", "adapter_config.json",
@@ -5618,29 +5390,21 @@ EXPORT_FILES = {
 }  # fmt: skip
 
 
-def is_export(path: Path) -> bool:
-    """Whether an earlier export wrote this file, or this folder and all that is in it."""
-    if path.is_dir():
-        card = path / "README.md"
-        named = card.is_file() and "llm_pipeline.py" in card.read_text("utf-8", "replace")
-        return named and all(file.name in EXPORT_FILES for file in path.iterdir())
-    mark = MODELFILE_MARK.encode() if path.name == "Modelfile" else b"GGUF"
-    with open(path, "rb") as file:
-        return file.read(len(mark)) == mark
-
-
-def check_replaceable(target: Path, is_file: bool, overwrite: bool) -> None:
-    """Raise UserError unless nothing stands in the way, or only an earlier export and overwrite."""
-    if is_file and target.is_dir():
-        raise UserError(f"{target} is a folder: name a file, such as {target / 'model.gguf'}")
-    for path in [target, target.with_name("Modelfile")] if is_file else [target]:
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-            continue
-        if not overwrite:
-            raise UserError(f"{path} is there already: pass --overwrite or choose another place")
-        if not is_export(path):
-            what = f"{path} is not an export of this program, or holds more than that"
-            raise UserError(f"{what}, which would be lost: choose another place")
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raise UserError unless nothing stands there, or only an earlier export and overwrite."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{target} is there already: pass --overwrite or choose another place")
+    if target.is_dir():
+        card, others = target / "README.md", {file.name for file in target.iterdir()} - EXPORT_FILES
+        ours = card.is_file() and b"llm_pipeline.py" in card.read_bytes() and not others
+    else:
+        with open(target, "rb") as file:
+            ours = file.read(4) == b"GGUF"
+    if not ours:
+        what = f"{target} is not an export of this program, or holds more than that"
+        raise UserError(f"{what}, which would be lost: choose another place")
 
 
 # ====================================================================================
@@ -6592,7 +6356,7 @@ def pretrained(config: TrainConfig) -> Loaded:
         raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
     if "block_size" in config.explicit or config.block_size < own["block_size"]:
         resize_block(loaded.model, config.block_size)
-    loaded.model = with_settings(loaded.model, **overrides(config))
+    loaded.model = with_settings(loaded.model, config)
     return loaded
 
 
@@ -7031,10 +6795,10 @@ OBJECTIVES |= {"dpo": preference_loss, "orpo": orpo_loss, "grpo": grpo_loss}
 
 def tuned_from(config: FinetuneConfig, base: Loaded, folder: RunFolder) -> Loaded:
     """The model to train: the base's weights under the settings of this run, or the folder's."""
-    changes = overrides(config)
+    usual = {}
     if config.objective != "ntp":  # as answers and the base's likelihoods are computed
-        changes = dict(dropout=0.0, token_dropout=0.0) | changes
-    model = with_settings(base.model, **changes)
+        usual = dict(dropout=0.0, token_dropout=0.0)
+    model = with_settings(base.model, config, **usual)
     lora = lora_settings(config)
     if lora:
         add_lora(model, lora)
@@ -7756,8 +7520,8 @@ class ExportConfig(RuntimeConfig):
 
     ckpt: str = option("ckpts/best.pth", "checkpoint to export")
     out_dir: str = option("export", "folder to write")
-    gguf: str = option("", "write this GGUF file, for llama.cpp and Ollama, instead of a folder")
-    gguf_type: str = option("f16", "its matrices", choices=("f32", "f16", "bf16", "q8_0"))
+    gguf: str = option("", "write this GGUF file, for llama.cpp, instead of a folder")
+    gguf_type: str = option("f16", "its matrices", choices=tuple(GGUF_TYPES))
     adapter: bool = option(False, "write the LoRA adapter alone, for peft")
     base_model: str = option("", "the adapter's base: its exported folder or its name on the Hub")
     merge: bool = option(True, "fold LoRA adapters into the weights")
@@ -7769,16 +7533,16 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> Path:
     if config.gguf and config.adapter:
         raise UserError("--gguf and --adapter exclude each other: a GGUF file holds a whole model")
     target = Path(config.gguf or config.out_dir)
-    check_replaceable(target, bool(config.gguf), config.overwrite)
+    check_replaceable(target, config.overwrite)
     loaded = load_model(config.ckpt, merge=config.merge and not config.adapter)
     if config.gguf:
         export_gguf(loaded, target, config.gguf_type)
+    elif config.adapter:
+        with write_beside(target) as new:
+            export_adapter(loaded, new, config.base_model)
     else:
         with write_beside(target) as new:
-            if config.adapter:
-                export_adapter(loaded, new, config.base_model)
-            else:
-                export_model(loaded, new)
+            export_model(loaded, new)
     print(target)
     return target
 

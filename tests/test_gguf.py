@@ -92,7 +92,7 @@ def test_llama_cpp_computes_what_we_do(arch, tokenizer, tuned, tmp_path):
     file, loaded = tmp_path / "model.gguf", lp.load_model(str(tuned(arch, tokenizer)))
     result = to_gguf(tuned(arch, tokenizer), file).ok()
     assert ("tanh" in result.err) == (arch == "gpt2")  # --mlp gelu
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["Modelfile", "model.gguf"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf"]
     ask, model, ours = llama_server(file), loaded.model.eval(), loaded.tokenizer
     for text in HARD:
         ids = ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
@@ -126,30 +126,18 @@ def test_smaller_types(kind, nats, tuned, tmp_path):
 def test_what_the_file_says(tuned, tmp_path):
     to_gguf(tuned("gpt2", "bytes"), tmp_path / "model.gguf").ok()
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
-    names = ("add_bos_token", "eot_token_id", "eos_token_ids", "pre")
+    names = ("add_bos_token", "eot_token_id", "eos_token_id", "pre")
     said = [reader.get_field(f"tokenizer.ggml.{name}").contents() for name in names]
-    assert said == [True, 259, [258, 259], "gpt-2"]
+    assert said == [True, 259, 258, "gpt-2"]
     assert reader.get_field("general.architecture").contents() == "gpt2"
     assert reader.get_field("gpt2.context_length").contents() == 256
-    recipe = (tmp_path / "Modelfile").read_text(encoding="utf-8")
-    assert "FROM ./model.gguf\n" in recipe and 'PARAMETER stop "<|sep|>"' in recipe
-    assert "PARAMETER num_ctx 256" in recipe
-    for go, text in (("{{ .Content }}", "TEXT"), ("{{ .System }}", "")):
-        recipe = recipe.replace(go, text)
-    system = lp.instruction_prompt("TEXT", "", "TEXT")
-    assert system.split("###")[1] in recipe and lp.instruction_prompt("TEXT") in recipe
-    assert lp.instruction_response("TEXT") + "<|sep|>" in recipe
 
 
-@pytest.mark.parametrize(
-    ("flags", "kind", "word"),
-    [
-        ("--arch modern --attn_window 8", "f32", "--attn_window"),
-        ("--mlp relu", "f32", "relu"),
-        ("--pos alibi", "f32", "alibi"),
-        ("--n_inner 40", "q8_0", "32"),
-    ],
-)
+REFUSED = [("--arch modern --attn_window 8", "f32", "--attn_window"), ("--mlp relu", "f32", "relu"),
+           ("--pos alibi", "f32", "alibi"), ("--n_inner 40", "q8_0", "32")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "kind", "word"), REFUSED)
 def test_refused_by_name(flags, kind, word, corpus, tmp_path):
     flags = [*words(flags), "--max_steps", 1, "--out_dir", tmp_path]
     run("train", *corpus, *SHORT, *SHAPE, *flags).ok()
@@ -158,38 +146,15 @@ def test_refused_by_name(flags, kind, word, corpus, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_qwens_own_way_to_cut_text(tuned, tmp_path):
-    """A folder whose vocabulary llama.cpp knows by another name; no bos, text that is a token."""
+def test_other_ways_to_cut_text_are_refused(tuned, tmp_path):
+    """By the name of the tool that knows them: GPT-2's is the one written here."""
     tokenizers = needs("tokenizers")
-    folder = tmp_path / "hf"
-    run("export", "--ckpt", tuned("modern", "bytes"), "--out_dir", folder).ok()
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    cut = tokenizers.pre_tokenizers
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )  # as Qwen's tokenizer.json has it
-    split = cut.Split(tokenizers.Regex(pattern), "isolated")
-    library.pre_tokenizer = cut.Sequence([split, cut.ByteLevel(False, use_regex=False)])
-    library.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=259, special_tokens=["<|endoftext|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=cut.ByteLevel.alphabet(),
-    )  # fmt: skip
-    library.train_from_iterator(["don't 12 12"], trainer)
-    library.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
-    library.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "bos_token": None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    to_gguf(folder, tmp_path / "m.gguf").ok()
-    ours, ask = lp.load_tokenizer(str(folder)), llama_server(tmp_path / "m.gguf")
-    for text in [*HARD, "a <think>b", "DON'T 123"]:
-        ids = ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
-        assert ids == ours.encode(text).tolist(), repr(text)
-    library.pre_tokenizer = cut.ByteLevel(add_prefix_space=True)  # and one that it does not know
-    library.save(str(folder / "tokenizer.json"))
-    to_gguf(folder, tmp_path / "other" / "n.gguf").fails(1, "convert_hf_to_gguf.py")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["Modelfile", "hf", "m.gguf"]
+    run("export", "--ckpt", tuned("modern", "bpe"), "--out_dir", tmp_path / "hf").ok()
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    library.save(str(tmp_path / "hf" / "tokenizer.json"))
+    to_gguf(tmp_path / "hf", tmp_path / "m.gguf").fails(1, "convert_hf_to_gguf.py")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
 def test_the_template_in_llama_cpp(tuned, tmp_path):
@@ -217,9 +182,6 @@ def test_replaces_its_own_files_only(tuned, tmp_path):
     file = tmp_path / "model.gguf"
     to_gguf(tuned("gpt2", "bytes"), file).ok()
     to_gguf(tuned("gpt2", "bytes"), file).fails(1, "--overwrite")
-    (tmp_path / "Modelfile").write_text("FROM mine")
-    to_gguf(tuned("gpt2", "bytes"), file, "--overwrite").fails(1, "Modelfile")
-    (tmp_path / "Modelfile").unlink()
     shutil.copy(tuned("gpt2", "bytes"), file)
     to_gguf(tuned("gpt2", "bytes"), file, "--overwrite").fails(1, "not an export")
     file.unlink()

@@ -4,11 +4,10 @@ import json
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
 import pytest
-from conftest import CPU, needs, run, words
+from conftest import CPU, needs, run, wait_for, words
 from test_gguf import llama_server
 
 import llm_pipeline as lp
@@ -60,21 +59,14 @@ def test_the_same_answers_everywhere(exported):
         [choice] = ask("/v1/chat/completions", **chat(prompt, temperature=0))["choices"]
         assert choice["message"]["content"].strip() == wanted
         stopped += choice["finish_reason"] == "stop"
-        ids = tokenizer.apply_chat_template(chat(prompt)["messages"], return_tensors="pt")[
-            "input_ids"
-        ]
+        asked = chat(prompt)["messages"]
+        ids = tokenizer.apply_chat_template(asked, return_tensors="pt")["input_ids"]
         out = model.generate(ids, do_sample=False, max_new_tokens=60)[0, ids.shape[1] :]
         assert tokenizer.decode(out, skip_special_tokens=True).strip() == wanted
         parsed = tokenizer.parse_response(out, prefix=tokenizer.decode(ids[0]))
         assert parsed["role"] == "assistant"
         assert parsed.get("content", "") == wanted  # it leaves out an empty one
     assert stopped >= 8  # by their separators
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def post(url, request, within=60):
@@ -90,25 +82,28 @@ def post(url, request, within=60):
     return [json.loads(event)["choices"][0] for event in events]
 
 
+def is_up(url):
+    try:
+        return post(url, None, 5)
+    except OSError:
+        return False
+
+
 @pytest.fixture
 def transformers_serve(exported, tmp_path):
     """The address of `transformers serve` on an exported folder."""
     for package in ("fastapi", "uvicorn", "openai"):
         needs(package)
-    port, log = free_port(), tmp_path / "log"
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port, log = found.getsockname()[1], tmp_path / "log"
     code = "from transformers.cli.transformers import main; main()"
     flags = ["serve", str(exported[1]), *words(f"--host 127.0.0.1 --port {port} --device cpu")]
     with open(log, "w") as file:
         server = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=file, stderr=file)
     try:
-        end = time.monotonic() + 90
-        while True:
-            try:
-                post(f"http://127.0.0.1:{port}/health", None, 5)
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
-                time.sleep(0.2)
+        wait_for(lambda: server.poll() is not None or is_up(f"http://127.0.0.1:{port}/health"), 90)
+        assert server.poll() is None, log.read_text()[-2000:]
         yield f"http://127.0.0.1:{port}/v1/chat/completions"
     finally:
         server.kill()
