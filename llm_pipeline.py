@@ -2593,9 +2593,7 @@ class TokenizerConfig(Settings):
     tokenizer: str = option("byte", "byte, bpe (trained here), gpt2, or a file or folder")
     vocab_size: int = option(8192, "size of a trained BPE vocabulary", low=260, high=2**20)
     min_frequency: int = option(2, "a BPE merge needs this many occurrences", low=1)
-    special_tokens: str = option(
-        "", "a trained BPE's, by comma, for <|pad|>,<|bos|>,<|eos|>,<|sep|>"
-    )
+    special_tokens: str = option("", "a trained BPE's names for <|pad|>,<|bos|>,<|eos|>,<|sep|>")
     extra_special_tokens: str = option("", "further tokens of a trained BPE, kept whole in texts")
 
 
@@ -4820,9 +4818,7 @@ def hf_kind(c: GPTConfig) -> str:
     odd = [name for name, value in held.items() if getattr(c, name) != value]
     if odd:
         what = ", ".join(f"{name}={getattr(c, name)}" for name in odd)
-        raise UserError(
-            f"no Hugging Face class has {what} with the rest of --arch {HF_ARCHS[kind]}"
-        )
+        raise UserError(f"no Hugging Face class has {what} beside the rest of {HF_ARCHS[kind]}")
     return kind
 
 
@@ -5099,20 +5095,14 @@ def save_folder(loaded: Loaded, peer, folder: Path, **options) -> None:
     for file in folder.glob("*.safetensors"):
         file.chmod(0o666 & ~mask)
     export_tokenizer(loaded, folder)
-    example = instruction_prompt("INSTRUCTION", "INPUT", "SYSTEM") + instruction_response("ANSWER")
-    card = f"""---
+    card = """---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 
-Trained with llm_pipeline.py. A tuned model knows texts of this form, which the chat template
-renders, with a separator behind each answer; a user's message may have an `input`, too:
-
-```
-{example}```
-
-Special tokens written out in a message, such as `<|sep|>`, stay characters in llm_pipeline.py, but
-become the special tokens in transformers and llama.cpp.
+Trained with llm_pipeline.py. The chat template of a tuned model renders what it was trained on; a
+user's message may have an `input` beside its `content`. Special tokens written out in a message,
+such as `<|sep|>`, stay characters in llm_pipeline.py, but not in transformers and llama.cpp.
 """
     (folder / "README.md").write_text(card, encoding="utf-8")
 
