@@ -2798,8 +2798,8 @@ def hf_tokenizer(folder: Path, has: set[str]) -> Tokenizer:
     if {"tokenizer_config.json", "special_tokens_map.json"} & has:
         declared.setdefault("bos", None)
     ends = []
-    for file in sorted({"generation_config.json", "config.json"} & has, reverse=True):
-        stated = read_table(folder / file, file).get("eos_token_id")
+    for file in ("generation_config.json", "config.json"):
+        stated = read_table(folder / file, file).get("eos_token_id") if file in has else []
         ends += stated if isinstance(stated, list) else [stated]
     ends = [number for number in ends if type(number) is int]
     return bpe_tokenizer(library.to_str(), **special_ids(library, declared, ends))
@@ -5040,32 +5040,29 @@ def with_settings(model: GPT, config, **usual) -> GPT:
     return build_model(replace(model.config, **usual | asked), model_weights(model))
 
 
-def hf_config(c: GPTConfig):
-    """The transformers config of this shape. Raises UserError where no class has it."""
-    transformers, kind = transformers_library(), hf_kind(c)
+def to_peer(model: GPT):
+    """transformers' model with our weights, without adapters. Raises UserError if none has them."""
+    transformers, c, kind = transformers_library(), model.config, hf_kind(model.config)
     shape = {theirs: getattr(c, ours) for ours, theirs in HF_SETTINGS[kind].items()}
     shape |= {"tie_word_embeddings": c.tie_weights, "dtype": "float32"}
     if kind == "gpt2":
-        shape |= {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
         activation = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}[c.mlp]
-        return transformers.GPT2Config(activation_function=activation, **shape)
-    shape["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
-    shape["layer_types"] = ["full_attention"] * c.n_layer
-    if 0 < c.attn_window < c.block_size:
-        shape |= dict(use_sliding_window=True, sliding_window=c.attn_window, max_window_layers=0)
-        shape["layer_types"] = ["sliding_attention"] * c.n_layer
-    config = transformers.Qwen3Config(**shape)
-    config.rope_theta = c.rope_theta  # where transformers 4 reads it
-    return config
-
-
-def to_peer(model: GPT):
-    """transformers' model with our weights. Adapters are left out."""
+        shape |= dict(embd_pdrop=c.dropout, attn_pdrop=c.dropout, activation_function=activation)
+        config = transformers.GPT2Config(**shape)
+    else:
+        layers, rope = "full_attention", {"rope_type": "default", "rope_theta": c.rope_theta}
+        if 0 < c.attn_window < c.block_size:
+            layers = "sliding_attention"
+            shape |= dict(use_sliding_window=True, max_window_layers=0)
+            shape["sliding_window"] = c.attn_window
+        shape |= dict(rope_parameters=rope, layer_types=[layers] * c.n_layer)
+        config = transformers.Qwen3Config(**shape)
+        config.rope_theta = c.rope_theta  # where transformers 4 reads it
     weights = model_weights(model)
     weights = {n.replace(".base_layer", ""): t for n, t in weights.items() if ".lora_" not in n}
     with torch.random.fork_rng(devices=[]):  # it begins with random weights
-        peer = transformers_library().AutoModelForCausalLM.from_config(hf_config(model.config))
-    peer.load_state_dict(to_hf(weights, model.config), strict=False, assign=True)
+        peer = transformers.AutoModelForCausalLM.from_config(config)
+    peer.load_state_dict(to_hf(weights, c), strict=False, assign=True)
     peer.tie_weights()
     return peer
 
