@@ -5006,8 +5006,12 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
     """A checkpoint of this program, or a Hugging Face folder or name. LoRA comes folded in."""
     path = Path(name)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or path.is_file():
-        loaded = restored(load_checkpoint(path))
-        if loaded.state.get("lora") and merge:
+        state = load_checkpoint(path)
+        try:
+            loaded = restored(state)
+        except UserError as error:
+            raise UserError(f"{path} is not a usable checkpoint: {error}") from None
+        if state.get("lora") and merge:
             loaded.model.float()  # frozen weights may be bf16, too coarse to add small changes to
             remove_lora(loaded.model, merge=True)
     else:
