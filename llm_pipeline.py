@@ -2852,21 +2852,19 @@ def tiktoken_twin(library: dict):
         return None
     if not cuts_as_gpt2(library):
         return None
-    model = library["model"]
+    model, bytes_of = library["model"], byte_alphabet()
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     merged = [model["vocab"]["".join(pair)] for pair in merges]
-    bytes_of = byte_alphabet()
-    added = {t["content"]: t for t in library.get("added_tokens", [])}
-    sought = {content: t["id"] for content, t in added.items() if not t["special"]}
+    added = {t["content"] for t in library["added_tokens"]}
+    sought = {t["content"]: t["id"] for t in library["added_tokens"] if not t["special"]}
     ranks = {
         bytes(bytes_of[c] for c in token): number
         for token, number in model["vocab"].items()
         if token not in added and all(c in bytes_of for c in token)
     }
     every_byte = all(bytes([b]) in ranks for b in range(256))
-    if merged != sorted(set(merged)) or not every_byte or len(ranks) != 256 + len(merged):
-        return None
-    if any(a != b and a.startswith(b) for a in sought for b in sought):  # which comes first?
+    alike = any(a != b and a.startswith(b) for a in sought for b in sought)  # which comes first?
+    if merged != sorted(set(merged)) or len(ranks) != 256 + len(merged) or not every_byte or alike:
         return None
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
     return tiktoken.Encoding("twin", pat_str=pattern, mergeable_ranks=ranks, special_tokens=sought)
@@ -5241,22 +5239,21 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
     lora, config = loaded.state.get("lora"), loaded.model.config
     if not lora:
         raise UserError("--adapter: this checkpoint was not tuned with --method lora")
-    peft, tensors = optional("peft"), {}
-    for row in tensor_rows(config):
-        module, _, kind = row.ours.rpartition(".")
-        layer = loaded.model.get_submodule(module)
-        if kind != "weight" or not hasattr(layer, "lora_A"):
-            continue
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        for name, part in zip(row.theirs, b.split(row.rows), strict=True):
-            tensors[name.removesuffix(".weight")] = (a.detach().float(), part.detach().float())
-    targets = sorted({".".join(name.split(".")[3:]) for name in tensors})  # within a layer
-    lora = lora | {"target_modules": targets, "fan_in_fan_out": hf_kind(config) == "gpt2"}
+    peft, kind = optional("peft"), hf_kind(config)
+    targets = " ".join(HF_MODULES[kind][name] for name in lora["target_modules"]).split()
+    lora = lora | {"target_modules": targets, "fan_in_fan_out": kind == "gpt2"}
     settings = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
     peer = peft.get_peft_model(to_peer(loaded.model), settings)
-    for name, (a, b) in tensors.items():
-        layer = peer.get_submodule(f"base_model.model.{name}")
-        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a, b
+    for row in tensor_rows(config):
+        module, _, end = row.ours.rpartition(".")
+        layer = loaded.model.get_submodule(module)
+        if end != "weight" or not hasattr(layer, "lora_A"):
+            continue
+        a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        for name, part in zip(row.theirs, b.float().split(row.rows), strict=True):
+            theirs = peer.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+            theirs.lora_A["default"].weight.data = a.float()
+            theirs.lora_B["default"].weight.data = part
     check_logits(peer, loaded.model)
     source = loaded.state["config"]["ckpt"]
     base = base or (source if Path(source).is_dir() else "")
