@@ -175,12 +175,10 @@ def test_long_runs_of_one_character(gpt2, text):
 # --- somebody else's folder ---
 
 
-@pytest.mark.parametrize(
-    "names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")], ids="/".join
-)
+@pytest.mark.parametrize("names", ["encoder.json vocab.bpe", "vocab.json merges.txt"])
 def test_both_pairs_of_names(names, data, tmp_path, gpt2):
-    shutil.copy(data / "gpt2_bpe/encoder.json", tmp_path / names[0])
-    shutil.copy(data / "gpt2_bpe/vocab.bpe", tmp_path / names[1])
+    for theirs, name in zip(("encoder.json", "vocab.bpe"), names.split(), strict=True):
+        shutil.copy(data / "gpt2_bpe" / theirs, tmp_path / name)
     assert lp.load_tokenizer(str(tmp_path)).spec() == gpt2.spec()
 
 
@@ -197,6 +195,12 @@ def test_a_hugging_face_folder(gpt2, tmp_path):
         assert loaded.bos_id is None and not loaded.prefix  # none is declared
         for text in WORDS + NAMED:
             assert loaded.encode(text).tolist() == gpt2.encode(text).tolist()
+    (tmp_path / "tokenizer_config.json").unlink()  # AutoTokenizer drops what the file says then
+    library.normalizer = tokenizers.normalizers.Lowercase()
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "eos_token_id": 50256}')
+    loaded = lp.load_tokenizer(str(tmp_path))
+    assert loaded.encode("HELLO").tolist() == gpt2.encode("hello").tolist()
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["by its class", "by the model's type"])
@@ -215,16 +219,6 @@ def test_a_slow_tokenizer(declared, data, gpt2, tmp_path):
     for text in ["a<|user|>b <|bot|>", *WORDS, *NAMED]:
         if text != "<|endoftext|>":  # a special token there, never one from text here
             assert ours.encode(text).tolist() == theirs(text)["input_ids"]
-
-
-def test_a_normalizer_is_kept_beside_a_model(gpt2, tmp_path):
-    """AutoTokenizer rebuilds a GPT-2 tokenizer by the model's type, without it."""
-    library = tokenizers.Tokenizer.from_str(gpt2.json)
-    library.normalizer = tokenizers.normalizers.Lowercase()
-    library.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "eos_token_id": 50256}')
-    loaded = lp.load_tokenizer(str(tmp_path))
-    assert loaded.encode("HELLO").tolist() == gpt2.encode("hello").tolist()
 
 
 def test_what_tokenizers_saves_is_read_with_its_names(tmp_path):
@@ -280,14 +274,6 @@ def test_other_peoples_vocabularies_give_one_answer(trained, change):
 # --- training ---
 
 
-def test_trained_special_tokens_keep_their_roles(trained):
-    library = tokenizers.Tokenizer.from_str(trained.json)
-    for role in ROLES:
-        assert library.id_to_token(getattr(trained, f"{role}_id")) == f"<|{role}|>"
-    assert len({getattr(trained, f"{role}_id") for role in ROLES}) == 4
-    assert trained.vocab_size == library.get_vocab_size() and trained.end_ids == (2, 3)
-
-
 def test_tokens_of_the_user_are_made_from_text(tmp_path):
     """In the store and anywhere else, whole, whatever stands around them; ours never are."""
     text = "".join(f"<|user|>hi {n}<|sep|> <|tool|>x<|user|>\n" for n in range(50))
@@ -301,7 +287,11 @@ def test_tokens_of_the_user_are_made_from_text(tmp_path):
     assert not any("user" in token for token in library.get_vocab() if token != "<|user|>")
 
 
-def test_special_tokens_by_other_names(tmp_path):
+def test_special_tokens_by_our_names_and_others(trained, tmp_path):
+    library = tokenizers.Tokenizer.from_str(trained.json)
+    ids = [getattr(trained, f"{role}_id") for role in ROLES]
+    assert [library.id_to_token(i) for i in ids] == [f"<|{role}|>" for role in ROLES]
+    assert trained.vocab_size == library.get_vocab_size() and trained.end_ids == (2, 3)
     names = ["<s>", "</s>", "<pad>", "<unk>", "<mask>"]
     tokenizer = trained_on(tmp_path, special_tokens=",".join(names)).tokenizer
     library = tokenizers.Tokenizer.from_str(tokenizer.json)
