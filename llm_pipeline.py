@@ -10,6 +10,7 @@
 """llm_pipeline: from raw text to a small GPT that you trained yourself, in one file.
 
     python llm_pipeline.py train --preset cpu-debug          # data -> tokenizer -> GPT
+    python llm_pipeline.py train --data_dir book.txt --minutes 10   # fills the time
     python llm_pipeline.py finetune --ckpt ckpts/best.pth    # learn to follow instructions
     python llm_pipeline.py eval --ckpt ckpts/best.pth        # perplexity, bits per byte, F1
     python llm_pipeline.py sample --ckpt ckpts/best_finetune.pth --prompt "Name a colour."
@@ -4531,7 +4532,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def checked_model_config(values: dict) -> GPTConfig:
-    """A GPTConfig from a file's claims. Raises ValueError naming the field."""
+    """A GPTConfig from a file's claims. Raises UserError naming the field."""
     specs = fields_of(GPTConfig)
     return GPTConfig(**{name: checked(specs[name], value) for name, value in values.items()})
 
@@ -5853,7 +5854,6 @@ class CorpusFacts:
     store: TokenStore | None = None
 
 
-@lru_cache
 def corpus_facts(data_dir: str) -> CorpusFacts:
     """Of a folder, a file or a store; nothing of the built-in exercises."""
     store = None
@@ -5861,12 +5861,23 @@ def corpus_facts(data_dir: str) -> CorpusFacts:
         with contextlib.suppress(UserError):  # it will be said when the corpus is built
             store = TokenStore(Path(data_dir))
     if store:
-        index, n_bytes = store.index["train"], corpus_bytes(data_dir, store)
+        held = sum(row.get("bytes", 0) for row in store.meta["counts"].values())
+        index, n_bytes = store.index["train"], store.meta.get("source_bytes") or held
         if len(index) == 0 or any((rows["prompt"] <= 1).any() for rows in store.index.values()):
             return CorpusFacts(n_bytes, 0, store)
         bytes_a_token = n_bytes / sum(len(tokens) for tokens in store.tokens.values())
         return CorpusFacts(n_bytes, int(np.quantile(index["length"], 0.95) * bytes_a_token), store)
-    n_bytes, sizes = corpus_bytes(data_dir, None), []
+    files = []
+    with contextlib.suppress(UserError, OSError, TypeError):
+        stats = [(path, path.stat()) for path in find_files(DataConfig(data_dir=data_dir))]
+        files = [(str(path), about.st_size, about.st_mtime_ns) for path, about in stats]
+    return facts_of_files(data_dir, tuple(files))
+
+
+@lru_cache
+def facts_of_files(data_dir: str, files: tuple[tuple[str, int, int], ...]) -> CorpusFacts:
+    """Of files as (path, size, time of change), by which a changed corpus is read again."""
+    n_bytes, sizes = sum(size for _, size, _ in files), []
     if n_bytes == 0:
         return CorpusFacts()
     try:
@@ -5908,7 +5919,7 @@ def plan_for_text(settings: dict, explicit: dict, facts: CorpusFacts) -> tuple[d
     the better classifier, and the context holds them. On a CPU a large softmax is sampled.
     """
     n_bytes = facts.n_bytes
-    has_library = is_installed("tokenizers") and not settings.get("init_from")
+    has_library = importlib.util.find_spec("tokenizers") and not settings.get("init_from")
     usual = "bpe" if n_bytes >= 1e5 and has_library else "byte"
     tokenizer = explicit.get("tokenizer", usual)
     if not n_bytes:
@@ -7707,21 +7718,11 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
             write_json(Path(config.json), result)
 
 
-def corpus_bytes(data_dir: str, store: TokenStore | None) -> int:
-    """About how many bytes of text a folder, file or store holds; 0 if unknown."""
-    if store:  # older ones say only what their records hold
-        held = sum(row.get("bytes", 0) for row in store.meta["counts"].values())
-        return store.meta.get("source_bytes") or held
-    with contextlib.suppress(UserError, OSError, TypeError):
-        return sum(p.stat().st_size for p in find_files(DataConfig(data_dir=data_dir)))
-    return 0
-
-
 # ====================================================================================
 # 16. Command line
 #
 # argparse, generated from the dataclasses: each field of a command's settings is a flag. Look at
-# `settle`, which says where settings come from, and at `COMMANDS`. The same from Python at the end.
+# `settle`, which says where settings come from. The same from Python at the end.
 #
 #     python llm_pipeline.py train --help_all               every flag, by topic
 #     python llm_pipeline.py train --config runs/a/config.json --lr 1e-3
@@ -7729,112 +7730,51 @@ def corpus_bytes(data_dir: str, store: TokenStore | None) -> int:
 
 
 class Command(NamedTuple):
-    """A command: its settings and function, and what its -h shows."""
+    """A command's settings and function."""
 
     settings: type
     run: Callable
-    first: str  # the flags that a first user needs
-    examples: list[str]  # what may follow the command's name
-    parallel: bool = True  # under torchrun, in all processes; False: in the first one alone
+    parallel: bool = True  # under torchrun in all processes; False: in the first one alone
 
 
 COMMANDS = {
-    "train": Command(
-        TrainConfig, fit_command(train_loop),
-        "data_dir minutes preset recipe tokenizer epochs max_steps batch_size lr block_size n_layer "
-        "n_head n_embd threads out_dir resume config",
-        ["--preset cpu-debug --recipe fast", "--data_dir book.txt --minutes 10 --out_dir runs/book",
-         "--resume --out_dir runs/book"],
-    ),
-    "finetune": Command(
-        FinetuneConfig, fit_command(finetune_loop),
-        "ckpt data_dir epochs max_steps batch_size lr recipe method loss_on objective reward block_size "
-        "threads out_dir resume config",
-        ["--ckpt ckpts/best.pth --data_dir qa.csv", "--ckpt gpt2 --method lora --data_dir chats.jsonl",
-         "--ckpt ckpts/best_finetune.pth --objective dpo --data_dir pairs.jsonl --out_dir runs/dpo"],
-    ),
-    "eval": Command(
-        EvalConfig, eval_command,
-        "ckpt data_dir split block_size batch_size max_batches threads json config",
-        ["--ckpt ckpts/best.pth", "--ckpt ckpts/best_finetune.pth --data_dir qa.csv --json e.json"],
-    ),
-    "sample": Command(
-        SampleConfig, sample_command,
-        "ckpt prompt input template max_new_tokens temperature top_k top_p stop num_samples seed "
-        "threads config",
-        ['--ckpt ckpts/best.pth --prompt "Once upon a time"', "--ckpt ckpts/best_finetune.pth"],
-        parallel=False,
-    ),
-    "prepare": Command(
-        PrepareConfig, prepare_command,
-        "data_dir download hf_dataset tokenizer vocab_size out_dir max_docs preview config",
-        ["--download tinyshakespeare", "--data_dir books --tokenizer bpe --out_dir data/books"],
-        parallel=False,
-    ),
-    "export": Command(
-        ExportConfig, export_command, "ckpt out_dir gguf gguf_type adapter merge overwrite config",
-        ["--ckpt ckpts/best.pth --out_dir hf", "--ckpt ckpts/best_finetune.pth --gguf model.gguf"],
-        parallel=False,
-    ),
-    "bench": Command(
-        BenchConfig, bench_command,
-        "preset recipe batch_size block_size n_layer n_head n_embd threads dtype compile vs json config",
-        ["--preset cpu-debug", "--preset tiny-8g --vs hf --json speed.json"],
-    ),
-}  # fmt: skip
+    "train": Command(TrainConfig, fit_command(train_loop)),
+    "finetune": Command(FinetuneConfig, fit_command(finetune_loop)),
+    "eval": Command(EvalConfig, eval_command),
+    "sample": Command(SampleConfig, sample_command, parallel=False),
+    "prepare": Command(PrepareConfig, prepare_command, parallel=False),
+    "export": Command(ExportConfig, export_command, parallel=False),
+    "bench": Command(BenchConfig, bench_command),
+}
 
+# The flags that a command's -h shows: what a first user needs.
+FIRST_FLAGS = """
+    data_dir ckpt preset recipe tokenizer vocab_size minutes epochs max_steps batch_size lr block_size
+    n_layer n_head n_embd method loss_on objective split max_batches prompt input template stop
+    max_new_tokens temperature top_k top_p num_samples download hf_dataset preview gguf gguf_type
+    adapter merge vs json threads out_dir resume config"""
 # Settings whose value is a key of a table, and those that name a file or folder.
 TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS, "download": DOWNLOADS}
 PATHS = {"data_dir", "processed_dir", "out_dir", "config", "ckpt", "init_from", "json", "gguf",
          "hf_dataset", "hf_files", "tokenizer", "base_model", "check_model", "reward"}  # fmt: skip
-
-# Settings that need an optional package when they are not left at their default.
-PACKAGES = {
-    "tokenizer": "tokenizers", "method": "peft", "wandb": "wandb", "hf_dataset": "datasets",
-    "check_model": "transformers", "gguf": "gguf", "vs": "transformers",
-}  # fmt: skip
-
 # Pairs of settings of which one at most may be given.
 EXCLUSIVE = [("resume", "overwrite"), ("resume", "overfit_batch"), ("minutes", "overfit_batch"),
              ("minutes", "max_steps"), ("gguf", "adapter"), ("streaming", "answer_weight")]  # fmt: skip
-
 # What other programs call our settings: understood in a --config file, a hint for a flag.
-FOREIGN_NAMES = {
-    theirs: ours
-    for ours, names in {
-        "block_size": "seq_length seq_len max_seq_length max_seq_len max_length context_length "
-                      "n_ctx n_positions max_position_embeddings",
-        "n_layer": "num_hidden_layers num_layers n_layers layers depth",
-        "n_head": "num_attention_heads num_heads n_heads heads",
-        "n_kv_head": "num_key_value_heads n_kv_heads",
-        "n_embd": "hidden_size d_model n_embed embed_dim dim",
-        "n_inner": "intermediate_size d_ff",
-        "lr": "learning_rate max_lr", "lr_schedule": "lr_scheduler_type",
-        "batch_size": "per_device_train_batch_size train_batch_size",
-        "grad_accum": "gradient_accumulation_steps accumulate_grad_batches",
-        "grad_clip": "max_grad_norm gradient_clip_val", "beta2": "adam_beta2",
-        "grad_checkpointing": "gradient_checkpointing", "compile": "torch_compile",
-        "epochs": "num_train_epochs num_epochs max_epochs", "max_steps": "max_iters",
-        "eval_interval": "eval_steps", "log_interval": "logging_steps",
-        "save_interval": "save_steps", "num_samples": "num_return_sequences",
-        "hf_dataset": "dataset_name", "hf_config": "dataset_config dataset_config_name",
-        "hf_split": "dataset_split", "text_field": "text_column", "data_dir": "data_path",
-        "out_dir": "output_dir save_dir", "ckpt": "model_name_or_path checkpoint model",
-    }.items()
-    for theirs in names.split()
-}  # fmt: skip
-
-
-def did_you_mean(word: str, known: Iterable[str], mark: str = "") -> str:
-    """A hint at the known name that a mistyped or foreign `word` may stand for, or ""."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, 1)
-    if FOREIGN_NAMES.get(word) in known:
-        near = [FOREIGN_NAMES[word]]
-    return f"; did you mean {mark}{near[0]}?" if near else ""
-
-
-# --- one setting ---
+FOREIGN_NAMES = {theirs: ours for ours, names in {
+    "block_size": "seq_length seq_len max_seq_length max_length context_length n_ctx n_positions",
+    "n_layer": "num_hidden_layers num_layers n_layers", "n_kv_head": "num_key_value_heads",
+    "n_head": "num_attention_heads num_heads n_heads heads", "n_inner": "intermediate_size d_ff",
+    "n_embd": "hidden_size d_model n_embed embed_dim dim", "compile": "torch_compile",
+    "lr": "learning_rate max_lr", "lr_schedule": "lr_scheduler_type", "eval_interval": "eval_steps",
+    "batch_size": "per_device_train_batch_size train_batch_size", "max_steps": "max_iters",
+    "grad_accum": "gradient_accumulation_steps accumulate_grad_batches",
+    "grad_clip": "max_grad_norm gradient_clip_val", "grad_checkpointing": "gradient_checkpointing",
+    "epochs": "num_train_epochs num_epochs max_epochs", "hf_dataset": "dataset_name",
+    "hf_config": "dataset_config dataset_config_name", "hf_split": "dataset_split",
+    "text_field": "text_column", "data_dir": "data_path", "out_dir": "output_dir save_dir",
+    "ckpt": "model_name_or_path checkpoint model",
+}.items() for theirs in names.split()}  # fmt: skip
 
 
 def fields_of(cls: type) -> dict:
@@ -7847,61 +7787,55 @@ def choices_of(spec) -> list[str]:
     return [word for word in spec.metadata.get("choices") or TABLES.get(spec.name, ()) if word]
 
 
-def checked(spec, value):
-    """What a flag, a file or a caller gives, as the value of a dataclass field.
+def did_you_mean(word: str, known: Iterable[str], mark: str = "") -> str:
+    """A hint at the known name that a mistyped or foreign `word` may stand for, or ""."""
+    near = difflib.get_close_matches(word, known, 1)
+    if FOREIGN_NAMES.get(word) in known:
+        near = [FOREIGN_NAMES[word]]
+    return f"; did you mean {mark}{near[0]}?" if near else ""
 
-    Raises ValueError whose text begins with the field's name and says what it must be.
-    """
-    kind, *nullable = spec.type.split(" | ")
+
+def checked(spec, value, where: str = ""):
+    """A field's value from a flag, a file or a caller. Raises UserError, beginning with `where`."""
+    kind, _, nullable = spec.type.partition(" | ")
     words = choices_of(spec)
-
-    def wrong(what: str) -> ValueError:
-        hint = did_you_mean(str(value).lower(), words)
-        return ValueError(f"{spec.name} must be {what}, not {str(value)[:80]!r}{hint}")
-
     if value is None and nullable:
         return None
-    if isinstance(value, bool) and {"on", "off"} <= {*words}:  # as YAML reads these words
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, bool) and "on" in words:  # as YAML reads these words
         value = "on" if value else "off"
     if kind == "bool":
-        if not isinstance(value, bool):
-            raise wrong("true or false")
-        return value
-    if kind in ("int", "float"):
-        return checked_number(spec, value, wrong)
-    text = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(text, str) or "\0" in text:
-        raise wrong("text (in a file: between quotes)")
-    if spec.name in PATHS:
-        return os.path.expanduser(os.path.expandvars(text))
-    if words:
-        usual = [spec.default] if isinstance(spec.default, str) else []  # may be empty
-        for word in words + usual:
-            if word.lower() == text.lower():
-                return word
-        raise wrong(f"one of {', '.join(words)}")
-    return text
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif kind in ("int", "float"):
+        value, fits, wanted = number_within(spec, value)
+    elif words:
+        value, wanted = str(value).lower(), f"one of {', '.join(words)}"
+        fits = value in [*words, spec.default]
+    else:
+        fits, wanted = isinstance(value, str) and "\0" not in value, "text (in a file: in quotes)"
+    if not fits:
+        hint = did_you_mean(str(value), words)
+        raise UserError(f"{where}{spec.name} must be {wanted}, not {str(value)[:80]!r}{hint}")
+    return os.path.expanduser(os.path.expandvars(value)) if spec.name in PATHS else value
 
 
-def checked_number(spec, value, wrong: Callable) -> int | float:
-    """A number within a field's limits; text will do. `wrong` makes the ValueError of a sentence."""
-    kind = {"int": int, "float": float}[spec.type.split(" | ")[0]]
+def number_within(spec, value) -> tuple:
+    """(value as a number, whether it is one within the field's limits, what it must be)."""
+    kind, wanted = (int, "a whole number") if spec.type.startswith("int") else (float, "a number")
+    limits = spec.metadata
+    for name, word in dict(above="above", low="from", high="up to").items():
+        if name in limits:
+            wanted += f" {word} {limits[name]}"
     try:
         number = kind(value)
     except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    fits = number == value or (isinstance(value, str) and number == number)  # not nan
-    if isinstance(value, bool) or not fits:
-        raise wrong("a whole number" if kind is int else "a number")
-    limits = spec.metadata
-    low, high = limits.get("low", limits.get("above", -(2**53))), limits.get("high", 2**53)
-    if not low <= number <= high or number == limits.get("above"):
-        above = "above " if "above" in limits else ""
-        raise wrong(f"{above}{low}" + (f" up to {high}" if "high" in limits else " or more"))
-    return number
-
-
-# --- where settings come from ---
+        return value, False, wanted
+    exact = isinstance(value, str) or (number == value and not isinstance(value, bool))
+    within = limits.get("low", -(2**53)) <= number <= limits.get("high", 2**53)
+    if not exact or not within or number <= limits.get("above", -math.inf):
+        return value, False, wanted
+    return number, True, wanted
 
 
 def settle(cls: type, explicit: dict):
@@ -7930,25 +7864,23 @@ def settle(cls: type, explicit: dict):
 
 
 def settle_resumed(cls: type, explicit: dict, stored: dict):
-    """The settings of a run that goes on: the stored ones, and what of the explicit ones may change.
+    """The settings of a run that goes on: the stored ones, but for what may change (see `option`).
 
-    A field's metadata says what may: "fixed" settings decide the weights; "changeable" ones do not;
-    "session_only" ones are never stored. Raises UserError where a fixed one is asked to change.
+    Raises UserError where a fixed setting is asked to change.
     """
     explicit, known = with_config_file(cls, explicit), fields_of(cls)
     values = {name: stored.get(name, spec.default) for name, spec in known.items()}
     fixed = {name for name, spec in known.items() if spec.metadata["resume"] == "fixed"}
     if values["lr_schedule"] == "constant":  # no step depends on how many there will be
         fixed -= {"epochs", "max_steps"}
+    start = (
+        "--ckpt last_finetune.pth" if issubclass(cls, FinetuneConfig) else "--init_from last.pth"
+    )
     for name in sorted(fixed & explicit.keys()):
         if explicit[name] != values[name]:
-            tunes = issubclass(cls, FinetuneConfig)
-            last = "last_finetune.pth" if tunes else "last.pth"
-            last = Path(explicit.get("out_dir", known["out_dir"].default)) / last
-            start = f"--ckpt {last}" if tunes else f"--init_from {last}"
             raise UserError(
                 f"--resume cannot change {name} (from {values[name]} to {explicit[name]}): leave it "
-                f"out, or begin another run by {start} and another --out_dir"
+                f"out, or begin another run in another --out_dir by {start}"
             )
     config = cls(**values | explicit)
     config.explicit = frozenset(explicit)
@@ -7967,12 +7899,9 @@ def with_config_file(cls: type, explicit: dict) -> dict:
     for name in explicit:
         if name not in known:
             raise UserError(unknown_setting(cls, name))
-    try:
-        explicit = {name: checked(known[name], value) for name, value in explicit.items()}
-        from_file = read_config(cls, explicit["config"]) if explicit.get("config") else {}
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    explicit = from_file | explicit
+    explicit = {name: checked(known[name], value) for name, value in explicit.items()}
+    if explicit.get("config"):
+        explicit = read_config(cls, explicit["config"]) | explicit
     for one, other in EXCLUSIVE:
         if explicit.get(one) and explicit.get(other):
             raise UserError(f"--{one} and --{other} exclude each other: leave one out")
@@ -7990,15 +7919,11 @@ def unknown_setting(cls: type, name: str, mark: str = "") -> str:
 
 def read_table(file: Path, what: str) -> dict:
     """The one table in a .json, .toml or .yaml file. Raises UserError, beginning with `what`."""
-    if file.exists() and not file.is_file():  # reading from a pipe may wait for ever
-        raise UserError(f"{what} is not a file")
     read = json.loads
     if file.suffix in (".yaml", ".yml"):
         read = optional("yaml", "pyyaml").safe_load
-    elif file.suffix == ".toml":
-        if sys.version_info < (3, 11):
-            raise UserError(f"{what}: TOML needs Python 3.11; use JSON or YAML")
-        read = importlib.import_module("tomllib").loads
+    elif file.suffix == ".toml":  # part of Python since 3.11
+        read = optional("tomllib" if sys.version_info >= (3, 11) else "tomli").loads
     try:
         table = read(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -8010,55 +7935,34 @@ def read_table(file: Path, what: str) -> dict:
     return table
 
 
-def leaves_of(table: dict) -> Iterator[tuple[str, object]]:
-    """(name, value) of a table and of the tables in it: `data:`, `model:`, `training:` ..."""
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from leaves_of(value)
-        else:
-            yield str(name), value
-
-
 def read_config(cls: type, path: str) -> dict:
     """{setting: value} of a --config file, however it is nested. Null leaves a setting open.
 
-    Settings of other commands are left out with one line: any run's config.json will do. Raises
-    UserError.
+    Settings of other commands are left out: any run's config.json will do. Raises UserError.
     """
     own, found, left_out, where = fields_of(cls), {}, [], f"--config {path}"
     known = {name for command in COMMANDS.values() for name in fields_of(command.settings)}
-    for leaf, value in leaves_of(read_table(Path(path), where)):
-        name = leaf if leaf in known else FOREIGN_NAMES.get(leaf, leaf)
-        if name not in known:
-            raise UserError(f"{where}: {unknown_setting(cls, leaf)}")
-        if name not in own:
-            left_out.append(leaf)
-        if name not in own or value is None or (value == "" and choices_of(own[name])):
-            continue
-        try:
-            value = checked(own[name], value)
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
-        first, before = found.setdefault(name, (leaf, value))
-        if before != value:
-            pair = f"{first} and {leaf} are" if first != leaf else f"{leaf} is there twice, as"
-            raise UserError(f"{where}: {pair} one setting with two values: leave one out")
+    entries = list(read_table(Path(path), where).items())
+    for leaf, value in entries:
+        name = leaf if leaf in known else FOREIGN_NAMES.get(leaf, str(leaf))
+        if isinstance(value, dict):  # a section, as `training:`: its entries come later
+            entries.extend(value.items())
+        elif name not in known:
+            raise UserError(f"{where}: {unknown_setting(cls, name)}")
+        elif name not in own:
+            left_out.append(name)
+        elif value is not None and (value != "" or not choices_of(own[name])):
+            value = checked(own[name], value, f"{where}: ")
+            if found.setdefault(name, value) != value:
+                raise UserError(f"{where}: {name} is there twice, with two values: leave one out")
     if left_out:
-        some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        note(f"{where}: left out {some}, of other commands")
-    return {name: value for name, (_, value) in found.items()}
+        some = ", ".join(left_out[:4])
+        note(f"{where}: left out {len(left_out)} settings of other commands ({some} ...)")
+    return found
 
 
 def cross_checks(config: Settings) -> None:
     """Raise UserError where settings that are each fine do not go together."""
-
-    def is_set(name: str) -> bool:
-        return getattr(config, name, None) not in (None, "", 0, False)
-
-    for name, package in PACKAGES.items():
-        usual = getattr(type(config), name, None)
-        if is_set(name) and getattr(config, name) != usual and not is_installed(package):
-            raise UserError(f"--{name} needs {package}: pip install {package}")
     if isinstance(config, ModelSettings):
         for problem in model_config(config).problems():
             raise UserError(problem)
@@ -8066,90 +7970,61 @@ def cross_checks(config: Settings) -> None:
         size, parts = config.batch_size, config.grad_accum * launched("WORLD_SIZE", 1)
         if size % parts:
             raise UserError(
-                f"batch_size {size} is not divisible by {parts} (grad_accum x processes): "
-                "change one of them"
+                f"batch_size {size} is not divisible by grad_accum x processes = {parts}"
             )
         if config.fsdp and config.compile == "on":
             raise UserError("--fsdp and --compile on exclude each other: leave one out")
     if getattr(config, "objective", "ntp") != "ntp" and config.sampled_softmax:
         raise UserError(f"{config.objective} needs whole likelihoods: leave --sampled_softmax out")
-    if is_set("streaming") and not is_set("hf_dataset"):
+    if getattr(config, "streaming", False) and not config.hf_dataset:
         raise UserError("--streaming reads a dataset: name it by --hf_dataset")
-    ends = ("max_steps", "minutes", "max_tokens", "max_docs")
-    if isinstance(config, FitConfig) and config.streaming and not any(map(is_set, ends)):
+    ends = [getattr(config, n, 0) for n in ("max_steps", "minutes", "max_tokens", "max_docs")]
+    if isinstance(config, FitConfig) and config.streaming and not any(ends):
         raise UserError("a stream has no epochs: give --max_steps, --minutes or --max_tokens")
-    if is_set("json") and (Path(config.json).is_dir() or not Path(config.json).parent.is_dir()):
-        raise UserError(f"--json {config.json} is a folder or in none: name a file")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
-    if is_set("json") and not Path(config.json).absolute().parent.is_dir():
-        raise UserError(f"--json {config.json}: there is no such folder; name another file")
-
-
-def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 # --- flags ---
 
 
-class FlagParser(argparse.ArgumentParser):
-    """argparse's, where a flag that a command does not know gets a hint."""
-
-    settings: type = Settings
-
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, rest = super().parse_known_args(args, namespace)
-        for word in rest:  # the first one
-            name = word.partition("=")[0].removeprefix("--")
-            if word.startswith("--"):
-                self.error(unknown_setting(self.settings, name, "--"))
-            self.error(f"unexpected {word!r}: settings are given as --name value")
-        return namespace, rest
-
-
-def program_parser(every_flag: bool = False) -> tuple[FlagParser, dict[str, FlagParser]]:
-    """argparse's parser of the program, and that of each command by name.
-
-    every_flag: whether help shows all of a command's flags, or those that a first user needs.
-    """
-    shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
-    usual = dict(formatter_class=shape, add_help=False, allow_abbrev=False)
+def program_parser(every_flag: bool) -> tuple[argparse.ArgumentParser, dict]:
+    """argparse's parser of the program, and that of each command by name."""
+    plain = argparse.RawDescriptionHelpFormatter
+    usual = dict(formatter_class=plain, add_help=False, allow_abbrev=False)
     about, examples, *_ = __doc__.split("\n\n")
-    program = FlagParser(prog=Path(__file__).name, description=about, epilog=examples, **usual)
+    program = argparse.ArgumentParser(Path(__file__).name, description=about, **usual)
+    program.epilog = examples
     version = f"%(prog)s {__version__}, torch {torch.__version__}"
     program.add_argument("--version", action="version", version=version, help="of the program")
     program.add_argument("-h", "--help", "--help_all", action="help", help="this page")
     commands = program.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    parsers = {}
-    for name, command in COMMANDS.items():
-        about = command.settings.__doc__.split("\n")[0]
-        lines = [f"  python {program.prog} {name} {flags}" for flags in command.examples]
-        epilog = "\n".join(["examples:", *lines])
-        parser = commands.add_parser(name, help=about, description=about, epilog=epilog, **usual)
+    for name, (settings, *_) in COMMANDS.items():
+        about = settings.__doc__.split("\n")[0]
+        lines = [line for line in examples.splitlines() if f".py {name} " in line]
+        parser = commands.add_parser(name, help=about, description=about, **usual)
         parser.usage = f"{program.prog} {name} [--flag VALUE ...]"
-        parser.settings, parsers[name] = command.settings, parser
-        what = f"the flags to begin with; --help_all: all {len(fields_of(command.settings))}"
-        parser.add_argument("-h", "--help", "--help_all", action="help", help=what)
-        add_flags(parser, fields_of(command.settings) if every_flag else command.first.split())
-    return program, parsers
+        parser.epilog = "\n".join(["examples:", *lines])
+        more = f"the flags to begin with; --help_all: all {len(fields(settings))}"
+        parser.add_argument("-h", "--help", "--help_all", action="help", help=more)
+        add_flags(parser, settings, every_flag)
+    return program, commands.choices
 
 
-def add_flags(parser: FlagParser, shown: Iterable[str]) -> None:
-    """A flag for each field of a command's settings, in groups by the class that introduces it.
-
-    shown: those that help speaks of. What is not given is not in the result of parsing.
-    """
+def add_flags(parser: argparse.ArgumentParser, cls: type, every_flag: bool) -> None:
+    """A flag for each field, in groups by the class that introduces it; `checked` reads its text."""
     groups = {}
-    for origin in parser.settings.__mro__:
-        title = origin.__doc__.split("\n")[0].rstrip(".")
-        if origin is parser.settings:
-            title = "this command"
+    for origin in cls.__mro__:
+        title = "this command" if origin is cls else origin.__doc__.split("\n")[0].rstrip(".")
         groups[origin] = parser.add_argument_group(title)
-    for spec in fields(parser.settings):
-        origin = [base for base in parser.settings.__mro__ if spec.name in vars(base)][-1]
-        about = flag_help(spec) if spec.name in shown else argparse.SUPPRESS
-        add = partial(groups[origin].add_argument, dest=spec.name, default=argparse.SUPPRESS)
+    for spec in fields(cls):
+        group = [groups[origin] for origin in groups if spec.name in vars(origin)][-1]
+        about = spec.metadata["help"].replace("%", "%%")
+        if spec.default not in ("", None) and spec.type != "bool":
+            about += f" (default: {spec.default})"
+        if not every_flag and spec.name not in FIRST_FLAGS.split():
+            about = argparse.SUPPRESS
+        add = partial(group.add_argument, dest=spec.name, default=argparse.SUPPRESS)
         if spec.type == "bool":  # the one that changes the default is shown
             on, off = (argparse.SUPPRESS, about) if spec.default else (about, argparse.SUPPRESS)
             add(f"--{spec.name}", action="store_true", help=on)
@@ -8157,24 +8032,7 @@ def add_flags(parser: FlagParser, shown: Iterable[str]) -> None:
         else:
             kind = {"int": "N", "float": "X", "str": "TEXT"}[spec.type.split(" | ")[0]]
             choices = ",".join(choices_of(spec))
-            value = f"{{{choices}}}" if choices else kind
-            add(f"--{spec.name}", type=partial(flag_value, spec), metavar=value, help=about)
-
-
-def flag_value(spec, text: str):
-    """A flag's text as the field's value; argparse puts the flag's name before the error."""
-    try:
-        return checked(spec, text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix(f"{spec.name} ")) from None
-
-
-def flag_help(spec) -> str:
-    """What a setting means and its default, for argparse."""
-    about = spec.metadata["help"].replace("%", "%%")
-    if spec.type == "bool":
-        return f"turns off: {about}" if spec.default else about
-    return about if spec.default in ("", None) else f"{about} (default: {spec.default})"
+            add(f"--{spec.name}", metavar=f"{{{choices}}}" if choices else kind, help=about)
 
 
 def parse(argv: list[str]) -> tuple[str, Settings]:
@@ -8187,12 +8045,18 @@ def parse(argv: list[str]) -> tuple[str, Settings]:
         words.append(flag + equals + value)
     program, parsers = program_parser("--help_all" in words)
     try:
-        explicit = vars(program.parse_args(words))
+        flags, rest = program.parse_known_args(words)
     finally:
         sys.stdout.flush()  # of help: a reader that has gone is noticed here
+    explicit = vars(flags)
     name = explicit.pop("command")
+    cls = COMMANDS[name].settings
     try:
-        return name, settle(COMMANDS[name].settings, explicit)
+        if rest and rest[0].startswith("--"):
+            raise UserError(unknown_setting(cls, rest[0][2:].partition("=")[0], "--"))
+        if rest:
+            raise UserError(f"unexpected {rest[0]!r}: settings are given as --name value")
+        return name, settle(cls, explicit)
     except UserError as error:
         parsers[name].error(str(error))
 
@@ -8201,44 +8065,20 @@ def parse(argv: list[str]) -> tuple[str, Settings]:
 
 
 def explanation(error: Exception) -> str:
-    """The line that tells a user of an error: the one place that knows every kind."""
+    """The line that tells a user of an error."""
     if isinstance(error, UserError):
         return str(error)
     memory = r"out of memory|can't allocate memory|not enough memory|calculation overflowed|too big"
-    full = isinstance(error, RuntimeError) and re.search(memory, str(error))
-    if full or isinstance(error, MemoryError):
-        ways = "lower --batch_size or --block_size, raise --grad_accum, choose a smaller --preset"
-        return f"out of memory: {ways}"
+    if isinstance(error, MemoryError) or re.search(memory, str(error)):
+        return "out of memory: lower --batch_size or --block_size, or raise --grad_accum"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"cannot go on: {where}{error.strerror}"
-    if isinstance(error, UnicodeError):
-        return f"the input is not valid UTF-8 text: {one_line(error)}"
+        return f"cannot go on: {error.filename or 'a file'}: {error.strerror}"
     return f"{type(error).__name__}: {one_line(error, 300)} (--debug shows where)"
-
-
-@contextlib.contextmanager
-def no_folder_of_a_failure(*folders: str):
-    """Where a command fails before it has written anything, the folders that it made go again."""
-    made = [p for name in folders for p in (Path(name), *Path(name).parents) if not p.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in made:  # the innermost first; what holds more than locks stays
-            with contextlib.suppress(OSError):
-                if all(re.fullmatch(r"\..*lock", path.name) for path in folder.iterdir()):
-                    for path in folder.iterdir():
-                        path.unlink()
-                    folder.rmdir()
-        raise
 
 
 def carry_out(function: Callable, config: Settings, stop: StopSignal, alone: bool = False):
     """Call a command's function with what it works on: the machine and, for a run, its folder."""
-    places = [getattr(config, name, "") for name in ("out_dir", "processed_dir")]
     with contextlib.ExitStack() as held:
-        if is_main():
-            held.enter_context(no_folder_of_a_failure(*filter(None, places)))
         folder = []
         if isinstance(config, FitConfig):
             folder = [held.enter_context(open_run(config))]
@@ -8263,12 +8103,12 @@ def main(argv: list[str] | None = None) -> int:
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
             raise UserError(f"PyTorch {torch.__version__} is too old: pip install torch==2.13.0")
         name, config = parse(argv)
-        command = COMMANDS[name]
-        if not command.parallel and not is_main():
+        _, function, parallel = COMMANDS[name]
+        if not parallel and not is_main():
             return 0  # torchrun waits for the first process, which does the work
         # In a session of `sample`, ctrl-c ends an answer.
         with contextlib.nullcontext() if name == "sample" else stop:
-            carry_out(command.run, config, stop, alone=not command.parallel)
+            carry_out(function, config, stop, alone=not parallel)
         sys.stdout.flush()  # a full disk shows here, while it can still be said
         return 0
     except KeyboardInterrupt:  # Interrupted among them
@@ -8289,7 +8129,7 @@ def main(argv: list[str] | None = None) -> int:
 def call(cls: type, function: Callable, settings: dict):
     """Run a command's function with settings by name. Raises UserError where the command fails."""
     config, stop = settle(cls, settings), StopSignal()
-    with stop:
+    with stop, contextlib.redirect_stdout(sys.stderr):
         result = carry_out(function, config, stop)
     if stop:
         raise KeyboardInterrupt
@@ -8313,20 +8153,18 @@ def evaluate(**settings) -> dict:
 
 def prepare(**settings) -> str:
     """Make a token store, reporting on stderr. Returns its folder, which is a --data_dir."""
-    with contextlib.redirect_stdout(sys.stderr):
-        return call(PrepareConfig, prepare_command, settings)
+    return call(PrepareConfig, prepare_command, settings)
 
 
 def export(**settings) -> str:
     """Write a Hugging Face folder or a GGUF file. Returns its path."""
-    with contextlib.redirect_stdout(sys.stderr):
-        return str(call(ExportConfig, export_command, settings))
+    return str(call(ExportConfig, export_command, settings))
 
 
 class TextGenerator:
-    """A checkpoint ready to write text; see `load`."""
+    """A checkpoint ready to write text: `lp.load("ckpts/best.pth").generate("Once", top_k=5)`."""
 
-    def __init__(self, ckpt: str, settings: dict):
+    def __init__(self, ckpt: str = "ckpts/best.pth", **settings):
         self.settings = {"ckpt": ckpt} | settings
         config = self.config()
         with runtime(config) as self.rt:
@@ -8350,10 +8188,7 @@ class TextGenerator:
         return "".join(pieces) if self.config(**settings).num_samples == 1 else pieces
 
 
-def load(ckpt: str = "ckpts/best.pth", **settings) -> TextGenerator:
-    """A checkpoint that writes: `lp.load("ckpts/best.pth").generate("Once", temperature=0.5)`."""
-    return TextGenerator(ckpt, settings)
-
+load = TextGenerator
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported: it can be caught

