@@ -7873,9 +7873,10 @@ def settle_resumed(cls: type, explicit: dict, stored: dict):
     fixed = {name for name, spec in known.items() if spec.metadata["resume"] == "fixed"}
     if values["lr_schedule"] == "constant":  # no step depends on how many there will be
         fixed -= {"epochs", "max_steps"}
-    start = (
-        "--ckpt last_finetune.pth" if issubclass(cls, FinetuneConfig) else "--init_from last.pth"
-    )
+    folder = Path(explicit.get("out_dir", known["out_dir"].default))
+    start = f"--init_from {folder / 'last.pth'}"
+    if issubclass(cls, FinetuneConfig):
+        start = f"--ckpt {folder / 'last_finetune.pth'}"
     for name in sorted(fixed & explicit.keys()):
         if explicit[name] != values[name]:
             raise UserError(
@@ -7969,9 +7970,7 @@ def cross_checks(config: Settings) -> None:
     if isinstance(config, OptimConfig):
         size, parts = config.batch_size, config.grad_accum * launched("WORLD_SIZE", 1)
         if size % parts:
-            raise UserError(
-                f"batch_size {size} is not divisible by grad_accum x processes = {parts}"
-            )
+            raise UserError(f"batch_size {size} does not divide by grad_accum x processes, {parts}")
         if config.fsdp and config.compile == "on":
             raise UserError("--fsdp and --compile on exclude each other: leave one out")
     if getattr(config, "objective", "ntp") != "ntp" and config.sampled_softmax:

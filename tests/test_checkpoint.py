@@ -282,13 +282,6 @@ def test_a_run_that_is_done_says_how_to_train_longer(corpus, tmp_path):
     assert len(result.fails(1, "max_steps", f"--init_from {tmp_path / 'last.pth'}").errors) == 1
 
 
-def test_a_command_that_fails_leaves_no_folder(tmp_path):
-    (tmp_path / "data").mkdir()
-    flags = ["--data_dir", tmp_path / "data", "--processed_dir", tmp_path / "stores"]
-    run("train", *flags, "--out_dir", tmp_path / "new/run").fails(1)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
 def test_the_other_command_does_not_resume(corpus, tuned, tmp_path):
     shutil.copy(tuned / "last_finetune.pth", tmp_path / "last.pth")
     run("train", *corpus, "--resume", "--out_dir", tmp_path).fails(1, "finetune")

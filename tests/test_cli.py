@@ -465,7 +465,7 @@ def test_a_resumed_run_keeps_its_settings_but_for_what_may_change(corpus, tmp_pa
     run(*base, "--stop_after", 2).ok()
     again = ["train", "--resume", "--out_dir", tmp_path, *corpus]
     for flags in ("--lr 0.5", "--max_steps 9", "--n_layer 2", "--seed 3", "--preset cpu-debug"):
-        name, init = words(flags)[0][2:], "--init_from last.pth"
+        name, init = words(flags)[0][2:], f"--init_from {tmp_path / 'last.pth'}"
         run(*again, *words(flags)).fails(1, f"--resume cannot change {name}", init)
     run(*again, *words("--lr 1e-3 --log_interval 1 --save_interval 7")).ok()
     stored = snapshot(tmp_path)
