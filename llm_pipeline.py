@@ -2987,10 +2987,6 @@ class Report:
 # --- reading files ---
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-MARKS = {  # byte order marks; UTF-32's begins with UTF-16's
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
-}  # fmt: skip
 
 
 def is_packed(path: Path) -> bool:
@@ -3011,7 +3007,7 @@ def open_binary(path: Path):
 
 
 def encoding_of(head: bytes) -> str:
-    return next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
+    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
 
 
 def read_text(path: Path, config: DataConfig, report: Report, size: int = 0) -> Iterator[str]:
@@ -3144,10 +3140,10 @@ def content_of(entry: dict, column: str) -> str:
     content = entry.get("content") if entry.get("content") is not None else entry.get("value")
     texts = []
     for part in content if isinstance(content, list) else [content]:
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise ValueError(f"a part of type {kind!r} in {column!r}: only text is supported")
         if isinstance(part, dict):
-            if part.get("type") != "text":
-                kind = part.get("type")
-                raise ValueError(f"a part of type {kind!r} in {column!r}: only text is supported")
             part = part.get("text") or part.get("value")
         if not isinstance(part, str):
             raise ValueError(f"a message in {column!r} has no text")
@@ -3173,12 +3169,9 @@ def message_from(entry: dict, column: str) -> Message:
 
 def is_dialogue(value) -> bool:
     """Whether a value is a message, or a list with one."""
-    entries = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return any(
-        {"role", "content"} <= entry.keys() or {"from", "value"} <= entry.keys()
-        for entry in entries
-        if isinstance(entry, dict)
-    )
+    entries = value if isinstance(value, list) else [value]
+    fields = [entry.keys() for entry in entries if isinstance(entry, dict)]
+    return any({"role", "content"} <= names or {"from", "value"} <= names for names in fields)
 
 
 def messages_of(value, column: str, role: str = "") -> list[Message]:
@@ -3213,11 +3206,9 @@ def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
 
 
 def turns_of(messages: list[Message], system: str, extra: str) -> list[Turn]:
-    """Pair each user's message with the answer to it. Raises ValueError where that fails.
+    """Pair each user's message with the answer to it; messages of one role in a row are joined.
 
-    Several messages of one role in a row are joined by an empty line. A system text may stand
-    only at the beginning, a user's message must come first and an answer last. system and extra:
-    the texts of columns of their own, for the first prompt.
+    system and extra: texts of columns of their own, for the first prompt. Raises ValueError.
     """
     joined: list[Message] = []
     for role, text, trained in messages:
@@ -3408,12 +3399,11 @@ def label_column(tables: Iterable[Iterable[tuple]], text_field: str) -> str:
     counts: Counter[tuple[str, str]] = Counter()
     for rows in tables:
         for number, (_, row) in enumerate(rows):
-            names = LABELS if is_text(row, text_field) else ()
-            name = next((name for name in names if row.get(name) is not None), "")
-            if not name and not number:
+            known = row if is_text(row, text_field) else {}
+            labels = [name for name in LABELS if known.get(name) is not None]
+            if not labels and not number:
                 break
-            if name:
-                counts[name, text_from(row[name], name)] += 1
+            counts.update((name, text_from(row[name], name)) for name in labels[:1])
             if len(counts) > MAX_LABELS:
                 return ""
     names = {name for name, _ in counts}
@@ -3532,8 +3522,7 @@ def parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tup
 def plain_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
     """One record a file, or one between delimiters; of a file above PIECE characters, several.
 
-    Under --max_tokens the records are not longer than that: of a long file, what is not needed is
-    not read, and validation takes the last part of what is.
+    Under --max_tokens they are not longer than that, so that no more of a file is read.
     """
     if config.doc_delimiter:
         delimiter = text_from(unescape(config.doc_delimiter), "--doc_delimiter")
@@ -3575,10 +3564,10 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BINARY = {  # first bytes -> what to do
     b"%PDF-": "a PDF: convert it to text first, for example with pdftotext",
     b"PK\x03\x04": "an archive or office document: unpack it, or save it as text",
-    b"\x1f\x8b": "compressed, but not named .gz",
-    b"\x28\xb5\x2f\xfd": "compressed, but not named .zst",
-    b"BZh": "compressed, but not named .bz2",
-    b"\xfd7zXZ": "compressed, but not named .xz",
+    **dict.fromkeys(
+        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"),
+        "compressed, but not named .gz, .bz2, .xz or .zst",
+    ),
     LFS_POINTER: "a Git LFS pointer, not the data: run git lfs pull",
 }
 JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # of an object, or of a list of them
@@ -3624,8 +3613,7 @@ def find_reader(path: Path):
 def hub_sources(config: DataConfig, report: Report) -> list[Source]:
     """The splits of --hf_dataset, each for what its name says.
 
-    What is read only in part validates by hash: the end, where the validation split is, might not
-    be reached.
+    In part read, a data set validates by hash: its validation split might not be reached.
     """
     name, splits, sources = config.hf_dataset, hub_splits(config), []
     roles = roles_of([Path(split) for split in splits], Path("."))
@@ -3690,13 +3678,8 @@ def dataset_rows(dataset, name: str, report: Report) -> Iterator[tuple]:
 # --- files and roles ---
 
 
-def written_by_us(names: set[str]) -> str:
-    """What this program wrote into a folder that holds these names; "" if nothing."""
-    if names & {"best.pth", "last.pth", "best_finetune.pth", "last_finetune.pth"}:
-        return "a run of this program"
-    if {"meta.json", "train.bin"} <= names:
-        return "a token store"
-    return "an exported model" if {"config.json", "model.safetensors"} <= names else ""
+OURS = {"best.pth", "last.pth", "best_finetune.pth", "last_finetune.pth", "train.bin",
+        "model.safetensors"}  # fmt: skip
 
 
 def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
@@ -3719,11 +3702,9 @@ def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
             left_out[Path(error.filename)] = f"cannot be read: {error.strerror}"
 
     for name, folders, files in os.walk(root, onerror=unreadable):
-        folder, why = Path(name), written_by_us({*folders, *files})
-        if os.path.realpath(name) == stores:
-            why = "where token stores are kept"
-        if why and folder != root:
-            left_out[folder] = why
+        folder = Path(name)
+        if folder != root and (OURS & {*files} or os.path.realpath(name) == stores):
+            left_out[folder] = "runs, models and token stores are no texts"
             folders.clear()
             continue
         folders[:] = sorted(n for n in folders if not n.startswith("."))
@@ -3773,9 +3754,8 @@ def role_in_name(name: str) -> str:
 def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
     """What names below `root` make of each file: train, val, test (kept out) or "" (by hash).
 
-    The file's own name counts most, then that of its nearest folder. `train` means that all of it
-    trains only beside something that validates; held-out parts count wherever anything is left
-    to train on.
+    The file's own name counts most. All of `train` trains only beside something that validates;
+    held-out parts count wherever anything is left to train on.
     """
     beside: dict[Path, set[str]] = {}  # folder -> the roles of the names in it
     named_by: dict[Path, Path | None] = {}  # file -> the part of its path that names a role
@@ -3797,10 +3777,7 @@ def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
 
 
 def data_role(config: DataConfig) -> str:
-    """The role of what --data_dir names, or of the folder of a file: train, val, test or "".
-
-    Its name counts where those beside it speak of the other parts of a split.
-    """
+    """The role of what --data_dir names, where those beside it name the split's other parts."""
     if config.hf_dataset:
         return ""
     root = Path(os.path.abspath(config.data_dir))
@@ -3890,10 +3867,7 @@ def encoded(text: str) -> bytes:
 
 
 def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
-    """(identity, place in the split, bytes): two 64-bit hashes and the size of all texts.
-
-    Functions of the record and the seed alone, so that adding data never moves a record.
-    """
+    """(identity, place in the split, bytes): of record and seed alone, whatever is beside it."""
     salt = config.split_seed.to_bytes(8, "little")
     hasher, size = hashlib.blake2b(digest_size=16, salt=salt), 0
     for number, turn in enumerate(record.turns):

@@ -117,7 +117,7 @@ CASES = {
                                      ("'label' is null",)),
     # encodings
     **{name: Case({"a.txt": "Größe\nzwei".encode(name)}, ["Größe\nzwei"])
-       for name in ("utf-8", "utf-8-sig", "utf-16", "utf-32")},
+       for name in ("utf-8", "utf-8-sig", "utf-16")},
     "marked big-endian": Case({"a.txt": b"\xfe\xff" + "Größe".encode("utf-16-be")}, ["Größe"]),
     "marked twice": Case({"a.jsonl": BOM * 2 + jsonl(*QA)}, READ),
     "UTF-16 lines of JSON": Case({"a.jsonl": jsonl(*QA).decode().encode("utf-16")}, READ),

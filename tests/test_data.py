@@ -731,12 +731,8 @@ def test_what_the_program_wrote_is_not_read_back(tmp_path):
         write(tmp_path / name, "written")
     found, _ = split(tmp_path, processed_dir=str(tmp_path / "processed"))
     assert sorted(text(record) for record, _ in found) == sorted(PLAIN)
-    assert skipped(tmp_path, processed_dir=str(tmp_path / "processed")) == {
-        "store": "a token store",
-        "run": "a run of this program",
-        "export": "an exported model",
-        "processed": "where token stores are kept",
-    }
+    left_out = skipped(tmp_path, processed_dir=str(tmp_path / "processed"))
+    assert set(left_out) == {"store", "run", "export", "processed"}
 
 
 @pytest.mark.parametrize(
@@ -744,7 +740,7 @@ def test_what_the_program_wrote_is_not_read_back(tmp_path):
     [
         ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\n", "pdftotext"),
         ("a.docx", b"PK\x03\x04\x14\0", "office document"),
-        ("a.bin", bz2.compress(b"text"), "not named .bz2"),
+        ("a.bin", bz2.compress(b"text"), "compressed, but not named"),
     ],
 )
 def test_files_of_other_kinds_say_what_to_do(tmp_path, name, content, word):
