@@ -3678,7 +3678,7 @@ def dataset_rows(dataset, name: str, report: Report) -> Iterator[tuple]:
 # --- files and roles ---
 
 
-OURS = {"best.pth", "last.pth", "best_finetune.pth", "last_finetune.pth", "train.bin",
+OURS = {"best.pth", "last.pth", "best_finetune.pth", "last_finetune.pth", "train.idx",
         "model.safetensors"}  # fmt: skip
 
 

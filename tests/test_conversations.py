@@ -169,38 +169,6 @@ def test_csv(tmp_path, delimiter):
     assert [record.where for record in found] == [f"{path}:2", f"{path}:4"]
 
 
-def test_a_csv_of_texts(tmp_path):
-    (tmp_path / "a.csv").write_text('id,body\n1,"One, two"\n2,Three\n')
-    found, _ = records(tmp_path, text_field="body")
-    assert [record.response for record in found] == ["One, two", "Three"]
-
-
-# --- what is context alone ---
-
-
-def test_answers_of_weight_zero_are_context(tmp_path):
-    first, second = said(*TALK)[1::2]
-    users = said(*TALK)[::2]
-    silent = first | {"weight": 0}
-    found, report = read(
-        tmp_path / "a.jsonl",
-        [
-            dict(messages=[users[0], silent, users[1], second | {"weight": 1}]),
-            dict(messages=[users[0], first, users[1], second | {"weight": 0}]),
-            dict(messages=[users[0], silent]),
-            dict(prompt="Hi", completion="Hello!", label=True),
-            dict(prompt="Hi", completion="No!", label=False),
-        ],
-    )
-    flags = [[turn.trained for turn in record.turns] for record in found]
-    assert flags == [[False, True], [True], [True]]
-    assert turns(found[0]) == TWO and turns(found[1]) == TWO[:1]
-    counts = report.rows["instructions"]
-    assert counts["answers not trained (weight 0, train false, label false)"] == 4
-    assert counts["skipped: no answer to train"] == 2
-    assert any("not trained" in line and ": 4" in line for line in report.lines())
-
-
 # --- what is refused, by name ---
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
@@ -224,10 +192,6 @@ REFUSED = {
     "a message without text": (
         dict(messages=[{"role": "user"}, *said("", "x")[1:]]), "has no text"
     ),
-    "an odd weight": (
-        dict(messages=[*said("Hi"), {"role": "assistant", "content": "x", "weight": 0.5}]), "0.5"
-    ),
-    "no messages": (dict(messages=[]), "no messages"),
     "prompt beside text": (dict(prompt="Hi", text="Once"), "'prompt' beside 'text'"),
     "two questions": (dict(prompt="Hi", question="Ho", answer="x"), "both 'prompt' and 'question'"),
     "two inputs": (
@@ -267,12 +231,6 @@ def test_refusals(tmp_path, what):
     assert word in what and n == 2
 
 
-def test_an_answer_that_looks_like_a_transcript_is_an_answer(tmp_path):
-    answer = "Human: Hi!\n\nAssistant: Hello!"
-    (record,), _ = read(tmp_path / "a.jsonl", [{"instruction": "Write a chat.", "output": answer}])
-    assert turns(record) == [(lp.instruction_prompt("Write a chat."), f" {answer}\n")]
-
-
 def test_a_refusal_lists_what_is_known(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"words": "x"}\n')
     result = run("prepare", "--data_dir", tmp_path / "a.jsonl", "--out_dir", tmp_path / "st")
@@ -280,15 +238,6 @@ def test_a_refusal_lists_what_is_known(tmp_path):
     (tmp_path / "a.csv").write_text("id,words\n1,x\n")
     result = run("prepare", "--data_dir", tmp_path / "a.csv", "--out_dir", tmp_path / "st")
     result.fails(1, "a.csv", "id, words", "question", "messages", "--text_field")
-
-
-@pytest.mark.parametrize("ending", ["tsv", "tsv.gz"])
-def test_a_tsv_of_other_labels_is_refused(tmp_path, ending):
-    text = b"positive\tWhat a film\nnegative\tWhat a bore\n"
-    path = tmp_path / f"a.{ending}"
-    path.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
-    with pytest.raises(lp.UserError, match="no known layout"):
-        records(path)
 
 
 # --- in a token store ---

@@ -124,22 +124,6 @@ def test_zst_without_its_library_names_the_package(tmp_path, monkeypatch):
         texts(path)
 
 
-def test_endings_in_upper_case(tmp_path):
-    write(tmp_path / "a.JSONL", jsonl(SHAPES["text"]))
-    write(tmp_path / "b.TXT.GZ", gzip.compress(b"Text of B"))
-    assert texts(tmp_path) == sorted([*PLAIN, "Text of B"])
-
-
-def test_an_instruction_with_a_text_column_reads_alike_in_every_shape(tmp_path):
-    """Tables such as Alpaca's hold the whole text beside its parts."""
-    pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
-    rows = [dict(instruction=t, input=i, output=o, text=f"whole {t}") for t, i, o in TASKS]
-    write(tmp_path / "a/rows.jsonl", jsonl(rows))
-    (tmp_path / "b").mkdir()
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "b/rows.parquet")
-    assert texts(tmp_path / "a") == texts(tmp_path / "b") == sorted(instruction(*t) for t in TASKS)
-
-
 def test_sms_keeps_quotes_and_odd_lines(tmp_path):
     lines = [
         'ham\tHe said "hi',
@@ -215,11 +199,6 @@ def test_doc_delimiter(tmp_path, delimiter, block, monkeypatch):
     path = write(tmp_path / "a.txt", content)
     wanted = {piece for piece in content.split(mark) if piece.strip()}
     assert texts(path, doc_delimiter=delimiter) == sorted(wanted)
-
-
-def test_text_field(tmp_path):
-    path = write(tmp_path / "a.jsonl", jsonl({"body": t, "id": 3} for t in PLAIN))
-    assert texts(path, text_field="body") == sorted(PLAIN)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "documents"])
@@ -317,11 +296,6 @@ def test_val_fraction(tmp_path, fraction):
     assert abs(share - fraction) <= 4 * (fraction * (1 - fraction) / 4000) ** 0.5
 
 
-def test_a_val_fraction_of_zero_trains_on_all(tmp_path):
-    path = write(tmp_path / "a.txt", "A text.\n" * 20_000)
-    assert [side for _, side in split(path, val_fraction=0.0)[0]] == ["train"]
-
-
 def test_adding_data_moves_no_record(tmp_path):
     write(tmp_path / "m.jsonl", jsonl({"text": f"text {i}"} for i in range(500)))
     before = {side: set(texts(tmp_path, side)) for side in ("train", "val")}
@@ -377,16 +351,6 @@ def test_one_prompt_for_all_is_on_one_side_and_says_what_to_do(tmp_path):
     assert any("--split_by content" in line for line in report.lines())
     found, report = split(path, split_by="content")
     assert len({side for _, side in found}) == 2 and not report.advice
-
-
-def test_repeats_are_dropped_and_said_or_kept(tmp_path):
-    rows = [dict(prompt=f"p{i % 30}", completion="yes") for i in range(90)]
-    path = write(tmp_path / "a.jsonl", jsonl(rows))
-    found, report = split(path)
-    assert len(found) == 30 and report.rows["instructions"]["skipped: duplicate"] == 60
-    assert any("60 repeated" in line and "--keep_duplicates" in line for line in report.lines())
-    found, report = split(path, keep_duplicates=True)
-    assert len(found) == 90 and not report.advice
 
 
 def test_repeats_on_both_sides_are_never_kept(tmp_path):
@@ -543,6 +507,9 @@ GOOD = jsonl(SHAPES["text"])
         ("a.jsonl", '{"text": null}', "is null"),
         ("a.parquet", b"PAR1 no table PAR1", "a.parquet"),
         ("a.parquet", b"", "a.parquet"),
+        ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\n", "pdftotext"),
+        ("a.docx", b"PK\x03\x04\x14\0", "office document"),
+        ("a.bin", bz2.compress(b"text"), "compressed, but not named"),
     ],
 )
 def test_broken_files(tmp_path, name, content, word):
@@ -726,32 +693,10 @@ def test_what_may_not_be_read_is_named(tmp_path):
 def test_what_the_program_wrote_is_not_read_back(tmp_path):
     """Stores, runs and exports below --data_dir: a second run reads what the first one read."""
     write(tmp_path / "a.jsonl", jsonl(SHAPES["text"]))
-    names = "store/meta.json store/train.bin run/last.pth run/metrics.csv processed/x/y.txt"
+    names = "store/meta.json store/train.idx run/last.pth run/metrics.csv processed/x/y.txt"
     for name in [*names.split(), "export/config.json", "export/model.safetensors"]:
         write(tmp_path / name, "written")
     found, _ = split(tmp_path, processed_dir=str(tmp_path / "processed"))
     assert sorted(text(record) for record, _ in found) == sorted(PLAIN)
     left_out = skipped(tmp_path, processed_dir=str(tmp_path / "processed"))
     assert set(left_out) == {"store", "run", "export", "processed"}
-
-
-@pytest.mark.parametrize(
-    "name, content, word",
-    [
-        ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\n", "pdftotext"),
-        ("a.docx", b"PK\x03\x04\x14\0", "office document"),
-        ("a.bin", bz2.compress(b"text"), "compressed, but not named"),
-    ],
-)
-def test_files_of_other_kinds_say_what_to_do(tmp_path, name, content, word):
-    write(tmp_path / name, content)
-    with pytest.raises(lp.UserError, match=word):
-        texts(tmp_path)
-
-
-def test_advice_about_plain_text(tmp_path):
-    write(tmp_path / "a.txt", "One story.\n<|endoftext|>\nAnother.\n" * 9)
-    advice = " ".join(split(tmp_path)[1].lines())
-    assert advice.count("--doc_delimiter '<|endoftext|>'") == 1
-    advice = " ".join(split(tmp_path, doc_delimiter="<|endoftext|>")[1].lines())
-    assert "'<|endoftext|>'" not in advice
