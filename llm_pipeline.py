@@ -1573,9 +1573,6 @@ def note(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-# --- devices and processes ---
-
-
 # As a program, what its imports took is time of the command too.
 IMPORT_SECONDS = time.process_time() if __name__ == "__main__" else 0.0
 
@@ -1598,8 +1595,7 @@ class Runtime:
 
     def autocast(self):
         """Matrix products in `dtype`; what needs the precision stays in fp32."""
-        enabled = self.dtype.itemsize == 2
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype.itemsize == 2)
 
     def sum(self, *values: float) -> list[float]:
         """Element-wise sums over all processes."""
@@ -1612,15 +1608,6 @@ class Runtime:
     def of_first(self, value: float) -> float:
         """The first process's value, in all of them."""
         return self.sum(value if self.is_main else 0.0)[0]
-
-    @contextlib.contextmanager
-    def main_process_first(self):
-        """The first process goes through the block before the others, which find its work done."""
-        if self.world_size > 1 and not self.is_main:
-            dist.barrier()
-        yield
-        if self.world_size > 1 and self.is_main:
-            dist.barrier()
 
 
 def pick_device(name: str, world_size: int = 1) -> torch.device:
@@ -1662,22 +1649,26 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def runtime(config: RuntimeConfig, alone: bool = False):
-    """Set up device, dtype, threads, seed and process group for one command; take down at the end.
-
-    `alone`: without the other processes.
-    """
+    """Device, dtype, threads, seed and process group of one command; alone: of one process."""
     rank, world_size = (0, 1) if alone else (launched("RANK", 0), launched("WORLD_SIZE", 1))
     if rank >= world_size:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world_size}: unset both, or use torchrun")
-    device = pick_device(config.device, world_size)
-    asked, threads = config.threads, torch.get_num_threads()
-    if asked:
-        torch.set_num_threads(asked)
+    device, threads = pick_device(config.device, world_size), torch.get_num_threads()
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        cap_memory(device, config.vram_limit_gb * 2**30)
-        choose_attention(device)
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
+        free, total = torch.cuda.mem_get_info(device)
+        # Drivers of Windows, under WSL2 too, go on in system memory, at a crawl, on a full GPU.
+        spills = os.name == "nt" or "microsoft" in platform.release().lower()
+        limit = config.vram_limit_gb * 2**30 or (free if spills else total)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        # Flash attention is for Ampere or newer, and for builds that have it. Decided here: asking the
+        # driver inside a compiled function would break its graph.
+        built = torch.backends.cuda.is_flash_attention_available()
+        flash = built and torch.cuda.get_device_capability(device)[0] >= 8
+        KERNELS["attention_sdpa", "cuda"] = partial(attention_on_cuda, flash=flash)
+    was_deterministic, asked = torch.are_deterministic_algorithms_enabled(), config.threads
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1701,21 +1692,9 @@ def runtime(config: RuntimeConfig, alone: bool = False):
             dist.destroy_process_group()
 
 
-def cap_memory(device: torch.device, limit: float) -> None:
-    """Let this process have `limit` bytes of CUDA memory; 0: all that is really there."""
-    free, total = torch.cuda.mem_get_info(device)
-    # Drivers of Windows, under WSL2 too, go on in system memory, at a crawl, when a GPU is full.
-    spills = os.name == "nt" or "microsoft" in platform.release().lower()
-    limit = limit or (free if spills else total)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-
-
 @contextlib.contextmanager
 def training_precision(device: torch.device):
-    """TF32 for what stays in fp32 on CUDA: ten bits of mantissa, several times the speed.
-
-    For training and its benchmark alone. Evaluation, reports, sampling and export have full fp32.
-    """
+    """TF32, of ten bits of mantissa, for what stays in fp32 on CUDA: in training alone."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -1728,44 +1707,35 @@ def training_precision(device: torch.device):
 def choose_threads(config: RuntimeConfig, rt: Runtime, shape: GPTConfig, rows: int) -> None:
     """Set config.threads, unless it was given, to what this machine does best with at present.
 
-    Threads wait for each other, so beside other work more of them may be slower than one. A block
-    of the model is timed with one thread, half of them and all, in turns, for 0.3 s. Another number
-    may round sums otherwise: the choice is said, stored, and kept by a resumed run.
+    Threads wait for each other: beside other work more of them may be slower. A block of the model
+    is timed with one, half of them and all, in turns. Another number may round sums otherwise: the
+    choice is said, stored, and kept by a resumed run.
     """
     if rt.device.type != "cpu" or rt.world_size > 1 or config.threads:
         return
-    counts = sorted({1, max(1, rt.threads // 2), rt.threads})
-    seconds = dict.fromkeys(counts, 0.0)
+    seconds = dict.fromkeys(sorted({1, max(1, rt.threads // 2), rt.threads}), 0.0)
     T = min(shape.block_size, 128)
     rows = max(1, min(rows, int(1.5e9 / (72 * shape.n_embd**2 * T))))  # about 20 ms of one core
     with torch.random.fork_rng(devices=[]):  # whatever is drawn later stays as it is
-        block = TransformerBlock(shape)
-        x = torch.randn(rows, T, shape.n_embd)
-        began = time.perf_counter()
-        rounds = 0
-        while len(counts) > 1 and (rounds < 3 or time.perf_counter() - began < 0.3):
-            for n in counts:
+        block, x = TransformerBlock(shape), torch.randn(rows, T, shape.n_embd)
+        for turn in range(6 if len(seconds) > 1 else 0):
+            for n in seconds:
                 torch.set_num_threads(n)
                 start = time.perf_counter()
                 with rt.autocast():
                     block(x).float().sum().backward()
-                if rounds:  # the first round warms up
+                if turn:  # the first warms up
                     seconds[n] += time.perf_counter() - start
-            rounds += 1
-    config.threads = min(counts, key=seconds.get)
+    config.threads = min(seconds, key=seconds.get)
     torch.set_num_threads(config.threads)
-    if len(counts) > 1:
-        note(f"--threads {config.threads} (measured: the quickest of {counts} at present)")
-
-
-# --- signals and streams ---
+    if len(seconds) > 1:
+        note(f"--threads {config.threads} (measured: the quickest of {[*seconds]} at present)")
 
 
 class StopSignal:
     """Turns the first SIGINT, SIGTERM or SIGHUP into `Interrupted`; the next ends the process.
 
-    Work that must not be cut short goes inside `held()`: there the first signal only sets the
-    flag, which that work looks at where it can stop.
+    Inside `held()` the first only sets the flag, which the work there looks at where it can stop.
     """
 
     number = 0  # of the first signal that came
@@ -1810,16 +1780,6 @@ class StopSignal:
 Stop = StopSignal | bool  # true once a run is to stop
 
 
-def utf8_streams() -> None:
-    """Standard streams in UTF-8, whatever the locale."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
-            stream.reconfigure(encoding="utf-8", errors="replace")
-
-
-# --- files ---
-
-
 @contextlib.contextmanager
 def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
     """Hold `folder`, made if need be, for this process; the lock ends with it, however it ends."""
@@ -1840,10 +1800,10 @@ def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
-    """Write a binary file that appears under `path` whole or not at all.
+    """Write a binary file that appears under `path` whole or not at all. Raises UserError.
 
-    A temporary file in the same folder, flushed and synced, then renamed; the folder synced too,
-    so that the new name survives a power cut. Raises UserError naming path and free space.
+    A temporary file in the same folder is synced, then renamed; then the folder is synced, so that
+    the new name survives a power cut.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1869,13 +1829,11 @@ def atomic_write(path: Path):
 
 @contextlib.contextmanager
 def write_beside(target: Path) -> Iterator[Path]:
-    """An empty folder for the block to fill with an export or a store; it then becomes `target`.
+    """An empty folder for the block to fill, beside `target`, which it then becomes.
 
-    Until then it is `.NAME.writing/new` beside it. What stands there is replaced; a block that
-    fails leaves all as it was; what a killed process left is removed by the next. The folder that
-    a link leads to is replaced, not the link. Raises UserError if another process is at it.
+    A block that fails leaves all as it was; what a killed process left is removed by the next.
     """
-    target = Path(os.path.realpath(target))
+    target = Path(os.path.realpath(target))  # the folder that a link leads to, not the link
     work = target.with_name(f".{target.name}.writing")
     new, old = work / "new", work / "old"
     try:
@@ -1902,9 +1860,6 @@ def write_json(path: str | Path, value) -> None:
         file.write(text.encode("utf-8", "replace"))
 
 
-# --- logging ---
-
-
 class CSVLogger:
     """Rows of a CSV file, each flushed at once: step, epoch, split, loss, timestamp, and more.
 
@@ -1915,39 +1870,34 @@ class CSVLogger:
     FIRST = ("step", "epoch", "split", "loss", "timestamp")
 
     def __init__(self, path: str | Path, step: float = math.inf):
-        self.path, self.file = Path(path), None
+        self.path = Path(path)
+        self.reopen(step)
+
+    def reopen(self, step: float = math.inf, more: Sequence[str] = ()) -> None:
+        """The file anew, with `more` columns, of its rows up to `step`; then behind the last."""
         text = self.path.read_bytes().decode("utf-8", "replace") if self.path.exists() else ""
-        whole_lines = text[: text.rfind("\n") + 1].replace("\0", "")
-        reader = csv.DictReader(io.StringIO(whole_lines))
-        columns = reader.fieldnames or self.FIRST
+        rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1].replace("\0", "")))
+        columns = [*(rows.fieldnames or self.FIRST), *more]
         if tuple(columns[: len(self.FIRST)]) != self.FIRST:
-            raise UserError(f"{path} is not a log of this program: name another file")
-        kept = []
-        for row in reader:
+            raise UserError(f"{self.path} is not a log of this program: name another file")
+        kept = io.StringIO()
+        writer = csv.DictWriter(kept, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
             with contextlib.suppress(TypeError, ValueError):
                 if int(row["step"]) <= step and math.isfinite(float(row["loss"])):
-                    kept.append({name: row[name] for name in columns})
-        self.rewrite(columns, kept)
-
-    def rewrite(self, columns: Sequence[str], rows: Iterable[dict]) -> None:
-        """The file anew, then open behind its last row."""
-        self.close()
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+                    writer.writerow(row)
         with atomic_write(self.path) as file:
-            file.write(text.getvalue().encode())
+            file.write(kept.getvalue().encode())
         self.file = open(self.path, "a", encoding="utf-8", newline="")
         self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
 
     def log(self, step: int, epoch: int, split: str, loss: float, **more) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         row = dict(step=step, epoch=epoch, split=split, loss=loss, timestamp=now) | more
-        columns = self.writer.fieldnames
-        if new := [name for name in row if name not in columns]:
-            rows = csv.DictReader(io.StringIO(self.path.read_text(encoding="utf-8")))
-            self.rewrite([*columns, *new], list(rows))
+        if new := [name for name in row if name not in self.writer.fieldnames]:
+            self.close()
+            self.reopen(more=new)
         try:
             self.writer.writerow(row)
             self.file.flush()
@@ -1955,35 +1905,23 @@ class CSVLogger:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
 
     def close(self) -> None:
-        if self.file:
-            with contextlib.suppress(OSError):
-                self.file.close()
-
-
-def short_sample(run: Run) -> str:
-    """What the model writes at present, on one line; drawn from the same numbers every time."""
-    model, tokenizer = run.model, run.store.tokenizer
-    prefix = tokenizer.prefix or tokenizer.encode("\n")
-    training, start = model.training, torch.tensor([prefix], device=run.rt.device)
-    steps = generate(model.eval(), start, 60, tokenizer.end_ids, temperature=0.8, top_k=30)
-    text = tokenizer.decode([token for (token,) in steps if token >= 0])
-    model.train(training)
-    return " / ".join(line for line in text.splitlines() if line.strip())
+        with contextlib.suppress(OSError):
+            self.file.close()
 
 
 class Recorder:
     """Where the first process's numbers go: metrics.csv, progress bar, Weights & Biases if asked."""
 
     def __init__(self, run: Run, path: Path):
-        p, config, silent = run.progress, run.config, not run.rt.is_main
-        self.run, self.shown, self.tokens, self.seconds = run, {}, 0, 0.0
-        self.log = None if silent else CSVLogger(path, p.step)
+        p, config, main = run.progress, run.config, run.rt.is_main
+        self.run, self.shown, self.tokens, self.seconds, self.evaluations = run, {}, 0, 0.0, 0
+        self.log = CSVLogger(path, p.step) if main else None
         self.tracker = None
-        if config.wandb and not silent:
+        if config.wandb and main:
             self.tracker = optional("wandb").init(project=config.wandb, config=asdict(config))
-        self.bar = tqdm(total=p.total, initial=p.step, disable=silent, unit="step", smoothing=0.05)
-        watched = sys.stderr.isatty() or "sample_every" in config.explicit
-        self.evaluations, self.samples = 0, watched and run.rt.world_size == 1
+        self.bar = tqdm(
+            total=p.total, initial=p.step, disable=not main, unit="step", smoothing=0.05
+        )
 
     def step(self, batch: Batch, loss: float, norm: float, stats: dict, seconds: float) -> None:
         """Count a step that took `seconds`; a row every log_interval."""
@@ -1995,7 +1933,6 @@ class Recorder:
             lr = self.run.optimizers[-1].param_groups[0]["lr"]
             self.write("train", loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed), **stats)
             self.shown |= {"loss": f"{loss:.4f}", "tok/s": f"{speed:,.0f}"}
-            self.shown |= {name: f"{value:.3g}" for name, value in stats.items()}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
 
@@ -2003,9 +1940,22 @@ class Recorder:
         self.write("val", loss, **stats)
         self.shown["val"] = f"{loss:.4f}"
         self.evaluations += 1
-        every = self.run.config.sample_every
-        if self.samples and every and self.evaluations % every == 0:
-            note(f"step {self.run.progress.step}: {short_sample(self.run)}")
+        every, watched = self.run.config.sample_every, sys.stderr.isatty()
+        watched = watched or "sample_every" in self.run.config.explicit
+        if watched and every and self.evaluations % every == 0 and self.run.rt.world_size == 1:
+            self.show_sample()
+
+    def show_sample(self) -> None:
+        """What the model writes at present, on one line; drawn from the same numbers every time."""
+        model, tokenizer = self.run.model, self.run.store.tokenizer
+        start = torch.tensor(
+            [tokenizer.prefix or tokenizer.encode("\n")], device=self.run.rt.device
+        )
+        steps = generate(model.eval(), start, 60, tokenizer.end_ids, temperature=0.8, top_k=30)
+        text = tokenizer.decode([token for (token,) in steps if token >= 0])
+        model.train()
+        lines = " / ".join(line for line in text.splitlines() if line.strip())
+        note(f"step {self.run.progress.step}: {lines}")
 
     def write(self, split: str, loss: float, **more) -> None:
         step = self.run.progress.step
@@ -2030,8 +1980,7 @@ class Recorder:
 def retry_on_oom(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict]:
     """`gradients`, with smaller micro-batches, then checkpointing, when CUDA memory runs out.
 
-    Nothing is updated yet when that happens: the step is repeated on the same global batch. Raises
-    UserError where nothing is left to do.
+    Nothing is updated yet then: the step is repeated on the same global batch. Raises UserError.
     """
     p, rows = run.progress, run.config.batch_size
     while True:
@@ -2065,7 +2014,7 @@ def over_sampled_ids(losses: Callable, n: int, vocab_size: int) -> Callable:
     """`losses` by a softmax over a batch's targets and n other ids, drawn anew each time (0: all).
 
     Each of these n stands for (V - T) / n of the V - T ids that are no targets, whose logarithm is
-    added to its logit (Jean et al., 2015). Validation has `losses` of its own, over all.
+    added to its logit (Jean et al., 2015).
     """
     if not 0 < n < vocab_size:
         return losses
@@ -2078,11 +2027,9 @@ def over_sampled_ids(losses: Callable, n: int, vocab_size: int) -> Callable:
         drawn = draw.topk(min(n, vocab_size - len(present))).indices
         ids = torch.cat([present, drawn])
         bias = torch.zeros(len(ids), device=idx.device)
-        if len(drawn):
-            bias[len(present) :] = math.log((vocab_size - len(present)) / len(drawn))
+        bias[len(present) :] = math.log(max(vocab_size - len(present), 1) / max(len(drawn), 1))
         places = torch.searchsorted(present, targets.clamp(min=0))
-        places = torch.where(counted, places, IGNORE)
-        return losses(idx, places, reduction, (ids, bias))
+        return losses(idx, torch.where(counted, places, IGNORE), reduction, (ids, bias))
 
     return sampled
 
@@ -2114,9 +2061,8 @@ def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Call
     # A short run ends before compilation has paid for itself.
     auto = config.compile == "auto" and rt.device.type == "cuda" and total >= 1000
     if (auto or config.compile == "on") and can_compile(rt.device, config.compile == "on"):
-        # Its loop over chunks would be unrolled, and compiled anew, for each padded width.
-        loop = torch.compiler.disable(cross_entropy_in_chunks.plain)
-        KERNELS["cross_entropy_in_chunks", rt.device.type] = loop
+        if model.config.vocab_size > 4096:  # its loop would be unrolled anew for each padded width
+            KERNELS["head_loss", rt.device.type] = torch.compiler.disable(chunked_head_loss)
         # What cannot be compiled after all runs as it stands, unless asked for.
         torch._dynamo.config.suppress_errors = config.compile == "auto"
         net = torch.compile(net)
@@ -2127,8 +2073,7 @@ def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Call
 
 
 def can_compile(device: torch.device, required: bool) -> bool:
-    """Whether torch.compile works here, which a function of one line shows: it may lack a compiler,
-    Triton or Python's headers. Raises UserError where it does not and is required."""
+    """Whether torch.compile works here, which may lack a compiler, Triton or Python's headers."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:
@@ -2153,9 +2098,6 @@ def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-# --- small things that several sections use ---
 
 
 def batched(items: Iterable, size: int, weight=lambda _: 0, limit=math.inf) -> Iterator[list]:
@@ -2194,12 +2136,8 @@ def short_hash(value, size: int = 4) -> str:
 
 
 def dropout_by_bytes(x: Tensor, p: float) -> Tensor:
-    """Dropout that draws a byte for each element, eight to a random word; p is rounded
-    to a multiple of 1/256, not to 0.
-
-    PyTorch's CPU kernel draws elements one at a time, which costs as much as the matrix products
-    around it.
-    """
+    """Dropout that draws a byte for each element, eight to a random word: p is rounded to a multiple
+    of 1/256. PyTorch's CPU kernel draws elements singly, at the price of the matrix products."""
     kept = 256 - max(1, round(256 * p))  # a byte is never 256
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
@@ -2245,16 +2183,6 @@ def attention_on_cuda(
     return attention_sdpa.plain(q, k, v, mask, p_drop)
 
 
-def choose_attention(device: torch.device) -> None:
-    """Flash attention needs Ampere or newer, and a build that has it: wheels for Windows do not.
-
-    Decided once, here: asking the driver inside a compiled function would break its graph.
-    """
-    built = torch.backends.cuda.is_flash_attention_available()
-    flash = built and torch.cuda.get_device_capability(device)[0] >= 8
-    KERNELS["attention_sdpa", "cuda"] = partial(attention_on_cuda, flash=flash)
-
-
 # --- cross entropy of a large vocabulary ---
 
 
@@ -2297,8 +2225,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     A sum's gradient is formed in the forward pass, while a chunk's logits are at hand. Losses one
     by one get theirs in the backward pass, from the logits computed again, since what weighs each
-    row is known only there. F.linear_cross_entropy ignores autocast and so serves fp32 alone; this
-    is as quick there, and one mechanism is better than two.
+    row is known only there. (F.linear_cross_entropy ignores autocast.)
     """
 
     @staticmethod
@@ -2334,12 +2261,7 @@ def chunked_head_loss(
         logits = logits if bias is None else logits + bias
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-    return cross_entropy_in_chunks(h, weight, targets, reduction, bias, dtype)
-
-
-@operation
-def cross_entropy_in_chunks(h: Tensor, *args) -> Tensor:
-    return ChunkedCrossEntropy.apply(h, *args)
+    return ChunkedCrossEntropy.apply(h, weight, targets, reduction, bias, dtype)
 
 
 # --- decoding in one graph ---
@@ -2372,25 +2294,12 @@ def static_logits(model: GPT, keys: list, values: list, token: Tensor, pos: Tens
     return model.head(h[:, -1]).float()
 
 
-def compiled_step(model: GPT, device: torch.device) -> Callable:
-    """`static_logits`, compiled. On a CPU, weights become constants, laid out once for kernels that
-    are written for this very step. Those are Inductor's own alone: with one choice nothing is
-    timed, and the same command compiles to the same bits."""
-    compiled = torch.compile(static_logits, fullgraph=True, dynamic=False)
-    if device.type != "cpu":
-        return partial(compiled, model)
-    import torch._inductor.config as inductor
-
-    settings = dict(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP")
-    return inductor.patch(settings)(partial(compiled, model))
-
-
 class StaticStep:
     """A token's step, prepared once and then repeated: compiled, as a CUDA graph, or both."""
 
-    def __init__(self, model: GPT, cache: KVCache, token: Tensor, position: int):
+    def __init__(self, model: GPT, cache: KVCache, token: Tensor):
         self.keys, self.token = cache.keys, token.clone()
-        self.pos = torch.tensor([position], device=token.device)
+        self.pos = torch.tensor([cache.length], device=token.device)
         compute = getattr(model, "compiled_step", partial(static_logits, model))
         self.compute = partial(compute, cache.keys, cache.values)
         if token.is_cuda:  # its warm-up repeats this token, which writes the same into one slot
@@ -2409,7 +2318,7 @@ def next_logits_prepared(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
         return next_logits.plain(token, model, cache)
     try:
         if cache.step is None or cache.step.keys is not cache.keys:
-            cache.step = StaticStep(model, cache, token, cache.length)
+            cache.step = StaticStep(model, cache, token)
         logits = cache.step(token, cache.length)
     except Exception as error:  # a compiler's may be anything
         note(f"going on without a graph, which takes longer: {one_line(error)}")
@@ -2434,13 +2343,16 @@ class PackedLinear(nn.Module):
 def for_decoding(
     model: GPT, device: torch.device, dtype: torch.dtype, compiled: bool = False
 ) -> GPT:
-    """This model, moved there for good: ready to generate as fast as it can, not to train.
-
-    Raises UserError where `compiled` is wanted and cannot be.
-    """
+    """This model, moved there for good: ready to generate as fast as it can, not to train."""
     model.to(device, dtype).eval()
     if compiled and can_compile(device, True):
-        model.compiled_step = compiled_step(model, device)
+        step = partial(torch.compile(static_logits, fullgraph=True, dynamic=False), model)
+        if device.type == "cpu":  # weights become constants, laid out for Inductor's own kernels:
+            import torch._inductor.config as inductor  # no choice is timed, so bits stay the same
+
+            how = dict(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP")
+            step = inductor.patch(how)(step)
+        model.compiled_step = step
         note("the second token waits for the compiler, up to a minute; those after it are quick")
     packs = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     packs = packs and device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -2522,21 +2434,9 @@ KERNELS |= {
 TRUSTED = ("cpu",)  # devices that need no test
 
 
-@contextlib.contextmanager
-def plain_operations():
-    """The operations of Part I as they are written there, on every device."""
-    twins = dict(KERNELS)
-    KERNELS.clear()
-    try:
-        yield
-    finally:
-        KERNELS.update(twins)
-
-
 def self_test(shape: GPTConfig, rt: Runtime) -> None:
-    """Compare this device and its kernels with plain operations on the CPU.
+    """Compare this device and its kernels with Part I's operations on the CPU, in one layer.
 
-    One tiny batch through one layer of the run's architecture, in fp32 and in the run's dtype.
     Raises UserError where loss or gradients differ by more than rounding: young drivers, and
     Apple's GPUs, have been seen to compute wrong results without an error.
     """
@@ -2549,9 +2449,10 @@ def self_test(shape: GPTConfig, rt: Runtime) -> None:
         set_seed(0)
         model, tokens = GPT(small), torch.randint(V, (2, T + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
-    with plain_operations():
-        cpu = Runtime(torch.device("cpu"), torch.float32)
-        loss, gradient = loss_and_gradient(model, batch, cpu)
+    twins = dict(KERNELS)
+    KERNELS.clear()
+    loss, gradient = loss_and_gradient(model, batch, Runtime(torch.device("cpu"), torch.float32))
+    KERNELS.update(twins)
     for dtype, tolerance in {rt.dtype: 0.05, torch.float32: 1e-3}.items():
         found, estimate = loss_and_gradient(model, batch, replace(rt, dtype=dtype))
         error = ((estimate - gradient).norm() / gradient.norm()).item()
@@ -4460,10 +4361,7 @@ def is_sealed(path: Path) -> bool:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` atomically, with a checksum behind it. Raises UserError; the old file survives.
-
-    PyTorch checks no checksum when it reads, so a flipped bit would become a wrong weight.
-    """
+    """Write `state` atomically, with a checksum behind it: PyTorch's reading checks none."""
     with atomic_write(path) as file:
         try:
             torch.save(state, file)
@@ -4474,10 +4372,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The checksum, then the safe load. Raises UserError where the file is none of ours, or damaged.
-
-    What is returned can be saved again as it is.
-    """
+    """The checksum, then the safe load. Raises UserError where the file is not ours, or damaged."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: train one, or name one by --ckpt")
@@ -4490,12 +4385,10 @@ def load_checkpoint(path: str | Path) -> dict:
                 raise ValueError("its checksum does not match: damaged, or not of this program")
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state["format"]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it holds more than plain data") from None
     except Exception as error:  # a damaged pickle fails in any way
-        why = f"is not a usable checkpoint: {one_line(error, 120)}"
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        why = "it holds more than plain data" if unsafe else one_line(error, 120)
+        why = f"is not a usable checkpoint: {why}"
         raise UserError(f"{path} {why}; use another, such as last.pth or best.pth") from None
     if version != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is of another version of this program ({version}): train again")
@@ -4505,22 +4398,13 @@ def load_checkpoint(path: str | Path) -> dict:
 # --- the model in it ---
 
 
-def checked_model_config(values: dict) -> GPTConfig:
-    """A GPTConfig from a file's claims. Raises UserError naming the field."""
-    specs = fields_of(GPTConfig)
-    return GPTConfig(**{name: checked(specs[name], value) for name, value in values.items()})
-
-
 def is_tied(config: GPTConfig, name: str) -> bool:
     """Whether this entry of a state dict is another name of the token embedding."""
     return config.tie_weights and name == "head.weight"
 
 
 def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None = None) -> GPT:
-    """The model with these weights, which are taken over, not copied.
-
-    Raises UserError naming what is missing, too many or of another shape.
-    """
+    """The model with these weights, not copied. Raises UserError naming those that do not fit."""
     with torch.device("meta"):  # an empty model, which takes no memory
         model = GPT(config)
         if lora:
@@ -4537,10 +4421,7 @@ def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None
 
 
 def restored(state: dict) -> Loaded:
-    """The model of a checkpoint, adapters beside its weights, and its tokenizer.
-
-    The weights are taken out of `state`. Raises UserError.
-    """
+    """The model of a checkpoint, whose weights are taken out of `state`, and its tokenizer."""
     shape = GPTConfig(**state["model_config"])
     model = build_model(shape, state.pop("weights"), state.get("lora"))
     return Loaded(model, tokenizer_from_spec(state["tokenizer"]), state)
@@ -4564,18 +4445,8 @@ def weights_digest(model: GPT) -> str:
 # --- the run in it ---
 
 
-def optimizer_state(model: GPT, optimizers: list) -> dict[str, dict[str, Tensor]]:
-    """{parameter name: {moment: tensor}}, whole and on the CPU, whatever shards them."""
-    names = {p: n for n, p in model.named_parameters()}
-    return {
-        names[p]: {k: gather(torch.as_tensor(v)) for k, v in state.items()}
-        for optimizer in optimizers
-        for p, state in optimizer.state.items()
-    }
-
-
 def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
-    """Undo `optimizer_state`."""
+    """What `save_run` stored of the optimizers, back into them."""
     names = {p: n for n, p in model.named_parameters()}
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -4589,10 +4460,16 @@ def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
 
 def save_run(run: Run, about: dict, path: Path) -> None:
     """Write a checkpoint of the run. All processes gather, the first writes."""
+    names = {p: n for n, p in run.model.named_parameters()}
+    moments = {
+        names[p]: {key: gather(torch.as_tensor(value)) for key, value in state.items()}
+        for optimizer in run.optimizers
+        for p, state in optimizer.state.items()
+    }
     state = about | {
         "format": CHECKPOINT_FORMAT,
         "weights": model_weights(run.model),
-        "optimizer": optimizer_state(run.model, run.optimizers),
+        "optimizer": moments,
         "scaler": run.scaler.state_dict(),
         "progress": asdict(run.progress),
     }
@@ -4616,7 +4493,6 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
         "versions": {
             "torch": str(torch.__version__),
             "numpy": np.__version__,
-            "python": ".".join(map(str, sys.version_info[:3])),
             "device": rt.device.type,
             "dtype": str(rt.dtype),
             "threads": torch.get_num_threads(),
@@ -4639,25 +4515,17 @@ def check_drift(resumed: dict, about: dict) -> None:
 
 # --- the folder of a run ---
 
-# What a run writes into its folder, and how a file of that name shows that a run wrote it.
-RUN_FILES = {
-    "best.pth": is_sealed,
-    "last.pth": is_sealed,
-    "config.json": lambda path: b'"save_interval"' in path.read_bytes(),
-    "metrics.csv": lambda path: re.match(b"step,epoch,split,loss|$", path.read_bytes()),
-}
+RUN_FILES = ("last.pth", "best.pth", "config.json", "metrics.csv")
 
 
 @dataclass
 class RunFolder:
-    """The folder of a run, locked for this process, and the state that a resumed run goes on from.
-
-    A finetune's files have a suffix, so that it can share the folder of its base.
-    """
+    """The folder of a run, locked for this process. A finetune's files have a suffix, so that it can
+    share the folder of its base."""
 
     path: Path
     suffix: str = ""
-    state: dict | None = None
+    state: dict | None = None  # of the last.pth that a resumed run goes on from
     about: dict | None = None  # what checkpoints say besides weights, moments and progress
 
     @property
@@ -4668,59 +4536,42 @@ class RunFolder:
     def file(self, name: str) -> Path:
         return self.path / name.replace(".", f"{self.suffix}.")
 
-    def files(self) -> dict[str, Path]:
-        """The files of a run that are there."""
-        return {name: self.file(name) for name in RUN_FILES if self.file(name).exists()}
 
-    def sweep(self) -> None:
-        """Remove what `atomic_write` leaves of a run that was killed."""
-        for name in (*RUN_FILES, "report.json"):
-            for path in self.path.glob(f".{self.file(name).name}.*.tmp"):
-                path.unlink(missing_ok=True)
-
-
-def state_to_resume(folder: RunFolder, explicit: Iterable[str]) -> dict | None:
-    """last.pth's state, or None where no run stands in the folder. Raises UserError, also where
-    there is none and what is asked for says nothing of what else to train."""
-    last, best = folder.file("last.pth"), folder.file("best.pth")
-    if last.exists():
+def state_to_resume(folder: RunFolder, config: FitConfig) -> dict | None:
+    """last.pth's state if --resume finds one, else None: a new run. Raises UserError rather than let
+    another run, or a file that no run has written, be lost."""
+    last, there = folder.file("last.pth"), [*filter(Path.exists, map(folder.file, RUN_FILES))]
+    if config.resume and last.exists():
         state = load_checkpoint(last)
         if (state["command"] == "finetune") != bool(folder.suffix):
             raise UserError(f"{last} belongs to {state['command']}: choose another --out_dir")
         return state
-    if best.exists():
-        ways = f"use {folder.start_flag} {best} and another --out_dir, or --overwrite"
+    saved = [path for path in there if path.suffix == ".pth"]
+    for path in saved:
+        if not is_sealed(path):
+            raise UserError(f"{path} was not written by a run: use another --out_dir")
+    if saved and config.resume:
+        ways = f"use {folder.start_flag} {saved[0]} and another --out_dir, or --overwrite"
         raise UserError(f"there is no {last.name} to resume: {ways}")
-    if not {*explicit} - {"resume", "out_dir", "debug"}:
-        raise UserError(f"{folder.path} holds no run to resume: name another --out_dir")
-    note(f"--resume: {folder.path} holds no run, so a new one starts there, from step 0")
-    return None
-
-
-def check_folder(folder: RunFolder, overwrite: bool) -> None:
-    """Raise UserError when a run would replace a file that no run has written, or another run."""
-    there = folder.files()
-    for name, path in there.items():
-        # Where a run goes on, last.pth is known to be sound, and best.pth may be damaged.
-        known = folder.state and name.endswith(".pth")
-        if not known and not RUN_FILES[name](path):
-            why = "was not written by a run and would be lost"
-            raise UserError(f"{path} {why}: use another --out_dir")
-    saved = there.get("last.pth") or there.get("best.pth")
-    if saved and not (folder.state or overwrite):
-        progress = load_checkpoint(saved)["progress"]
-        ways = "--resume it, --overwrite it" if "last.pth" in there else "--overwrite it"
-        found = f"a run at step {progress['step']} (best validation loss {progress['best']:.4f})"
+    if config.resume:
+        if not config.explicit - {"resume", "out_dir", "debug"}:
+            raise UserError(f"{folder.path} holds no run to resume: name another --out_dir")
+        note(f"--resume: {folder.path} holds no run, so a new one starts there, from step 0")
+    elif there and not config.overwrite:
+        found, ways = f"{there[0].name}, perhaps another's", "--overwrite it"
+        if saved:
+            p = load_checkpoint(saved[0])["progress"]
+            found = f"a run at step {p['step']} (best validation loss {p['best']:.4f})"
+        if last in saved:
+            ways = "--resume it, --overwrite it"
         raise UserError(f"{folder.path} holds {found}: {ways}, or choose another --out_dir")
+    return None
 
 
 @contextlib.contextmanager
 def open_run(config: FitConfig) -> Iterator[RunFolder]:
-    """Lock a run's folder, then look at what stands in it.
-
-    Raises UserError rather than let a run that is there be lost. The processes of one run share
-    the lock of the first.
-    """
+    """Lock a run's folder, then look at what stands in it. The processes of one run share the lock of
+    the first."""
     suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
     if config.overfit_batch:  # a sanity check, which keeps nothing
         with tempfile.TemporaryDirectory() as nowhere:
@@ -4729,10 +4580,9 @@ def open_run(config: FitConfig) -> Iterator[RunFolder]:
     folder = RunFolder(Path(config.out_dir), suffix)
     with run_lock(folder.path) if is_main() else contextlib.nullcontext():
         if is_main():
-            folder.sweep()
-        if config.resume:
-            folder.state = state_to_resume(folder, config.explicit)
-        check_folder(folder, config.overwrite)
+            for path in folder.path.glob(".*.*.[0-9]*.tmp"):  # `atomic_write`'s, of a killed run
+                path.unlink(missing_ok=True)
+        folder.state = state_to_resume(folder, config)
         yield folder
 
 
@@ -4871,7 +4721,8 @@ def hf_shape(hf) -> GPTConfig:
             raise UserError("layers that mix full and sliding attention are not supported")
         window = hf.sliding_window or 0 if kinds == {"sliding_attention"} else 0
         shape |= {"rope_theta": float(rope["rope_theta"]), "attn_window": window, "dropout": 0.0}
-    return checked_model_config(asdict(GPTConfig(**shape)))
+    specs, values = fields_of(GPTConfig), asdict(GPTConfig(**shape))
+    return GPTConfig(**{name: checked(specs[name], value) for name, value in values.items()})
 
 
 def hf_model(folder: Path):
@@ -6025,12 +5876,16 @@ OVERFIT = dict(dropout=0.0, token_dropout=0.0, lr_schedule="constant", max_steps
 
 
 def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
-    """The corpus as a token store, built by the first process."""
+    """The corpus as a token store, built by the first process and found by the others."""
     if role := data_role(config):
         side = "trains" if role == "train" else "validates"
         note(f"{config.data_dir} is the {role} part of a split: all of it {side}")
-    with rt.main_process_first():
-        return build_corpus_from_sources(config=config, tokenizer=tokenizer, pairs=pairs)
+    if not rt.is_main:
+        dist.barrier()
+    store = build_corpus_from_sources(config=config, tokenizer=tokenizer, pairs=pairs)
+    if rt.is_main and rt.world_size > 1:
+        dist.barrier()
+    return store
 
 
 def open_split_store(
@@ -6184,9 +6039,9 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     """Call `fit` and say how it ended. Returns best.pth's path; "" if it was stopped."""
     config, p, shape = run.config, run.progress, run.model.config
     if run.rt.is_main:
-        if not folder.state:
-            for path in folder.files().values():  # of the run that this one overwrites
-                path.unlink()
+        if config.overwrite and not folder.state:
+            for name in RUN_FILES:
+                folder.file(name).unlink(missing_ok=True)
         write_json(folder.file("config.json"), folder.about["config"])
     model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
     steps = f"{p.total:,} steps of {run.train.batch_sampler.batch_size} x {shape.block_size} tokens"
@@ -6420,7 +6275,7 @@ def measure_pace(config: TrainConfig, rt: Runtime, stop: Stop, folder: RunFolder
             estimate_loss(run.model, islice(run.val, 1), run.objective, config, rt, stop)
             look = (time.perf_counter() - began) * len(run.val)
     began, scratch = time.perf_counter(), folder.path / f".last.pth.{os.getpid()}.tmp"
-    save_run(run, folder.about, scratch)  # under a name that `sweep` knows
+    save_run(run, folder.about, scratch)  # under a name that `open_run` sweeps
     save = time.perf_counter() - began
     if rt.is_main:
         scratch.unlink()
@@ -8070,7 +7925,9 @@ def main(argv: list[str] | None = None) -> int:
     Exit codes: 0 done; 1 failed, with one line that says what to do; 2 bad usage (argparse's); 129,
     130 or 143 stopped by SIGHUP, SIGINT or SIGTERM with `last.pth` saved.
     """
-    utf8_streams()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # whatever the locale
+        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
+            stream.reconfigure(encoding="utf-8", errors="replace")
     argv, stop = sys.argv[1:] if argv is None else argv, StopSignal()
     try:
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
