@@ -4460,6 +4460,9 @@ def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
 
 def save_run(run: Run, about: dict, path: Path) -> None:
     """Write a checkpoint of the run. All processes gather, the first writes."""
+    weights = model_weights(
+        run.model
+    )  # first: it puts FSDP's shards back that an evaluation gathered
     names = {p: n for n, p in run.model.named_parameters()}
     moments = {
         names[p]: {key: gather(torch.as_tensor(value)) for key, value in state.items()}
@@ -4468,7 +4471,7 @@ def save_run(run: Run, about: dict, path: Path) -> None:
     }
     state = about | {
         "format": CHECKPOINT_FORMAT,
-        "weights": model_weights(run.model),
+        "weights": weights,
         "optimizer": moments,
         "scaler": run.scaler.state_dict(),
         "progress": asdict(run.progress),
