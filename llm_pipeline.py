@@ -4460,9 +4460,7 @@ def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
 
 def save_run(run: Run, about: dict, path: Path) -> None:
     """Write a checkpoint of the run. All processes gather, the first writes."""
-    weights = model_weights(
-        run.model
-    )  # first: it puts FSDP's shards back that an evaluation gathered
+    weights = model_weights(run.model)  # first: FSDP's shards are back in place afterwards
     names = {p: n for n, p in run.model.named_parameters()}
     moments = {
         names[p]: {key: gather(torch.as_tensor(value)) for key, value in state.items()}
