@@ -5677,107 +5677,97 @@ class CorpusFacts:
 
     n_bytes: int = 0
     longest: int = 0  # bytes of all but its longest records, where every record has an answer
-    store: TokenStore | None = None
+    stored: dict = field(default_factory=dict)  # tokenizer and vocab_size of a prepared store
 
 
-def corpus_facts(data_dir: str) -> CorpusFacts:
-    """Of a folder, a file or a store; nothing of the built-in exercises."""
+def corpus_facts(settings: dict) -> CorpusFacts:
+    """Of the folder, file or store that settings name; nothing of datasets and toy exercises."""
+    data = {f.name: settings[f.name] for f in fields(DataConfig)}
+    if data["hf_dataset"]:
+        return CorpusFacts()
     store = None
-    if is_store(data_dir):
+    if is_store(data["data_dir"]):
         with contextlib.suppress(UserError):  # it will be said when the corpus is built
-            store = TokenStore(Path(data_dir))
+            store = TokenStore(Path(data["data_dir"]))
     if store:
         held = sum(row.get("bytes", 0) for row in store.meta["counts"].values())
-        index, n_bytes = store.index["train"], store.meta.get("source_bytes") or held
-        if len(index) == 0 or any((rows["prompt"] <= 1).any() for rows in store.index.values()):
-            return CorpusFacts(n_bytes, 0, store)
+        n_bytes, index = store.meta.get("source_bytes") or held, store.index["train"]
+        stored = {name: store.meta["settings"][name] for name in ("tokenizer", "vocab_size")}
+        if not len(index) or any((rows["prompt"] <= 1).any() for rows in store.index.values()):
+            return CorpusFacts(n_bytes, stored=stored)
         bytes_a_token = n_bytes / sum(len(tokens) for tokens in store.tokens.values())
-        return CorpusFacts(n_bytes, int(np.quantile(index["length"], 0.95) * bytes_a_token), store)
-    files = []
-    with contextlib.suppress(UserError, OSError, TypeError):
-        stats = [(path, path.stat()) for path in find_files(DataConfig(data_dir=data_dir))]
-        files = [(str(path), about.st_size, about.st_mtime_ns) for path, about in stats]
-    return facts_of_files(data_dir, tuple(files))
+        return CorpusFacts(n_bytes, int(np.quantile(index["length"], 0.95) * bytes_a_token), stored)
+    try:
+        config = DataConfig(**data)
+        n_bytes = sum(path.stat().st_size for path in find_files(config))
+        longest = longest_answered(store_key(config, {}, False), **data) if n_bytes else 0
+        return CorpusFacts(n_bytes, longest)
+    except (UserError, OSError, TypeError):  # it will be said when the corpus is built
+        return CorpusFacts()
 
 
 @lru_cache
-def facts_of_files(data_dir: str, files: tuple[tuple[str, int, int], ...]) -> CorpusFacts:
-    """Of files as (path, size, time of change), by which a changed corpus is read again."""
-    n_bytes, sizes = sum(size for _, size, _ in files), []
-    if n_bytes == 0:
-        return CorpusFacts()
-    try:
-        for record in read_records(DataConfig(data_dir=data_dir), Report()):
-            if record.is_plain:  # it may be long: no more is read
-                return CorpusFacts(n_bytes)
-            sizes.append(record.n_characters)
-    except UserError:  # it will be said when the corpus is built
-        return CorpusFacts(n_bytes)
-    return CorpusFacts(n_bytes, int(np.quantile(sizes, 0.95)) if sizes else 0)
+def longest_answered(fingerprint: str, **data) -> int:
+    """`longest` of CorpusFacts; each reading of the files, by `fingerprint`, is done once."""
+    sizes = []
+    for record in read_records(DataConfig(**data), Report()):
+        if record.is_plain:  # it may be long: no more is read
+            return 0
+        sizes.append(record.n_characters)
+    return int(np.quantile(sizes, 0.95)) if sizes else 0
 
 
 def fast_recipe(settings: dict, explicit: dict) -> dict:
-    """Tuned for the fewest steps to a given loss at 0.6 to 12 M parameters on four data sets.
-
-    Wider matrices and longer runs want lower rates. tests/bench/README.md has the tables.
-    """
-    facts, stored = CorpusFacts(), {}
-    if "data_dir" in settings and not settings["hf_dataset"]:
-        facts = corpus_facts(settings["data_dir"])
-    if facts.store:
-        stored = {name: facts.store.meta["settings"][name] for name in ("tokenizer", "vocab_size")}
-    plan, steps = plan_for_text(settings, stored | explicit, facts)
+    """Tuned for the fewest steps to a given loss; tests/bench/README.md has the tables."""
+    facts = corpus_facts(settings) if "data_dir" in settings else CorpusFacts()
+    plan, steps = plan_for_text(settings, facts.stored | explicit, facts)
     n_head, block_size = settings["n_head"], plan.get("block_size", settings["block_size"])
     rate = min(1, 128 / settings["n_embd"]) * min(1, math.sqrt(400 / max(steps, 1)))
     return FAST_RATES | plan | dict(
         arch="modern", tie_weights=False, zero_init=True, n_inner=2 * settings["n_embd"],
         n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head, rope_theta=3.0 * block_size,
         lr=float(f"{0.02 * rate:.2g}"), muon_lr=float(f"{0.012 * rate:.2g}"),
-    ) | stored  # fmt: skip
+    ) | facts.stored  # fmt: skip
 
 
 def plan_for_text(settings: dict, explicit: dict, facts: CorpusFacts) -> tuple[dict, float]:
     """Settings for the text at hand, and about how many steps they take (0: not known).
 
-    A vocabulary in proportion to the text, where `tokenizers` is installed. Four megabytes are
-    read, in six passes at most; from the second on, hidden tokens keep the model from learning the
-    text by heart. Where every record has an answer, whole records whose answers weigh more make
-    the better classifier, and the context holds them. On a CPU a large softmax is sampled.
+    Small text is read several times, and then with hidden tokens. Where every record has an answer,
+    whole records whose answers weigh more make the better classifier.
     """
-    n_bytes = facts.n_bytes
-    has_library = importlib.util.find_spec("tokenizers") and not settings.get("init_from")
-    usual = "bpe" if n_bytes >= 1e5 and has_library else "byte"
-    tokenizer = explicit.get("tokenizer", usual)
-    if not n_bytes:
-        n = softmax_sample(likely_vocabulary(tokenizer, 0), settings["device"])
-        return dict(dropout=0.0, sampled_softmax=n), explicit.get("max_steps", 0)
-    weighed = facts.longest > 0 and explicit.get("answer_weight", 30)
+    n_bytes, steps = facts.n_bytes, explicit.get("max_steps", 0)
+    bpe = (
+        n_bytes >= 1e5 and importlib.util.find_spec("tokenizers") and not settings.get("init_from")
+    )
+    plan = dict(tokenizer="bpe" if bpe else "byte", dropout=0.0, token_dropout=0.0)
+    weighed = facts.longest > 0 and explicit.get("answer_weight", 30) > 0
     if weighed:
-        plan = dict(epochs=min(10, round(3e6 / n_bytes)), vocab_size=100 * round(n_bytes / 3.4e4),
-                    batch_size=2 * settings["batch_size"], answer_weight=30)  # fmt: skip
-    else:
-        plan = dict(epochs=min(6, round(4e6 / n_bytes)), vocab_size=100 * round(n_bytes / 1.1e5))
-    plan["epochs"] = max(plan["epochs"], settings["epochs"])
-    plan["vocab_size"] = min(max(plan["vocab_size"], 300), 8192)
+        plan |= dict(answer_weight=30, batch_size=2 * settings["batch_size"])
+    if n_bytes:
+        most_read, most_passes, bytes_an_id = (3e6, 10, 340) if weighed else (4e6, 6, 1100)
+        plan["epochs"] = max(min(most_passes, round(most_read / n_bytes)), settings["epochs"])
+        plan["vocab_size"] = min(max(100 * round(n_bytes / bytes_an_id / 100), 300), 8192)
     chosen = settings | plan | explicit
-    vocab_size = likely_vocabulary(tokenizer, chosen["vocab_size"])
-    plan["sampled_softmax"] = softmax_sample(vocab_size, settings["device"])
+    vocab_size = likely_vocabulary(chosen["tokenizer"], chosen["vocab_size"])
     if weighed:
         needed = -(-facts.longest / bytes_per_token(vocab_size) // 16) * 16 + 16
         plan["block_size"] = max(settings["block_size"], min(int(needed), 1024))
+    if n_bytes:
         chosen = settings | plan | explicit
-    tokens = n_bytes / bytes_per_token(vocab_size)
-    steps_of_a_pass = tokens / chosen["block_size"] / chosen["batch_size"]
-    steps = explicit.get("max_steps") or chosen["epochs"] * steps_of_a_pass
-    passes = steps / steps_of_a_pass
-    if weighed:
-        often = passes > 1.5
-        plan |= dict(dropout=0.3 if often else 0.0, token_dropout=0.15 if often else 0.0)
-    else:
-        plan |= dict(
-            dropout=0.1 if passes > 4.5 else 0.0, token_dropout=0.1 if passes > 1.5 else 0.0
-        )
-    return dict(tokenizer=tokenizer) | plan, steps
+        tokens = n_bytes / bytes_per_token(vocab_size)
+        steps_of_a_pass = tokens / chosen["block_size"] / chosen["batch_size"]
+        steps = steps or chosen["epochs"] * steps_of_a_pass
+        passes = steps / steps_of_a_pass
+        if passes > 1.5:
+            plan |= dict(dropout=0.1 if passes > 4.5 else 0.0, token_dropout=0.1)
+        if passes > 1.5 and weighed:
+            plan |= dict(dropout=0.3, token_dropout=0.15)
+    device = settings["device"]
+    on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+    large = on_cpu and vocab_size >= 8000
+    plan["sampled_softmax"] = min(vocab_size // 4, 4096) if large else 0
+    return plan, steps
 
 
 def likely_vocabulary(tokenizer: str, vocab_size: int) -> int:
@@ -5788,12 +5778,6 @@ def likely_vocabulary(tokenizer: str, vocab_size: int) -> int:
 def bytes_per_token(vocab_size: int) -> float:
     """About, of English text."""
     return 1.0 if vocab_size == ByteTokenizer.vocab_size else math.log2(vocab_size) / 4
-
-
-def softmax_sample(vocab_size: int, device: str) -> int:
-    """How many ids stand for the rest in the fast recipe's softmax (0: it is over all)."""
-    gpu = torch.accelerator.is_available() if device == "auto" else device != "cpu"
-    return min(vocab_size // 4, 4096) if vocab_size >= 8000 and not gpu else 0
 
 
 # A recipe is a function of the settings so far and of those asked for; it outranks arch and preset.
@@ -5861,14 +5845,10 @@ GRPO_SETTINGS = dict(
 )  # fmt: skip
 
 
-def finetune_classic(settings: dict, explicit: dict) -> dict:
-    return GRPO_SETTINGS if settings["objective"] == "grpo" else {}
-
-
 # The checkpoint brings the shape; a tuned model takes smaller steps.
 FINETUNE_RECIPES = {
-    "classic": finetune_classic,
-    "fast": lambda settings, explicit: FAST_RATES | dict(lr=0.008),
+    "classic": lambda settings, _: GRPO_SETTINGS if settings["objective"] == "grpo" else {},
+    "fast": lambda settings, _: FAST_RATES | dict(lr=0.008),
 }
 
 # What --overfit_batch sets, unless told otherwise.
@@ -5892,13 +5872,11 @@ def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = Fa
 def open_split_store(
     config: DataConfig, rt: Runtime, base: Loaded, resumed: bool = False, pairs: bool = False
 ) -> TokenStore:
-    """The corpus, split as the base's training data was: that stays out of validation.
-
-    A resumed run has its split from its own checkpoint. Raises UserError where a prepared store
-    was split in another way.
-    """
-    names = () if resumed else SPLIT_SETTINGS
-    for name in names:
+    """The corpus, split as the base's training data was, which stays out of validation. A resumed
+    run has its own split. Raises UserError where a prepared store was split in another way."""
+    if resumed:
+        return open_store(config, rt, base.tokenizer, pairs)
+    for name in SPLIT_SETTINGS:
         value, theirs = getattr(config, name), base.data[name]
         if name not in config.explicit and value == getattr(type(config), name):
             setattr(config, name, theirs)
@@ -5906,54 +5884,51 @@ def open_split_store(
             what = f"--{name} {value} differs from the checkpoint's {theirs}"
             note(f"warning: {what}: it may have been trained on what is validated here")
     store = open_store(config, rt, base.tokenizer, pairs)
-    if not base.state.get("data") or getattr(config, "split", "") == "all":
-        return store
-    for name in names:
-        value, trained = getattr(config, name), base.data[name]
-        if value != trained and name not in config.explicit:
-            why = f"was prepared with --{name} {value}, the checkpoint trained with {trained}"
-            what = f"or it may be validated on what it was trained on: use --{name} {trained}"
+    all_is_scored = getattr(config, "split", "") == "all"
+    for name in SPLIT_SETTINGS:  # of a prepared store they are its own
+        value, theirs = getattr(config, name), base.data[name]
+        if (
+            value != theirs
+            and name not in config.explicit
+            and not all_is_scored
+            and base.state.get("data")
+        ):
+            why = f"was prepared with --{name} {value}, the checkpoint trained with {theirs}"
+            what = f"or it may be validated on what it was trained on: use --{name} {theirs}"
             raise UserError(f"{config.data_dir} {why}: prepare it again, {what}")
     return store
 
 
-FEWEST_STEPS = (
-    300  # of a run whose length nobody has set: fewer teach little, however small the data
-)
-
-
-def dataset_of(config: FitConfig) -> Callable | None:
-    """What makes the data set of a split: see `create_dataloaders`."""
-    if weight := getattr(config, "answer_weight", 0):  # a setting of `train` alone
-        return lambda store, split, block_size: InstructionDataset(
-            store, split, block_size, "all", weight if split == "train" else 1
-        )
-    if not isinstance(config, FinetuneConfig):
-        return LMDataset.from_store
-    kinds = {"dpo": PreferenceDataset, "orpo": PreferenceDataset, "grpo": PromptDataset}
-    return kinds.get(config.objective, partial(InstructionDataset, loss_on=config.loss_on))
+# Of a run whose length nobody has set: fewer steps teach little, however small the data.
+FEWEST_STEPS = 300
 
 
 def open_loaders(config: FitConfig, rt: Runtime, store: TokenStore, block_size: int) -> tuple:
     """(training loader, validation loader or None), with a word on what they leave out."""
-    loaders = create_dataloaders(
-        store,
-        block_size,
-        config.batch_size,
-        config.seed,
-        dataset=dataset_of(config),
-        stride=config.stride,
-        eval_batches=config.eval_batches,
-        grad_accum=config.grad_accum,
-        rt=rt,
-    )
-    if not loaders[1]:
+    objective = getattr(config, "objective", "ntp")
+    if weight := getattr(config, "answer_weight", 0):  # a setting of `train` alone
+
+        def dataset(store, split, size):
+            return InstructionDataset(store, split, size, "all", weight if split == "train" else 1)
+
+    elif not isinstance(config, FinetuneConfig):
+        dataset = LMDataset.from_store
+    elif objective == "grpo":
+        dataset = PromptDataset
+    elif objective in ("dpo", "orpo"):
+        dataset = PreferenceDataset
+    else:
+        dataset = partial(InstructionDataset, loss_on=config.loss_on)
+    train, val = create_dataloaders(
+        store, block_size, config.batch_size, config.seed, dataset=dataset, stride=config.stride,
+        eval_batches=config.eval_batches, grad_accum=config.grad_accum, rt=rt,
+    )  # fmt: skip
+    if not val:
         note("the validation split is empty: best.pth will follow the training loss")
-    if n_cut := getattr(loaders[0].dataset, "n_cut", 0):
-        n = len(loaders[0].dataset)
-        note(f"{n_cut:,} of {n:,} records are longer than {block_size} tokens and lose the middle of "
-             "their prompt or the end of their answer: raise --block_size")  # fmt: skip
-    return loaders
+    if n_cut := getattr(train.dataset, "n_cut", 0):
+        note(f"{n_cut:,} of {len(train.dataset):,} records are longer than {block_size} tokens and "
+             "lose the middle of their prompt or the end of their answer: raise --block_size")  # fmt: skip
+    return train, val
 
 
 def steps_to_take(config: FitConfig, steps_per_epoch: int) -> int:
@@ -5978,80 +5953,77 @@ def make_run(
     """Put a run together: a new one from `loaded`, or the one that the folder's state goes on."""
     if config.self_test:
         self_test(loaded.model.config, rt)
-    rows = config.batch_size // config.grad_accum
-    choose_threads(config, rt, loaded.model.config, rows)
+    choose_threads(config, rt, loaded.model.config, config.batch_size // config.grad_accum)
     model, resumed = loaded.model.to(rt.device).train(), folder.state
     train, val = open_loaders(config, rt, store, model.config.block_size)
-    total = steps_to_take(config, len(train))
     folder.about = describe_run(config, rt, loaded, store)
-    progress = Progress(
-        total=total, grad_accum=config.grad_accum, grad_checkpointing=config.grad_checkpointing
+    p = Progress(
+        total=steps_to_take(config, len(train)),
+        grad_accum=config.grad_accum,
+        grad_checkpointing=config.grad_checkpointing,
     )
     if resumed:
         check_drift(resumed, folder.about)
-        progress = resumed_progress(config, rt, resumed, total)
+        p = resumed_progress(config, rt, resumed, p)
     if config.overfit_batch:
         train.batch_sampler.first_batch_only, val = True, None
-    model.grad_checkpointing = progress.grad_checkpointing
-    losses = distribute(model, config, rt, total)
+    model.grad_checkpointing = p.grad_checkpointing
+    losses = distribute(model, config, rt, p.total)
     sampled = over_sampled_ids(losses, config.sampled_softmax, model.config.vocab_size)
     optimizers = make_optimizers(model, config)
-    skipped = resumed and resumed["scaler"] and not resumed["optimizer"]  # every step, in fp16
-    if resumed and progress.step and not skipped:
-        load_optimizer_state(model, optimizers, resumed["optimizer"])
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if resumed and resumed["scaler"]:
         scaler.load_state_dict(resumed["scaler"])
+    # In fp16 every step so far may have been skipped: then there are no moments.
+    if resumed and p.step and (resumed["optimizer"] or not resumed["scaler"]):
+        load_optimizer_state(model, optimizers, resumed["optimizer"])
     objective = OBJECTIVES[getattr(config, "objective", "ntp")]
     run = Run(
-        config, rt, model, sampled, objective, optimizers, train, val, store, progress, scaler, stop,
+        config, rt, model, sampled, objective, optimizers, train, val, store, p, scaler, stop,
         gradients=retry_on_oom, grad_sync=partial(grad_sync_context, model, losses),
     )  # fmt: skip
     run.save = lambda name: save_run(run, folder.about, folder.file(f"{name}.pth"))
     return run
 
 
-def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, total: int) -> Progress:
+def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, new: Progress) -> Progress:
     """Where the run goes on. What running out of memory has changed stays, unless the number of
     processes is another or the flag was given."""
     progress = Progress(**resumed["progress"])
     if config.explicit & {"max_steps", "epochs"}:  # else --minutes may have moved the end
-        progress.total = total
+        progress.total = new.total
     if progress.step > progress.total:
         raise UserError(f"the run is at step {progress.step} already: --max_steps ends before it")
     if rt.sum(progress.step)[0] != progress.step * rt.world_size:
         raise UserError("the processes read different checkpoints: give one --out_dir to them all")
-    then = resumed["versions"].get("world_size", 1)
-    parts = progress.grad_accum * then
     for name in ("grad_accum", "grad_checkpointing"):
-        if rt.world_size != then or name in config.explicit:
-            setattr(progress, name, getattr(config, name))
-    drawn = resumed["model_config"] | resumed["config"]
-    draws = any(drawn.get(n) for n in ("dropout", "token_dropout", "sampled_softmax"))
-    if draws and parts != progress.grad_accum * rt.world_size:
-        note(f"warning: this run had {parts} micro-batches a step; it draws other masks now")
-    if draws and config.compile != resumed["config"].get("compile"):
-        note(f"warning: this run had --compile {resumed['config'].get('compile')}; it draws other "
-             "masks now")  # fmt: skip
+        if rt.world_size != resumed["versions"]["world_size"] or name in config.explicit:
+            setattr(progress, name, getattr(new, name))
     return progress
 
 
 def run_fit(run: Run, folder: RunFolder) -> str:
     """Call `fit` and say how it ended. Returns best.pth's path; "" if it was stopped."""
-    config, p, shape = run.config, run.progress, run.model.config
+    config, p, shape, about = run.config, run.progress, run.model.config, folder.about
     if run.rt.is_main:
         if config.overwrite and not folder.state:
             for name in RUN_FILES:
                 folder.file(name).unlink(missing_ok=True)
-        write_json(folder.file("config.json"), folder.about["config"])
+        write_json(folder.file("config.json"), about["config"])
     model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
     steps = f"{p.total:,} steps of {run.train.batch_sampler.batch_size} x {shape.block_size} tokens"
     note(f"{model}, {run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {steps}")
-    metrics = folder.file("metrics.csv")
-    with run.stop.held(), contextlib.closing(Recorder(run, metrics)) as run.record:
+    with (
+        run.stop.held(),
+        contextlib.closing(Recorder(run, folder.file("metrics.csv"))) as run.record,
+    ):
         try:
             with training_precision(run.rt.device):
-                measure_base(run, folder)
+                about["base_loss"] = (folder.state or {}).get("base_loss")
+                if isinstance(config, FinetuneConfig) and run.val and not folder.state:
+                    how = run.objective, config, run.rt, run.stop
+                    about["base_loss"], stats = estimate_loss(run.model, run.val, *how)
+                    run.record.validation(about["base_loss"], stats)
                 ended = fit(run)
         except Diverged as error:
             last = folder.file("last.pth")
@@ -6059,56 +6031,32 @@ def run_fit(run: Run, folder: RunFolder) -> str:
             raise UserError(f"{error}; {way} with a lower --lr and another --out_dir") from None
     if ended == "signal":  # it may have come to another process
         run.stop.number = run.stop.number or signal.SIGTERM
-    if config.overfit_batch:
-        return judge_overfitting(run, ended)
+    finished = ended in ("done", "early")
     note(how_it_ended(run, folder, ended))
-    return str(folder.file("best.pth")) if ended in ("done", "early") else ""
-
-
-def judge_overfitting(run: Run, ended: str) -> str:
-    """Says whether one batch was learned by heart; there is no checkpoint to name."""
-    p = run.progress
-    if ended not in ("done", "early"):
-        note(f"stopped at step {p.step}: nothing is judged or kept")
-        return ""
-    reached = f"loss {p.best:.4f} after {p.step} steps"
-    if not p.best < 0.05:
-        raise UserError(f"could not overfit one batch: {reached}; check the learning rate")
-    if run.rt.is_main:
-        print(f"overfitted one batch: {reached}; nothing is kept")
-    return ""
+    return str(folder.file("best.pth")) if finished and not config.overfit_batch else ""
 
 
 def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
-    """One line on a run that has ended for one of the reasons of `fit`."""
+    """One line on a run that has ended for one of the reasons of `fit`. Raises UserError where
+    --overfit_batch has not learned its batch by heart."""
     p, base = run.progress, folder.about["base_loss"]
-    kind, compared = "validation loss" if run.val else "training loss", ""
-    if isinstance(run.train.dataset, PromptDataset) and run.val:
-        kind = "share of held-out prompts answered wrongly"
+    finished, best = ended in ("done", "early"), f"{p.best:.4f} at step {p.best_step}"
+    if run.config.overfit_batch:
+        if not finished:
+            return f"stopped at step {p.step}: nothing is judged or kept"
+        if not p.best < 0.05:
+            raise UserError(f"could not overfit one batch: loss {best}; check the learning rate")
+        return f"overfitted one batch: loss {best}; nothing is kept"
+    if not finished:
+        return f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"
     if base is not None:
-        compared = f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
-    if ended == "done":
-        seconds = timedelta(seconds=round(run.record.bar.format_dict["elapsed"]))
-        data, width = run.train.dataset, run.model.config.block_size
-        if isinstance(data, InstructionDataset):  # whole records, padding left out
-            width = data.lengths.mean()
-        tokens = round(p.step * run.train.batch_sampler.batch_size * width)
-        best = f"best {kind} {p.best:.4f} at step {p.best_step}{compared}"
-        return f"done: {best}; {tokens:,} tokens seen; this session took {seconds}"
-    if ended == "early":
-        since = f"nothing better than {p.best:.4f} since step {p.best_step}{compared}"
-        return f"stopped early at step {p.step}: {since}"
-    return f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"
-
-
-def measure_base(run: Run, folder: RunFolder) -> None:
-    """Validate the base that a finetune begins with, so that its end can be compared with it."""
-    folder.about["base_loss"] = (folder.state or {}).get("base_loss")
-    if isinstance(run.config, FinetuneConfig) and run.val and not folder.state:
-        how = run.objective, run.config, run.rt, run.stop
-        loss, stats = estimate_loss(run.model, run.val, *how)
-        run.record.validation(loss, stats)
-        folder.about["base_loss"] = loss
+        best += f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
+    how = "done" if ended == "done" else f"stopped early at step {p.step}"
+    kind = "training loss"
+    if run.val:
+        asked = isinstance(run.val.dataset, PromptDataset)
+        kind = "share of held-out prompts answered wrongly" if asked else "validation loss"
+    return f"{how}: best {kind} {best}"
 
 
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
@@ -6119,38 +6067,24 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
     elif config.minutes:
         config, clock = within_minutes(config, rt, stop, folder)
     if config.recipe == "fast" and not folder.state:
-        chosen = ["tokenizer", "epochs", "max_steps", "batch_size", "block_size", "lr", "muon_lr",
+        chosen = ["tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "block_size", "lr",
                   "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
-        if config.tokenizer == "bpe":
-            chosen.insert(1, "vocab_size")
-        note("recipe fast: " + ", ".join(f"{n} {getattr(config, n)}" for n in chosen))
+        note("recipe fast: " + ", ".join(f"{name} {getattr(config, name)}" for name in chosen))
     asked = config.explicit & {"answer_weight", "epochs", "max_steps"}
-    if not (asked or config.answer_weight or config.hf_dataset or folder.state):
-        facts = corpus_facts(config.data_dir)
+    if not (asked or config.answer_weight or folder.state):
+        facts = corpus_facts(vars(config))
         if facts.longest and facts.n_bytes < 1e5:
             config.answer_weight = 10
             note("a few questions with answers: whole records, whose answers count tenfold")
     run = new_run(config, rt, stop, folder)
     if clock:
-        clock.run, clock.about, run.after_step = run, folder.about, clock
-    elif rt.device.type == "cpu":
-        run.after_step = partial(say_duration, run)
+        clock.run, run.after_step = run, clock
     best = run_fit(run, folder)
     if clock and clock.moved:
-        write_json(folder.file("config.json"), folder.about["config"])
-        note(f"the clock has moved its end: about the same again by {clock.flags()}")
+        note(f"the clock has moved its end to step {run.config.max_steps}")
     if best and not stop:
         say_result(run, folder, best)
     return best
-
-
-def say_duration(run: Run, seconds: float) -> None:
-    """Once its third step is done, how long a run is going to take on this CPU."""
-    p = run.progress
-    minutes = (p.total - p.step) * seconds / 60
-    if p.step == 3 and minutes > 2:
-        note(f"about {minutes:.0f} minutes at this pace; train --minutes 10 chooses sizes and steps "
-             "that make the most of ten")  # fmt: skip
 
 
 def base_and_store(config: TrainConfig, rt: Runtime, folder: RunFolder):
@@ -6210,29 +6144,11 @@ ENOUGH = 1
 PASSES = 5  # text read more often teaches hardly anything (Muennighoff et al., 2023)
 
 
-def training_speed(rt: Runtime) -> float:
-    """Floating-point operations a second of a small model's training: the best of several short
-    measurements, so that a neighbour's bad moment does not make a toy of the plan."""
-    model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=4, n_embd=256, dropout=0.0))
-    x = torch.zeros(16 if rt.device.type == "cpu" else 256, 128, dtype=torch.int64)
-    model, x, best = model.to(rt.device), x.to(rt.device), math.inf
-    for _ in range(6):
-        began = time.perf_counter()
-        with rt.autocast():
-            loss = model.losses(x, x, "sum")
-        loss.backward()
-        float(model.tok_emb.weight.grad[0, 0])  # on a GPU: it is done
-        best = min(best, time.perf_counter() - began)
-    return rt.of_first(6 * model.n_params() * x.numel() / best)
-
-
-def choose_size(config: TrainConfig, rt: Runtime, seconds: float) -> dict:
-    """The largest of RUNGS that sees enough tokens in so many seconds."""
-    explicit = explicit_settings(config)
+def choose_size(explicit: dict, text: int, rt: Runtime, seconds: float) -> dict:
+    """The largest of RUNGS that sees enough tokens of `text` bytes in so many seconds."""
     if explicit.keys() & SIZES:
         return {}
-    speed, text = training_speed(rt), corpus_facts(config.data_dir).n_bytes
-    chosen, used_up = {}, False
+    speed, chosen, used_up = training_speed(rt), {}, False
     for rung in RUNGS:
         size = settle(TrainConfig, rung | explicit)
         vocab_size = likely_vocabulary(size.tokenizer, size.vocab_size)
@@ -6247,27 +6163,32 @@ def choose_size(config: TrainConfig, rt: Runtime, seconds: float) -> dict:
     return chosen
 
 
-@dataclass
-class Pace:
-    """What a run takes, in seconds, as measured when it was planned."""
+def training_speed(rt: Runtime) -> float:
+    """Floating-point operations a second of a small model's training, the best of a few steps: a
+    neighbour's bad moment makes no toy of the plan."""
+    model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=4, n_embd=256, dropout=0.0))
+    x = torch.zeros(16 if rt.device.type == "cpu" else 256, 128, dtype=torch.int64)
+    model, x, took = model.to(rt.device), x.to(rt.device), []
+    for _ in range(6):
+        began = time.perf_counter()
+        with rt.autocast():
+            loss = model.losses(x, x, "sum")
+        loss.backward()
+        float(model.tok_emb.weight.grad[0, 0])  # on a GPU: it is done
+        took.append(time.perf_counter() - began)
+    return rt.of_first(6 * model.n_params() * x.numel() / min(took))
 
-    step: float
-    beside: float  # a step's share of evaluations and saves
-    end: float  # the last evaluation, the last saves, the report
-    most: int  # steps that the text is good for
 
-    def steps(self, seconds: float, slowed: float = 1.0) -> int:
-        """How many end in time, where all takes `slowed` times as long."""
-        return min(int((seconds / slowed - self.end) / (self.step + self.beside)), self.most)
-
-
-def measure_pace(config: TrainConfig, rt: Runtime, stop: Stop, folder: RunFolder, seconds: float):
-    """The Pace of a run that is thrown away after so many seconds of steps, four at least."""
+def measured_clock(
+    config: TrainConfig, rt: Runtime, stop: Stop, folder: RunFolder, minutes: float
+) -> Clock:
+    """What a run takes, by one that is thrown away after a fiftieth of the time, four steps at
+    least, one batch of validation and a save."""
     with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
         run = new_run(config, rt, stop, folder)
-    batches, took, look = steps(run.train, 0), [], 0.0
+    batches, took, look, per_epoch = steps(run.train, 0), [], 0.0, len(run.train)
     with training_precision(rt.device):
-        while len(took) < 4 or (len(took) < 50 and rt.of_first(sum(took)) < seconds):
+        while len(took) < 4 or (len(took) < 50 and rt.of_first(sum(took)) < 1.2 * minutes):
             began = time.perf_counter()
             train_step(run, next(batches).to(rt.device))
             took.append(time.perf_counter() - began)
@@ -6280,44 +6201,44 @@ def measure_pace(config: TrainConfig, rt: Runtime, stop: Stop, folder: RunFolder
     save = time.perf_counter() - began
     if rt.is_main:
         scratch.unlink()
-    per_epoch = len(run.train)
-    most = config.epochs if "epochs" in config.explicit else PASSES
     step, look, save = map(rt.of_first, (float(np.median(took[1:])), look, save))
-    beside = (look + save) * (
-        1 / config.eval_interval + 1 / per_epoch
-    ) + save / config.save_interval
-    return Pace(step, beside, 2 * (look + save) + 1, max(most * per_epoch, FEWEST_STEPS))
+    looks = 1 / config.eval_interval + 1 / per_epoch  # a step
+    beside = (look + save) * looks + save / config.save_interval
+    passes = config.epochs if "epochs" in config.explicit else PASSES
+    most = max(passes * per_epoch, FEWEST_STEPS)
+    return Clock(rt, minutes, step, beside, 2 * (look + save) + 1, most)
 
 
+@dataclass
 class Clock:
     """Keeps a run within its minutes. Called after each step, it moves the run's end, and with it
     the end of the schedule, where the machine has become slower or faster than it was."""
 
-    def __init__(self, config: TrainConfig, pace: Pace, end: float, flags: dict):
-        self.config, self.pace, self.end, self.given = config, pace, end, flags
-        self.recent = deque(maxlen=max(10, config.max_steps // 10))  # seconds of the last steps
-        self.run, self.about, self.moved = None, {}, False
+    rt: Runtime
+    minutes: float
+    step: float  # seconds of a step
+    beside: float  # its share of evaluations and saves
+    end: float  # seconds of the last evaluation, the last saves, the report
+    most: int  # steps that the text is good for
+    recent: list = field(default_factory=list)  # seconds of the last steps
+    run: Run | None = None
+    moved: bool = False
+
+    def steps(self, slowed: float = 1.0) -> int:
+        """How many more end in time, where all takes `slowed` times as long as measured."""
+        left = self.rt.of_first(self.rt.started + 58.5 * self.minutes - time.perf_counter())
+        return int((left / slowed - self.end) / (self.step + self.beside))
 
     def __call__(self, seconds: float) -> None:
-        p, rt, pace = self.run.progress, self.run.rt, self.pace
-        self.recent.append(seconds)
+        p = self.run.progress
+        self.recent = [*self.recent, seconds][-max(10, p.total // 10) :]
         if p.step % 10 or p.step == p.total:
             return
-        slowed = rt.of_first(sum(self.recent) / len(self.recent) / pace.step)
-        left = rt.of_first(self.end - time.perf_counter())
-        total = min(p.step + max(1, pace.steps(left, slowed)), pace.most)
-        drift = abs(total - p.total) * (pace.step + pace.beside) * slowed
-        if drift > 0.04 * 60 * self.config.minutes:
-            p.total = self.run.record.bar.total = self.config.max_steps = total
-            self.about["config"]["max_steps"] = total  # of the checkpoints from now on
+        slowed = self.rt.of_first(float(np.mean(self.recent)) / self.step)
+        total = min(p.step + max(1, self.steps(slowed)), self.most)
+        if abs(total - p.total) * (self.step + self.beside) * slowed > 0.04 * 60 * self.minutes:
+            p.total = self.run.record.bar.total = self.run.config.max_steps = total
             self.moved = True
-
-    def flags(self) -> str:
-        """Those of the same run without a clock."""
-        numbers = {"max_steps": self.config.max_steps, "threads": torch.get_num_threads()}
-        if self.moved:  # else they follow from the steps
-            numbers |= {"lr": self.config.lr, "muon_lr": self.config.muon_lr}
-        return " ".join(f"--{name} {value}" for name, value in (self.given | numbers).items())
 
 
 def within_minutes(
@@ -6325,79 +6246,62 @@ def within_minutes(
 ) -> tuple[TrainConfig, Clock]:
     """The settings of a run that ends with its minutes, and the clock that keeps it to them.
 
-    Without a neighbour that comes or goes it is, to the last bit, the run of the flags that are
-    printed. Raises UserError where not one step fits.
+    Without a neighbour that comes or goes it is, to the last bit, the run of the settings in its
+    config.json. Raises UserError where not one step fits.
     """
-    explicit = explicit_settings(config)
+    explicit, minutes = explicit_settings(config) | {"recipe": config.recipe}, config.minutes
     del explicit["minutes"]
-    explicit["recipe"] = config.recipe
-    end = rt.started + 58.5 * config.minutes
-
-    def left() -> float:
-        return rt.of_first(end - time.perf_counter())
-
     base_and_store(config, rt, folder)  # where the corpus is not prepared, it is now
-    size = choose_size(config, rt, left())
-    trial = settle(TrainConfig, size | explicit | {"self_test": False})
-    pace = measure_pace(trial, rt, stop, folder, 1.2 * config.minutes)
-    chosen = {name: value for name, value in size.items() if name not in explicit}
-    steps = pace.steps(left())
+    left = rt.of_first(rt.started + 60 * minutes - time.perf_counter())
+    explicit = choose_size(explicit, corpus_facts(vars(config)).n_bytes, rt, left) | explicit
+    trial = settle(TrainConfig, explicit | {"self_test": False})
+    clock = measured_clock(trial, rt, stop, folder, minutes)
+    steps = min(clock.steps(), clock.most)
     if steps < 1:
-        raise UserError(
-            f"--minutes {config.minutes:g} is over before the first step: evaluating and saving take "
-            f"{pace.end:.1f} s: give more"
-        )
-    numbers = {"max_steps": steps, "threads": trial.threads}
-    planned = settle(TrainConfig, chosen | explicit | numbers)
-    planned.minutes = config.minutes
-    clock = Clock(planned, pace, end, {"preset": config.preset, "recipe": "fast"} | chosen)
-    speed = planned.batch_size * planned.block_size / pace.step
-    why = "; more of them teach little" if steps == pace.most else ""
-    note(f"minutes {config.minutes:g}: {clock.flags()}: {speed:,.0f} tokens a second{why}")
+        raise UserError(f"--minutes {minutes:g} is over before the first step: evaluating and saving "
+                        f"take {clock.end:.1f} s: give more")  # fmt: skip
+    planned = settle(TrainConfig, explicit | {"max_steps": steps, "threads": trial.threads})
+    planned.minutes = minutes
+    speed = planned.batch_size * planned.block_size / clock.step
+    why = ", as more of them teach little" if steps == clock.most else ""
+    again = f"the same again by --config {folder.file('config.json')}"
+    note(f"minutes {minutes:g}: {steps:,} steps{why}, {speed:,.0f} tokens a second; {again}")
     return planned, clock
 
 
 # --- preferences: DPO and ORPO ---
 
 
-class PreferenceDataset(InstructionDataset):
+class PreferenceDataset(Dataset):
     """Pairs of responses to one prompt: records two by two, chosen then rejected. A sample is the
     two records' samples.
 
-    reference: (pairs, 2) log-probabilities of the responses under the base model.
+    reference: (pairs, 2) log-probabilities of the responses under the base model, for DPO.
     """
 
-    reference: np.ndarray | None = None
+    reference: Tensor | None = None
 
     def __init__(self, store: TokenStore, split: str, block_size: int):
-        super().__init__(store, split, block_size, "response")
-        self.of_each = self.lengths
-        self.lengths = self.lengths.reshape(-1, 2).max(1)
+        self.answers = InstructionDataset(store, split, block_size, "response")
+        self.lengths, self.n_cut = self.answers.lengths.reshape(-1, 2).max(1), self.answers.n_cut
 
     def __len__(self) -> int:
-        return len(self.rows) // 2
+        return len(self.lengths)
 
     def __getitem__(self, i: int) -> tuple:
         first = 2 * range(len(self))[i]
-        pair = []
-        for row in (first, first + 1):
-            ids, weight, _ = self.record(row)
-            y = np.where(weight[1:] > 0, ids[1:], IGNORE)
-            pair.append((torch.from_numpy(ids[:-1]), torch.from_numpy(y)))
-        reference = None if self.reference is None else torch.from_numpy(self.reference[i])
-        return (*pair, reference)
+        reference = None if self.reference is None else self.reference[i]
+        return self.answers[first], self.answers[first + 1], reference
 
     def collate(self, samples: list[tuple]) -> Batch:
         """A batch of pairs, (B, 2, T)."""
-        both = super().collate([one for pair in samples for one in pair[:2]])
-        if not samples:
-            return replace(
-                both, x=both.x[:, None].expand(-1, 2, -1), y=both.y[:, None].expand(-1, 2, -1)
-            )
-        batch = Batch(*(t.unflatten(0, (-1, 2)) for t in both))
-        if samples[0][2] is not None:
-            batch.reference = torch.stack([sample[2] for sample in samples])
-        return batch
+        batch = self.answers.collate([one for pair in samples for one in pair[:2]])
+        if not samples:  # one row that counts for nothing becomes a pair
+            batch = Batch(batch.x.expand(2, -1), batch.y.expand(2, -1))
+        x, y = (t.unflatten(0, (-1, 2)) for t in batch)
+        known = bool(samples) and samples[0][2] is not None
+        reference = torch.stack([sample[2] for sample in samples]) if known else None
+        return Batch(x, y, reference=reference, n_targets=float(len(samples)))
 
 
 def pair_log_probs(losses: Callable, batch: Batch) -> Tensor:
@@ -6424,15 +6328,14 @@ def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dic
 
 
 @torch.no_grad()
-def reference_log_probs(data: PreferenceDataset, model: GPT, config, rt: Runtime) -> np.ndarray:
-    """Log-probabilities of every pair's responses under the base model, (pairs, 2)."""
-    found = np.zeros((len(data), 2), np.float32)
+def refer_to_base(data: PreferenceDataset, model: GPT, config, rt: Runtime) -> None:
+    """Fill in `reference`, with the base model on the device."""
+    data.reference = torch.zeros(len(data), 2)
     groups = ValidationSampler(data, config.batch_size)
-    for ids in tqdm(groups, desc=f"reference, {data.split}", delay=1, disable=not rt.is_main):
+    for ids in tqdm(groups, desc="reference", delay=1, disable=not rt.is_main):
         batch = data.collate([data[i] for i in ids]).to(rt.device)
         with rt.autocast():
-            found[ids] = pair_log_probs(model.losses, batch).cpu().numpy()
-    return found
+            data.reference[ids] = pair_log_probs(model.losses, batch).float().cpu()
 
 
 def orpo_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dict]:
@@ -6496,9 +6399,8 @@ class AnswerBatch(Batch):
 def grpo_loss(losses: Callable, batch: AnswerBatch, config) -> tuple[Tensor, dict]:
     """Group relative policy optimisation (Shao et al., 2024), on-policy: no ratio, no clipping.
 
-    The next-token loss weighted by the advantages, summed over tokens; with --kl_beta, the tokens'
-    divergence from the base by Schulman's estimate (2020), r - 1 - log r. Of validation: the share
-    of prompts that are not answered rightly, 1 - reward.
+    The next-token loss weighted by advantages; with --kl_beta, the divergence from the base by
+    Schulman's estimate (2020), r - 1 - log r. Of validation: the share of prompts answered wrongly.
     """
     reward, length = batch.stats.sum(0)
     stats = {"reward": reward, "length": length}
@@ -6515,10 +6417,9 @@ def grpo_loss(losses: Callable, batch: AnswerBatch, config) -> tuple[Tensor, dic
 class PromptDataset(InstructionDataset):
     """Prompts that the model answers when they are gathered into a batch, for GRPO.
 
-    An answer's advantage is its reward minus the mean of those to the same prompt; it is the weight
-    of the answer's tokens. Of a validation split the likeliest answers are judged.
-    run: whose model answers; seed, step and prompt determine the draws, in however many processes.
-    judge: the reward. base: `losses` of the frozen base, for --kl_beta.
+    The weight of an answer's tokens is its advantage: its reward minus the mean of those to the same
+    prompt. Of a validation split the likeliest answers are judged. run: whose model answers; seed,
+    step and prompt determine the draws. judge: the reward. base: `losses` of the frozen base.
     Raises UserError where the split holds no prompt.
     """
 
@@ -6563,13 +6464,15 @@ class PromptDataset(InstructionDataset):
 
     def rewards(self, samples: list, answers: list[list]) -> np.ndarray:
         """(prompts, answers to each). Raises UserError where the user's function fails."""
-        decode = self.store.tokenizer.decode
+
+        def text(ids) -> str:
+            return self.store.tokenizer.decode(list(map(int, ids))).strip()
+
         table = np.zeros((len(samples), len(answers[0]) if answers else 1))
         for i, (prompt, truth) in enumerate(samples):
-            given = decode(prompt.tolist()).strip(), decode(truth.tolist()).strip()
             for k, ids in enumerate(answers[i]):
                 try:
-                    table[i, k] = self.judge(given[0], decode(ids).strip(), given[1])
+                    table[i, k] = self.judge(text(prompt), text(ids), text(truth))
                 except Exception as error:
                     raise UserError(f"--reward failed: {one_line(error)}") from error
         if not np.isfinite(table).all():
@@ -6580,29 +6483,29 @@ class PromptDataset(InstructionDataset):
         config, prompts = self.run.config, [prompt for prompt, _ in samples]
         if self.split == "val":
             answers = self.answers(prompts, 1, 0.0)
-            batch, n_targets = super().collate([]), float(len(samples))
-            tokens = sum(len(ids) for (ids,) in answers)
-            stats = torch.tensor([[self.rewards(samples, answers).sum(), tokens]])
-            return AnswerBatch(batch.x, batch.y, n_targets=n_targets, stats=stats)
+            reward, tokens = self.rewards(samples, answers).sum(), sum(len(a) for (a,) in answers)
+            x, y = super().collate([])
+            n_targets, stats = float(len(samples)), torch.tensor([[reward, tokens]])
+            return AnswerBatch(x, y, n_targets=n_targets, stats=stats)
         answers = self.answers(prompts, config.num_generations, config.temperature)
         rewards = self.rewards(samples, answers)
         advantages = rewards - rewards.mean(1, keepdims=True)
         if config.grpo_normalize:
             advantages /= rewards.std(1, keepdims=True) + 1e-4
         tokens = float(sum(len(ids) for group in answers for ids in group))
-        rows = self.weighted_rows(prompts, answers, advantages)
-        batch = super().collate(rows)
+        batch = super().collate(self.weighted_rows(prompts, answers, advantages))
         total, length, n = self.run.rt.sum(rewards.sum(), tokens, rewards.size)
-        stats = torch.tensor([total / n, length / n]) * tokens / len(rows)
-        batch = AnswerBatch(*batch, batch.weight, None, tokens, stats.expand(len(rows), 2))
+        stats = torch.tensor([total / n, length / n]) * tokens / len(batch.x)
+        stats = stats.expand(len(batch.x), 2)
+        batch = AnswerBatch(*batch, batch.weight, n_targets=tokens, stats=stats)
         if self.base:
             with torch.no_grad(), self.run.rt.autocast():
                 batch.reference = -self.base(*batch.to(self.run.rt.device)).cpu()
         return batch
 
     def weighted_rows(self, prompts: list, answers: list[list], advantages: np.ndarray) -> list:
-        """Samples (x, y, weight) of the answers. Equal ones to a prompt are one, whose weight is the
-        sum of theirs; those that weigh nothing are left out, unless --kl_beta needs them."""
+        """Samples (x, y, weight) of the answers that weigh something. Equal ones to a prompt are one
+        with the sum of their weights; --kl_beta needs each."""
         weights = Counter()
         for i, group in enumerate(answers):
             for k, ids in enumerate(group):
@@ -6612,10 +6515,9 @@ class PromptDataset(InstructionDataset):
         samples = []
         for (i, answer, _), weight in kept.items():
             ids = torch.tensor([*prompts[i].tolist(), *answer])
-            y, weights = ids[1:].clone(), torch.full((len(ids) - 1,), float(weight))
-            y[: len(prompts[i]) - 1] = IGNORE
-            weights[: len(prompts[i]) - 1] = 0.0
-            samples.append((ids[:-1], y, weights))
+            answered = torch.arange(1, len(ids)) >= len(prompts[i])
+            y = ids[1:].masked_fill(~answered, IGNORE)
+            samples.append((ids[:-1], y, answered * float(weight)))
         return samples
 
 
@@ -6643,26 +6545,30 @@ def tuned_from(config: FinetuneConfig, base: Loaded, folder: RunFolder) -> Loade
 def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
     """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
     if config.objective == "grpo" and config.fsdp:
-        raise UserError(
-            "grpo writes its own answers, which sharded weights cannot: leave --fsdp out"
-        )
-    if config.objective != "ntp" and config.sampled_softmax:
-        raise UserError(f"{config.objective} needs exact likelihoods: leave --sampled_softmax out")
-    find_reward(config.reward)
+        raise UserError("sharded weights cannot write the answers of grpo: leave --fsdp out")
+    judge = find_reward(config.reward)
     base = load_model(config.ckpt, block_size=config.block_size)
     pairs = config.objective in ("dpo", "orpo")
     store = open_split_store(config, rt, base, bool(folder.state), pairs)
-    before = base_report(config, rt, base, store, folder)
+    base.model.to(rt.device).eval()
+    before, path = {}, folder.file("report.json")
+    reports = config.report_samples and not config.overfit_batch
+    if reports and folder.state and path.exists():
+        before = read_table(path, str(path)).get("before", {})
+    elif reports:
+        before = report(base, store, rt, *report_shape(config, store))
+        if rt.is_main:
+            write_json(path, {"before": before})
     tuned = tuned_from(config, base, folder)
     if config.objective == "dpo" or config.kl_beta:  # the base is part of what is minimised
         tuned.state["base"] = weights_digest(base.model)
-        base.model.to(rt.device).eval().requires_grad_(False)
+        base.model.requires_grad_(False)
     run = make_run(config, rt, stop, folder, tuned, store)
     for loader in filter(None, (run.train, run.val)):
         if config.objective == "dpo":
-            loader.dataset.reference = reference_log_probs(loader.dataset, base.model, config, rt)
+            refer_to_base(loader.dataset, base.model, config, rt)
         elif config.objective == "grpo":
-            loader.dataset.run, loader.dataset.judge = run, find_reward(config.reward)
+            loader.dataset.run, loader.dataset.judge = run, judge
             loader.dataset.base = base.model.losses if config.kl_beta else None
     best = run_fit(run, folder)
     if best and not stop and config.report_samples:
@@ -6670,25 +6576,6 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
         if rt.is_main:
             write_json(folder.file("report.json"), {"before": before, "after": after})
     return best
-
-
-def base_report(
-    config: FinetuneConfig, rt: Runtime, base: Loaded, store: TokenStore, folder: RunFolder
-) -> dict:
-    """What is to be known of the base. A run that goes on has the report that it began with."""
-    if config.overfit_batch:
-        return {}
-    path = folder.file("report.json")
-    if folder.state:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return dict(json.loads(path.read_text(encoding="utf-8"))["before"])
-    if not config.report_samples:
-        return {}
-    base.model.to(rt.device).eval()
-    before = report(base, store, rt, *report_shape(config, store))
-    if rt.is_main:
-        write_json(path, {"before": before})
-    return before
 
 
 def report_shape(config: FitConfig, store: TokenStore) -> tuple[str, int, int]:
@@ -6707,37 +6594,20 @@ def say_result(run: Run, folder: RunFolder, best: str, before: dict | None = Non
     files, last = [best], str(folder.file("last.pth"))
     known = after.get("answers", {}).get("train", {"records": 0})
     if known["records"] and p.best_step < p.step:
-        later = report(load_model(last), *how)["answers"]
-        if later["train"]["exact"] > known["exact"] + 0.05:
+        answers = report(load_model(last), *how)["answers"]["train"]
+        if answers["exact"] > known["exact"] + 0.05:
             files.append(last)
-            rows = {best: (p.best_step, after["answers"]), last: (p.step, later)}
-            for file, (step, answers) in rows.items():
-                trained, held_out = (answers[split]["exact"] for split in ("train", "val"))
-                note(f"{file}, of step {step}: {trained:.0%} of the trained questions answered exactly, "
-                     f"{held_out:.0%} of held-out ones")  # fmt: skip
-            note(f"the first has the lowest loss on what was held out; to ask what it was trained on, "
-                 f"take {last}")  # fmt: skip
-    say_next(run, files)
-    return after
-
-
-def say_next(run: Run, files: list[str]) -> None:
-    """Commands that go on with these checkpoints, as they can be typed."""
-    config, place = run.config, ""
-    if config.hf_dataset:
-        place = f" --data_dir {shlex.quote(str(run.store.folder))}"
-    elif config.data_dir != DataConfig.data_dir:
-        place = f" --data_dir {shlex.quote(config.data_dir)}"
-    if not run.val:
-        place += " --split train"
+            note(f"{last} answers {answers['exact']:.0%} of the trained questions exactly, {best}, of "
+                 f"the lowest loss on what was held out, {known['exact']:.0%}: to ask what it was "
+                 f"trained on, take {last}")  # fmt: skip
     instruction, text = example_prompt(run.store)
-    prompt = f" --prompt {shlex.quote(instruction)}"
-    if text:
-        prompt += f" --input {shlex.quote(text)}"
+    prompt = ["--prompt", instruction, *(["--input", text] if text else [])]
+    data = ["--data_dir", str(run.store.folder), *([] if run.val else ["--split", "train"])]
     note("next:")
     for file in files:
-        for command, flags in {"eval": place, "sample": prompt, "export": ""}.items():
-            note(f"  python llm_pipeline.py {command} --ckpt {shlex.quote(file)}{flags}")
+        for command, flags in {"eval": data, "sample": prompt, "export": []}.items():
+            note(f"  python llm_pipeline.py {shlex.join([command, '--ckpt', file, *flags])}")
+    return after
 
 
 def fit_command(loop: Callable) -> Callable:
@@ -7807,9 +7677,9 @@ def cross_checks(config: Settings) -> None:
         raise UserError(f"{config.objective} needs whole likelihoods: leave --sampled_softmax out")
     if getattr(config, "streaming", False) and not config.hf_dataset:
         raise UserError("--streaming reads a dataset: name it by --hf_dataset")
-    ends = [getattr(config, n, 0) for n in ("max_steps", "minutes", "max_tokens", "max_docs")]
+    ends = [getattr(config, n, 0) for n in ("max_steps", "max_tokens", "max_docs")]
     if isinstance(config, FitConfig) and config.streaming and not any(ends):
-        raise UserError("a stream has no epochs: give --max_steps, --minutes or --max_tokens")
+        raise UserError("a stream has no end: give --max_tokens, or --max_steps")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
 

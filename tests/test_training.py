@@ -85,7 +85,7 @@ def test_overfit_batch(tmp_path):
     flags = words("--preset cpu-debug --overfit_batch --max_steps 100 --lr 1e-2 --n_layer 1")
     flags += words("--n_embd 64 --block_size 32 --device cpu")
     result = run("train", *flags, "--out_dir", tmp_path / "run", cwd=tmp_path).ok()
-    line = result.out.strip().splitlines()[-1]
+    line = result.err.strip().splitlines()[-1]
     assert float(line.split(" loss ")[1].split()[0]) < 0.05, line
     assert not list(tmp_path.glob("run/*.pth"))  # nothing is saved
 
