@@ -173,7 +173,7 @@ def resumed_is_whole(command: list, folder: Path, steps: int, suffix: str = "") 
 def test_resume_from_every_step(name, corpus, tmp_path):
     """10 steps are two and a half epochs, so that some stops stand at an epoch's edge."""
     resumed_is_whole(["train", *corpus, *SHORT, *words(RESUMED[name])], tmp_path, 10)
-    if name not in ("sliding", "answers"):
+    if name not in ("sliding", "answers", "fast"):  # of which two read whole records
         assert {row["epoch"] for row in metrics(tmp_path / "whole")} == {"0", "1", "2"}
 
 
