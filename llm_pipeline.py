@@ -62,7 +62,6 @@ import tempfile
 import threading
 import time
 import warnings
-import zipfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -3895,10 +3894,9 @@ def corpus_records(
 
 def as_pair(record: Record) -> list[Record]:
     """A preference record as two, chosen and rejected, of which the last answer alone counts."""
-    *context, last = record.turns
-    context = [replace(turn, trained=False) for turn in context]
-    answers = (record.response, record.rejected)
-    return [replace(record, turns=[*context, replace(last, response=a)]) for a in answers]
+    context = [replace(turn, trained=False) for turn in record.turns[:-1]]
+    chosen, rejected = record.turns[-1], replace(record.turns[-1], response=record.rejected)
+    return [replace(record, turns=[*context, last]) for last in (chosen, rejected)]
 
 
 def record_texts(record: Record, whole: bool = False) -> list[str]:
@@ -3914,11 +3912,7 @@ SAFE_CUT = re.compile(r"[^\W\d_](?= [^\W\d_])|[^\W\d_](?=[.,;:!?。，、；：�
 
 
 def safe_blocks(text: str) -> Iterator[str]:
-    """A text in blocks that end at a safe cut.
-
-    Where `tokenizer.cuts_safely`, ids do not depend on these cuts. Of other vocabularies nothing is
-    known: SentencePiece's mark where a text begins, normalisers look across spaces.
-    """
+    """A text in blocks. Where `tokenizer.cuts_safely`, ids do not depend on where they end."""
     start = 0
     while cut := SAFE_CUT.search(text, start + BLOCK):
         yield text[start : cut.end()]
@@ -3930,8 +3924,7 @@ def encode_records(records: list[Record], tokenizer: Tokenizer) -> Iterator[list
     """Of each record the ids of each turn, (prompt, response), (n,) each.
 
     Where ids depend on all of a text, an answer is encoded behind its prompt, as chat templates do.
-    Raises UserError where that changes the prompt's ids: a model would be asked otherwise than it
-    was taught.
+    Raises UserError where that changes the prompt's ids: chats would not look as in training.
     """
     whole, ids, end = not tokenizer.cuts_safely, [], 0
     texts = [record_texts(record, whole) for record in records]
@@ -3958,10 +3951,9 @@ def encode_records(records: list[Record], tokenizer: Tokenizer) -> Iterator[list
 class TokenBlocks(IterableDataset):
     """Blocks of `block_size` ids from any iterator of texts, for a DataLoader of one's own.
 
-    The ids of all texts are joined, without special tokens, and cut; what is left over at the end
-    is dropped. A block is {"input_ids", "labels", "attention_mask"}, (block_size,) int64 each, as
-    Hugging Face's models take them: they shift the labels by themselves. Of several workers of a
-    DataLoader each takes its share of the texts.
+    The ids of all texts are joined, without special tokens, and cut; the remainder is dropped. A
+    block is {"input_ids", "labels", "attention_mask"}, (block_size,) int64 each, for Hugging Face's
+    models, which shift the labels by themselves. Each worker takes its share of the texts.
     """
 
     def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, block_size: int = 256):
@@ -3994,11 +3986,8 @@ TOKEN_FILES = ("train.bin", "train.idx", "val.bin", "val.idx")
 
 
 class StoreWriter:
-    """Appends records to train.bin and val.bin, and rows of the index to train.idx and val.idx.
-
-    A record is bos, then prompt, response and sep of each turn; or bos, plain text and eos, without
-    the two under --no_add_special_tokens.
-    """
+    """Appends records: bos, then prompt, response and sep of each turn; or bos, plain text and eos,
+    without the two under --no_add_special_tokens."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig):
         self.folder, self.tokenizer, self.config = folder, tokenizer, config
@@ -4038,10 +4027,7 @@ class StoreWriter:
         counts[f"{split}_tokens"] += length
 
     def write_all(self, records: Iterable[tuple[Record, str]], pairs: bool, bar) -> None:
-        """Tokenize in parallel batches and write, until all is written or the store is full.
-
-        It is with --max_tokens, or with all that a run on a stream will read; a pair stays whole.
-        """
+        """Tokenize and write in batches, until --max_tokens or all that a run on a stream reads."""
         limit, need = self.config.max_tokens, tokens_needed(self.config)
         weight = BLOCK if limit or need else 64 * BLOCK  # with a limit, little is read past it
         for batch in batched(records, 2**16, lambda item: item[0].n_characters, weight):
@@ -4053,21 +4039,6 @@ class StoreWriter:
                     self.report.advise("enough tokens: what was read ahead of them is left out")
                     return
             bar.update(sum(record.n_characters for record, _ in batch))
-
-    def close(self) -> dict:
-        """Returns what meta.json says of the content, plain data."""
-        files = {}
-        for name, file in self.files.items():
-            file.close()
-            path = self.folder / name
-            files[name] = {"bytes": path.stat().st_size, "blake2b": content_digest(path)}
-        return {
-            "files": files,
-            "sources": list(self.sources),
-            "counts": {name: dict(row) for name, row in self.report.rows.items()},
-            "tokens": self.size,
-            "lengths": {str(k): n for k, n in sorted(self.lengths.items())},
-        }
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -4099,10 +4070,9 @@ STORE_FILES = (*TOKEN_FILES, "meta.json", "tokenizer.json", "report.json", "samp
 class TokenStore:
     """A prepared corpus on disk, memory-mapped.
 
-    tokens: {split: (n,) ids}. index: {split: (rows,) of INDEX}. sources: their names. meta: what
-    meta.json says, with "counts" for each source: records, train, val, train_tokens, val_tokens;
-    train_bytes and val_bytes, UTF-8 bytes of the text that is scored; bytes, of all text;
-    unknown_tokens; and what was skipped. fingerprint: of the content, wherever it is from.
+    tokens: {split: (n,) ids}. index: {split: (rows,) of INDEX}. meta: meta.json, with "counts" of
+    each source: records, train, val, train_tokens, val_tokens; train_bytes and val_bytes, UTF-8
+    bytes of the text that is scored; bytes, of all; unknown_tokens; and what was skipped.
     """
 
     def __init__(self, folder: Path):
@@ -4166,8 +4136,7 @@ def both_ends(path: Path) -> str:
 def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
     """Fingerprint of all that decides what a store holds; its folder's name ends in it.
 
-    Files count by path, size, time and both ends. tokenizer: its spec, or what is asked of one
-    that is to be trained.
+    tokenizer: its spec, or what is asked of one that is to be trained.
     """
     stats = [(path, path.stat()) for path in find_files(config)]
     files = [[str(p.absolute()), s.st_size, s.st_mtime_ns, both_ends(p)] for p, s in stats]
@@ -4221,7 +4190,7 @@ def build_corpus_from_sources(
 def built_store(
     config: DataConfig, tokenizer: Tokenizer | None, named: Path | None, pairs: bool
 ) -> Path:
-    """The folder of the store of raw data, in which the first process writes it if need be."""
+    """The folder of a raw corpus's store, which the first process writes if need be."""
     if uses_toy_corpus(config):
         note(f"no data in {config.data_dir}: using the built-in toy corpus")
     tokenizer = tokenizer or corpus_tokenizer(config, pairs)
@@ -4258,10 +4227,7 @@ def corpus_tokenizer(config: DataConfig, pairs: bool) -> Tokenizer:
 
 
 def adopt(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pairs: bool) -> None:
-    """The settings of the store that --data_dir names become the command's.
-
-    Raises UserError where the command asks for others.
-    """
+    """A store's settings become the command's. Raises UserError where that asks for others."""
     if tokenizer is not None and tokenizer.spec() != store.tokenizer.spec():
         raise UserError(f"{store.folder} was prepared with another tokenizer than the checkpoint's")
     if pairs and not store.meta["pairs"]:
@@ -4276,10 +4242,7 @@ def adopt(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pa
 
 
 def stands_in(folder: Path, key: str, overwrite: bool) -> bool:
-    """Whether a folder holds the store of this key; False if it is free, or to be overwritten.
-
-    Raises UserError where it holds another store, or anything else.
-    """
+    """Whether the store of this key is there. Raises UserError where anything else is in the way."""
     try:
         inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     except OSError as error:
@@ -4303,32 +4266,39 @@ def write_store(
     config: DataConfig, tokenizer: Tokenizer, folder: Path, key: str, pairs: bool
 ) -> None:
     """Read every record and write all of a store. Raises UserError if none is left to train on."""
-    writer = StoreWriter(folder, tokenizer, config)
-    started = time.perf_counter()
+    writer, spec, started = StoreWriter(folder, tokenizer, config), tokenizer.spec(), time.time()
     total = sum(path.stat().st_size for path in find_files(config))
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True) as bar:
         writer.write_all(corpus_records(config, writer.report, pairs), pairs, bar)
-    content = writer.close()
     for line in writer.report.lines():
         note(line)
     if not any(writer.size.values()):
         hint = " (preferences need chosen and rejected)" if pairs else ""
         raise UserError(f"no usable records in {config.hf_dataset or config.data_dir}{hint}")
-    spec = tokenizer.spec()
+    files = {}
+    for name, file in writer.files.items():
+        file.close()
+        path = folder / name
+        files[name] = {"bytes": path.stat().st_size, "blake2b": content_digest(path)}
     if "json" in spec:
         (folder / "tokenizer.json").write_text(spec["json"], encoding="utf-8")
     names = [f.name for kind in (DataConfig, TokenizerConfig) for f in fields(kind)]
-    origin = {
+    meta = {
         "format": STORE_FORMAT,
         "key": key,
-        "fingerprint": short_hash([content["files"], spec], 16),
+        "fingerprint": short_hash([files, spec], 16),
         "settings": {name: getattr(config, name) for name in names if hasattr(config, name)},
         "pairs": pairs,
         "tokenizer": spec,
-        "seconds": {"encoding": time.perf_counter() - started},
+        "seconds": {"encoding": time.time() - started},
         "source_bytes": total,
+        "files": files,
+        "sources": list(writer.sources),
+        "counts": writer.report.rows,
+        "tokens": writer.size,
+        "lengths": {str(n_tokens): n for n_tokens, n in sorted(writer.lengths.items())},
     }
-    write_json(folder / "meta.json", origin | content)
+    write_json(folder / "meta.json", meta)
 
 
 # ====================================================================================
@@ -6989,7 +6959,7 @@ class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
     check_model: str = option("", "run a batch through this AutoModelForCausalLM")
 
 
-DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's members by base name
+DOWNLOADS = {  # name: (address, {file under data_dir: sha256}), or the flags that read it
     "tinyshakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         {"tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
@@ -7009,7 +6979,6 @@ DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's me
          "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
          "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"},
     ),
-    # Of these no file is pinned: their flags are printed instead.
     "wikitext-2-raw-v1": "--hf_dataset Salesforce/wikitext --hf_config wikitext-2-raw-v1 --join_rows",
     "wikitext-103-raw-v1": "--hf_dataset Salesforce/wikitext --hf_config wikitext-103-raw-v1 --join_rows",
     "fineweb-sample": "--hf_dataset HuggingFaceFW/fineweb --hf_config sample-10BT --streaming --max_tokens 10000000",
@@ -7017,10 +6986,9 @@ DOWNLOADS = {  # name: (address, {file under data_dir: sha256}); an archive's me
 
 
 def download(name: str, data_dir: Path) -> str:
-    """Fetch a public data set into data_dir and check its sha256; or print the flags that do.
+    """Fetch a public data set into data_dir, or print the flags that do; checks its sha256.
 
-    Returns the folder or file to train on. Raises UserError where there is no network or the bytes
-    are not the pinned ones.
+    Returns the folder or file to train on. Raises UserError where that fails.
     """
     if isinstance(DOWNLOADS[name], str):
         note(f"{name}: the Hub has it, and this reads it from there:")
@@ -7050,13 +7018,11 @@ def fetch(address: str, files: dict[Path, str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fetched = Path(folder) / "fetched"
         torch.hub.download_url_to_file(address, str(fetched))
+        if address.endswith(".zip"):
+            shutil.unpack_archive(fetched, folder, "zip")
         for path, digest in files.items():
-            if address.endswith(".zip"):
-                with zipfile.ZipFile(fetched) as archive:
-                    member = next(n for n in archive.namelist() if n.endswith(path.name))
-                    data = archive.read(member)
-            else:
-                data = fetched.read_bytes()
+            source = next(Path(folder).rglob(path.name), fetched)
+            data = source.read_bytes()
             if sha256(data) != digest:
                 raise ValueError(f"the sha256 of {path.name} differs")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -7092,13 +7058,10 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str
 
 
 def saved_raw(config: PrepareConfig) -> PrepareConfig:
-    """Keep the rows of --hf_dataset under data_dir, as JSON Lines. Returns settings to read those.
-
-    One file for each split, up to --max_docs, or what --max_tokens can need.
-    """
-    names = (Path(config.hf_dataset).name, config.hf_config)
-    folder = Path(config.data_dir) / "-".join(filter(None, names))
-    room = 8 * config.max_tokens or math.inf
+    """Keep the rows of each split as a file under data_dir. Returns settings to read those."""
+    name = Path(config.hf_dataset).name
+    folder = Path(config.data_dir) / (f"{name}-{config.hf_config}" if config.hf_config else name)
+    room = 8 * config.max_tokens or math.inf  # bytes that --max_tokens can need
     for split, rows in hub_splits(config).items():
         lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows_of(rows))
         folder.mkdir(parents=True, exist_ok=True)
@@ -7111,22 +7074,15 @@ def saved_raw(config: PrepareConfig) -> PrepareConfig:
     return replace(config, data_dir=str(folder), hf_dataset="", streaming=False)
 
 
-def sample_batch(store: TokenStore, block_size: int, n_rows: int = 4) -> dict[str, list]:
-    """The first blocks of the training tokens, as a Hugging Face model takes them.
-
-    Labels equal ids: the model shifts them by itself.
-    """
+def sample_batch(store: TokenStore, block_size: int) -> dict[str, list]:
+    """Four blocks of training tokens as Hugging Face models take them: they shift the labels."""
     tokens = store.tokens["train" if len(store.tokens["train"]) else "val"]
     width = min(block_size, len(tokens))
-    rows = [
-        tokens[i : i + width].tolist() for i in range(0, len(tokens) - width + 1, width)[:n_rows]
-    ]
-    return {
-        "input_ids": rows,
-        "labels": rows,
-        "attention_mask": [[1] * width for _ in rows],
-        "text": [store.tokenizer.decode(row) for row in rows],
-    }
+    n_rows = min(4, len(tokens) // width)
+    rows = tokens[: n_rows * width].reshape(n_rows, width).tolist()
+    texts = [store.tokenizer.decode(row) for row in rows]
+    mask = np.ones((n_rows, width), int).tolist()
+    return {"input_ids": rows, "labels": rows, "attention_mask": mask, "text": texts}
 
 
 def store_report(store: TokenStore, config: PrepareConfig) -> dict:
@@ -7173,22 +7129,18 @@ def store_report(store: TokenStore, config: PrepareConfig) -> dict:
 
 
 def preview(store: TokenStore, n: int) -> str:
-    """Records token by token: position, id, state, text. A long record is shown in part.
-
-    The state is what finetune --loss_on response makes of a token: masked or trained.
-    """
+    """Records token by token: position, id, whether --loss_on response trains it, text."""
     index, records, lines = store.index["train"], store.whole_records("train"), []
     for row in records[evenly_spaced(len(records), n)]:
         start, length = int(index["start"][row]), int(index["length"][row])
         what = f"record {row} of {store.sources[index['source'][row]]}: {length} tokens"
         lines.append(f"{what} (--loss_on all trains prompts, too)")
         answers = index[(index["start"] == start) & (index["trained"] == 1)]
-        hidden = range(150, length - 50) if length > 200 else range(0)
         for place in range(length):
-            if place in hidden:
+            if length > 200 and 150 <= place < length - 50:
+                if place == 150:
+                    lines.append(f"   ... {length - 200:,} tokens left out")
                 continue
-            if place == hidden.stop and hidden:
-                lines.append(f"   ... {len(hidden):,} tokens left out")
             token = int(store.tokens["train"][start + place])
             inside = (answers["prompt"] <= place) & (place < answers["length"])
             state = "trained" if inside.any() else "masked"
@@ -7197,10 +7149,7 @@ def preview(store: TokenStore, n: int) -> str:
 
 
 def check_model(name: str, ids: Tensor) -> str:
-    """Loss of a Hugging Face model on a batch, twice: by its own shift, and by ours.
-
-    Labels go in unshifted. A model given shifted labels trains on the token after the next.
-    """
+    """Loss of a Hugging Face model on a batch with unshifted labels: by its shift, and by ours."""
     transformers = transformers_library()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
