@@ -3900,10 +3900,16 @@ def as_pair(record: Record) -> list[Record]:
 
 
 def record_texts(record: Record, whole: bool = False) -> list[str]:
-    """What is encoded by itself: each prompt and response; a plain text in blocks, or `whole`."""
+    """What is encoded: prompts and responses, plain text in blocks.
+
+    whole: plain text in one, and each response behind its prompt, as chat templates do.
+    """
     if record.is_plain:
         return [record.response] if whole else list(safe_blocks(record.response))
-    return [text for turn in record.turns for text in (turn.prompt, turn.response)]
+    texts = [text for turn in record.turns for text in (turn.prompt, turn.response)]
+    if whole:
+        texts[1::2] = [turn.prompt + turn.response for turn in record.turns]
+    return texts
 
 
 # GPT-2 and its like begin a new word at a space between letters, and at a mark behind a letter (in
@@ -3923,14 +3929,10 @@ def safe_blocks(text: str) -> Iterator[str]:
 def encode_records(records: list[Record], tokenizer: Tokenizer) -> Iterator[list[tuple]]:
     """Of each record the ids of each turn, (prompt, response), (n,) each.
 
-    Where ids depend on all of a text, an answer is encoded behind its prompt, as chat templates do.
-    Raises UserError where that changes the prompt's ids: chats would not look as in training.
+    Raises UserError where a response behind it changes a prompt's ids: in a chat it stands alone.
     """
     whole, ids, end = not tokenizer.cuts_safely, [], 0
     texts = [record_texts(record, whole) for record in records]
-    for record, each in zip(records, texts, strict=True):
-        if whole and not record.is_plain:
-            each[1::2] = [turn.prompt + turn.response for turn in record.turns]
     for batch in batched(chain.from_iterable(texts), 2**16, len, 128 * BLOCK):
         ids += tokenizer.encode_batch(batch)
     for record, each in zip(records, texts, strict=True):
@@ -4051,8 +4053,8 @@ def tokens_needed(config: DataConfig) -> int:
     return steps and steps * config.batch_size * (config.block_size or 1024) + 1
 
 
-def content_digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def content_digest(path: Path, kind: str = "blake2b") -> str:
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while data := file.read(2**22):
             digest.update(data)
@@ -6996,7 +6998,7 @@ def download(name: str, data_dir: Path) -> str:
         return ""
     address, digests = DOWNLOADS[name]
     files = {data_dir / file: digest for file, digest in digests.items()}
-    if all(path.is_file() and sha256(path.read_bytes()) == d for path, d in files.items()):
+    if all(path.is_file() and content_digest(path, "sha256") == files[path] for path in files):
         note(f"{name}: already in {data_dir}")
     else:
         try:
@@ -7013,7 +7015,7 @@ def download(name: str, data_dir: Path) -> str:
 
 
 def fetch(address: str, files: dict[Path, str]) -> None:
-    """Write {path: sha256} from a file at an address, or from an archive that holds them."""
+    """Write {path: sha256} from a file or an archive at an address."""
     note(f"fetching {address}")
     with tempfile.TemporaryDirectory() as folder:
         fetched = Path(folder) / "fetched"
@@ -7022,16 +7024,11 @@ def fetch(address: str, files: dict[Path, str]) -> None:
             shutil.unpack_archive(fetched, folder, "zip")
         for path, digest in files.items():
             source = next(Path(folder).rglob(path.name), fetched)
-            data = source.read_bytes()
-            if sha256(data) != digest:
+            if content_digest(source, "sha256") != digest:
                 raise ValueError(f"the sha256 of {path.name} differs")
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
-                file.write(data)
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+                file.write(source.read_bytes())
 
 
 def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str:
@@ -7116,8 +7113,8 @@ def store_report(store: TokenStore, config: PrepareConfig) -> dict:
     lines.append("tokens in a record, by percentile:")
     lines += [f"  {percent:>3}%{length:>12,}" for percent, length in percentiles.items()]
     if not is_store(config.data_dir):
-        records, whole = corpus_records(config, Report()), not store.tokenizer.cuts_safely
-        texts = (text for record, _ in records for text in record_texts(record, whole))
+        records = corpus_records(config, Report())
+        texts = (text for record, _ in records for text in record_texts(record))
         blocks = TokenBlocks(texts, store.tokenizer, config.block_size)
         loader = DataLoader(blocks, batch_size=4, generator=torch.Generator())
         started = time.perf_counter()
