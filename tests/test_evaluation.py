@@ -330,10 +330,9 @@ def test_what_is_scored_is_said_and_is_true(checkpoint, texts, tmp_path):
     records = sum(int(row.split()[-1]) for row in own.out.splitlines() if row.startswith("total"))
     assert f"{records} val records" in own.err and "warning" not in own.err
     (tmp_path / "raw").mkdir()
-    lines = "".join(f"something else {i}\n" for i in range(40))
-    (tmp_path / "raw" / "other.txt").write_text(lines, encoding="utf-8")
+    lines = "".join(f'{{"text": "something else {i}"}}\n' for i in range(40))
+    (tmp_path / "raw" / "other.jsonl").write_text(lines, encoding="utf-8")
     flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "p", "--split", "all"]
-    flags += ["--doc_delimiter", "\\n"]
     other = run("eval", "--ckpt", checkpoint, *flags, *CPU).ok().err
     assert "not the data that the checkpoint was trained on" in other
     assert "keeps its side" in other and "64 KiB" in other
