@@ -2791,7 +2791,6 @@ class DataConfig(Settings):
     split_seed: int = option(1337, "salt of the split's hash", low=0)
     split_by: str = option("prompt", "what decides a record's side", choices=("prompt", "content"))
     doc_delimiter: str = option("", r"cuts plain text into records (\n for lines)")
-    encoding_errors: str = option("strict", "invalid UTF-8", choices=("strict", "replace"))
     bad_records: str = option("error", "malformed lines and entries", choices=("error", "skip"))
     text_field: str = option("text", "column or key that holds plain text")
     join_rows: bool = option(False, "one text of a split's rows: lines, as of WikiText on the Hub")
@@ -2811,10 +2810,9 @@ class DataConfig(Settings):
 SPLIT_SETTINGS = ("split_seed", "val_fraction", "split_by")
 # What commands take over from a checkpoint: these, what one record is, and how its text begins.
 INHERITED = (*SPLIT_SETTINGS, "doc_delimiter", "join_rows", "add_special_tokens")
-BLOCK = 1 << 16  # characters or bytes handled at a time
+BLOCK = 1 << 16  # characters handled at a time
 PIECE = 1 << 24  # characters; a longer file of plain text becomes several records
 LONG_TEXT = 64 * 1024  # bytes; a longer plain text gives its last part to validation
-BYTES_PER_TOKEN = 4  # of English under BPE, for guessing how much of a file --max_tokens needs
 
 
 @dataclass
@@ -2830,9 +2828,9 @@ class Turn:
 class Record:
     """One unit of text: plain text, an instruction with its answer, or a conversation."""
 
-    source: str
-    turns: list[Turn]  # at least one; readers end it with a trained one
+    turns: list[Turn]  # at least one, the last of them trained
     rejected: str = ""  # of a preference pair: the other answer to the last turn
+    source: str = ""
     where: str = ""  # file, or file:line
     split: str = ""  # where the file's name says so, as in wiki.train.tokens
 
@@ -2841,16 +2839,15 @@ class Record:
         return not self.turns[-1].prompt
 
     @property
-    def prompt(self) -> str:
-        return self.turns[-1].prompt
-
-    @property
-    def response(self) -> str:
-        return self.turns[-1].response
-
-    @property
     def n_characters(self) -> int:
         return sum(len(turn.prompt) + len(turn.response) for turn in self.turns)
+
+
+# What to do where more than a tenth of a source is left out.
+ADVICE = {
+    "skipped: duplicate": "--keep_duplicates keeps them",
+    "skipped: short or empty": "if the rows are lines of a text: --join_rows makes it whole again",
+}
 
 
 class Report:
@@ -2861,7 +2858,6 @@ class Report:
     def __init__(self):
         self.rows: dict[str, Counter] = {}
         self.examples: dict[tuple[str, str], str] = {}  # (source, what) -> where it was met first
-        self.advice: dict[str, None] = {}  # lines below the table, each once
 
     def count(self, source: str, what: str, n: int = 1, where: str = "") -> None:
         """Add to a column, or to a line of its own below the source's row."""
@@ -2872,23 +2868,35 @@ class Report:
     def skip(self, source: str, why: str, where: str) -> None:
         self.count(source, f"skipped: {why}", where=where)
 
-    def advise(self, text: str) -> None:
-        self.advice[text] = None
-
     def lines(self) -> list[str]:
         table = [f"{'source':<28}" + "".join(f"{c:>14}" for c in self.COLUMNS)]
         for source, row in sorted(self.rows.items()):
             table.append(f"{source[:27]:<28}" + "".join(f"{row[c]:>14,}" for c in self.COLUMNS))
             for what, n in row.items():
-                if what not in (*self.COLUMNS, "train_bytes", "val_bytes"):
-                    where = self.examples.get((source, what))
-                    table.append(f"  {what}: {n:,}" + (f" (first: {where})" if where else ""))
-        return [*table, *self.advice]
+                if what in (*self.COLUMNS, "train_bytes", "val_bytes"):
+                    continue
+                where = self.examples.get((source, what))
+                table.append(f"  {what}: {n:,}" + (f" (first: {where})" if where else ""))
+                if what in ADVICE and n > 0.1 * row["records"]:
+                    table.append(f"    {ADVICE[what]}")
+        return table
 
 
 # --- reading files ---
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+@contextlib.contextmanager
+def reading(what: str | Path) -> Iterator[None]:
+    """What goes wrong inside becomes a UserError that names the file: the errors of gzip, lzma,
+    pyarrow, fsspec and others have no common base."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot read {what}: {one_line(error)}") from None
 
 
 def is_packed(path: Path) -> bool:
@@ -2912,38 +2920,25 @@ def encoding_of(head: bytes) -> str:
     return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
 
 
-def read_text(path: Path, config: DataConfig, report: Report, size: int = 0) -> Iterator[str]:
+def read_text(path: Path, size: int = 0) -> Iterator[str]:
     r"""A file's text by lines, or in blocks of `size` characters; `\r\n` and `\r` become `\n`.
 
     UTF-8, or what a byte order mark says. Raises UserError on invalid bytes, with their offset,
     on NULs, which text does not hold, and where the file cannot be read or unpacked.
     """
-
-    def replace_and_count(error: UnicodeError) -> tuple[str, int]:
-        report.count(path.name, "invalid bytes replaced by U+FFFD", where=str(path))
-        return "\ufffd", error.end
-
-    codecs.register_error("replace and count", replace_and_count)
-    errors = "strict" if config.encoding_errors == "strict" else "replace and count"
-    try:
-        with open_binary(path) as file:
-            encoding = encoding_of(file.read(4))
-        with io.TextIOWrapper(open_binary(path), encoding, errors) as file:
-            parts = iter(partial(file.read, size), "") if size else file
-            try:
-                for number, part in enumerate(parts):
-                    if "\0" in part:
-                        what = f"{path} holds NULs: it is no text, or UTF-16 without its mark"
-                        raise UserError(f"{what}; save it as UTF-8")
-                    yield part if number else part.lstrip("\ufeff")
-            except UnicodeDecodeError as error:
-                offset = file.buffer.tell() - len(error.object) + error.start
-                what = f"{path}: invalid {encoding.upper()} at byte {offset}"
-                raise UserError(f"{what}; convert it, or pass --encoding_errors replace") from None
-    except UserError:
-        raise
-    except Exception as error:  # of gzip, bz2, lzma and zstd: no common base
-        raise UserError(f"cannot read {path}: {one_line(error)}") from None
+    with reading(path), open_binary(path) as file:
+        encoding = encoding_of(file.read(4))
+    with reading(path), io.TextIOWrapper(open_binary(path), encoding) as file:
+        try:
+            for number, part in enumerate(iter(partial(file.read, size), "") if size else file):
+                if "\0" in part:
+                    what = f"{path} holds NULs: it is no text, or UTF-16 without its mark"
+                    raise UserError(f"{what}; save it as UTF-8")
+                yield part if number else part.lstrip("\ufeff")
+        except UnicodeDecodeError as error:
+            offset = file.buffer.tell() - len(error.object) + error.start
+            what = f"{path}: invalid {encoding.upper()} at byte {offset}"
+            raise UserError(f"{what}; convert it to UTF-8") from None
 
 
 def documents_in(blocks: Iterator[str], delimiter: str) -> Iterator[str]:
@@ -2974,10 +2969,8 @@ UNSUPPORTED = {
 }  # fmt: skip
 REASONING = {"reasoning_content", "reasoning", "thinking"}
 MASKS = {"weight", "train", "training", "trainable", "loss"}  # OpenAI's, axolotl's and swift's
-USED_COLUMNS = {*QUESTIONS, *ANSWERS, *DIALOGUES, *PREFERENCES, *INPUTS, *SYSTEMS, *UNSUPPORTED,
-                *MASKS, "text", "role", "message_id", "parent_id"}  # fmt: skip
-KNOWN_COLUMNS = USED_COLUMNS | set(LABELS)
-MESSAGE_FIELDS = {"role", "from", "content", "value", *MASKS, *UNSUPPORTED}
+USED_COLUMNS = {*QUESTIONS, *ANSWERS, *DIALOGUES, *PREFERENCES, *INPUTS, *SYSTEMS, *MASKS, "text"}
+MESSAGE_FIELDS = {"role", "from", "content", "value", *MASKS}
 LAYOUTS = (
     "text; instruction, prompt or question (with input or context, system) and output, "
     "completion, response or answer; messages or conversations; chosen and rejected"
@@ -2989,7 +2982,7 @@ ROLES = {
     "model": "assistant",
 }  # fmt: skip
 FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
-TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)  # as in HH-RLHF
+EMPTY = (None, "", "[]", [], {})  # what a column holds that says nothing
 
 
 class Message(NamedTuple):
@@ -3003,9 +2996,18 @@ def flag(value) -> bool | None:
     return FLAGS.get(str(value).strip().lower())
 
 
-def present(row: dict, names: Iterable[str]) -> str:
+def is_trained(entry: dict) -> bool:
+    """What the masks of a row or a message say. Raises ValueError on a share, such as 0.5."""
+    flags = {name: flag(entry[name]) for name in MASKS if entry.get(name) is not None}
+    for name, value in flags.items():
+        if value is None:
+            raise ValueError(f"{name!r} is neither 0 nor 1")
+    return all(flags.values())
+
+
+def present(row: dict, names: Iterable[str], empty: tuple = (None,)) -> str:
     """The one of these columns that a row fills, or "". Raises ValueError where it fills two."""
-    found = [name for name in names if row.get(name) is not None]
+    found = [name for name in names if row.get(name) not in empty]
     if len(found) > 1:
         raise ValueError(f"both {found[0]!r} and {found[1]!r}: which one counts? drop the other")
     return found[0] if found else ""
@@ -3020,53 +3022,41 @@ def text_from(value, name: str) -> str:
             raise ValueError(f"{name!r} must be text, not {type(value).__name__}") from None
     if "\0" in value:
         raise ValueError(f"{name!r} holds NULs, which text does not")
-    return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+    return value.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def text_in(row: dict, names: Iterable[str]) -> str:
     """The text of the one column among these that is not empty, "" without one."""
-    name = present({name: row.get(name) for name in names if row.get(name) != ""}, names)
+    name = present(row, names, (None, ""))
     return text_from(row[name], name) if name else ""
 
 
 def refuse(row: dict, names: set[str], place: str) -> None:
     """Raises ValueError where one of these is filled: without it a dialogue would be half read."""
     for name in row.keys() & names:
-        if row[name] not in (None, "", "[]", [], {}):
+        if row[name] not in EMPTY:
             what = f"{name!r} in {place} is not supported"
             raise ValueError(f"{what}: write what it says into the content, or drop it")
 
 
-def content_of(entry: dict, column: str) -> str:
-    """The text of a message, or that of its parts {type: text, text}."""
-    content = entry.get("content") if entry.get("content") is not None else entry.get("value")
-    texts = []
-    for part in content if isinstance(content, list) else [content]:
-        kind = part.get("type") if isinstance(part, dict) else "text"
-        if kind != "text":
-            raise ValueError(f"a part of type {kind!r} in {column!r}: only text is supported")
-        if isinstance(part, dict):
-            part = part.get("text") or part.get("value")
-        if not isinstance(part, str):
-            raise ValueError(f"a message in {column!r} has no text")
-        texts.append(text_from(part, column))
-    return "".join(texts)
-
-
-def message_from(entry: dict, column: str) -> Message:
-    """A message as {role, content} (OpenAI) or {from, value} (ShareGPT)."""
+def message_from(entry, column: str) -> Message:
+    """A message as {role, content} (OpenAI) or {from, value} (ShareGPT); a content may be a list of
+    parts {type: text, text}."""
     if not isinstance(entry, dict):
         raise ValueError(f"{column!r} must be a list of {{role, content}}")
     refuse(entry, UNSUPPORTED | REASONING, repr(column))
-    role, trained = entry.get("role") or entry.get("from"), True
+    role = entry.get("role") or entry.get("from")
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"unknown role {role!r} in {column!r} (known: {', '.join(ROLES)})")
-    for name in entry.keys() & MASKS:
-        value = entry[name]
-        if value is not None and flag(value) is None:
-            raise ValueError(f"{name} {value!r} in {column!r} is neither 0 nor 1")
-        trained = trained and flag(value) is not False
-    return Message(ROLES[role], content_of(entry, column), trained)
+    content = entry.get("value") if entry.get("content") is None else entry["content"]
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        text = part.get("text") if is_text else part
+        if not isinstance(text, str):
+            raise ValueError(f"a message in {column!r} has no text, or a part that is none")
+        texts.append(text)
+    return Message(ROLES[role], text_from("".join(texts), column), is_trained(entry))
 
 
 def is_dialogue(value) -> bool:
@@ -3078,19 +3068,16 @@ def is_dialogue(value) -> bool:
 
 def messages_of(value, column: str, role: str = "") -> list[Message]:
     """The messages that a column holds: a list, a single one, or one of a text of `role`."""
-    if isinstance(value, str) and column in (*DIALOGUES, *PREFERENCES):  # JSON in a table's cell
-        parsed = json_value(value)
+    if column in (*DIALOGUES, *PREFERENCES):
+        parsed = json_value(value) if isinstance(value, str) else None  # in a table's cell
         value = parsed if is_dialogue(parsed) else value
-    if isinstance(value, str) and column not in ANSWERS and TRANSCRIPT.match(value):
-        raise ValueError(f"a transcript in {column!r}: make it a list of {{role, content}}")
-    if value == [] and (column in PREFERENCES or not role):
-        raise ValueError(f"no messages in {column!r}")
-    if is_dialogue(value) or (not role and isinstance(value, list)):
-        entries = [value] if isinstance(value, dict) else value
-        return [message_from(entry, column) for entry in entries]
-    if not role:
-        raise ValueError(f"{column!r} must be a list of {{role, content}}")
-    return [Message(role, text_from(value, column))]
+        if value == []:
+            raise ValueError(f"no messages in {column!r}")
+    if role and not is_dialogue(value):
+        return [Message(role, text_from(value, column))]
+    return [
+        message_from(entry, column) for entry in (value if isinstance(value, list) else [value])
+    ]
 
 
 def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
@@ -3113,24 +3100,18 @@ def turns_of(messages: list[Message], system: str, extra: str) -> list[Turn]:
     system and extra: texts of columns of their own, for the first prompt. Raises ValueError.
     """
     joined: list[Message] = []
-    for role, text, trained in messages:
-        if not joined or role != joined[-1].role:
-            joined.append(Message(role, text, trained))
-            continue
-        if role == "assistant" and trained != joined[-1].trained:
+    for role, group in groupby(messages, key=lambda message: message.role):
+        _, texts, trained = zip(*group, strict=True)
+        if role == "assistant" and len(set(trained)) > 1:
             raise ValueError("answers of different weight in a row")
-        joined[-1] = Message(role, f"{joined[-1].text}\n\n{text}", trained)
+        joined.append(Message(role, "\n\n".join(texts), trained[0]))
     if joined[0].role == "system":
         if system not in ("", joined[0].text):
             raise ValueError("a system text both inside the dialogue and beside it")
         system = joined.pop(0).text
-    roles = [message.role for message in joined]
-    if "system" in roles:
-        raise ValueError("a system text inside the conversation; only its first message may be one")
-    if roles[:1] != ["user"]:
-        raise ValueError("a conversation must begin with the user's message")
-    if roles[-1] != "assistant":
-        raise ValueError("a conversation must end with an assistant's answer")
+    if not joined or [m.role for m in joined] != ["user", "assistant"] * (len(joined) // 2):
+        order = "a user's message first, an assistant's answer last, a system text only before them"
+        raise ValueError(f"a conversation must have {order}")
     turns = []
     for question, answer in zip(joined[::2], joined[1::2], strict=True):
         prompt = instruction_prompt(question.text, extra, system)
@@ -3149,7 +3130,7 @@ def rejected_answer(value, body: list[Message]) -> str:
     return instruction_response(last.text)
 
 
-def record_from_row(row: dict, source: str, text_field: str, where: str) -> Record:
+def record_from_row(row: dict, text_field: str = "text") -> Record:
     """A Record from a row in any of LAYOUTS. Raises ValueError if it has none of them."""
     if isinstance(row, Exception):
         raise ValueError(one_line(row, 400))
@@ -3163,21 +3144,21 @@ def record_from_row(row: dict, source: str, text_field: str, where: str) -> Reco
     pair = preference and row.get("rejected") is not None
     by_name = text_field != "text" and row.get(text_field) is not None
     if by_name or not (pair or talk or (asked and answer)):
-        return plain_record(row, source, text_field, where, "" if by_name else asked or answer)
+        return plain_record(row, text_field, "" if by_name else asked or answer)
     refuse(row, UNSUPPORTED, "the row")
     body = dialogue_of(row, asked, talk, answer)
     rejected = rejected_answer(row["rejected"], body) if pair else ""
     if flag(row.get("label")) is False:  # KTO's: an answer that people did not like
         body[-1] = body[-1]._replace(trained=False)
-    if any(flag(row[name]) is False for name in row.keys() & MASKS):  # of all its answers
+    if not is_trained(row):
         body = [message._replace(trained=False) for message in body]
     extra = text_in(row, INPUTS) if asked else ""
     if extra and is_dialogue(row[asked]):
         raise ValueError(f"an input beside the messages of {asked!r}")
-    return Record(source, turns_of(body, text_in(row, SYSTEMS), extra), rejected, where)
+    return Record(turns_of(body, text_in(row, SYSTEMS), extra), rejected)
 
 
-def plain_record(row: dict, source: str, text_field: str, where: str, half: str) -> Record:
+def plain_record(row: dict, text_field: str, half: str) -> Record:
     """A record of plain text. half: a question without its answer, or the other way round."""
     text, role = row.get(text_field), row.get("role")
     if half and text is not None:
@@ -3185,87 +3166,73 @@ def plain_record(row: dict, source: str, text_field: str, where: str, half: str)
     if (isinstance(role, str) and role in ROLES) or {"message_id", "parent_id"} <= row.keys():
         raise ValueError("one message of a dialogue: put all of them into a list called messages")
     if text is None:
-        nulls = [name for name in row if name in {*KNOWN_COLUMNS, text_field} and row[name] is None]
-        what = (
-            f"no {text_field!r} and no known layout among the fields ({', '.join(list(row)[:12])})"
-        )
-        if nulls:
-            raise ValueError(f"{nulls[0]!r} is null")
+        names = [name if row[name] is not None else f"{name} is null" for name in list(row)[:12]]
+        what = f"no {text_field!r} and no known layout among the fields ({', '.join(names)})"
         way = "name the one that holds text with --text_field"
         raise ValueError(f"{what}; {way}, or use {LAYOUTS}")
     if not isinstance(text, str):
         raise ValueError(f"{text_field!r} must be text, not {type(text).__name__}")
-    return Record(source, [Turn("", text_from(text, text_field))], where=where)
+    return Record([Turn("", text_from(text, text_field), is_trained(row))])
 
 
 def unused_in(row: dict, record: Record, text_field: str) -> Iterator[str]:
-    """Names of what a row holds and its record does not; beside an answer, numbers are scores."""
-    for name in row.keys() - USED_COLUMNS - {text_field}:
-        is_liking = name == "label" and flag(row[name]) is not None
-        is_score = isinstance(row[name], int | float) or is_liking
-        if row[name] not in (None, "", [], {}) and (record.is_plain or not is_score):
+    """Names of what a row holds and its record does not."""
+    used = {text_field, *MASKS} if record.is_plain else USED_COLUMNS
+    for name in row.keys() - used:
+        is_liking = name == "label" and flag(row[name]) is not None and not record.is_plain
+        if row[name] not in EMPTY and not is_liking:
             yield name
-    for column in row.keys() & {*DIALOGUES, *PREFERENCES}:
+    for column in row.keys() & used & {*DIALOGUES, *PREFERENCES}:
         for entry in row[column] if isinstance(row[column], list) else ():
-            for name in entry.keys() - MESSAGE_FIELDS:
-                if isinstance(entry[name], str) and entry[name]:
-                    yield f"{name} in {column}"
+            names = entry.keys() - MESSAGE_FIELDS
+            yield from (f"{name} in {column}" for name in names if entry[name] not in EMPTY)
 
 
 class Source(NamedTuple):
     """A file, or a split of a data set."""
 
     name: str
-    rows: Callable[[Report], Iterator[tuple]]  # (where, row), with an error in a bad one's place
+    rows: Callable[[], Iterator[tuple]]  # (where, row), with an error in a bad one's place
     split: str = ""  # train or val, where a name says so
-    is_table: bool = False  # whose texts may have labels
+    table: str = ""  # of a table, whose texts may have labels: what its instructions count as
 
 
 def records_of(source: Source, labels: str, config: DataConfig, report: Report) -> Iterator[Record]:
     """Records of a source; rows of no known layout, or broken ones, are refused or counted.
 
-    labels: the column that makes texts instructions, or "". Instructions of files count together.
+    labels: the column that makes texts instructions, or "". What no answer to train follows is cut.
     """
     unused: Counter[str] = Counter()
-    for where, row in source.rows(report):
-        kind = source.name
-        if source.is_table and not config.hf_dataset:
-            kind = "instructions"
+    for where, row in source.rows():
         try:
-            if labels and is_text(row, config.text_field) and labels in row:
+            is_labelled = source.table and labels and label_in(row, config.text_field) == labels
+            if is_labelled:
                 row = classification(row, labels, config.text_field)
-                kind = kind if config.hf_dataset else labels
-            record = record_from_row(row, source.name, config.text_field, where)
+            record = record_from_row(row, config.text_field)
+            unused.update(unused_in(row, record, config.text_field))
         except (ValueError, RecursionError) as error:
             why = one_line(error, 400)
             if config.bad_records == "error":
                 raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip") from None
             report.skip(source.name, why, where)
             continue
-        unused.update(unused_in(row, record, config.text_field))
-        record.split = source.split
+        record.where, record.split, record.source = where, source.split, source.name
         if not record.is_plain:
-            record.source = kind
-        if cut_to_trained(record, report):
-            yield record
+            record.source = labels if is_labelled else source.table or source.name
+        masked = sum(not turn.trained for turn in record.turns)
+        if masked:
+            what = "answers not trained (weight 0, train false, label false)"
+            report.count(record.source, what, masked, where)
+        if masked == len(record.turns):
+            report.skip(record.source, "no answer to train", where)
+            continue
+        while not record.turns[-1].trained:
+            record.turns.pop()
+            record.rejected = ""
+        yield record
     if unused:
         what = f"not used: {', '.join(sorted(unused))}"
         report.count(source.name, what, max(unused.values()))
-
-
-def cut_to_trained(record: Record, report: Report) -> bool:
-    """Cut a record behind its last trained answer. False if it has none."""
-    context = sum(not turn.trained for turn in record.turns)
-    if context:
-        what = "answers not trained (weight 0, train false, label false)"
-        report.count(record.source, what, context, record.where)
-    if context == len(record.turns):
-        report.skip(record.source, "no answer to train", record.where)
-        return False
-    while not record.turns[-1].trained:  # nothing follows that it is context for
-        record.turns.pop()
-        record.rejected = ""
-    return True
 
 
 def join_rows(records: Iterable[Record]) -> Iterator[Record]:
@@ -3275,9 +3242,9 @@ def join_rows(records: Iterable[Record]) -> Iterator[Record]:
         if not is_plain:
             yield from group
             continue
-        lines = (record.response.removesuffix("\n") + "\n" for record in group)
+        lines = (record.turns[0].response.removesuffix("\n") + "\n" for record in group)
         for batch in batched(lines, sys.maxsize, len, PIECE):
-            yield Record(source, [Turn("", "".join(batch))], where=source, split=split)
+            yield Record([Turn("", "".join(batch))], "", source, source, split)
 
 
 # --- labels of plain texts: a set for classification ---
@@ -3285,27 +3252,31 @@ def join_rows(records: Iterable[Record]) -> Iterator[Record]:
 MAX_LABELS = 10
 
 
-def is_text(row, text_field: str) -> bool:
-    """Whether a row is plain text, with no column of another layout."""
+def label_in(row, text_field: str) -> str:
+    """The column that labels a row of plain text; "" where there is none, or another layout."""
     others = (*QUESTIONS, *ANSWERS, *DIALOGUES, "chosen")
     is_text = isinstance(row, dict) and isinstance(row.get(text_field), str)
-    return is_text and not any(row.get(name) is not None for name in others)
+    if not is_text or any(row.get(name) is not None for name in others):
+        return ""
+    return next((name for name in LABELS if row.get(name) is not None), "")
 
 
-def label_column(tables: Iterable[Iterable[tuple]], text_field: str) -> str:
+def label_column(sources: list[Source], config: DataConfig) -> str:
     """The column whose labels make texts a set for classification, or "".
 
     It has at most MAX_LABELS different labels, each of them repeated. A table counts if its first
     row is a labelled text.
     """
     counts: Counter[tuple[str, str]] = Counter()
-    for rows in tables:
-        for number, (_, row) in enumerate(rows):
-            known = row if is_text(row, text_field) else {}
-            labels = [name for name in LABELS if known.get(name) is not None]
-            if not labels and not number:
+    for source in sources:
+        rows = source.rows() if source.table else ()
+        # A stream shows its labels early, or never.
+        for number, (_, row) in enumerate(islice(rows, 1000 if config.streaming else None)):
+            name = label_in(row, config.text_field)
+            if not name and not number:
                 break
-            counts.update((name, text_from(row[name], name)) for name in labels[:1])
+            if name:
+                counts[name, str(row[name])] += 1
             if len(counts) > MAX_LABELS:
                 return ""
     names = {name for name, _ in counts}
@@ -3315,8 +3286,6 @@ def label_column(tables: Iterable[Iterable[tuple]], text_field: str) -> str:
 
 def classification(row: dict, column: str, text_field: str) -> dict:
     """A labelled text as an instruction: classify it, answer with its label."""
-    if row[column] is None:
-        raise ValueError(f"{column!r} is null")
     task = dict(instruction=f"classify the text by {column}", output=row[column])
     others = {name: value for name, value in row.items() if name not in (column, text_field)}
     return others | task | dict(input=row[text_field])
@@ -3328,10 +3297,10 @@ def classification(row: dict, column: str, text_field: str) -> dict:
 # Plain text is a row, too: its only column is the one that --text_field names.
 
 
-def sms_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
+def sms_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     """SMS Spam Collection: a label, a tab, a message on each line, no quoting."""
     task = "classify if the SMS is spam or ham"
-    for number, line in enumerate(read_text(path, config, report), 1):
+    for number, line in enumerate(read_text(path), 1):
         label, tab, message = line.removesuffix("\n").partition("\t")
         row = dict(instruction=task, input=message, output=label.strip())
         if not tab or not label.strip():
@@ -3348,165 +3317,119 @@ def json_value(text: str):
         return error
 
 
-def json_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
+def json_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     """JSON Lines, or one JSON list of objects, under whatever name."""
-    first = next(filter(str.strip, read_text(path, config, Report())), "").lstrip()
+    first = next(filter(str.strip, read_text(path)), "").lstrip()
     is_whole = ending(path) == ".json" and not isinstance(json_value(first), dict)
     if not (first.startswith("[") or is_whole):
-        for number, line in enumerate(read_text(path, config, report), 1):
+        for number, line in enumerate(read_text(path), 1):
             if not line.isspace():
                 yield f"{path}:{number}", json_value(line)
         return
-    entries = json_value("".join(read_text(path, config, report)))
+    entries = json_value("".join(read_text(path)))
+    if isinstance(entries, dict):
+        entries = [entries]
     if isinstance(entries, list):
         yield from ((f"{path}: entry {n}", entry) for n, entry in enumerate(entries, 1))
-    elif isinstance(entries, dict):
-        yield str(path), entries
     else:
         what = entries if isinstance(entries, Exception) else f"found a {type(entries).__name__}"
         why = f"expected a JSON list of objects, or an object a line: {one_line(what)}"
         yield str(path), ValueError(why)
 
 
-def csv_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
-    """A table whose first line names its columns, separated by commas, semicolons or tabs."""
+def csv_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
+    """A table whose first line names its columns, separated by commas, semicolons or tabs.
+
+    A wrong quote is an error, never skipped: what it opens may swallow the rest of the file.
+    """
     csv.field_size_limit(2**31 - 1)
-    lines, before = read_text(path, config, report), 0
+    lines, before = read_text(path), 0
     header = next(lines, "")
     delimiter = max(",;\t", key=header.count)
     if said := re.fullmatch(r"sep=(.)\n?", header):  # Excel's line
         delimiter, header, before = said[1], next(lines, ""), 1
-    spaced = f"{delimiter} " in header
+    spaced, number = f"{delimiter} " in header, before + 1
     lines = chain([header], lines)
     table = csv.DictReader(lines, delimiter=delimiter, strict=True, skipinitialspace=spaced)
-    number = before + 1
     try:
         names = table.fieldnames = [name.strip() for name in table.fieldnames or []]
-    except csv.Error as error:
-        raise UserError(f"{path}:{number}: {error}") from None
-    for name in {*KNOWN_COLUMNS, config.text_field}:
-        if names.count(name) > 1:
-            raise UserError(f"{path}: two columns {name!r}: rename one")
-    row: dict | Exception | None = {}
-    while row is not None:
+        if repeated := [name for name in names if name and names.count(name) > 1]:
+            raise UserError(f"{path}: two columns {repeated[0]!r}: rename one")
         number = table.line_num + before + 1
-        try:
-            row = next(table, None)
-        except csv.Error as error:
-            if "end of data" in str(error):  # the rest of the file stands inside the quote
-                what = f"{path}:{number}: a quote is never closed"
-                raise UserError(f"{what}; close it, or double it") from None
-            row = error
-        if row is not None:
+        for row in table:
             yield f"{path}:{number}", row
+            number = table.line_num + before + 1
+    except csv.Error as error:
+        what = f"{path}:{number}: {error}"
+        raise UserError(f"{what}; close the quote, or double one that is text") from None
 
 
-def parquet_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
+def parquet_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     """Rows of a parquet file, FineWeb's layout and instruction tables alike, batch by batch."""
     parquet = optional("pyarrow.parquet", "pyarrow")
-    try:
+    with reading(path):
         source = io.BytesIO(open_binary(path).read()) if is_packed(path) else path
         with parquet.ParquetFile(source) as table:
-            columns = table.schema_arrow.names
-            wanted = [c for c in columns if c in KNOWN_COLUMNS or c == config.text_field]
-            wanted = wanted or columns[:12]  # to be refused by their names
-            if others := [c for c in columns if c not in wanted]:
-                report.count(path.name, f"not used: {', '.join(others)}", table.metadata.num_rows)
-            batches = (batch.to_pylist() for batch in table.iter_batches(256, columns=wanted))
+            batches = (batch.to_pylist() for batch in table.iter_batches(256))
             for number, row in enumerate(chain.from_iterable(batches), 1):
                 yield f"{path}: row {number}", row
-    except UserError:
-        raise
-    except Exception as error:  # of pyarrow and of what unpacks: no common base
-        raise UserError(f"cannot read {path} as parquet: {one_line(error)}") from None
 
 
-def plain_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
+def plain_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     """One record a file, or one between delimiters; of a file above PIECE characters, several.
 
-    Under --max_tokens they are not longer than that, so that no more of a file is read.
+    Under --max_tokens they are short, so that little more of a file is read than is needed.
     """
+    part, texts = "part", read_text(path, 2 * LONG_TEXT if config.max_tokens else PIECE)
     if config.doc_delimiter:
         delimiter = text_from(unescape(config.doc_delimiter), "--doc_delimiter")
-        blocks = read_text(path, config, report, BLOCK)
-        for number, text in enumerate(documents_in(blocks, delimiter), 1):
-            yield f"{path}: document {number}", {config.text_field: text}
-        return
-    size = PIECE
-    if config.max_tokens:
-        a_token = 1 if getattr(config, "tokenizer", "") == "byte" else BYTES_PER_TOKEN
-        needed = max(config.max_tokens * a_token, 2 * LONG_TEXT)
-        size = min(PIECE, math.ceil(needed / BLOCK) * BLOCK)
-    texts = read_text(path, config, report, size)
+        part, texts = "document", documents_in(read_text(path, BLOCK), delimiter)
     first = next(texts, "")  # an empty file is a record, too, and skipped later
-    if "<|endoftext|>" in first[:BLOCK]:
-        what = f"{path} holds <|endoftext|>, read as plain characters"
-        report.advise(f"{what}: --doc_delimiter '<|endoftext|>' makes a record of each part")
-    yield str(path), {config.text_field: first}
-    for number, text in enumerate(texts, 2):
-        yield f"{path}: part {number}", {config.text_field: text}
+    for number, text in enumerate(chain([first], texts), 1):
+        yield f"{path}: {part} {number}", {config.text_field: text}
 
 
-def arrow_rows(path: Path, config: DataConfig, report: Report) -> Iterator[tuple]:
+def arrow_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     """Rows of a file that `save_to_disk` of the `datasets` library wrote."""
     datasets = optional("datasets")
-    try:
-        table = datasets.Dataset.from_file(str(path))
-    except Exception as error:  # of pyarrow
-        raise UserError(f"cannot read {path} as Arrow data: {one_line(error)}") from None
-    yield from dataset_rows(table, str(path), report)
+    with reading(path):
+        yield from dataset_rows(datasets.Dataset.from_file(str(path)), str(path))
 
 
-READERS: dict[str, Callable[[Path, DataConfig, Report], Iterator[tuple]]] = {
+READERS: dict[str, Callable[[Path, DataConfig], Iterator[tuple]]] = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson", ".jsonlines", ".jl"), json_rows),
     **dict.fromkeys((".csv", ".tsv"), csv_rows),
     ".parquet": parquet_rows, ".arrow": arrow_rows, ".txt": plain_rows, ".md": plain_rows,
 }  # fmt: skip
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-BINARY = {  # first bytes -> what to do
-    b"%PDF-": "a PDF: convert it to text first, for example with pdftotext",
-    b"PK\x03\x04": "an archive or office document: unpack it, or save it as text",
-    **dict.fromkeys(
-        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"),
-        "compressed, but not named .gz, .bz2, .xz or .zst",
-    ),
-    LFS_POINTER: "a Git LFS pointer, not the data: run git lfs pull",
-}
 JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # of an object, or of a list of them
 
 
-def find_reader(path: Path):
-    """(reader, "") by a file's name and a look inside, or (None, why it cannot be read)."""
-    reader = READERS.get(ending(path))
-    try:
+def find_reader(path: Path) -> Callable | None:
+    """The reader of a file, by its name and a look inside; None where it is no text.
+
+    Raises UserError where it cannot be read, or stands for data that was not fetched.
+    """
+    with reading(path):
         with open(path, "rb") as file:
             head = file.read(4096)
-        if head.startswith(LFS_POINTER) and (reader or is_packed(path)):
-            raise UserError(f"{path} is {BINARY[LFS_POINTER]}")
+        if head.startswith(b"version https://git-lfs.github.com/spec/"):
+            raise UserError(f"{path} is a Git LFS pointer, not the data: run git lfs pull")
         if is_packed(path):
             with open_binary(path) as file:
                 head = file.read(4096)
-    except UserError:
-        raise
-    except Exception as error:  # of the system and of what unpacks: no common base
-        return reader, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
     decoder = codecs.getincrementaldecoder(encoding_of(head))  # a character may be cut at the end
     text = decoder("ignore").decode(head).lstrip("\ufeff")
     is_sms = ending(path) == ".tsv" and text.lstrip().partition("\t")[0] in ("ham", "spam")
     if is_sms or path.name.lower().startswith("smsspamcollection"):
-        return sms_rows, ""
+        return sms_rows
+    reader = READERS.get(ending(path))
     if reader in (None, plain_rows) and JSON_START.match(text):
-        return json_rows, ""
-    if reader:
-        return reader, ""
-    for first, why in BINARY.items():
-        if head.startswith(first):
-            return None, why
+        return json_rows
     try:
-        is_plain = "\0" not in decoder().decode(head)
+        is_text = "\0" not in decoder().decode(head)
     except UnicodeDecodeError:
-        is_plain = False
-    return (plain_rows, "") if is_plain else (None, "not text")
+        is_text = False
+    return reader or (plain_rows if is_text else None)
 
 
 # --- data sets of Hugging Face ---
@@ -3524,9 +3447,9 @@ def hub_sources(config: DataConfig, report: Report) -> list[Source]:
         role, where = roles[Path(split)], f"{name} {split}"
         if role == "test" or (role == "val" and in_part):
             report.skip(name, f"{role} split, kept out", where)
-            continue
-        rows = partial(dataset_rows, dataset, where)
-        sources.append(Source(name, rows, "" if in_part else role, is_table=True))
+        else:
+            rows = partial(dataset_rows, dataset, where)
+            sources.append(Source(name, rows, "" if in_part else role, table=name))
     return sources
 
 
@@ -3534,18 +3457,15 @@ def hub_splits(config: DataConfig) -> dict:
     """{split: data set} of --hf_dataset, by `datasets`. Raises UserError where it cannot be had."""
     datasets = optional("datasets")
     datasets.disable_progress_bars()
-    name, split, files = config.hf_dataset, config.hf_split, find_files(config)
-    is_local = name in ("arrow", "csv", "json", "parquet", "text") and "://" not in config.hf_files
-    if config.hf_files and is_local and not files:
-        raise UserError(f"--hf_files {config.hf_files} matches no file")
+    name, split = config.hf_dataset, config.hf_split
+    # Local files as a stream: the copies that `datasets` keeps are not renewed by every edit.
+    # But a slice needs all rows.
+    streaming = config.streaming or (bool(find_files(config)) and "[" not in split)
     try:
         if any((Path(name) / saved).exists() for saved in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(name)
             data = data[split] if split and isinstance(data, dict) else data
         else:
-            # Local files as a stream: the copies that `datasets` keeps are not renewed by every
-            # edit. But a slice needs all rows.
-            streaming = config.streaming or (bool(files) and "[" not in split)
             data = datasets.load_dataset(
                 name, config.hf_config or None, split=split or None, streaming=streaming,
                 data_files=config.hf_files or None,
@@ -3556,25 +3476,16 @@ def hub_splits(config: DataConfig) -> dict:
     return data if isinstance(data, dict) else {split or "train": data}
 
 
-def rows_of(dataset) -> Iterator[dict]:
+def dataset_rows(dataset, name: str) -> Iterator[tuple]:
     """Rows of a `datasets` object, with the names of classes in place of their numbers."""
     features = dataset.features or {}
-    classes = {name: features[name] for name in LABELS if hasattr(features.get(name), "int2str")}
-    for row in dataset:
-        for name, kind in classes.items():
-            known = row[name] is not None and row[name] >= 0
-            row[name] = kind.int2str(row[name]) if known else None
-        yield row
-
-
-def dataset_rows(dataset, name: str, report: Report) -> Iterator[tuple]:
-    where = name
-    try:
-        for number, row in enumerate(rows_of(dataset), 1):
-            where = f"{name}: row {number}"
-            yield where, row
-    except Exception as error:  # of pyarrow, fsspec, the network: no common base
-        raise UserError(f"cannot read on after {where}: {one_line(error, 160)}") from None
+    classes = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
+    with reading(name):
+        for number, row in enumerate(dataset, 1):
+            for column, kind in classes.items():
+                known = row[column] is not None and row[column] >= 0
+                row[column] = kind.int2str(row[column]) if known else None
+            yield f"{name}: row {number}", row
 
 
 # --- files and roles ---
@@ -3590,18 +3501,16 @@ def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
     Links to folders are not followed; names that begin with a dot are passed over.
     """
     root = Path(config.data_dir)
-    try:
-        if root.is_file():
-            return [root], {}
-        if not root.is_dir() and (root.exists() or not is_default_folder(root)):
-            raise UserError(f"--data_dir {root} does not exist as a folder or file with text")
-    except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered
-        raise UserError(f"cannot read --data_dir {root}: {one_line(error)}") from None
+    if os.path.isfile(root):
+        return [root], {}
+    if not os.path.isdir(root):
+        if is_default_folder(root) and not os.path.lexists(root):
+            return [], {}
+        raise UserError(f"--data_dir {root} does not exist as a folder or file with text")
     found, left_out, stores = [], {}, os.path.realpath(config.processed_dir)
 
     def unreadable(error: OSError) -> None:
-        if root.exists():
-            left_out[Path(error.filename)] = f"cannot be read: {error.strerror}"
+        left_out[Path(error.filename)] = f"cannot be read: {error.strerror}"
 
     for name, folders, files in os.walk(root, onerror=unreadable):
         folder = Path(name)
@@ -3609,7 +3518,7 @@ def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
             left_out[folder] = "runs, models and token stores are no texts"
             folders.clear()
             continue
-        folders[:] = sorted(n for n in folders if not n.startswith("."))
+        folders[:] = [n for n in folders if not n.startswith(".")]
         for path in (folder / n for n in (*folders, *files) if not n.startswith(".")):
             if path.is_file():
                 found.append(path)
@@ -3659,18 +3568,20 @@ def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
     The file's own name counts most. All of `train` trains only beside something that validates;
     held-out parts count wherever anything is left to train on.
     """
-    beside: dict[Path, set[str]] = {}  # folder -> the roles of the names in it
-    named_by: dict[Path, Path | None] = {}  # file -> the part of its path that names a role
+    roles, place = (
+        {},
+        {},
+    )  # role: what a name says; place: the folder of the file or folder named so
     for file in files:
-        parts = [*takewhile(lambda part: part != root, (file, *file.parents))]
-        for part in parts:
-            beside.setdefault(part.parent, set()).add(role_in_name(part.name))
-        named_by[file] = next((part for part in parts if role_in_name(part.name)), None)
-    roles = {file: role_in_name(part.name) if part else "" for file, part in named_by.items()}
+        parts = takewhile(lambda part: part != root, (file, *file.parents))
+        named = next((part for part in parts if role_in_name(part.name)), root)
+        roles[file] = role_in_name(named.name) if named != root else ""
+        place[file] = named.parent
+    validated = {place[file] for file, role in roles.items() if role == "val"}
     some = set(roles.values())
     for file, role in roles.items():
         alone = (
-            (role == "train" and "val" not in beside[named_by[file].parent])
+            (role == "train" and place[file] not in validated)
             or (role == "val" and not some & {"train", ""})
             or (role == "test" and some == {"test"})
         )
@@ -3716,21 +3627,21 @@ ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.
 def file_sources(config: DataConfig, report: Report) -> list[Source]:
     """The files to read, each with its reader. Raises UserError where none can be read."""
     files, left_out = walk(config)
-    looks = {path: find_reader(path) for path in files}
-    tables = [path for path, (reader, _) in looks.items() if reader not in (None, plain_rows)]
+    readers = {path: find_reader(path) for path in files}
+    tables = [path for path, reader in readers.items() if reader not in (None, plain_rows)]
     with_tables = {folder for table in tables for folder in table.parents}
-    for path, (reader, why) in looks.items():
+    for path, reader in readers.items():
         is_card = reader is plain_rows and path.stem.lower() in ("readme", "license")
         if path.name in ABOUT or (is_card and path.parent in with_tables):
             left_out[path] = "describes a data set"
         elif reader is None:
-            left_out[path] = why
+            left_out[path] = "not text"
     found = [path for path in files if path not in left_out]
     if not found:
         what = f"{len(files)} file(s), none readable as text" if files else "no files"
-        first = "; ".join(f"{path.name}: {why}" for path, why in islice(left_out.items(), 3))
-        what = f"--data_dir {config.data_dir}: {what}" + (f" ({first})" if first else "")
-        raise UserError(f"{what}; add .txt, .json, .jsonl, .csv or .parquet")
+        what += "".join(f"; {path.name}: {why}" for path, why in islice(left_out.items(), 3))
+        way = "add .txt, .json, .jsonl, .csv or .parquet"
+        raise UserError(f"--data_dir {config.data_dir}: {what}; {way}")
     roles, whole = roles_of(found, Path(config.data_dir)), data_role(config)
     left_out |= {path: "test split, kept out" for path in found if roles[path] == "test"}
     for path, why in left_out.items():
@@ -3738,10 +3649,10 @@ def file_sources(config: DataConfig, report: Report) -> list[Source]:
     whole = "val" if whole == "test" else whole  # a test part that is named is read, not trained on
     sources = []
     for path in [path for path in found if path not in left_out]:
-        read, _ = looks[path]
+        read = readers[path]
         name = "sms" if read is sms_rows else path.name
-        is_table = read not in (plain_rows, sms_rows)
-        sources.append(Source(name, partial(read, path, config), roles[path] or whole, is_table))
+        table = "" if read in (plain_rows, sms_rows) else "instructions"
+        sources.append(Source(name, partial(read, path, config), roles[path] or whole, table))
     return sources
 
 
@@ -3750,12 +3661,10 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
     if config.hf_dataset:
         sources = hub_sources(config, report)
     elif uses_toy_corpus(config):
-        sources = [Source("toy", lambda _: toy_rows())]
+        sources = [Source("toy", toy_rows)]
     else:
         sources = file_sources(config, report)
-    limit = 1000 if config.streaming else None  # a stream shows its labels early, or never
-    tables = (islice(source.rows(Report()), limit) for source in sources if source.is_table)
-    labels = label_column(tables, config.text_field)
+    labels = label_column(sources, config)
     found = (records_of(source, labels, config, report) for source in sources)
     records = chain.from_iterable(found)
     yield from join_rows(records) if config.join_rows else records
@@ -3811,10 +3720,14 @@ def split_records(
     for record in records:
         report.count(record.source, "records")
         identity, place, size = record_hash(record, config)
-        side = side_of(record, place, size, config)
-        why = unusable(record, size, config, pairs)
+        side, text = side_of(record, place, size, config), record.turns[-1].response
         known = sides.get(identity)
-        if not why and known and not (config.keep_duplicates and known == side):
+        why = ""
+        if size == 0 or (record.is_plain and len(text.strip()) < config.min_chars):
+            why = "short or empty"
+        elif pairs and record.rejected in ("", text):
+            why = "no preference"
+        elif known and not (config.keep_duplicates and known == side):
             why = "duplicate"
         if why:
             report.skip(record.source, why, record.where)
@@ -3822,6 +3735,11 @@ def split_records(
         sides[identity] = side
         if len(prompts) < 2:
             prompts.add(place)
+        if record.is_plain and "<|endoftext|>" in text[:BLOCK]:
+            way = "--doc_delimiter '<|endoftext|>' makes a record of each part"
+            report.count(
+                record.source, f"hold <|endoftext|> as plain text ({way})", 1, record.where
+            )
         n_plain += record.is_plain
         if record.is_plain and n_plain == 1 and side != "both" and not record.split:
             waiting = record, side, size
@@ -3832,44 +3750,17 @@ def split_records(
         yield record, side, size
     if waiting:
         yield waiting[0], "both" if config.val_fraction else "train", waiting[2]
-    advise(config, report, len(sides), len(prompts))
+    if config.split_by == "prompt" and len(sides) > 1 and len(prompts) == 1:
+        what = "all of one prompt, and so on one side of the split"
+        report.count(record.source, f"{what} (--split_by content splits by answers)", len(sides))
 
 
-def advise(config: DataConfig, report: Report, n_kept: int, n_prompts: int) -> None:
-    """What to do where many records are repeated, blank, or on one side of the split."""
-    if config.split_by == "prompt" and n_kept > 1 and n_prompts == 1:
-        what = f"all {n_kept:,} records have the same prompt, and so are on one side of the split"
-        report.advise(f"{what}: --split_by content splits them by their answers")
-    for source, row in report.rows.items():
-        repeated, blank = row["skipped: duplicate"], row["skipped: short or empty"]
-        if repeated > 0.1 * row["records"]:
-            what = f"{source}: {repeated:,} repeated records dropped"
-            report.advise(f"{what}: --keep_duplicates keeps them")
-        if blank > 0.1 * row["records"] and config.min_chars <= 1 and not config.doc_delimiter:
-            what = (
-                f"{source}: {blank:,} of {row['records']:,} rows are blank, as a text's lines are"
-            )
-            report.advise(f"{what}: --join_rows makes one text of them")
-
-
-def unusable(record: Record, size: int, config: DataConfig, pairs: bool) -> str:
-    """Why a record is left out, or ""."""
-    text = record.response
-    if size == 0 or (record.is_plain and len(text.strip()) < config.min_chars):
-        return "short or empty"
-    return "no preference" if pairs and record.rejected in ("", text) else ""
-
-
-def split_text(record: Record, split: str, size: int, val_fraction: float) -> list[tuple]:
-    """(split, text) of the parts of a plain text."""
-    text = record.response
-    if split != "both":
-        return [(split, text)]
+def split_text(text: str, size: int, val_fraction: float) -> tuple[str, str]:
+    """The parts of a plain text of `size` bytes for training and for validation."""
     n_bytes = max(0, size - math.ceil(size * val_fraction))
     head = np.frombuffer(encoded(text)[:n_bytes], np.uint8)
     cut = int((head & 0xC0 != 0x80).sum())  # characters that begin there
-    parts = [("train", text[:cut]), ("val", text[cut:])]
-    return [(part, text) for part, text in parts if text]
+    return text[:cut], text[cut:]
 
 
 # --- pieces of text and their ids ---
@@ -3883,13 +3774,15 @@ def corpus_records(
     A text of which a part validates makes two; so does a preference under `pairs`.
     """
     found = split_records(read_records(config, report), config, report, pairs)
-    for record, split, size in islice(found, config.max_docs or None):
-        for each in as_pair(record) if pairs else [record]:
-            if not each.is_plain:
-                yield each, split
-                continue
-            for part, text in split_text(each, split, size, config.val_fraction):
-                yield replace(each, turns=[Turn("", text)]), part
+    for record, side, size in islice(found, config.max_docs or None):
+        if side == "both":
+            parts = split_text(record.turns[0].response, size, config.val_fraction)
+            for split, text in zip(("train", "val"), parts, strict=True):
+                if text:
+                    yield replace(record, turns=[Turn("", text)]), split
+        else:
+            for each in as_pair(record) if pairs else [record]:
+                yield each, side
 
 
 def as_pair(record: Record) -> list[Record]:
@@ -3905,7 +3798,8 @@ def record_texts(record: Record, whole: bool = False) -> list[str]:
     whole: plain text in one, and each response behind its prompt, as chat templates do.
     """
     if record.is_plain:
-        return [record.response] if whole else list(safe_blocks(record.response))
+        text = record.turns[0].response
+        return [text] if whole else list(safe_blocks(text))
     texts = [text for turn in record.turns for text in (turn.prompt, turn.response)]
     if whole:
         texts[1::2] = [turn.prompt + turn.response for turn in record.turns]
@@ -4038,7 +3932,7 @@ class StoreWriter:
                 self.write(record, split, ids)
                 full = 0 < limit <= sum(self.size.values()) or 0 < need <= self.size["train"]
                 if full and not (pairs and self.lengths.total() % 2):
-                    self.report.advise("enough tokens: what was read ahead of them is left out")
+                    note("enough tokens: what was read ahead of them is left out")
                     return
             bar.update(sum(record.n_characters for record, _ in batch))
 
@@ -4126,22 +4020,13 @@ PLACES = ("data_dir", "processed_dir", "streaming", "hf_dataset", "hf_config", "
           "hf_files")  # fmt: skip
 
 
-def both_ends(path: Path) -> str:
-    """Digest of a file's first and last 64 KiB, and so of the whole of a small one."""
-    with open(path, "rb") as file:
-        digest = hashlib.blake2b(file.read(BLOCK), digest_size=8)
-        file.seek(max(BLOCK, os.fstat(file.fileno()).st_size - BLOCK))
-        digest.update(file.read(BLOCK))
-    return digest.hexdigest()
-
-
 def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
     """Fingerprint of all that decides what a store holds; its folder's name ends in it.
 
     tokenizer: its spec, or what is asked of one that is to be trained.
     """
     stats = [(path, path.stat()) for path in find_files(config)]
-    files = [[str(p.absolute()), s.st_size, s.st_mtime_ns, both_ends(p)] for p, s in stats]
+    files = [[str(path.absolute()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     if not config.hf_dataset:
         files.append(os.path.abspath(config.data_dir))  # its name may speak of a split
     settings = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
@@ -7059,8 +6944,9 @@ def saved_raw(config: PrepareConfig) -> PrepareConfig:
     name = Path(config.hf_dataset).name
     folder = Path(config.data_dir) / (f"{name}-{config.hf_config}" if config.hf_config else name)
     room = 8 * config.max_tokens or math.inf  # bytes that --max_tokens can need
-    for split, rows in hub_splits(config).items():
-        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows_of(rows))
+    for split, data in hub_splits(config).items():
+        rows = (row for _, row in dataset_rows(data, f"{config.hf_dataset} {split}"))
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', split)}.jsonl") as file:
             for line in islice(lines, config.max_docs or None):

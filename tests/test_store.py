@@ -177,24 +177,13 @@ def test_ids_of_a_long_text_are_those_of_one_encoding(tmp_path, vocabularies, ki
     assert store.tokens["train"].tolist() == [tokenizer.bos_id, *wanted, tokenizer.eos_id]
 
 
-def test_gpt2_ids_of_a_long_text(tmp_path, data):
-    tokenizer = lp.load_tokenizer(str(data / "gpt2_bpe"))
-    text = (data / "tinyshakespeare/input.txt").read_text("utf-8")
-    store = lp.build_corpus_from_sources(
-        data / "tinyshakespeare", tokenizer, processed_dir=tmp_path
-    )
-    cut = len(text.encode()) - 111_540
-    assert store.tokens["train"][1:-1].tolist() == tokenizer.encode(text[:cut]).tolist()
-    assert store.tokens["val"][1:-1].tolist() == tokenizer.encode(text[cut:]).tolist()
-
-
 @pytest.mark.parametrize("kind", ["byte", "bpe", "byte fallback"])
 def test_a_turn_has_the_ids_of_its_whole_text(tmp_path, vocabularies, kind):
     """As a chat template encodes it, and they begin with those of the prompt alone."""
     tokenizer = vocabularies[kind]
     row = chat("the sun", " a ", "and the moon", "", "the", "tea\n")
     store = build(tmp_path, [row], tokenizer, val_fraction=1e-9)
-    turns = lp.record_from_row(row, "", "text", "").turns
+    turns = lp.record_from_row(row).turns
     wanted = [tokenizer.bos_id]
     for turn in turns:
         assert len(wanted) + len(tokenizer.encode(turn.prompt)) in store.index["train"]["prompt"]
@@ -250,17 +239,22 @@ def test_a_checkpoint_keeps_what_its_data_was(tmp_path):
 
 
 def test_a_row_for_each_answer(tmp_path):
-    """Trained or not; the last row of a record covers it whole."""
+    """Ids by hand: bos, then prompt, answer and sep of each turn. Trained or not, each answer has a
+    row; the last row of a record covers it whole."""
     rows = [chat("Q1", "a", "Q2", "bb", "Q3", "c", m3={"weight": 0}), {"text": "text"}]
     store = build(tmp_path, rows, val_fraction=0)
-    index, tokens = store.index["train"], store.tokens["train"]
-    assert index["trained"].tolist() == [1, 0, 1, 1] and index["last"].tolist() == [0, 0, 1, 1]
-    assert bytes(tokens[index["prompt"][0] :][:3].tolist()) == b" a\n"
+    ids, wanted = [257], []
+    for n, (question, answer) in enumerate((("Q1", "a"), ("Q2", "bb"), ("Q3", "c"))):
+        ids += f"### Instruction: {question}\n### Input: \n### Output:".encode()
+        before = len(ids)
+        ids += [*f" {answer}\n".encode(), 259]
+        wanted.append((0, len(ids), before, 0, n != 1, n == 2))
+    wanted.append((len(ids), 6, 1, 1, True, True))
+    assert store.tokens["train"].tolist() == [*ids, 257, *b"text", 258]
+    assert store.index["train"].tolist() == wanted
     ((start, end),) = store.masked("train").tolist()
-    assert tokens[start:end].tolist() == [*b" bb\n", 259]
+    assert ids[start:end] == [*b" bb\n", 259]
     assert store.whole_records("train").tolist() == [2, 3]
-    whole = index[2]
-    assert whole["length"] == len(tokens) - 6 and index["prompt"][3] == 1
     assert store.masked("val").shape == (0, 2)
 
 
