@@ -593,6 +593,15 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training and self.p else x
 
 
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al., 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # F.layer_norm's own weight and bias get gradients that depend on the number of threads.
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        return x if self.bias is None else x + self.bias
+
+
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
 
@@ -607,7 +616,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 NORMS = {
-    "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
+    "layernorm": lambda config: LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
     "rmsnorm": lambda config: RMSNorm(config.n_embd, config.norm_eps),
 }
 ACTIVATIONS = {
