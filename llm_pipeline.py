@@ -1485,15 +1485,6 @@ def generate(
 # ====================================================================================
 
 
-@dataclass
-class PresetConfig(Settings):
-    """Presets: names that set many others at once."""
-
-    preset: str = option("tiny-8g", "sizes that fit a machine")
-    recipe: str = option("classic", "classic: what the preset says; fast: measured quickest")
-    arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)")
-
-
 # Sized for an RTX 4060 with 8 or 16 GB, but for the last two: a laptop, and GPT-2's smallest.
 PRESETS = {
     "tiny-8g": dict(block_size=256, n_layer=6, n_head=8, n_embd=512,
@@ -1514,6 +1505,18 @@ ARCHS = {
     "modern": dict(pos="rope", norm="rmsnorm", norm_eps=1e-6, mlp="swiglu", qk_norm=True,
                    bias=False),
 }  # fmt: skip
+
+
+@dataclass
+class PresetConfig(Settings):
+    """Presets: names that set many others at once."""
+
+    preset: str = option("tiny-8g", "sizes that fit a machine", choices=tuple(PRESETS))
+    recipe: str = option(
+        "classic", "classic: what the preset says; fast: measured quickest",
+        choices=("classic", "fast"),
+    )  # fmt: skip
+    arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)", choices=tuple(ARCHS))
 
 
 # ====================================================================================
@@ -5175,43 +5178,39 @@ class RecordWindows(Dataset):
         return pad(samples, self.store.tokenizer.pad_id, self.block_size)
 
 
-class Answers(Dataset):
-    """The trained answers of a split, each behind all that precedes it: ds[i] -> (x, y).
+def answer_rows(store: TokenStore, split: str, source: str = "") -> np.ndarray:
+    """Rows of the index that stand for trained answers, of one source or of all."""
+    index = store.index[split]
+    mine = (index["prompt"] > 1) & (index["trained"] == 1)  # plain text has a bos at most
+    if source:
+        mine &= index["source"] == store.sources.index(source)
+    return index[mine]
 
-    source: of this one alone. answer: ids that stand in the place of each of them.
-    """
 
-    def __init__(self, store: TokenStore, split: str, block_size: int, source="", answer=None):
-        self.store, self.split, self.block_size, self.answer = store, split, block_size, answer
-        index = store.index[split]
-        mine = (index["prompt"] > 1) & (index["trained"] == 1)  # plain text has a bos at most
-        if source:
-            mine &= index["source"] == store.sources.index(source)
-        self.rows, self.lengths = index[mine], index[mine]["length"]
+def prompt_and_answer(store: TokenStore, split: str, row) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all that precedes an answer, and of the answer."""
+    ids = store.ids(split, int(row["start"]), int(row["length"]))
+    return ids[: row["prompt"]], ids[row["prompt"] :]
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def parts(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a prompt and of its true answer, whole."""
-        row = self.rows[i]
-        ids = self.store.ids(self.split, int(row["start"]), int(row["length"]))
-        return ids[: row["prompt"]], ids[row["prompt"] :]
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        prompt, truth = self.parts(i)
-        answer = truth if self.answer is None else self.answer
-        ids, first = fit_record(prompt, answer, self.block_size + 1)
-        ids = torch.from_numpy(ids)
-        return ids[:-1], ids[1:].index_fill(0, torch.arange(first - 1), IGNORE)
-
-    collate = RecordWindows.collate
+def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
+    """The distinct answers of a source where they are few and repeat, else an empty list."""
+    labels: dict[bytes, np.ndarray] = {}
+    total = 0
+    for split in ("train", "val"):
+        for row in answer_rows(store, split, source):
+            answer = prompt_and_answer(store, split, row)[1]
+            labels[answer.tobytes()] = answer
+            total += 1
+            if len(answer) > 64 or len(labels) > 10:
+                return []
+    few = 1 < len(labels) <= total // 10
+    return [labels[key] for key in sorted(labels)] if few else []
 
 
 @dataclass
 class Evaluation:
-    """What `report` asks of a model on a corpus. limit: evenly spaced sequences of each data set
-    (0: all)."""
+    """What `report` asks of a model on a corpus. limit: evenly spaced samples of each kind (0: all)."""
 
     loaded: Loaded
     store: TokenStore
@@ -5223,73 +5222,67 @@ class Evaluation:
         self.model = self.loaded.model.to(self.rt.device).eval()
         self.block_size = self.model.config.block_size
 
-    def loader(self, data: Dataset, limit: int) -> DataLoader:
-        """This process's share of the batches."""
-        rank, world_size = self.rt.rank, self.rt.world_size
-        sampler = ValidationSampler(data, self.batch_size, limit, rank, world_size)
-        return make_loader(data, sampler)
-
     def text(self, source: str, split: str) -> dict:
-        """Sums over a source's text, for `metrics_from_sums`; {} where it has none.
+        """Sums over a source's text, for `figures`; {} where it has none.
 
         Bytes are those of the text itself, which the store has counted; of a sample of windows, all
         of them times the share of the tokens that are scored. So are records.
         """
-        data, tokenizer = (
-            RecordWindows(self.store, split, source, self.block_size),
-            self.store.tokenizer,
-        )
+        data = RecordWindows(self.store, split, source, self.block_size)
         if not data.n_targets:
             return {}
-        loader = self.loader(data, self.limit)
+        rank, world_size = self.rt.rank, self.rt.world_size
+        sampler = ValidationSampler(data, self.batch_size, self.limit, rank, world_size)
+        loader = make_loader(data, sampler)
         shown = tqdm(loader, desc=source, delay=1, leave=False, disable=not self.rt.is_main)
         found = evaluate_perplexity(self.model, shown, rt=self.rt)
-        words = unknown = 0
-        for x, y in map(data.__getitem__, chain.from_iterable(loader.batch_sampler)):
-            scored = y[y != IGNORE].tolist()
-            before = x[: int((y != IGNORE).int().argmax()) + 1][-8:].tolist()
-            text = tokenizer.decode(scored, before)
-            words += len(text.split())
-            if text[:1].strip() and tokenizer.decode(before)[-1:].strip():
-                words -= 1  # its first word began in the window before
-            unknown += scored.count(tokenizer.unk_id)
-        words, unknown = self.rt.sum(words, unknown)
         share = found["tokens"] / data.n_targets
         return {
             "nll": found["loss"] * found["tokens"],
             "tokens": found["tokens"],
             "bytes": share * self.store.meta["counts"][source][f"{split}_bytes"],
-            "words": words,
             "records": share * data.n_records,
-            "unknown_tokens": unknown,
         }
 
+    def rows(self, split: str, limit: int, source: str = "") -> np.ndarray:
+        """This process's share of the answers, those of like length together."""
+        rows = answer_rows(self.store, split, source)
+        rows = rows[evenly_spaced(len(rows), limit)]
+        rows = rows[np.argsort(rows["length"], kind="stable")]
+        return rows[self.rt.rank :: self.rt.world_size]
+
     @torch.no_grad()
-    def score(self, data: Answers, limit: int) -> tuple[list[float], list[bool], int]:
-        """Of each answer: its loss in nats, and whether greedy decoding writes exactly it; tokens.
+    def score(self, split: str, rows: np.ndarray, answer: np.ndarray | None = None) -> tuple:
+        """Of each answer, or of another one in its place: its loss in nats, and whether greedy
+        decoding writes exactly it; and how many tokens they have.
 
         It does where each token is the likeliest behind the ones before it: one forward pass tells.
         """
-        nlls, exact, tokens, device = [], [], 0, self.rt.device
-        for x, y in self.loader(data, limit):
-            scored = y != IGNORE
-            if not scored.any():  # the empty batch of a process without a share
-                continue
-            losses, right = [], []
+        nlls, exact, tokens = [], [], 0
+        for i in range(0, len(rows), self.batch_size):
+            samples = []
+            for row in rows[i : i + self.batch_size]:
+                prompt, truth = prompt_and_answer(self.store, split, row)
+                response = truth if answer is None else answer
+                ids, first = fit_record(prompt, response, self.block_size + 1)
+                ids = torch.from_numpy(ids)
+                samples.append((ids[:-1], ids[1:].index_fill(0, torch.arange(first - 1), IGNORE)))
+            batch = pad(samples, self.store.tokenizer.pad_id, self.block_size).to(self.rt.device)
             with self.rt.autocast():
-                h = self.model.hidden(x.to(device))[scored.to(device)]
-                targets = y[scored].to(device)
-                for part, wanted in zip(h.split(1024), targets.split(1024), strict=True):
-                    logits = self.model.head(part).float()  # (1024, V) at most at a time
-                    losses.append(F.cross_entropy(logits, wanted, reduction="none").cpu())
-                    right.append((logits.argmax(-1) == wanted).cpu())
-            nll = torch.zeros(y.shape).masked_scatter(scored, torch.cat(losses))
-            nlls += nll.double().sum(-1).tolist()
-            exact += (
-                torch.ones_like(scored).masked_scatter(scored, torch.cat(right)).all(-1).tolist()
-            )
-            tokens += len(targets)
+                hidden = self.model.hidden(batch.x)
+                for h, y in zip(hidden, batch.y, strict=True):
+                    logits = self.model.head(h[y != IGNORE]).float()  # (tokens, V)
+                    wanted = y[y != IGNORE]
+                    nlls.append(F.cross_entropy(logits, wanted, reduction="sum").item())
+                    exact.append(torch.equal(logits.argmax(-1), wanted))
+                    tokens += len(wanted)
         return nlls, exact, tokens
+
+    def answers(self, split: str, limit: int) -> dict:
+        """Loss of the answers in nats a token, and the share that greedy decoding writes exactly."""
+        nlls, exact, tokens = self.score(split, self.rows(split, limit))
+        n, nll, exact, tokens = self.rt.sum(len(nlls), sum(nlls), sum(exact), tokens)
+        return {"records": int(n), "loss": nll / max(tokens, 1), "exact": exact / max(n, 1)}
 
     def classes(self, source: str, splits: tuple[str, ...]) -> dict:
         """Where answers are a small closed set: which is the likeliest, as a classifier says it."""
@@ -5299,20 +5292,28 @@ class Evaluation:
         numbers = {label.tobytes(): number for number, label in enumerate(labels)}
         table = np.zeros((len(labels), len(labels)), int)  # [true, predicted]
         for split in splits:
-            tried = [Answers(self.store, split, self.block_size, source, each) for each in labels]
-            nlls = [self.score(data, self.limit)[0] for data in tried]
-            order = chain.from_iterable(self.loader(tried[0], self.limit).batch_sampler)
-            truth = [numbers[tried[0].parts(i)[1].tobytes()] for i in order]
-            np.add.at(table, (truth, np.argmin(nlls, 0)), 1)
-        table = np.array(self.rt.sum(*table.ravel().tolist())).astype(int).reshape(table.shape)
-        return class_metrics(table, [self.store.tokenizer.decode(a).strip() for a in labels])
-
-    def answers(self, split: str, limit: int) -> dict:
-        """Loss of the answers in nats a token, and the share that greedy decoding writes exactly."""
-        data = Answers(self.store, split, self.block_size)
-        nlls, exact, tokens = self.score(data, limit)
-        n, nll, exact, tokens = self.rt.sum(len(nlls), sum(nlls), sum(exact), tokens)
-        return {"records": int(n), "loss": nll / max(tokens, 1), "exact": exact / max(n, 1)}
+            rows = self.rows(split, self.limit, source)
+            nlls = [self.score(split, rows, label)[0] for label in labels]
+            for row, guess in zip(rows, np.argmin(nlls, 0), strict=True):
+                answer = prompt_and_answer(self.store, split, row)[1]
+                table[numbers[answer.tobytes()], guess] += 1
+        table = np.reshape(self.rt.sum(*table.ravel().tolist()), table.shape).astype(int)
+        right, true, predicted = table.diagonal(), table.sum(1), table.sum(0)
+        scores = {
+            "precision": right / np.maximum(predicted, 1),
+            "recall": right / np.maximum(true, 1),
+            "f1": 2 * right / np.maximum(predicted + true, 1),
+            "support": true,
+        }
+        names = [self.store.tokenizer.decode(label).strip() for label in labels]
+        return {
+            "accuracy": float(right.sum() / max(table.sum(), 1)),
+            "classes": {
+                name: {key: values[i].item() for key, values in scores.items()}
+                for i, name in enumerate(names)
+            },
+            "confusion": {"labels": names, "true_by_predicted": table.tolist()},
+        }
 
     def examples(self, split: str) -> list[dict]:
         """Texts of three records: given, truth, and what the model writes there."""
@@ -5337,52 +5338,14 @@ class Evaluation:
         return found
 
 
-COUNTS = ("tokens", "bytes", "words", "records", "unknown_tokens")
-
-
-def metrics_from_sums(sums: dict) -> dict:
-    """The figures reported for sums over some text; nan where there is nothing to divide by."""
-    nll, size, words = sums["nll"], sums["bytes"], sums["words"]
+def figures(sums: dict) -> dict:
+    """What is reported for sums over some text; bits_per_byte is nan where nothing but ids is known."""
+    loss, size = sums["nll"] / sums["tokens"], sums["bytes"]
     return {
-        "loss": nll / sums["tokens"],
-        "ppl": math.exp(min(20.0, nll / sums["tokens"])),
-        "bits_per_byte": nll / math.log(2) / size if size else math.nan,
-        "word_ppl": math.exp(min(500.0, nll / words)) if words else math.nan,
-        **{name: round(sums[name]) for name in COUNTS},
-    }
-
-
-def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
-    """The distinct answers of a source where they are few and repeat, else an empty list."""
-    labels: dict[bytes, np.ndarray] = {}
-    data = [Answers(store, split, 2, source) for split in ("train", "val")]
-    for part in data:
-        for i in range(len(part)):
-            answer = part.parts(i)[1]
-            labels[answer.tobytes()] = answer
-            if len(answer) > 64 or len(labels) > 10:
-                return []
-    few = 1 < len(labels) <= sum(map(len, data)) // 10
-    return [labels[key] for key in sorted(labels)] if few else []
-
-
-def class_metrics(table: np.ndarray, names: list[str]) -> dict:
-    """Accuracy and the figures of each class from a confusion table, [true, predicted]."""
-    classes = {}
-    for i, name in enumerate(names):
-        right, predicted, support = int(table[i, i]), int(table[:, i].sum()), int(table[i].sum())
-        classes[name] = {
-            "precision": right / max(predicted, 1),
-            "recall": right / max(support, 1),
-            "f1": 2 * right / max(predicted + support, 1),
-            "support": support,
-        }
-    total = max(int(table.sum()), 1)
-    return {
-        "accuracy": float(table.trace() / total),
-        "classes": classes,
-        "majority": float(table.sum(1).max() / total),
-        "confusion": {"labels": names, "true_by_predicted": table.tolist()},
+        "loss": loss,
+        "ppl": math.exp(min(20.0, loss)),
+        "bits_per_byte": sums["nll"] / math.log(2) / size if size else math.nan,
+        **{name: round(sums[name]) for name in ("tokens", "bytes", "records")},
     }
 
 
@@ -5392,10 +5355,10 @@ def report(
 ) -> dict:  # fmt: skip
     """What is to be known of a model on a corpus, as plain data: what `eval --json` writes.
 
-    loss, ppl, bits_per_byte, word_ppl and COUNTS of the split, and `sources` with the same of each;
-    of a closed set of answers also `class_metrics`. Where records have answers, `answers` of val
-    and train. `examples`: three. max_batches: evenly spaced batches of each (0: all, but 500
-    answers of another split). Raises UserError where the split is empty.
+    `figures` of the split, and `sources` with those of each; of a closed set of answers also
+    accuracy, classes and confusion. Where records have answers, `answers` of val and train.
+    unknown_tokens: of the whole corpus. `examples`: three. max_batches: evenly spaced batches of
+    each (0: all, but 500 answers of another split). Raises UserError where the split is empty.
     """
     asked = Evaluation(loaded, store, rt, batch_size, limit=max_batches * batch_size)
     splits = ("train", "val") if split == "all" else (split,)
@@ -5406,33 +5369,17 @@ def report(
             sums.update(asked.text(source, part))
         if sums["tokens"]:
             total.update(sums)
-            sources[source] = metrics_from_sums(sums) | asked.classes(source, splits)
+            sources[source] = figures(sums) | asked.classes(source, splits)
     if not sources:
         raise UserError(f"the {split} split of this data is empty; --split all scores all of it")
-    result = metrics_from_sums(total) | {"sources": sources}
+    unknown = sum(row.get("unknown_tokens", 0) for row in store.meta["counts"].values())
+    result = figures(total) | {"unknown_tokens": unknown, "sources": sources}
     answers = {}
     for part in ("val", "train"):  # of which one may be there for comparison alone
         answers[part] = asked.answers(part, asked.limit or (0 if part in splits else 500))
     if answers["val"]["records"] + answers["train"]["records"]:
         result["answers"] = answers
     return result | {"examples": asked.examples(splits[-1])}
-
-
-REPORT_COLUMNS = (  # key, title, how a value is written
-    ("loss", "loss", ".4f"), ("ppl", "ppl", ",.3f"), ("word_ppl", "word ppl", ".5g"),
-    ("bits_per_byte", "bits/byte", ".4f"), ("tokens", "tokens", ",d"), ("records", "records", ",d"),
-)  # fmt: skip
-ANSWER_ROWS = (("loss", "loss in nats a token", ".4f"), ("exact", "exactly right", ".1%"))
-
-
-def table_lines(rows: list[list[str]]) -> list[str]:
-    """Cells in columns, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *cells in rows:
-        rest = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *rest]).rstrip())
-    return lines
 
 
 def report_lines(after: dict, before: dict | None = None, most_sources: int = 0) -> list[str]:
@@ -5443,23 +5390,23 @@ def report_lines(after: dict, before: dict | None = None, most_sources: int = 0)
     sources = after["sources"]
     if 0 < most_sources < len(sources):
         sources = {}
-    rows, shown = {**sources, "total": after}, {"": after}
-    if before:
-        rows["total, before"], shown = before, {"before": before, "after": after}
-    cells = [["source", *(title for _, title, _ in REPORT_COLUMNS)]]
+    rows = {**sources, "total": after} | ({"total, before": before} if before else {})
+    titles = f"{'loss':>9}{'ppl':>16}{'bits/byte':>11}{'tokens':>14}{'records':>12}"
+    lines = [f"{'source':<24}{titles}"]
     for name, row in rows.items():
-        cells.append([name[:24], *(format(row[key], spec) for key, _, spec in REPORT_COLUMNS)])
-    lines = table_lines(cells)
+        scores = f"{row['loss']:>9.4f}{row['ppl']:>16,.3f}{row['bits_per_byte']:>11.4f}"
+        lines.append(f"{name[:23]:<24}{scores}{row['tokens']:>14,}{row['records']:>12,}")
     if after["unknown_tokens"]:
-        lines.append(f"{after['unknown_tokens']:,} of the tokens are unknown to the vocabulary")
-    cells = [["", *shown]]
+        lines.append(
+            f"{after['unknown_tokens']:,} tokens of this data are unknown to the vocabulary"
+        )
     for split, name in {"val": "held-out", "train": "training"}.items():
-        answers = [each.get("answers", {}).get(split, {}) for each in shown.values()]
-        if all(row.get("records") for row in answers):
-            for key, title, spec in ANSWER_ROWS:
-                label = f"{answers[-1]['records']:,} {name} answers: {title}"
-                cells.append([label, *(format(row[key], spec) for row in answers)])
-    lines += table_lines(cells) if len(cells) > 1 else []
+        shown = [each["answers"][split] for each in (before, after) if each and "answers" in each]
+        if shown and shown[-1]["records"]:
+            exact = " -> ".join(f"{each['exact']:.1%}" for each in shown)
+            loss = " -> ".join(f"{each['loss']:.4f}" for each in shown)
+            count = f"{shown[-1]['records']:,} {name} answers"
+            lines.append(f"{count}: exactly right {exact}, loss {loss} nats a token")
     for name, row in sources.items():
         if "accuracy" in row:
             lines += ["", *class_lines(name, row)]
@@ -5472,17 +5419,19 @@ def report_lines(after: dict, before: dict | None = None, most_sources: int = 0)
 
 def class_lines(name: str, row: dict) -> list[str]:
     """Accuracy, and a line for each class of one source: its figures, then what it was taken for."""
-    classes, labels = row["classes"], row["confusion"]["labels"]
-    largest = max(classes, key=lambda label: classes[label]["support"])
-    accuracy, majority = (f"{row[key]:.4f}" for key in ("accuracy", "majority"))
-    titles = (f"-> {shortened(label)[:7]}" for label in labels)
-    cells = [["true class", "precision", "recall", "f1", "support", *titles]]
-    for label, counts in zip(labels, row["confusion"]["true_by_predicted"], strict=True):
-        figures = (f"{classes[label][key]:.4f}" for key in ("precision", "recall", "f1"))
-        support = f"{classes[label]['support']:,}"
-        cells.append([shortened(label)[:15], *figures, support, *(f"{n:,}" for n in counts)])
-    first = f"{name}: accuracy {accuracy}; always predicting {largest!r} gives {majority}"
-    return [first, *table_lines(cells)]
+    labels = [shortened(label)[:15] for label in row["classes"]]
+    supports = [found["support"] for found in row["classes"].values()]
+    commonest = max(supports) / max(sum(supports), 1)
+    score = f"accuracy {row['accuracy']:.4f}; always predicting the commonest gives {commonest:.4f}"
+    lines = [f"{name}: {score}"]
+    titles = f"{'precision':>11}{'recall':>9}{'f1':>9}{'support':>9}"
+    lines.append(f"{'true class':<16}{titles}  taken for {', '.join(labels)}")
+    table = row["confusion"]["true_by_predicted"]
+    for label, found, taken in zip(labels, row["classes"].values(), table, strict=True):
+        scores = f"{found['precision']:>11.4f}{found['recall']:>9.4f}{found['f1']:>9.4f}"
+        counts = ", ".join(f"{n:,}" for n in taken)
+        lines.append(f"{label:<16}{scores}{found['support']:>9,}  {counts}")
+    return lines
 
 
 def shortened(text: str) -> str:
@@ -5494,13 +5443,12 @@ def shortened(text: str) -> str:
 def example_prompt(store: TokenStore) -> tuple[str, str]:
     """(instruction, input) of a short held-out record; of plain text its first words, and ""."""
     split = "val" if len(store.index["val"]) else "train"
-    index = store.index[split]
-    asked = index[index["prompt"] > 1]
-    if not len(asked):
+    rows = answer_rows(store, split)
+    if not len(rows):
         text = store.tokenizer.decode(store.ids(split, 0, min(60, len(store.tokens[split]))))
         return " ".join(text.split()[:6]), ""
-    row = asked[np.argmin(asked["prompt"])]
-    text = store.tokenizer.decode(store.ids(split, int(row["start"]), int(row["prompt"])))
+    prompt, _ = prompt_and_answer(store, split, rows[np.argmin(rows["prompt"])])
+    text = store.tokenizer.decode(prompt)
     pattern = r"(?:### System: .*\n)?### Instruction: (.*)\n### Input: (.*)\n### Output:"
     found = re.fullmatch(pattern, text, re.DOTALL)
     return (found[1], found[2]) if found else (text, "")
@@ -5678,8 +5626,12 @@ class CheckpointConfig(DataConfig):
 class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
     """Tune a checkpoint, or a Hugging Face model, on instruction records or preferences."""
 
-    preset: str = option("", "batch_size and grad_accum of a training preset")
-    recipe: str = option("classic", "classic: AdamW; fast: Muon at tuned rates")
+    preset: str = option(
+        "", "batch_size and grad_accum of a training preset", choices=tuple(PRESETS)
+    )
+    recipe: str = option(
+        "classic", "classic: AdamW; fast: Muon at tuned rates", choices=("classic", "fast")
+    )
     epochs: int = option(3, "passes over the training data", low=1, high=10**6)
     lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
     seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
@@ -6512,8 +6464,7 @@ def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> di
     """The report of section 14 on --ckpt and the data at hand."""
     loaded = load_model(config.ckpt, block_size=config.block_size)
     store = open_split_store(config, rt, loaded)
-    splits = ("train", "val") if config.split == "all" else (config.split,)
-    for split in splits:
+    for split in ("train", "val") if config.split == "all" else (config.split,):
         n_records, n_tokens = len(store.whole_records(split)), len(store.tokens[split])
         place = config.hf_dataset or config.data_dir
         note(f"scoring {place}: {n_records:,} {split} records, {n_tokens:,} tokens")
@@ -6593,24 +6544,8 @@ def sample_text(
         model.train(training)
 
 
-def stream_text(loaded: Loaded, config: SampleConfig, prompt: str) -> Iterator[str]:
-    """What the `sample` command writes: pieces as they are generated; of several samples, whole ones."""
-    if is_instruct(loaded, config):
-        ids = conversation_ids(loaded, config, [ChatTurn(prompt, config.input)])
-        yield from generated_texts(loaded, config, ids, is_answer=True)
-        return
-    ids = loaded.tokenizer.encode(prompt).tolist()
-    if loaded.data["add_special_tokens"]:
-        ids = [*loaded.tokenizer.prefix, *ids]
-    if not ids:
-        raise UserError("this model needs a --prompt: its texts begin without a special token")
-    if len(ids) > (size := context_size(loaded.model.config)):
-        note(f"the prompt has {len(ids):,} tokens and the context {size:,}: only its end is read")
-    yield from generated_texts(loaded, config, ids)
-
-
 def is_instruct(loaded: Loaded, config: SampleConfig) -> bool:
-    """Whether the prompt is an instruction: it is to a model that was trained on answers."""
+    """Whether a prompt is an instruction: it is to a model that was trained on answers."""
     asked = [f"--{name}" for name in ("input", "system") if getattr(config, name)]
     if asked and config.template == "raw":
         raise UserError(f"{asked[0]} is a part of the template: leave out --template raw")
@@ -6620,53 +6555,27 @@ def is_instruct(loaded: Loaded, config: SampleConfig) -> bool:
 
 
 class ChatTurn(NamedTuple):
-    """An instruction, and its answer unless that is still to come."""
+    """What was asked in a conversation, and the answer."""
 
     instruction: str
-    input: str = ""
-    answer: str | None = None
+    input: str
+    answer: str
 
 
-def context_size(config: GPTConfig) -> float:
-    """Tokens that a model goes on from at most: any number where its window slides on for ever."""
-    slides = 0 < config.attn_window < config.block_size and config.pos != "learned"
-    return math.inf if slides else config.block_size
-
-
-def conversation_ids(loaded: Loaded, config: SampleConfig, turns: list[ChatTurn]) -> list[int]:
-    """Ids of a conversation, the same as in a token store.
-
-    What does not fit into the context beside the beginning of an answer is left out, with a note:
-    the oldest turns, which `turns` loses, then the middle of an instruction, as in training.
-    """
-    tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
-    room = context_size(loaded.model.config) - min(config.max_new_tokens, block_size // 8)
-    while True:
-        ids = list(tokenizer.prefix)
-        for number, turn in enumerate(turns):
-            system = "" if number else config.system
-            prompt = instruction_prompt(turn.instruction, turn.input, system)
-            ids += tokenizer.encode(prompt).tolist()
-            if turn.answer is not None:
-                response = instruction_response(turn.answer)
-                ids += [*tokenizer.encode(response).tolist(), tokenizer.sep_id]
-        if len(ids) <= room:
-            return ids
-        sizes = f"has {len(ids):,} tokens and the context {block_size:,}"
-        if len(turns) == 1:
-            note(f"the prompt {sizes}: its middle is left out, so that an answer fits")
-            return fit_record(np.array(ids), np.empty(0, np.int64), room)[0].tolist()
-        note(f"the conversation {sizes}: its oldest turn is left out")
-        del turns[0]
-
-
-def generated_texts(
-    loaded: Loaded, config: SampleConfig, ids: list[int], is_answer: bool = False
+def stream_text(
+    loaded: Loaded, config: SampleConfig, prompt: str, turns: list[ChatTurn] | None = None
 ) -> Iterator[str]:
-    """`generate` as text: pieces of one sample as they become certain, or several whole samples.
+    """What the model puts behind a prompt or, if that is an instruction, behind the conversation
+    that ends in it; `turns` loses the oldest of those before it where they do not fit.
 
-    An answer comes without the space before it and the newline after it.
+    Pieces of one sample as they become certain; of several samples, each whole. An answer comes
+    without the space before it and the newline after it.
     """
+    is_answer = is_instruct(loaded, config)
+    if is_answer:
+        ids = conversation_ids(loaded, config, prompt, [] if turns is None else turns)
+    else:
+        ids = text_ids(loaded, prompt)
 
     def text(tokens: Iterable[int]) -> Iterator[str]:
         pieces = text_pieces(tokens, loaded.tokenizer, unescape(config.stop), ids)
@@ -6679,6 +6588,50 @@ def generated_texts(
         yield from text(token for (token,) in steps)
     else:
         yield from ("".join(text(tokens)) for tokens in zip(*steps, strict=True))
+
+
+def context_size(config: GPTConfig) -> float:
+    """Tokens that a model goes on from at most: any number where its window slides on for ever."""
+    slides = 0 < config.attn_window < config.block_size and config.pos != "learned"
+    return math.inf if slides else config.block_size
+
+
+def text_ids(loaded: Loaded, prompt: str) -> list[int]:
+    """Ids of a text to go on from."""
+    prefix = loaded.tokenizer.prefix if loaded.data["add_special_tokens"] else ()
+    ids = [*prefix, *loaded.tokenizer.encode(prompt).tolist()]
+    if not ids:
+        raise UserError("this model needs a --prompt: its texts begin without a special token")
+    if len(ids) > (size := context_size(loaded.model.config)):
+        note(f"the prompt has {len(ids):,} tokens and the context {size:,}: only its end is read")
+    return ids
+
+
+def conversation_ids(
+    loaded: Loaded, config: SampleConfig, prompt: str, turns: list[ChatTurn]
+) -> list[int]:
+    """Ids of a conversation up to the answer to `prompt`, the same as in a token store.
+
+    What does not fit into the context beside the beginning of an answer is left out, with a note:
+    the oldest turns, which `turns` loses, then the middle of the instruction, as in training.
+    """
+    tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
+    room = context_size(loaded.model.config) - min(config.max_new_tokens, block_size // 8)
+    while True:
+        ids, system = list(tokenizer.prefix), config.system
+        for instruction, text, answer in [*turns, ChatTurn(prompt, config.input, "")]:
+            ids += tokenizer.encode(instruction_prompt(instruction, text, system)).tolist()
+            end, system = len(ids), ""
+            ids += [*tokenizer.encode(instruction_response(answer)).tolist(), tokenizer.sep_id]
+        ids = ids[:end]  # the last answer is still to come
+        if len(ids) <= room:
+            return ids
+        sizes = f"has {len(ids):,} tokens and the context {block_size:,}"
+        if not turns:
+            note(f"the prompt {sizes}: its middle is left out, so that an answer fits")
+            return fit_record(np.array(ids), np.empty(0, np.int64), room)[0].tolist()
+        note(f"the conversation {sizes}: its oldest turn is left out")
+        del turns[0]
 
 
 def text_pieces(
@@ -6721,57 +6674,47 @@ class Chat:
 
     def __init__(self, loaded: Loaded, config: SampleConfig):
         self.loaded, self.config = loaded, config
-        self.instruct = is_instruct(loaded, config)
         self.turns: list[ChatTurn] = []
-        self.answered = 0  # over the whole session
+        self.asked = 0  # over the whole session
 
     def ask(self, line: str) -> Iterator[str]:
         """Pieces of what follows a line; an answer becomes a part of the conversation."""
-        self.answered += 1  # another seed for each: a session repeats itself only when asked to
-        config = replace(self.config, seed=derive_seed(self.config.seed, self.answered))
-        if not self.instruct:
-            yield from stream_text(self.loaded, config, line)
-            return
-        self.turns.append(ChatTurn(line, config.input))
+        self.asked += 1  # another seed for each: a session repeats itself only when asked to
+        config = replace(self.config, seed=derive_seed(self.config.seed, self.asked))
         self.config, answer = replace(self.config, input=""), ""
-        ids = conversation_ids(self.loaded, config, self.turns)
         try:
-            for piece in generated_texts(self.loaded, config, ids, is_answer=True):
+            for piece in stream_text(self.loaded, config, line, self.turns):
                 answer += piece
                 yield piece
         finally:
-            self.turns[-1] = ChatTurn(line, config.input, answer)
-
-    def change(self, **settings) -> None:
-        """Other settings from here on. With an input or a system text, lines are instructions."""
-        config = replace(self.config, **settings)
-        self.instruct |= is_instruct(self.loaded, config)
-        self.config = config
+            if is_instruct(self.loaded, config):
+                self.turns.append(ChatTurn(line, config.input, answer))
 
     def command(self, line: str) -> None:
-        """Carry out a line that begins with a slash, but for /quit. Raises UserError, ValueError."""
+        """Carry out a line that begins with a slash, but for /quit. Raises UserError."""
         word, _, text = line.partition(" ")
         text = text.strip()
-        if word == "/input":
-            self.change(input=text)
-        elif word == "/system":
-            self.change(system=text)
-            self.turns = []
-        elif word == "/new":
-            self.turns = []
+        if word in ("/input", "/system"):
+            config = replace(self.config, **{word[1:]: text})
+            if is_instruct(self.loaded, config):  # and so are the lines after it
+                config.template = "instruct"
+            self.config = config
         elif word == "/set":
             name, _, value = text.partition(" ")
             if name not in (known := (*SAMPLING, "max_new_tokens", "stop", "seed")):
                 raise UserError(f"/set NAME VALUE, where NAME is one of {', '.join(known)}")
-            self.change(**{name: checked(SampleConfig.__dataclass_fields__[name], value.strip())})
+            value = checked(SampleConfig.__dataclass_fields__[name], value.strip())
+            self.config = replace(self.config, **{name: value})
         elif word == "/help":
             note(CHAT_HELP)
-        else:
+        elif word != "/new":
             raise UserError(f"there is no command {word}; /help lists them")
+        if word in ("/new", "/system"):
+            self.turns = []
 
 
 CHAT_HELP = """\
-/input TEXT      give the next instruction an input; then an empty line repeats the last instruction
+/input TEXT      give the next instruction an input
 /system TEXT     begin a new conversation with this system text (none: without one)
 /new             begin a new conversation
 /set NAME VALUE  such as /set temperature 0.5, or any other setting of sampling
@@ -6785,27 +6728,24 @@ def chat_session(loaded: Loaded, config: SampleConfig) -> None:
         import readline  # noqa: F401
     if "seed" not in config.explicit:
         config.seed = int.from_bytes(os.urandom(4), "little")
-    chat, last = Chat(loaded, config), ""
-    if chat.instruct and config.num_samples > 1:
+    chat, instruct = Chat(loaded, config), is_instruct(loaded, config)
+    if instruct and config.num_samples > 1:
         raise UserError("--num_samples needs --prompt: a conversation goes on from one answer")
-    kind = "a conversation" if chat.instruct else "text to continue"
+    kind = "a conversation" if instruct else "text to continue"
     note(f"{kind}; /help lists the commands; --seed {config.seed} repeats this session")
     with contextlib.suppress(EOFError):
-        while line := input("> ") or (last if chat.config.input else ""):
-            if line.strip() == "/quit":
-                return
+        while (line := input("> ")) and line.strip() != "/quit":
             if line.startswith("/"):
                 try:
                     chat.command(line)
-                except (UserError, ValueError) as error:
+                except UserError as error:
                     note(str(error))
                 continue
-            last = line
             with (
                 contextlib.suppress(KeyboardInterrupt),
-                contextlib.closing(chat.ask(line)) as texts,
+                contextlib.closing(chat.ask(line)) as pieces,
             ):
-                show(texts)
+                show(pieces)
 
 
 def show(pieces: Iterable[str]) -> None:
@@ -6825,34 +6765,19 @@ def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
         return
     if prompt is None:
         try:
-            if hasattr(sys.stdin, "reconfigure"):  # a notebook's has no such method
-                sys.stdin.reconfigure(encoding="utf-8")
             prompt = sys.stdin.read().removesuffix("\n")  # of `echo ... | sample`
         except UnicodeDecodeError as error:
             raise UserError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
-    texts = stream_text(loaded, config, prompt)
+    pieces = stream_text(loaded, config, prompt)
     if config.num_samples == 1:
-        show(texts)
+        show(pieces)
         return
-    for number, text in enumerate(texts, 1):
+    for number, text in enumerate(pieces, 1):
         note(f"--- sample {number}")
         print(text, flush=True)
 
 
 # --- prepare ---
-
-
-@dataclass
-class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
-    """Turn raw text or a Hugging Face dataset into a token store, and report on it."""
-
-    out_dir: str = option("", "the store's folder (default: under processed_dir)")
-    block_size: int = option(256, "tokens in a block of the sample batch", low=2, high=2**20)
-    download: str = option("", "fetch a public data set into data_dir, and no more")
-    save_raw: bool = option(False, "keep the rows of --hf_dataset as files under data_dir")
-    overwrite: bool = option(False, "replace an older store in out_dir")
-    preview: int = option(0, "show N records token by token", low=0)
-    check_model: str = option("", "run a batch through this AutoModelForCausalLM")
 
 
 DOWNLOADS = {  # name: (address, {file under data_dir: sha256}), or the flags that read it
@@ -6879,6 +6804,21 @@ DOWNLOADS = {  # name: (address, {file under data_dir: sha256}), or the flags th
     "wikitext-103-raw-v1": "--hf_dataset Salesforce/wikitext --hf_config wikitext-103-raw-v1 --join_rows",
     "fineweb-sample": "--hf_dataset HuggingFaceFW/fineweb --hf_config sample-10BT --streaming --max_tokens 10000000",
 }  # fmt: skip
+
+
+@dataclass
+class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
+    """Turn raw text or a Hugging Face dataset into a token store, and report on it."""
+
+    out_dir: str = option("", "the store's folder (default: under processed_dir)")
+    block_size: int = option(256, "tokens in a block of the sample batch", low=2, high=2**20)
+    download: str = option(
+        "", "fetch a public data set into data_dir, and no more", choices=("", *DOWNLOADS)
+    )
+    save_raw: bool = option(False, "keep the rows of --hf_dataset as files under data_dir")
+    overwrite: bool = option(False, "replace an older store in out_dir")
+    preview: int = option(0, "show N records token by token", low=0)
+    check_model: str = option("", "run a batch through this AutoModelForCausalLM")
 
 
 def download(name: str, data_dir: Path) -> str:
@@ -6925,29 +6865,6 @@ def fetch(address: str, files: dict[Path, str]) -> None:
                 file.write(source.read_bytes())
 
 
-def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str:
-    """What `prepare` does. Returns the folder of the store, or what was downloaded."""
-    if config.download:
-        return download(config.download, Path(config.data_dir))
-    if config.save_raw:
-        config = saved_raw(config)
-    folder = Path(config.out_dir) if config.out_dir else None
-    store = build_corpus_from_sources(config=config, folder=folder)
-    report, batch = store_report(store, config), sample_batch(store, config.block_size)
-    print("\n".join(report["lines"]))
-    write_json(store.folder / "report.json", report)
-    write_json(store.folder / "sample_batch.json", batch)
-    if config.preview:
-        print(preview(store, config.preview))
-    if config.check_model:
-        print(check_model(config.check_model, torch.tensor(batch["input_ids"])))
-    place = shlex.quote(str(store.folder))
-    note(f"python plot_curves.py {place} draws how long the records are")
-    note(f"next: python llm_pipeline.py train --data_dir {place}")
-    print(store.folder)
-    return str(store.folder)
-
-
 def saved_raw(config: PrepareConfig) -> PrepareConfig:
     """Keep the rows of each split as a file under data_dir. Returns settings to read those."""
     name = Path(config.hf_dataset).name
@@ -6966,6 +6883,76 @@ def saved_raw(config: PrepareConfig) -> PrepareConfig:
     return replace(config, data_dir=str(folder), hf_dataset="", streaming=False)
 
 
+def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str:
+    """What `prepare` does. Returns the folder of the store, or what was downloaded."""
+    if config.download:
+        return download(config.download, Path(config.data_dir))
+    if config.save_raw:
+        config = saved_raw(config)
+    folder = Path(config.out_dir) if config.out_dir else None
+    store = build_corpus_from_sources(config=config, folder=folder)
+    result, batch = store_report(store), sample_batch(store, config.block_size)
+    write_json(store.folder / "report.json", result)
+    write_json(store.folder / "sample_batch.json", batch)
+    for name, value in result["figures"].items():
+        print(f"{name:<28}{value:>16,}")
+    print("tokens in a record, by percentile:")
+    for percent, length in result["length_percentiles"].items():
+        print(f"  {percent:>3}%{length:>12,}")
+    if not is_store(config.data_dir):
+        print(streaming_speed(config, store.tokenizer))
+    if config.preview:
+        print(preview(store, config.preview))
+    if config.check_model:
+        print(check_model(config.check_model, torch.tensor(batch["input_ids"])))
+    place = shlex.quote(str(store.folder))
+    note(f"python plot_curves.py {place} draws how long the records are")
+    note(f"next: python llm_pipeline.py train --data_dir {place}")
+    print(store.folder)
+    return str(store.folder)
+
+
+def store_report(store: TokenStore) -> dict[str, dict]:
+    """What report.json holds: counts, speed of tokenizing, and how long records are."""
+    meta, total, figures = store.meta, Counter(), {}
+    for row in meta["counts"].values():
+        total.update(row)
+    figures["records read"] = total["records"]
+    for what, n in total.items():
+        if what.startswith("skipped: "):
+            figures[f"dropped, {what.removeprefix('skipped: ')}"] = n
+    for split, index in store.index.items():
+        figures[f"records, {split}"] = n_records = int(index["last"].sum())
+        if len(index) > n_records:  # conversations
+            figures[f"answers, {split}"] = len(index)
+            figures[f"answers not trained, {split}"] = len(store.masked(split))
+        figures[f"tokens, {split}"] = meta["tokens"][split]
+    if total["unknown_tokens"]:
+        figures["tokens unknown"] = total["unknown_tokens"]
+    tokens, seconds = sum(meta["tokens"].values()), max(meta["seconds"]["encoding"], 1e-9)
+    figures["vocabulary"] = store.tokenizer.vocab_size
+    figures["bytes per token"] = round(total["bytes"] / tokens, 3)
+    figures["tokens per second"] = round(tokens / seconds)
+    figures["megabytes per second"] = round(total["bytes"] / 1e6 / seconds, 1)
+    lengths = np.repeat([int(n) for n in meta["lengths"]], list(meta["lengths"].values()))
+    percents = (1, 5, 25, 50, 75, 95, 99, 100)
+    found = np.percentile(lengths, percents, method="inverted_cdf").tolist()
+    return {"figures": figures, "length_percentiles": dict(zip(percents, found, strict=True))}
+
+
+def streaming_speed(config: PrepareConfig, tokenizer: Tokenizer) -> str:
+    """How fast raw records become batches, from reading to tensors."""
+    records = corpus_records(config, Report())
+    texts = (text for record, _ in records for text in record_texts(record))
+    blocks = TokenBlocks(texts, tokenizer, config.block_size)
+    loader = DataLoader(blocks, batch_size=4, generator=torch.Generator())
+    started = time.perf_counter()
+    sizes = [batch["input_ids"].numel() for batch in islice(loader, 25)]
+    seconds = time.perf_counter() - started
+    what = f"streamed {len(sizes)} batches of 4 x {config.block_size} in {seconds:.2f} s"
+    return f"{what}: about {sum(sizes) / seconds:,.0f} tokens/s"
+
+
 def sample_batch(store: TokenStore, block_size: int) -> dict[str, list]:
     """Four blocks of training tokens as Hugging Face models take them: they shift the labels."""
     tokens = store.tokens["train" if len(store.tokens["train"]) else "val"]
@@ -6977,49 +6964,6 @@ def sample_batch(store: TokenStore, block_size: int) -> dict[str, list]:
     return {"input_ids": rows, "labels": rows, "attention_mask": mask, "text": texts}
 
 
-def store_report(store: TokenStore, config: PrepareConfig) -> dict:
-    """Records, tokens, speed, bytes per token, lengths; of raw data, how fast it makes batches."""
-    meta, total, lengths = store.meta, Counter(), []
-    for row in meta["counts"].values():
-        total.update(row)
-    figures = {"records read": total["records"]}
-    for what, n in total.items():
-        if what.startswith("skipped: "):
-            figures[f"dropped, {what.removeprefix('skipped: ')}"] = n
-    for split, index in store.index.items():
-        whole = index[store.whole_records(split)]
-        lengths.append(whole["length"])
-        figures[f"records, {split}"] = len(whole)
-        if len(index) > len(whole):  # conversations
-            figures[f"answers, {split}"] = len(index)
-            figures[f"answers not trained, {split}"] = len(store.masked(split))
-        figures[f"tokens, {split}"] = meta["tokens"][split]
-    if total["unknown_tokens"]:
-        figures["tokens unknown"] = total["unknown_tokens"]
-    tokens, seconds = sum(meta["tokens"].values()), max(meta["seconds"]["encoding"], 1e-9)
-    figures["vocabulary"] = store.tokenizer.vocab_size
-    figures["bytes per token"] = round(total["bytes"] / tokens, 3)
-    figures["tokens per second"] = round(tokens / seconds)
-    figures["megabytes per second"] = round(total["bytes"] / 1e6 / seconds, 1)
-    percents = (1, 5, 25, 50, 75, 95, 99, 100)
-    found = np.percentile(np.concatenate(lengths), percents, method="inverted_cdf")
-    percentiles = dict(zip(percents, found.tolist(), strict=True))
-    lines = [f"{name:<28}{value:>16,}" for name, value in figures.items()]
-    lines.append("tokens in a record, by percentile:")
-    lines += [f"  {percent:>3}%{length:>12,}" for percent, length in percentiles.items()]
-    if not is_store(config.data_dir):
-        records = corpus_records(config, Report())
-        texts = (text for record, _ in records for text in record_texts(record))
-        blocks = TokenBlocks(texts, store.tokenizer, config.block_size)
-        loader = DataLoader(blocks, batch_size=4, generator=torch.Generator())
-        started = time.perf_counter()
-        sizes = [batch["input_ids"].numel() for batch in islice(loader, 25)]
-        seconds = time.perf_counter() - started
-        what = f"streamed {len(sizes)} batches of 4 x {config.block_size} in {seconds:.2f} s"
-        lines.append(f"{what}: about {sum(sizes) / seconds:,.0f} tokens/s")
-    return {"figures": figures, "length_percentiles": percentiles, "lines": lines}
-
-
 def preview(store: TokenStore, n: int) -> str:
     """Records token by token: position, id, whether --loss_on response trains it, text."""
     index, records, lines = store.index["train"], store.whole_records("train"), []
@@ -7028,15 +6972,12 @@ def preview(store: TokenStore, n: int) -> str:
         what = f"record {row} of {store.sources[index['source'][row]]}: {length} tokens"
         lines.append(f"{what} (--loss_on all trains prompts, too)")
         answers = index[(index["start"] == start) & (index["trained"] == 1)]
-        for place in range(length):
-            if length > 200 and 150 <= place < length - 50:
-                if place == 150:
-                    lines.append(f"   ... {length - 200:,} tokens left out")
-                continue
-            token = int(store.tokens["train"][start + place])
+        for place, token in enumerate(store.ids("train", start, min(length, 200)).tolist()):
             inside = (answers["prompt"] <= place) & (place < answers["length"])
             state = "trained" if inside.any() else "masked"
             lines.append(f"{place:>6}{token:>8}  {state:<8}{store.tokenizer.decode([token])!r}")
+        if length > 200:
+            lines.append(f"   ... {length - 200:,} tokens left out")
     return "\n".join(lines)
 
 
@@ -7301,8 +7242,7 @@ FIRST_FLAGS = """
     n_layer n_head n_embd method loss_on objective split max_batches prompt input template stop
     max_new_tokens temperature top_k top_p num_samples download hf_dataset preview gguf gguf_type
     adapter merge vs json threads out_dir resume config"""
-# Settings whose value is a key of a table, and those that name a file or folder.
-TABLES = {"preset": PRESETS, "recipe": RECIPES, "arch": ARCHS, "download": DOWNLOADS}
+# Settings that name a file or folder.
 PATHS = {"data_dir", "processed_dir", "out_dir", "config", "ckpt", "init_from", "json", "gguf",
          "hf_dataset", "hf_files", "tokenizer", "base_model", "check_model", "reward"}  # fmt: skip
 # Pairs of settings of which one at most may be given.
@@ -7330,11 +7270,6 @@ def fields_of(cls: type) -> dict:
     return {f.name: f for f in fields(cls)}
 
 
-def choices_of(spec) -> list[str]:
-    """What a setting may be, if that is a list of words."""
-    return [word for word in spec.metadata.get("choices") or TABLES.get(spec.name, ()) if word]
-
-
 def did_you_mean(word: str, known: Iterable[str], mark: str = "") -> str:
     """A hint at the known name that a mistyped or foreign `word` may stand for, or ""."""
     near = difflib.get_close_matches(word, known, 1)
@@ -7346,7 +7281,7 @@ def did_you_mean(word: str, known: Iterable[str], mark: str = "") -> str:
 def checked(spec, value, where: str = ""):
     """A field's value from a flag, a file or a caller. Raises UserError, beginning with `where`."""
     kind, _, nullable = spec.type.partition(" | ")
-    words = choices_of(spec)
+    words = [word for word in spec.metadata.get("choices", ()) if word]
     if value is None and nullable:
         return None
     if isinstance(value, Path):
@@ -7356,7 +7291,9 @@ def checked(spec, value, where: str = ""):
     if kind == "bool":
         fits, wanted = isinstance(value, bool), "true or false"
     elif kind in ("int", "float"):
-        value, fits, wanted = number_within(spec, value)
+        value, fits, wanted = number_within(
+            spec.metadata, value, {"int": int, "float": float}[kind]
+        )
     elif words:
         value, wanted = str(value).lower(), f"one of {', '.join(words)}"
         fits = value in [*words, spec.default]
@@ -7368,10 +7305,9 @@ def checked(spec, value, where: str = ""):
     return os.path.expanduser(os.path.expandvars(value)) if spec.name in PATHS else value
 
 
-def number_within(spec, value) -> tuple:
-    """(value as a number, whether it is one within the field's limits, what it must be)."""
-    kind, wanted = (int, "a whole number") if spec.type.startswith("int") else (float, "a number")
-    limits = spec.metadata
+def number_within(limits: dict, value, kind: type) -> tuple:
+    """(value as a number, whether it is one within a field's limits, what it must be)."""
+    wanted = "a whole number" if kind is int else "a number"
     for name, word in dict(above="above", low="from", high="up to").items():
         if name in limits:
             wanted += f" {word} {limits[name]}"
@@ -7381,9 +7317,7 @@ def number_within(spec, value) -> tuple:
         return value, False, wanted
     exact = isinstance(value, str) or (number == value and not isinstance(value, bool))
     within = limits.get("low", -(2**53)) <= number <= limits.get("high", 2**53)
-    if not exact or not within or number <= limits.get("above", -math.inf):
-        return value, False, wanted
-    return number, True, wanted
+    return number, exact and within and number > limits.get("above", -math.inf), wanted
 
 
 def settle(cls: type, explicit: dict):
@@ -7421,16 +7355,15 @@ def settle_resumed(cls: type, explicit: dict, stored: dict):
     fixed = {name for name, spec in known.items() if spec.metadata["resume"] == "fixed"}
     if values["lr_schedule"] == "constant":  # no step depends on how many there will be
         fixed -= {"epochs", "max_steps"}
-    folder = Path(explicit.get("out_dir", known["out_dir"].default))
-    start = f"--init_from {folder / 'last.pth'}"
+    last = Path(explicit.get("out_dir", known["out_dir"].default), "last.pth")
+    start = f"--init_from {last}"
     if issubclass(cls, FinetuneConfig):
-        start = f"--ckpt {folder / 'last_finetune.pth'}"
+        start = f"--ckpt {last.with_stem('last_finetune')}"
     for name in sorted(fixed & explicit.keys()):
         if explicit[name] != values[name]:
-            raise UserError(
-                f"--resume cannot change {name} (from {values[name]} to {explicit[name]}): leave it "
-                f"out, or begin another run in another --out_dir by {start}"
-            )
+            change = f"{name} (from {values[name]} to {explicit[name]})"
+            way = f"leave it out, or begin another run in another --out_dir by {start}"
+            raise UserError(f"--resume cannot change {change}: {way}")
     config = cls(**values | explicit)
     config.explicit = frozenset(explicit)
     cross_checks(config)
@@ -7500,7 +7433,7 @@ def read_config(cls: type, path: str) -> dict:
             raise UserError(f"{where}: {unknown_setting(cls, name)}")
         elif name not in own:
             left_out.append(name)
-        elif value is not None and (value != "" or not choices_of(own[name])):
+        elif value is not None and (value != "" or "choices" not in own[name].metadata):
             value = checked(own[name], value, f"{where}: ")
             if found.setdefault(name, value) != value:
                 raise UserError(f"{where}: {name} is there twice, with two values: leave one out")
@@ -7578,7 +7511,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, every_flag: bool) -> N
             add(f"--no_{spec.name}", action="store_false", help=off)
         else:
             kind = {"int": "N", "float": "X", "str": "TEXT"}[spec.type.split(" | ")[0]]
-            choices = ",".join(choices_of(spec))
+            choices = ",".join(filter(None, spec.metadata.get("choices", ())))
             add(f"--{spec.name}", metavar=f"{{{choices}}}" if choices else kind, help=about)
 
 
@@ -7623,28 +7556,9 @@ def explanation(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error, 300)} (--debug shows where)"
 
 
-@contextlib.contextmanager
-def no_folder_of_a_failure(*folders: str):
-    """Where a command fails before it has written anything, the folders that it made go again."""
-    made = [p for name in folders for p in (Path(name), *Path(name).parents) if not p.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in made:  # the innermost first; what holds more than locks stays
-            with contextlib.suppress(OSError):
-                if all(re.fullmatch(r"\..*lock", path.name) for path in folder.iterdir()):
-                    for path in folder.iterdir():
-                        path.unlink()
-                    folder.rmdir()
-        raise
-
-
 def carry_out(function: Callable, config: Settings, stop: StopSignal, alone: bool = False):
     """Call a command's function with what it works on: the machine and, for a run, its folder."""
-    places = [getattr(config, name, "") for name in ("out_dir", "processed_dir")]
     with contextlib.ExitStack() as held:
-        if is_main():
-            held.enter_context(no_folder_of_a_failure(*filter(None, places)))
         folder = []
         if isinstance(config, FitConfig):
             folder = [held.enter_context(open_run(config))]
@@ -7665,7 +7579,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # whatever the locale
         if hasattr(stream, "reconfigure"):  # a notebook's has no such method
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(
+                encoding="utf-8", errors="strict" if stream is sys.stdin else "replace"
+            )
     argv, stop = sys.argv[1:] if argv is None else argv, StopSignal()
     try:
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):

@@ -1,4 +1,4 @@
-"""`sample`: prompts and their template, conversations that keep their cache, sessions."""
+"""`sample`: prompts and their template, conversations, sessions at a terminal."""
 
 import io
 import json
@@ -15,15 +15,6 @@ import torch
 from conftest import CPU, PROGRAM, run
 
 import llm_pipeline as lp
-
-MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False)
-SHAPES = {
-    "gpt2": {},
-    "gpt2, window": dict(attn_window=50),
-    "modern, grouped": MODERN | dict(n_kv_head=2),
-    "modern, window": MODERN | dict(attn_window=60),
-    "alibi": dict(pos="alibi"),
-}
 
 
 def tuned(block_size=512, **shape):
@@ -50,11 +41,14 @@ def rendered(turns, system=""):
     return ids
 
 
-def reply(model, ids, count=20):
-    """The greedy answer without a cache from before, as text."""
+def written(model, ids, count=20):
+    """What greedy decoding writes behind ids."""
     steps = lp.generate(model, torch.tensor([ids]), count, (258, 259), temperature=0.0)
-    text = lp.ByteTokenizer().decode([token for (token,) in steps if token >= 0])
-    return text.removeprefix(" ").removesuffix("\n")
+    return lp.ByteTokenizer().decode([token for (token,) in steps if token >= 0])
+
+
+def reply(model, ids, count=20):
+    return written(model, ids, count).removeprefix(" ").removesuffix("\n")
 
 
 # --- prompts ---
@@ -63,29 +57,27 @@ def reply(model, ids, count=20):
 def test_sample_text_is_what_the_model_generates():
     model, tokenizer = tuned().model, lp.ByteTokenizer()
     found = lp.sample_text(model, tokenizer, "Größe", max_new_tokens=12, temperature=0.0)
-    ids = torch.tensor([[257, *"Größe".encode()]])
-    wanted = model.generate(ids, 12, temperature=0.0)[0, ids.shape[1] :]
-    ends = [i for i, token in enumerate(wanted.tolist()) if token in (258, 259)] + [12]
-    assert found == tokenizer.decode(wanted[: ends[0]])
+    assert found == written(model, [257, *"Größe".encode()], 12)
     model.train()
     draws = [lp.sample_text(model, tokenizer, "a", 40, top_k=50, seed=s) for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2] and model.training
 
 
-def test_the_ids_of_a_conversation_are_those_of_a_store(tmp_path):
+@pytest.mark.parametrize("system", ["", "Be kind."])
+def test_the_ids_of_a_conversation_are_those_of_a_store(tmp_path, system):
     turns = [("Größe?", "", "groß"), ("A literal <|sep|>", "", "yes\nno"), ("And", "", "so on")]
-    for system in ("", "Be kind."):
-        messages = [{"role": "system", "content": system}] if system else []
-        for question, _, answer in turns:
-            messages += [{"role": "user", "content": question},
-                         {"role": "assistant", "content": answer}]  # fmt: skip
-        path = tmp_path / f"{len(system)}.jsonl"
-        path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
-        store = lp.build_corpus_from_sources(data_dir=path, processed_dir=tmp_path / "p")
-        wanted = [*store.tokens["train"], *store.tokens["val"]]
-        said = [lp.ChatTurn(*turn) for turn in turns]
-        found = lp.conversation_ids(tuned(), greedy(system=system), said)
-        assert found == wanted == rendered(turns, system)
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, _, answer in turns:
+        messages += [{"role": "user", "content": question},
+                     {"role": "assistant", "content": answer}]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    store = lp.build_corpus_from_sources(data_dir=path, processed_dir=tmp_path / "p")
+    stored = [*store.tokens["train"], *store.tokens["val"]]
+    assert stored == rendered(turns, system)
+    before = [lp.ChatTurn(*turn) for turn in turns[:-1]]
+    found = lp.conversation_ids(tuned(), greedy(system=system), turns[-1][0], before)
+    assert found == stored[: len(found)] == rendered([*turns[:-1], ("And", "", None)], system)
 
 
 @pytest.mark.parametrize(
@@ -104,19 +96,11 @@ def test_the_ids_of_a_conversation_are_those_of_a_store(tmp_path):
 def test_when_a_prompt_is_an_instruction(state, flags, instruct):
     loaded = tuned()
     loaded.state = state
-    found = "".join(lp.stream_text(loaded, greedy(**flags), "Say x."))
-    ids = [257, *b"Say x."]
+    wanted = written(loaded.model, [257, *b"Say x."])
     if instruct:
-        ids = rendered([("Say x.", flags.get("input", ""), None)], flags.get("system", ""))
-        assert found == reply(loaded.model, ids)
-    else:
-        steps = lp.generate(loaded.model, torch.tensor([ids]), 20, (258, 259), temperature=0.0)
-        assert found == lp.ByteTokenizer().decode([t for (t,) in steps if t >= 0])
-
-
-def test_an_input_without_the_template_is_refused(tiny_checkpoint):
-    flags = ["--prompt", "a", "--input", "b", "--template", "raw", *CPU]
-    run("sample", "--ckpt", tiny_checkpoint, *flags).fails(1, "--input", "--template raw")
+        turn = ("Say x.", flags.get("input", ""), None)
+        wanted = reply(loaded.model, rendered([turn], flags.get("system", "")))
+    assert "".join(lp.stream_text(loaded, greedy(**flags), "Say x.")) == wanted
 
 
 @pytest.mark.parametrize("template", ["instruct", "raw"])
@@ -185,27 +169,16 @@ def test_an_answer_appears_as_it_is_made():
     assert [p for p in parrot(" two\nlines\n") if p] == [*"two", "\nl", *"ines"]
 
 
-def test_several_samples_are_whole_texts(tiny_checkpoint):
-    flags = ["--num_samples", 3, "--top_k", 0, "--max_new_tokens", 5]
-    result = run("sample", "--ckpt", tiny_checkpoint, *CPU, "--prompt", "sun", *flags).ok()
-    texts = lp.load(tiny_checkpoint, device="cpu").generate(
-        "sun", num_samples=3, top_k=0, max_new_tokens=5
-    )
-    assert len(texts) == 3 == len(set(texts))
-    assert result.out == "".join(f"{text}\n" for text in texts)
-    assert [f"--- sample {n}" in result.err for n in range(5)] == [False, True, True, True, False]
-
-
 # --- conversations ---
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_three_turns_equal_the_conversation_rendered_at_once(name):
-    loaded = tuned(**SHAPES[name])
+@pytest.mark.parametrize("shape", [{}, dict(pos="rope", n_kv_head=2, attn_window=60)])
+def test_three_turns_equal_the_conversation_rendered_at_once(shape):
+    loaded = tuned(**shape)
     chat, turns = lp.Chat(loaded, greedy(system="Be brief.")), []
     for question in (("Name a bird.", ""), ("Which colour?", "a robin"), ("Another <|sep|>?", "")):
         wanted = reply(loaded.model, rendered([*turns, (*question, None)], "Be brief."))
-        chat.change(input=question[1])
+        chat.command(f"/input {question[1]}")
         assert "".join(chat.ask(question[0])) == wanted
         turns.append((*question, wanted))
         assert chat.turns == turns
@@ -230,20 +203,10 @@ def test_the_oldest_turns_make_room_and_that_is_said(capsys):
     "".join(chat.ask("b" * 30))
     said = capsys.readouterr().err
     assert "oldest turn" in said and "the context 128" in said
-    (kept,) = chat.turns
-    assert kept.instruction == "b" * 30
-    assert kept.answer == reply(loaded.model, rendered([("b" * 30, "", None)]))
+    assert chat.turns == [("b" * 30, "", reply(loaded.model, rendered([("b" * 30, "", None)])))]
 
 
 # --- a session at a terminal ---
-
-
-@pytest.fixture(scope="module")
-def tuned_checkpoint(tmp_path_factory, corpus, tiny_checkpoint):
-    folder = tmp_path_factory.mktemp("tuned")
-    flags = [*CPU, "--max_steps", "2", "--batch_size", "4", "--out_dir", folder]
-    run("finetune", *corpus, "--ckpt", tiny_checkpoint, *flags).ok()
-    return folder / "best_finetune.pth"
 
 
 class Terminal(io.StringIO):
@@ -253,50 +216,46 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def session(monkeypatch):
-    """Runs `sample` with lines typed at a terminal."""
+    """Runs `sample` with lines typed at a terminal; a model may stand for the checkpoint."""
 
-    def typed(ckpt, *lines, flags=()):
+    def typed(model, *lines, flags=()):
+        if isinstance(model, lp.Loaded):
+            monkeypatch.setattr(lp, "load_model", lambda name, loaded=model: loaded)
+            model = "any.pth"
         monkeypatch.setattr("sys.stdin", Terminal("".join(f"{line}\n" for line in lines)))
         flags = ["--max_new_tokens", 8, *flags]
-        return run("sample", "--ckpt", ckpt, "--device", "cpu", *flags).ok()
+        return run("sample", "--ckpt", model, "--device", "cpu", *flags)
 
     return typed
 
 
 def answers(result):
-    return [text for text in result.out.split("> ") if text.strip()]
+    texts = [text.removesuffix("\n") for text in result.ok().out.split("> ")]
+    return [text for text in texts if text]
 
 
-def test_a_session_has_a_fresh_seed_that_can_be_repeated(tuned_checkpoint, session):
-    first = session(tuned_checkpoint, "hello")
-    other = session(tuned_checkpoint, "hello")
-    assert first.out != other.out
+def test_a_session_has_fresh_seeds_and_can_be_repeated(session):
+    """Each answer has a seed of its own: the same prompt is not answered alike twice."""
+    lines = ["hello", "/new", "hello"]
+    first, other = (session(tuned(), *lines) for _ in range(2))
+    assert len({*answers(first), *answers(other)}) == 4
     seed = re.search(r"--seed (\d+)", first.err)[1]
-    again = session(tuned_checkpoint, "hello", flags=("--seed", seed))
-    assert again.out == first.out
+    assert session(tuned(), *lines, flags=("--seed", seed)).out == first.out
 
 
-@pytest.mark.parametrize("template", ["auto", "raw"])
-def test_the_same_prompt_is_not_answered_alike_twice(tuned_checkpoint, session, template):
-    flags = ("--seed", "5", "--template", template, "--max_new_tokens", 30, "--top_k", 0)
-    said = answers(session(tuned_checkpoint, "hi", "/new", "hi", "/new", "hi", flags=flags))
-    assert len(said) == 3 == len(set(said))
-
-
-def test_the_commands_of_a_session(session, monkeypatch):
-    lines = ["one", "/input some text", "two", "/input more", "", "/new", "/set max_new_tokens 5",
-             "three", "/system Be brief.", "four", "/help", "/nonsense", "/quit", "no"]  # fmt: skip
+def test_the_commands_of_a_session(session):
+    lines = ["one", "/input some text", "two", "three", "/new", "/set max_new_tokens 5", "four",
+             "/system Be brief.", "five", "/help", "/nonsense", "/quit", "no"]  # fmt: skip
     loaded, turns, wanted = tuned(), [], []
-    monkeypatch.setattr(lp, "load_model", lambda name: loaded)
-    result = session("any.pth", *lines, flags=("--temperature", 0))
+    result = session(loaded, *lines, flags=("--temperature", 0))
     for text, input, count, system in (
-        ("one", "", 8, ""), ("two", "some text", 8, ""), ("two", "more", 8, ""),
-        ("three", "", 5, ""), ("four", "", 5, "Be brief."),
+        ("one", "", 8, ""), ("two", "some text", 8, ""), ("three", "", 8, ""),
+        ("four", "", 5, ""), ("five", "", 5, "Be brief."),
     ):  # fmt: skip
-        turns = [] if text in ("three", "four") else turns
+        turns = [] if text in ("four", "five") else turns
         wanted.append(reply(loaded.model, rendered([*turns, (text, input, None)], system), count))
         turns.append((text, input, wanted[-1]))
-    assert [text.removesuffix("\n") for text in answers(result)] == wanted
+    assert answers(result) == wanted
     for command in ("/input", "/system", "/new", "/set", "/help", "/quit", "/nonsense"):
         assert command in result.err
 
@@ -306,30 +265,30 @@ def test_settings_of_a_session(tiny_checkpoint, session):
              "/set temperature -1", "/set ckpt x", "/set"]  # fmt: skip
     result = session(tiny_checkpoint, *lines)
     single = run("sample", "--ckpt", tiny_checkpoint, "--prompt", "sun", "--temperature", "0",
-                 "--device", "cpu", "--max_new_tokens", 8).ok()  # fmt: skip
+                 "--device", "cpu", "--max_new_tokens", 8).ok().out  # fmt: skip
     first, second = answers(result)
-    assert first == single.out and single.out.startswith(second.rstrip("\n"))
+    assert first + "\n" == single and single.startswith(second)
     for wrong in ("top_k", "temperature", "/set NAME VALUE"):
         assert wrong in result.err
 
 
-def test_an_input_means_the_template_in_a_session_too(tiny_checkpoint, session):
-    lines = ["/input some text", "Say it."]
-    flags = ("--temperature", "0")
-    single = run("sample", "--ckpt", tiny_checkpoint, "--device", "cpu", *flags, "--prompt",
-                 "Say it.", "--input", "some text", "--max_new_tokens", 8).ok()  # fmt: skip
-    assert answers(session(tiny_checkpoint, *lines, flags=flags)) == [single.out]
-    raw = session(tiny_checkpoint, *lines, flags=(*flags, "--template", "raw"))
-    assert "--template raw" in raw.err
+def test_an_input_means_the_template_in_a_session_too(session):
+    loaded, lines = tuned(), ["/input some text", "Say it.", "Again."]
+    loaded.state = {}
+    first = reply(loaded.model, rendered([("Say it.", "some text", None)]), 8)
+    turns = [("Say it.", "some text", first), ("Again.", "", None)]
+    second = reply(loaded.model, rendered(turns), 8)
+    assert answers(session(loaded, *lines, flags=("--temperature", 0))) == [first, second]
+    raw = session(loaded, *lines, flags=("--template", "raw"))
+    assert "--template raw" in raw.ok().err
 
 
-def test_several_samples_of_a_conversation_are_refused(tuned_checkpoint, monkeypatch):
-    monkeypatch.setattr("sys.stdin", Terminal("hello\n"))
-    run("sample", "--ckpt", tuned_checkpoint, "--num_samples", 2).fails(1, "--num_samples")
+def test_several_samples_of_a_conversation_are_refused(session):
+    session(tuned(), "hello", flags=("--num_samples", 2)).fails(1, "--num_samples")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
-def test_ctrl_c_ends_an_answer_and_not_the_session_and_arrows_recall(tiny_checkpoint):
+def test_ctrl_c_ends_an_answer_and_not_the_session(tiny_checkpoint):
     import pty
 
     master, slave = pty.openpty()
@@ -357,11 +316,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_session_and_arrows_recall(tiny_checkp
         shown = b""
         process.send_signal(signal.SIGINT)
         read_until(lambda: shown.endswith(b"> "))
-        shown = b""
-        pytest.importorskip("readline", reason="this Python was built without readline")
-        os.write(master, b"\x1b[A")  # arrow up: what was typed before
-        read_until(lambda: b"sun" in shown)
-        os.write(master, b"\x15/quit\r")
+        os.write(master, b"/quit\r")
         assert process.wait(30) == 0
     finally:
         process.kill()

@@ -563,10 +563,3 @@ def test_best_is_written_before_last(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", watch)
     run("train", *corpus, *SHORT, "--max_steps", 4, "--out_dir", tmp_path).ok()
     assert [n for n in names if n.endswith(".pth")] == ["best.pth", "last.pth"]
-
-
-def test_a_command_that_fails_leaves_no_folder(tmp_path):
-    (tmp_path / "data").mkdir()
-    flags = ["--data_dir", tmp_path / "data", "--processed_dir", tmp_path / "stores"]
-    run("train", *flags, "--out_dir", tmp_path / "new/run").fails(1)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -191,17 +191,15 @@ def test_a_failed_command_says_why(argv, tmp_path, monkeypatch):
     assert len(result.errors) == 1
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "file/x"])
-@pytest.mark.parametrize(
-    "argv", words("train.out_dir train.data_dir train.tokenizer sample.ckpt eval.json export.ckpt")
-)
-def test_names_that_cannot_be_are_one_line(argv, name, corpus, tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("flag", ["train --out_dir", "train --data_dir", "sample --ckpt"])
+def test_names_that_cannot_be_are_one_line(flag, corpus, tmp_path):
     (tmp_path / "file").write_text("x")
-    command, flag = argv.split(".")
-    base = {"train": [*corpus, *ONE], "eval": [*corpus, "--ckpt", tiny_checkpoint]}
-    result = run(command, *base.get(command, []), f"--{flag}={name}", cwd=tmp_path)
-    assert len(result.fails(result.code or 1).errors) == 1, result.err
-    assert "Error:" not in result.err
+    command, flag = words(flag)
+    for name in ("x" * 300, "file/x"):
+        base = [*corpus, *ONE] if command == "train" else []
+        result = run(command, *base, f"{flag}={name}", cwd=tmp_path)
+        assert len(result.fails(result.code or 1).errors) == 1, result.err
+        assert "Error:" not in result.err
 
 
 def test_debug_shows_where(tmp_path):
@@ -272,18 +270,15 @@ NESTED = {
     "json": """{"data": {"dataset_name": "wikitext", "dataset_config": "wikitext-2-raw-v1",
         "seq_length": 128}, "model": {"hidden_size": 64, "num_attention_heads": 4},
         "training": {"batch_size": 32, "optimizer": {"learning_rate": 0.002}}}""",
-    "toml": """[data]\ndataset_name = "wikitext"\ndataset_config = "wikitext-2-raw-v1"
-        seq_length = 128\n[model]\nhidden_size = 64\nnum_attention_heads = 4
-        [training]\nbatch_size = 32\n[training.optimizer]\nlearning_rate = 0.002""",
     "yaml": """data: {dataset_name: wikitext, dataset_config: wikitext-2-raw-v1, seq_length: 128}
-model:\n  hidden_size: 64\n  num_attention_heads: 4
-training:\n  batch_size: 32\n  optimizer:\n    learning_rate: 2e-3""",
+model: {hidden_size: 64, num_attention_heads: 4}
+training:\n  batch_size: 32\n  optimizer: {learning_rate: 2e-3}""",
 }
 
 
-@pytest.mark.parametrize("ending", ["json", "toml", "yaml"])
+@pytest.mark.parametrize("ending", NESTED)
 def test_nested_config_files_with_the_names_of_others(ending, tmp_path):
-    needs({"toml": "tomllib", "yaml": "yaml"}.get(ending, "json"))
+    needs(ending)
     file = tmp_path / f"c.{ending}"
     file.write_text(NESTED[ending], encoding="utf-8")
     for package in ("datasets", "tokenizers"):
@@ -405,8 +400,8 @@ def a_value(spec) -> st.SearchStrategy:
         return st.integers(-2, 2000) | st.just(spec.metadata.get("high", 7))
     if spec.type.startswith("float"):
         return st.floats(allow_subnormal=False) | st.floats(0, 1)
-    if lp.choices_of(spec):
-        return st.sampled_from([*lp.choices_of(spec), "Other"])
+    if "choices" in spec.metadata:
+        return st.sampled_from([*filter(None, spec.metadata["choices"]), "Other"])
     text = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
     return st.text(text, max_size=20)
 
@@ -463,12 +458,6 @@ def test_a_resumed_run_keeps_its_settings_but_for_what_may_change(corpus, tmp_pa
 # --- the environment ---
 
 
-def test_a_malformed_place_among_processes_is_one_line(tmp_path):
-    for env in (dict(WORLD_SIZE="two"), dict(RANK="4", WORLD_SIZE="4")):
-        result = run("train", "--data_dir", tmp_path, cwd=tmp_path, **env)
-        assert len(result.fails(result.code or 1, next(iter(env))).errors) == 1
-
-
 def test_training_ends_well_whatever_the_locale(tmp_path):
     folder = tmp_path / "数据"
     write_corpus(folder / "raw")
@@ -479,14 +468,6 @@ def test_training_ends_well_whatever_the_locale(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.decode() == f"{folder / 'run/best.pth'}\n"
-
-
-def test_a_prompt_on_stdin_that_is_not_utf8(tiny_checkpoint):
-    command = [sys.executable, str(PROGRAM), "sample", "--ckpt", str(tiny_checkpoint)]
-    done = subprocess.run(command, input=b"\xff\xfe", capture_output=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith(b"error: the prompt")
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_what_needs_one_process_runs_once(corpus, tiny_checkpoint, tmp_path):
