@@ -68,7 +68,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial, wraps
-from glob import glob
 from itertools import chain, groupby, islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -2810,10 +2809,9 @@ class DataConfig(Settings):
     min_chars: int = option(1, "drop plain texts shorter than this", low=0)
     max_docs: int = option(0, "stop after this many records (0: all)", low=0)
     max_tokens: int = option(0, "stop after about this many tokens (0: all)", low=0)
-    hf_dataset: str = option("", "a dataset on the Hub, or a builder such as parquet or json")
+    hf_dataset: str = option("", "a dataset on the Hub, or a folder that it could be")
     hf_config: str = option("", "its configuration, such as wikitext-103-raw-v1")
     hf_split: str = option("", "one of its splits (default: all, each for what its name says)")
-    hf_files: str = option("", "file pattern for a local builder")
     streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
     add_special_tokens: bool = option(True, "bos and eos around each plain text")
 
@@ -2938,9 +2936,9 @@ def read_text(path: Path, size: int = 0) -> Iterator[str]:
     UTF-8, or what a byte order mark says. Raises UserError on invalid bytes, with their offset,
     on NULs, which text does not hold, and where the file cannot be read or unpacked.
     """
-    with reading(path), open_binary(path) as file:
-        encoding = encoding_of(file.read(4))
-    with reading(path), io.TextIOWrapper(open_binary(path), encoding) as file:
+    with reading(path), open_binary(path) as data:
+        encoding = encoding_of(data.peek(4))
+        file = io.TextIOWrapper(data, encoding)
         try:
             for number, part in enumerate(iter(partial(file.read, size), "") if size else file):
                 if "\0" in part:
@@ -2948,7 +2946,7 @@ def read_text(path: Path, size: int = 0) -> Iterator[str]:
                     raise UserError(f"{what}; save it as UTF-8")
                 yield part if number else part.lstrip("\ufeff")
         except UnicodeDecodeError as error:
-            offset = file.buffer.tell() - len(error.object) + error.start
+            offset = data.tell() - len(error.object) + error.start
             what = f"{path}: invalid {encoding.upper()} at byte {offset}"
             raise UserError(f"{what}; convert it to UTF-8") from None
 
@@ -3479,9 +3477,8 @@ def hub_splits(config: DataConfig) -> dict:
             data = data[split] if split and isinstance(data, dict) else data
         else:
             data = datasets.load_dataset(
-                name, config.hf_config or None, split=split or None, streaming=streaming,
-                data_files=config.hf_files or None,
-            )  # fmt: skip
+                name, config.hf_config or None, split=split or None, streaming=streaming
+            )
     except Exception as error:
         what = f"cannot load dataset {name!r}: {one_line(error, 160)}"
         raise UserError(f"{what}; check names, patterns and the network") from None
@@ -3543,11 +3540,7 @@ def find_files(config: DataConfig) -> list[Path]:
     """Every local file that the configured sources may read. UserError where there is no source."""
     if not config.hf_dataset:
         return walk(config)[0]
-    folder = Path(config.hf_dataset)
-    patterns = [config.hf_files, str(folder / config.hf_files)] if config.hf_files else []
-    found = {Path(f) for pattern in patterns for f in glob(pattern, recursive=True)}
-    found |= set(folder.rglob("*")) if folder.is_dir() else set()
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in Path(config.hf_dataset).rglob("*") if path.is_file())
 
 
 def is_default_folder(path: str | Path) -> bool:
@@ -4028,8 +4021,7 @@ class TokenStore:
 # --- finding or building the store ---
 
 # Settings that say where data and stores are, but not what is in them.
-PLACES = ("data_dir", "processed_dir", "streaming", "hf_dataset", "hf_config", "hf_split",
-          "hf_files")  # fmt: skip
+PLACES = ("data_dir", "processed_dir", "streaming", "hf_dataset", "hf_config", "hf_split")
 
 
 def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
@@ -7244,7 +7236,7 @@ FIRST_FLAGS = """
     adapter merge vs json threads out_dir resume config"""
 # Settings that name a file or folder.
 PATHS = {"data_dir", "processed_dir", "out_dir", "config", "ckpt", "init_from", "json", "gguf",
-         "hf_dataset", "hf_files", "tokenizer", "base_model", "check_model", "reward"}  # fmt: skip
+         "hf_dataset", "tokenizer", "base_model", "check_model", "reward"}  # fmt: skip
 # Pairs of settings of which one at most may be given.
 EXCLUSIVE = [("resume", "overwrite"), ("resume", "overfit_batch"), ("minutes", "overfit_batch"),
              ("minutes", "max_steps"), ("gguf", "adapter"), ("streaming", "answer_weight")]  # fmt: skip

@@ -177,7 +177,7 @@ FAILURES = {
     "prepare --data_dir empty --out_dir store": "empty",
     "export --ckpt missing.pth --out_dir hf": "missing.pth",
     "train --tokenizer bpe --data_dir text.txt": "pip install tokenizers",
-    "prepare --hf_dataset json --hf_files *.jsonl": "pip install datasets",
+    "prepare --hf_dataset wikitext": "pip install datasets",
 }
 
 
@@ -287,7 +287,7 @@ def test_nested_config_files_with_the_names_of_others(ending, tmp_path):
     assert (config.hf_dataset, config.hf_config) == ("wikitext", "wikitext-2-raw-v1")
     assert (config.block_size, config.batch_size, config.lr) == (128, 32, 2e-3)
     assert (config.n_embd, config.n_head) == (64, 4)
-    result = run("prepare", "--config", file, "--hf_files", "none", cwd=tmp_path)
+    result = run("prepare", "--config", file, cwd=tmp_path)
     assert "left out 4 settings of other commands" in result.err
     for command in COMMANDS:
         lp.parse([command, "--config", str(file)])

@@ -63,20 +63,7 @@ def instruction(task: str, text: str, answer: str) -> str:
 
 TASKS = [(f"Task {i}, 你好", f"input {i}" * (i % 2), f"answer {i}") for i in range(30)]
 PLAIN = [f"Plain text number {i}. Über 😀" for i in range(30)]
-SHAPES = {
-    "alpaca": [dict(instruction=t, input=i, output=o) for t, i, o in TASKS],
-    "completion": [dict(prompt=t, input=i, completion=o) for t, i, o in TASKS],
-    "response": [dict(prompt=t, input=i, response=o) for t, i, o in TASKS],
-    "preference": [dict(instruction=t, input=i, chosen=o, rejected="no") for t, i, o in TASKS],
-    "text": [dict(text=t) for t in PLAIN],
-}
-
-
-def zstd():
-    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-    return needs(name)
-
-
+ROWS = [dict(instruction=t, input=i, output=o) for t, i, o in TASKS] + [dict(text=t) for t in PLAIN]
 PACKERS = {
     "": lambda data: data,
     ".gz": gzip.compress,
@@ -86,21 +73,24 @@ PACKERS = {
 }
 
 
+def zstd():
+    return needs("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+
+
 @pytest.mark.parametrize("packed", PACKERS)
 @pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(tmp_path, shape, ending, packed):
-    rows, path = SHAPES[shape], tmp_path / f"file.{ending}"
+def test_endings(tmp_path, ending, packed):
+    path = tmp_path / f"file.{ending}"
     if ending == "parquet":
         pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
-        parquet.write_table(pa.Table.from_pylist(rows), path)
+        columns = dict.fromkeys(("instruction", "input", "output", "text"))
+        parquet.write_table(pa.Table.from_pylist([columns | row for row in ROWS]), path)
     else:
-        write(path, json.dumps(rows) if ending == "json" else jsonl(rows))
+        write(path, json.dumps(ROWS) if ending == "json" else jsonl(ROWS))
     content = path.read_bytes()
     path.unlink()
     path = write(path.with_name(path.name + packed), PACKERS[packed](content))
-    wanted = PLAIN if shape == "text" else [instruction(*task) for task in TASKS]
-    assert texts(path) == sorted(wanted)
+    assert texts(path) == sorted([*PLAIN, *(instruction(*task) for task in TASKS)])
 
 
 @pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
@@ -111,27 +101,18 @@ def test_a_torn_packed_file_is_an_error(tmp_path, packed):
         texts(tmp_path)
 
 
-def test_sms_keeps_quotes_and_odd_lines(tmp_path):
-    lines = [
-        'ham\tHe said "hi',
-        'spam\t"WIN" now\t£5',
-        "ham\t  spaces  ",
-        "",
-        "ham\t你好\r",
-        "ham\tx",
-    ]
-    write(tmp_path / "sms_spam_collection/SMSSpamCollection", "\n".join(lines))
-    task = "classify if the SMS is spam or ham"
-    wanted = [('He said "hi', "ham"), ('"WIN" now\t£5', "spam"), ("  spaces  ", "ham"),
-              ("你好", "ham"), ("x", "ham")]  # fmt: skip
-    assert texts(tmp_path) == sorted(instruction(task, message, label) for message, label in wanted)
-
-
 @pytest.mark.parametrize("name", ["x/y/SMSSpamCollection", "sms.tsv", "SMSSpamCollection.txt.gz"])
-def test_sms_by_any_name(tmp_path, name):
-    content = "".join(f"ham\tmessage {i}\n" for i in range(20)).encode()
+def test_sms_keeps_quotes_and_spaces(tmp_path, name):
+    found = [
+        ("ham", 'He said "hi'),
+        ("spam", '"WIN" now\t£5'),
+        ("ham", "  spaces  "),
+        ("ham", "你好"),
+    ]
+    content = "\n".join("\t".join(row) for row in found).encode()
     write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
-    assert len(texts(tmp_path)) == 20
+    task = "classify if the SMS is spam or ham"
+    assert texts(tmp_path) == sorted(instruction(task, message, label) for label, message in found)
 
 
 def test_the_real_sms_collection(data):
@@ -180,21 +161,17 @@ def test_doc_delimiter(tmp_path, delimiter, block, monkeypatch):
     assert texts(path, doc_delimiter=delimiter) == sorted(wanted)
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "documents"])
-def test_min_chars(tmp_path, kind):
+def test_min_chars(tmp_path):
     """Short and blank texts are dropped and counted as such, whole files too."""
-    rows, more = ["", " \n \t ", "short", "just ten.!", "", "this is long enough to stay"], {}
-    for i, row in enumerate(rows if kind == "txt" else ()):
-        write(tmp_path / f"{i}.txt", row)
-    if kind == "jsonl":
-        write(tmp_path / "a.jsonl", jsonl({"text": row} for row in rows))
-    elif kind == "documents":
-        write(tmp_path / "a.txt", "%%".join(rows))
-        more = dict(doc_delimiter="%%")
-    found, report = split(tmp_path, min_chars=10, **more)
-    assert sorted(text(record) for record, _ in found) == sorted([rows[3], rows[5]])
-    assert sum(row["skipped: short or empty"] for row in report.rows.values()) == 4
-    assert not any(row["skipped: duplicate"] for row in report.rows.values())
+    rows = ["", " \n \t ", "short", "just ten.!", "", "this is long enough to stay"]
+    for i, row in enumerate(rows):
+        write(tmp_path / f"files/{i}.txt", row)
+    write(tmp_path / "rows/a.jsonl", jsonl({"text": row} for row in rows))
+    write(tmp_path / "documents/a.txt", "%%".join(rows))
+    for folder, more in (("files", {}), ("rows", {}), ("documents", dict(doc_delimiter="%%"))):
+        found, report = split(tmp_path / folder, min_chars=10, **more)
+        assert sorted(text(record) for record, _ in found) == sorted([rows[3], rows[5]])
+        assert sum(row["skipped: short or empty"] for row in report.rows.values()) == 4
 
 
 # --- long texts ---
@@ -280,7 +257,7 @@ def test_adding_data_moves_no_record(tmp_path):
     write(tmp_path / "m.jsonl", jsonl({"text": f"text {i}"} for i in range(500)))
     before = {side: set(texts(tmp_path, side)) for side in ("train", "val")}
     write(tmp_path / "a.jsonl", jsonl({"text": f"more {i}"} for i in range(500)))
-    write(tmp_path / "z.jsonl", jsonl(SHAPES["alpaca"] + [{"text": "text 3"}]))
+    write(tmp_path / "z.jsonl", jsonl(ROWS[:30] + [{"text": "text 3"}]))
     for side in ("train", "val"):
         assert before[side] <= set(texts(tmp_path, side))
 
@@ -309,7 +286,7 @@ def test_the_side_follows_the_first_prompt(tmp_path):
 @pytest.mark.parametrize("split_by", ["prompt", "content"])
 def test_the_rule_of_the_split(tmp_path, split_by):
     """A keyed hash of the prompt, or of prompt and answer: sides that every version agrees on."""
-    path = write(tmp_path / "a.jsonl", jsonl(SHAPES["alpaca"]))
+    path = write(tmp_path / "a.jsonl", jsonl(ROWS[:30]))
     for record, side in split(path, split_by=split_by)[0]:
         [turn] = record.turns
         content = turn.prompt if split_by == "prompt" else f"{turn.prompt}\0{turn.response}\0"
@@ -415,16 +392,9 @@ def test_the_toy_corpus_is_for_the_default_folder_alone(tmp_path, monkeypatch):
     """However it is spelled, empty or absent; any other folder, or files that cannot be read, is
     an error."""
     monkeypatch.chdir(tmp_path)
-    spellings = [
-        "data/raw",
-        "./data/raw",
-        "data/raw/",
-        "data/../data/raw",
-        str(tmp_path / "data/raw"),
-    ]
-    for folder in ("absent", "empty"):
-        for name in spellings:
-            assert len(texts(name)) > 2000, (folder, name)
+    for _ in ("absent", "empty"):
+        for name in ("./data/raw", "data/raw/", "data/../data/raw", str(tmp_path / "data/raw")):
+            assert len(texts(name)) > 2000
         Path("data/raw").mkdir(parents=True, exist_ok=True)
     Path("other").mkdir()
     with pytest.raises(lp.UserError, match="no files"):
@@ -432,13 +402,13 @@ def test_the_toy_corpus_is_for_the_default_folder_alone(tmp_path, monkeypatch):
     write(Path("data/raw/a.bin"), b"\0\1\2")
     with pytest.raises(lp.UserError, match="none readable"):
         texts("data/raw")
-    write(Path("data/raw/a.jsonl"), jsonl(SHAPES["text"]))
+    write(Path("data/raw/a.jsonl"), jsonl([{"text": t} for t in PLAIN]))
     assert texts("data/raw") == sorted(PLAIN)
 
 
 # --- bad input ---
 
-GOOD = jsonl(SHAPES["text"])
+GOOD = jsonl([{"text": t} for t in PLAIN])
 
 
 @pytest.mark.parametrize(
@@ -544,12 +514,13 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
 def test_mutated_files(tmp_path):
     """Whatever a file holds: records, or one clear line."""
     pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
-    parquet.write_table(pa.Table.from_pylist(SHAPES["alpaca"]), tmp_path / "a.parquet")
-    parquet.write_table(pa.Table.from_pylist(SHAPES["text"]), tmp_path / "t.parquet")
+    parquet.write_table(pa.Table.from_pylist(ROWS[:30]), tmp_path / "a.parquet")
+    parquet.write_table(pa.Table.from_pylist([{"text": t} for t in PLAIN]), tmp_path / "t.parquet")
     chat = [dict(role="user", content="a"), dict(role="assistant", content="b", weight=0)]
+    pairs = [dict(prompt=f"{i}", chosen="a", rejected="b") for i in range(4)]
     sources = [
-        ("a.json", json.dumps(SHAPES["alpaca"][:4]).encode()),
-        ("a.jsonl", jsonl([*SHAPES["preference"][:4], dict(messages=chat * 2)]).encode()),
+        ("a.json", json.dumps(ROWS[:30][:4]).encode()),
+        ("a.jsonl", jsonl([*pairs, dict(messages=chat * 2)]).encode()),
         ("SMSSpamCollection", b"ham\tone\nspam\ttwo\nham\tthree\n"),
         ("a.txt", "Some text, 你好.".encode("utf-16")),
         ("a.csv", b'sep=;\r\ntext;label\r\n"one";ham\r\n"two";ham\r\nthree;spam\r\n'),
@@ -617,7 +588,7 @@ def test_what_may_not_be_read_is_named(tmp_path):
 
 def test_what_the_program_wrote_is_not_read_back(tmp_path):
     """Stores, runs and exports below --data_dir: a second run reads what the first one read."""
-    write(tmp_path / "a.jsonl", jsonl(SHAPES["text"]))
+    write(tmp_path / "a.jsonl", jsonl([{"text": t} for t in PLAIN]))
     names = "store/meta.json store/train.idx run/last.pth run/metrics.csv processed/x/y.txt"
     for name in [*names.split(), "export/config.json", "export/model.safetensors"]:
         write(tmp_path / name, "written")
