@@ -1108,7 +1108,6 @@ class FitConfig(Settings):
     sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
     eval_interval: int = changeable(200, "steps between evaluations", low=1)
     eval_batches: int = changeable(50, "validation batches of an evaluation (0: all)", low=0)
-    sample_every: int = changeable(1, "a short sample every N evaluations, on a terminal", low=0)
     log_interval: int = changeable(10, "steps between rows of metrics.csv", low=1)
     save_interval: int = changeable(200, "steps between saves of last.pth", low=1)
     patience: int = changeable(0, "stop after N evaluations without improvement (0: never)", low=0)
@@ -1340,7 +1339,7 @@ class KVCache:
         shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
         self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
         self.length = 0  # tokens stored so far, wherever they stand
-        self.step: StaticStep | None = None  # section 9's
+        self.step: Callable | None = None  # section 9's, for these buffers
 
     @property
     def full(self) -> bool:
@@ -1351,6 +1350,7 @@ class KVCache:
     def repeat(self, times: int) -> None:
         """Each prefilled sequence becomes `times` sequences that start with it."""
         if times > 1:
+            self.step = None
             self.keys = [t.repeat_interleave(times, 0) for t in self.keys]
             self.values = [t.repeat_interleave(times, 0) for t in self.values]
 
@@ -1595,9 +1595,7 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
-    threads: int = field(default_factory=torch.get_num_threads)  # that there are to choose from
-    # When the command began; as a program, with the seconds that its imports took.
-    started: float = field(default_factory=lambda: time.perf_counter() - IMPORT_SECONDS)
+    started: float = 0.0  # when the command began, on time.perf_counter's clock
 
     @property
     def is_main(self) -> bool:
@@ -1657,28 +1655,35 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
 
 
+def set_up_cuda(device: torch.device, limit_gb: float) -> None:
+    """Choose the card, the memory that this process may take, and how attention is computed."""
+    torch.cuda.set_device(device)
+    free, total = torch.cuda.mem_get_info(device)
+    # Drivers of Windows, under WSL2 too, go on in system memory, at a crawl, on a full GPU.
+    spills = os.name == "nt" or "microsoft" in platform.release().lower()
+    limit = limit_gb * 2**30 or (free if spills else total)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    # Flash attention is for Ampere or newer, and for builds that have it. Decided here: asking the
+    # driver inside a compiled function would break its graph.
+    built = torch.backends.cuda.is_flash_attention_available()
+    flash = built and torch.cuda.get_device_capability(device)[0] >= 8
+    KERNELS["attention_sdpa", "cuda"] = partial(attention_on_cuda, flash=flash)
+
+
 @contextlib.contextmanager
 def runtime(config: RuntimeConfig, alone: bool = False):
     """Device, dtype, threads, seed and process group of one command; alone: of one process."""
+    started = time.perf_counter() - IMPORT_SECONDS
     rank, world_size = (0, 1) if alone else (launched("RANK", 0), launched("WORLD_SIZE", 1))
     if rank >= world_size:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world_size}: unset both, or use torchrun")
-    device, threads = pick_device(config.device, world_size), torch.get_num_threads()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    device = pick_device(config.device, world_size)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        free, total = torch.cuda.mem_get_info(device)
-        # Drivers of Windows, under WSL2 too, go on in system memory, at a crawl, on a full GPU.
-        spills = os.name == "nt" or "microsoft" in platform.release().lower()
-        limit = config.vram_limit_gb * 2**30 or (free if spills else total)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-        # Flash attention is for Ampere or newer, and for builds that have it. Decided here: asking the
-        # driver inside a compiled function would break its graph.
-        built = torch.backends.cuda.is_flash_attention_available()
-        flash = built and torch.cuda.get_device_capability(device)[0] >= 8
-        KERNELS["attention_sdpa", "cuda"] = partial(attention_on_cuda, flash=flash)
-    was_deterministic, asked = torch.are_deterministic_algorithms_enabled(), config.threads
+        set_up_cuda(device, config.vram_limit_gb)
+    threads, asked = torch.get_num_threads(), config.threads
+    if asked:
+        torch.set_num_threads(asked)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1687,7 +1692,7 @@ def runtime(config: RuntimeConfig, alone: bool = False):
         if world_size > 1:  # hours: the others wait while the first makes a large token store
             backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
             dist.init_process_group(backend, timeout=timedelta(hours=12), device_id=card)
-        yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size)
+        yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size, started)
     except (RuntimeError, ValueError) as error:
         lost = re.search("gloo|nccl|connection|timed out|rendezvous", str(error), re.IGNORECASE)
         if world_size == 1 or not lost:
@@ -1723,10 +1728,11 @@ def choose_threads(config: RuntimeConfig, rt: Runtime, shape: GPTConfig, rows: i
     """
     if rt.device.type != "cpu" or rt.world_size > 1 or config.threads:
         return
-    seconds = dict.fromkeys(sorted({1, max(1, rt.threads // 2), rt.threads}), 0.0)
+    most = torch.get_num_threads()
+    seconds = dict.fromkeys(sorted({1, max(1, most // 2), most}), 0.0)
     T = min(shape.block_size, 128)
     rows = max(1, min(rows, int(1.5e9 / (72 * shape.n_embd**2 * T))))  # about 20 ms of one core
-    with torch.random.fork_rng(devices=[]):  # whatever is drawn later stays as it is
+    with torch.random.fork_rng(devices=[]):  # what is drawn later stays as it is
         block, x = TransformerBlock(shape), torch.randn(rows, T, shape.n_embd)
         for turn in range(6 if len(seconds) > 1 else 0):
             for n in seconds:
@@ -1753,20 +1759,19 @@ class StopSignal:
 
     def __enter__(self):
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # else Python allows no handler
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
                 if number and signal.getsignal(number) != signal.SIG_IGN:
                     self.previous[number] = signal.signal(number, self.handle)
         return self
 
-    def handle(self, number, frame):
-        self.number = number
-        for each in self.previous:  # shells and terminals send several hang-ups
+    def handle(self, number: int, frame) -> None:
+        self.number, name = number, signal.Signals(number).name
+        for each in self.previous:  # a terminal that closes sends several hang-ups
             hang_up = signal.Signals(each).name == "SIGHUP"
             signal.signal(each, signal.SIG_IGN if hang_up else signal.SIG_DFL)
         with contextlib.suppress(OSError):  # past the stream, which may be in the midst of a write
-            name = signal.Signals(number).name
             os.write(2, f"\n{name}: saving and stopping; again to exit at once\n".encode())
         if not self.holding:
             raise Interrupted
@@ -1782,7 +1787,7 @@ class StopSignal:
     def __bool__(self) -> bool:
         return bool(self.number)
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -1823,18 +1828,15 @@ def atomic_write(path: Path):
             os.fsync(file.fileno())
         os.replace(temporary, path)  # atomic on POSIX and on Windows
         if os.name != "nt":
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        why = f"{error.strerror or error} ({free:,} bytes free)"
-        raise UserError(f"cannot write {path}: {why}; an older file there stands") from None
+        why = f"{error.strerror or error}; an older file there stands"
+        raise UserError(f"cannot write {path}: {why}") from None
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -1871,52 +1873,40 @@ def write_json(path: str | Path, value) -> None:
 
 
 class CSVLogger:
-    """Rows of a CSV file, each flushed at once: step, epoch, split, loss, timestamp, and more.
+    """Rows of a CSV file: step, epoch, split, loss, timestamp (ISO 8601, in UTC), and more.
 
-    Timestamps are ISO 8601, in UTC. A log that is there is gone on with: rows after `step` are
-    dropped, as is what a crash left of the last one. Raises UserError where the file is no log.
+    A log that is there is gone on with: rows after `step` are dropped, as is what a crash left of
+    the last one. Raises UserError where the file is no log.
     """
 
-    FIRST = ("step", "epoch", "split", "loss", "timestamp")
+    COLUMNS = ("step", "epoch", "split", "loss", "timestamp")
 
     def __init__(self, path: str | Path, step: float = math.inf):
-        self.path = Path(path)
-        self.reopen(step)
+        self.path, self.columns = Path(path), list(self.COLUMNS)
+        self.rewrite(step)
 
-    def reopen(self, step: float = math.inf, more: Sequence[str] = ()) -> None:
-        """The file anew, with `more` columns, of its rows up to `step`; then behind the last."""
+    def rewrite(self, step: float = math.inf, new: Sequence[str] = ()) -> None:
+        """The file again, of its rows up to `step`, with `new` columns behind the others."""
         text = self.path.read_bytes().decode("utf-8", "replace") if self.path.exists() else ""
-        rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1].replace("\0", "")))
-        columns = [*(rows.fieldnames or self.FIRST), *more]
-        if tuple(columns[: len(self.FIRST)]) != self.FIRST:
+        whole_lines = text[: text.rfind("\n") + 1].replace("\0", "")
+        rows = csv.DictReader(io.StringIO(whole_lines))
+        self.columns = [*(rows.fieldnames or self.COLUMNS), *new]
+        if tuple(self.columns[: len(self.COLUMNS)]) != self.COLUMNS:
             raise UserError(f"{self.path} is not a log of this program: name another file")
         kept = io.StringIO()
-        writer = csv.DictWriter(kept, columns, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(kept, self.columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            with contextlib.suppress(TypeError, ValueError):
-                if int(row["step"]) <= step and math.isfinite(float(row["loss"])):
-                    writer.writerow(row)
+        writer.writerows(r for r in rows if r["step"].isdigit() and int(r["step"]) <= step)
         with atomic_write(self.path) as file:
             file.write(kept.getvalue().encode())
-        self.file = open(self.path, "a", encoding="utf-8", newline="")
-        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
 
     def log(self, step: int, epoch: int, split: str, loss: float, **more) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         row = dict(step=step, epoch=epoch, split=split, loss=loss, timestamp=now) | more
-        if new := [name for name in row if name not in self.writer.fieldnames]:
-            self.close()
-            self.reopen(more=new)
-        try:
-            self.writer.writerow(row)
-            self.file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.file.close()
+        if new := [name for name in row if name not in self.columns]:
+            self.rewrite(new=new)
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
 
 class Recorder:
@@ -1924,7 +1914,7 @@ class Recorder:
 
     def __init__(self, run: Run, path: Path):
         p, config, main = run.progress, run.config, run.rt.is_main
-        self.run, self.shown, self.tokens, self.seconds, self.evaluations = run, {}, 0, 0.0, 0
+        self.run, self.shown, self.tokens, self.seconds = run, {}, 0, 0.0
         self.log = CSVLogger(path, p.step) if main else None
         self.tracker = None
         if config.wandb and main:
@@ -1949,23 +1939,6 @@ class Recorder:
     def validation(self, loss: float, stats: dict) -> None:
         self.write("val", loss, **stats)
         self.shown["val"] = f"{loss:.4f}"
-        self.evaluations += 1
-        every, watched = self.run.config.sample_every, sys.stderr.isatty()
-        watched = watched or "sample_every" in self.run.config.explicit
-        if watched and every and self.evaluations % every == 0 and self.run.rt.world_size == 1:
-            self.show_sample()
-
-    def show_sample(self) -> None:
-        """What the model writes at present, on one line; drawn from the same numbers every time."""
-        model, tokenizer = self.run.model, self.run.store.tokenizer
-        ids = tokenizer.prefix if self.run.config.add_special_tokens else []
-        ids = ids or tokenizer.encode("\n").tolist()
-        start = torch.tensor([ids], device=self.run.rt.device)
-        steps = generate(model.eval(), start, 60, tokenizer.end_ids, temperature=0.8, top_k=30)
-        text = tokenizer.decode([token for (token,) in steps if token >= 0])
-        model.train()
-        lines = " / ".join(line for line in text.splitlines() if line.strip())
-        note(f"step {self.run.progress.step}: {lines}")
 
     def write(self, split: str, loss: float, **more) -> None:
         step = self.run.progress.step
@@ -1978,8 +1951,6 @@ class Recorder:
 
     def close(self) -> None:
         self.bar.close()
-        if self.log:
-            self.log.close()
         if self.tracker:
             self.tracker.finish()
 
@@ -2196,92 +2167,76 @@ def attention_on_cuda(
 # --- cross entropy of a large vocabulary ---
 
 
-def losses_by_chunks(
-    h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    scale: Tensor | None, weight_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Losses (N,); where `scale` (N,) says how to weigh them, also gradients of h and weight.
-
-    h: (N, C); weight: (V, C); targets: (N,); bias: (V,) constants. Matrix products are in `dtype`,
-    all else is in fp32. One pair of (1024, V) buffers serves all chunks.
-    """
-    low, w, rows = h.to(dtype), weight.to(dtype), min(1024, len(h))
-    losses = h.new_empty(len(h), dtype=torch.float32)
-    grad_h = None if scale is None else torch.empty_like(h)
-    grad_w = torch.zeros_like(weight) if scale is not None and weight_grad else None
-    logits = w.new_empty(rows, len(w))
-    log_probs = torch.empty_like(logits, dtype=torch.float32)
-    for i in range(0, len(h), rows):
-        part, y = low[i : i + rows], targets[i : i + rows, None]  # (rows, C), (rows, 1)
-        counted, out, log_p = y != IGNORE, logits[: len(part)], log_probs[: len(part)]
-        y = y.clamp(min=0)
-        torch.mm(part, w.T, out=out)
-        if bias is not None:
-            out += bias
-        torch.log_softmax(out, -1, torch.float32, out=log_p)
-        losses[i : i + rows] = (-log_p.gather(1, y) * counted)[:, 0]
-        if scale is not None:
-            p = log_p.exp_()
-            p.scatter_add_(1, y, torch.full_like(p[:, :1], -1.0))  # d loss / d logits
-            out.copy_(p.mul_(counted * scale[i : i + rows, None]))
-            grad_h[i : i + rows] = out @ w
-            if grad_w is not None:
-                grad_w += out.T @ part
-    return losses, grad_h, grad_w
+CHUNK = 1024  # rows
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """`head_loss` for a large vocabulary, 1,024 rows at a time: the (N, V) logits never exist.
-
-    A sum's gradient is formed in the forward pass, while a chunk's logits are at hand. Losses one
-    by one get theirs in the backward pass, from the logits computed again, since what weighs each
-    row is known only there. (F.linear_cross_entropy ignores autocast.)
+    """Summed `head_loss` of h (N, C), whose (N, V) logits never exist. A chunk's gradient is formed in
+    the forward pass, while its logits are at hand: it is softmax(logits), less 1 at the target.
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, reduction: str, bias, dtype):
-        ctx.early, ctx.dtype = reduction == "sum", dtype
-        scale = h.new_ones(len(h)) if ctx.early and any(ctx.needs_input_grad) else None
-        wanted = ctx.needs_input_grad[1]  # not where a head is frozen, under LoRA
-        losses, *grads = losses_by_chunks(h, weight, targets, bias, dtype, scale, wanted)
-        ctx.save_for_backward(*(grads if ctx.early else (h, weight, targets, bias)))
-        return losses.sum() if ctx.early else losses
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dtype):
+        total, low, grad_h = 0.0, weight.to(dtype), torch.empty_like(h)
+        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # LoRA freezes it
+        for i in range(0, len(h), CHUNK):
+            rows, y = h[i : i + CHUNK].to(dtype), targets[i : i + CHUNK]
+            log_p = F.log_softmax(F.linear(rows, low, bias), -1, dtype=torch.float32)
+            total = total + F.nll_loss(log_p, y, ignore_index=IGNORE, reduction="sum")
+            p = log_p.exp_()
+            p.scatter_add_(1, y.clamp(min=0)[:, None], torch.full_like(p[:, :1], -1.0))
+            p = p.mul_((y != IGNORE)[:, None]).to(dtype)
+            grad_h[i : i + CHUNK] = p @ low
+            if grad_w is not None:
+                grad_w += p.T @ rows
+        ctx.save_for_backward(grad_h, grad_w)
+        return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        if ctx.early:
-            grads = [None if g is None else g * grad for g in ctx.saved_tensors]
-        else:
-            wanted = ctx.needs_input_grad[1]
-            grads = losses_by_chunks(*ctx.saved_tensors, ctx.dtype, grad, wanted)[1:]
-        return *grads, None, None, None, None
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad, None if grad_w is None else grad_w * grad, None, None, None
 
 
 def chunked_head_loss(
     h: Tensor, weight: Tensor, targets: Tensor, reduction: str, bias: Tensor | None = None
 ) -> Tensor:
-    """`head_loss`, in chunks where all logits at once would take much memory."""
+    """`head_loss`, in chunks where all logits at once would take much memory.
+
+    What weighs losses one by one is known in the backward pass only, which computes the logits of
+    a chunk again. (F.linear_cross_entropy ignores autocast.)
+    """
     V, kind = len(weight), h.device.type
     if kind == "cuda" and V % 64:  # tensor cores are slow on 50,257 columns
         weight = F.pad(weight, (0, 0, 0, -V % 64))
-        bias = h.new_zeros(V, dtype=torch.float32) if bias is None else bias
+        bias = h.new_zeros(V) if bias is None else bias
         bias = F.pad(bias, (0, -V % 64), value=-math.inf)
     if V <= 4096:
         logits = F.linear(h, weight).float()
         logits = logits if bias is None else logits + bias
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-    return ChunkedCrossEntropy.apply(h, weight, targets, reduction, bias, dtype)
+    if reduction == "sum" and torch.is_grad_enabled():
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        return ChunkedCrossEntropy.apply(h, weight, targets, bias, dtype)
+    loss_of = head_loss.plain
+    if torch.is_grad_enabled():
+        loss_of = partial(checkpoint, loss_of, use_reentrant=False, preserve_rng_state=False)
+    losses = [
+        loss_of(rows, weight, y, "none", bias)
+        for rows, y in zip(h.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    return torch.cat(losses).sum() if reduction == "sum" else torch.cat(losses)
 
 
 # --- decoding in one graph ---
 
 
-class Slots:
+class Slots(NamedTuple):
     """A cache as a graph sees it: the place of the newest token stands in a tensor, (1,)."""
 
-    def __init__(self, pos: Tensor, keys: list[Tensor], values: list[Tensor]):
-        self.pos, self.keys, self.values = pos, keys, values
+    pos: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As the cache's: store one token's keys and values, (B, K, 1, D); return all slots."""
@@ -2304,32 +2259,21 @@ def static_logits(model: GPT, keys: list, values: list, token: Tensor, pos: Tens
     return model.head(h[:, -1]).float()
 
 
-class StaticStep:
-    """A token's step, prepared once and then repeated: compiled, as a CUDA graph, or both."""
-
-    def __init__(self, model: GPT, cache: KVCache, token: Tensor):
-        self.keys, self.token = cache.keys, token.clone()
-        self.pos = torch.tensor([cache.length], device=token.device)
-        compute = getattr(model, "compiled_step", partial(static_logits, model))
-        self.compute = partial(compute, cache.keys, cache.values)
-        if token.is_cuda:  # its warm-up repeats this token, which writes the same into one slot
-            inputs = self.token, self.pos
-            self.compute = torch.cuda.make_graphed_callables(self.compute, inputs)
-
-    def __call__(self, token: Tensor, position: int) -> Tensor:
-        self.token.copy_(token)
-        self.pos.fill_(position)
-        return self.compute(self.token, self.pos)
-
-
-def next_logits_prepared(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
-    """One graph instead of hundreds of kernels, each launched more slowly than it runs."""
-    if not (token.is_cuda or hasattr(model, "compiled_step")):
+def next_logits_in_a_graph(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
+    """One graph instead of hundreds of kernels, each launched more slowly than it runs: compiled,
+    a CUDA graph, or both. It is made of a cache's first token and repeated for the others."""
+    compiled = getattr(model, "compiled_step", None)
+    if not (token.is_cuda or compiled):
         return next_logits.plain(token, model, cache)
+    pos = torch.full((1,), cache.length, device=token.device)
     try:
-        if cache.step is None or cache.step.keys is not cache.keys:
-            cache.step = StaticStep(model, cache, token)
-        logits = cache.step(token, cache.length)
+        if cache.step is None:
+            step = partial(compiled or partial(static_logits, model), cache.keys, cache.values)
+            if token.is_cuda:  # it keeps its inputs, and copies later ones into them; its warm-up
+                inputs = token.clone(), pos.clone()  # repeats a token: the same into one slot
+                step = torch.cuda.make_graphed_callables(step, inputs)
+            cache.step = step
+        logits = cache.step(token, pos)
     except Exception as error:  # a compiler's may be anything
         note(f"going on without a graph, which takes longer: {one_line(error)}")
         del KERNELS["next_logits", token.device.type]
@@ -2431,9 +2375,9 @@ KERNELS |= {
     ("head_loss", "cpu"): chunked_head_loss,
     ("head_loss", "cuda"): chunked_head_loss,
     ("head_loss", "mps"): chunked_head_loss,
-    ("next_logits", "cpu"): next_logits_prepared,
-    ("next_logits", "cuda"): next_logits_prepared,
-    ("next_logits", "mps"): next_logits_prepared,
+    ("next_logits", "cpu"): next_logits_in_a_graph,
+    ("next_logits", "cuda"): next_logits_in_a_graph,
+    ("next_logits", "mps"): next_logits_in_a_graph,
     ("newton_schulz", "cpu"): newton_schulz_in_bf16,
     ("newton_schulz", "cuda"): newton_schulz_in_bf16,
 }
@@ -4237,11 +4181,9 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """The checksum, then the safe load. Raises UserError where the file is not ours, or damaged."""
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():  # opening a pipe would block
         raise UserError(f"no checkpoint at {path}: train one, or name one by --ckpt")
     try:
-        if not path.is_file():  # opening a pipe would block
-            raise ValueError("it is not a file")
         with open(path, "rb") as file:
             expected = seal_of(file, max(0, path.stat().st_size - 2 - len(SEAL) - 32))
             if file.read() != expected:
@@ -4404,7 +4346,8 @@ class RunFolder:
 def state_to_resume(folder: RunFolder, config: FitConfig) -> dict | None:
     """last.pth's state if --resume finds one, else None: a new run. Raises UserError rather than let
     another run, or a file that no run has written, be lost."""
-    last, there = folder.file("last.pth"), [*filter(Path.exists, map(folder.file, RUN_FILES))]
+    last = folder.file("last.pth")
+    there = [folder.file(name) for name in RUN_FILES if folder.file(name).exists()]
     if config.resume and last.exists():
         state = load_checkpoint(last)
         if (state["command"] == "finetune") != bool(folder.suffix):
@@ -4422,13 +4365,9 @@ def state_to_resume(folder: RunFolder, config: FitConfig) -> dict | None:
             raise UserError(f"{folder.path} holds no run to resume: name another --out_dir")
         note(f"--resume: {folder.path} holds no run, so a new one starts there, from step 0")
     elif there and not config.overwrite:
-        found, ways = f"{there[0].name}, perhaps another's", "--overwrite it"
-        if saved:
-            p = load_checkpoint(saved[0])["progress"]
-            found = f"a run at step {p['step']} (best validation loss {p['best']:.4f})"
-        if last in saved:
-            ways = "--resume it, --overwrite it"
-        raise UserError(f"{folder.path} holds {found}: {ways}, or choose another --out_dir")
+        ways = "--resume it, --overwrite it" if last in saved else "--overwrite it"
+        what = f"{folder.path} holds {there[0].name}"
+        raise UserError(f"{what}: {ways}, or choose another --out_dir")
     return None
 
 

@@ -18,7 +18,6 @@ from conftest import (
     TINY,
     curve,
     differences,
-    largest_difference,
     metrics,
     run,
     run_process,
@@ -73,13 +72,6 @@ def whole(tmp_path_factory, corpus) -> Path:
 # --- it learns ---
 
 
-def test_an_overfit_check_that_is_cut_short_is_not_judged(corpus, tmp_path):
-    command = ["train", *corpus, *CPU, "--overfit_batch", "--stop_after", 2]
-    result = run(*command, "--out_dir", tmp_path / "run").ok()
-    assert "stopped at step 2: nothing is judged or kept" in result.err
-    run(*command, "--resume").fails(2, "--resume and --overfit_batch exclude")
-
-
 def test_overfit_batch(tmp_path):
     """The sanity check before a long run: a hundred steps learn one batch by heart."""
     flags = words("--preset cpu-debug --overfit_batch --max_steps 100 --lr 1e-2 --n_layer 1")
@@ -107,11 +99,6 @@ def test_same_command_same_bits(whole, corpus, tmp_path):
         assert differences(whole / name, tmp_path / name) == []
     for split in ("train", "val"):
         assert curve(whole, split) == curve(tmp_path, split)
-
-
-def test_another_seed_other_bits(whole, corpus, tmp_path):
-    run("train", *corpus, *SHORT, "--seed", 7, "--out_dir", tmp_path).ok()
-    assert differences(whole / "last.pth", tmp_path / "last.pth")
 
 
 @pytest.mark.parametrize(
@@ -189,25 +176,10 @@ def test_resume_needs_no_other_flags(whole, corpus, tmp_path):
     assert differences(whole / "last.pth", tmp_path / "last.pth") == []
 
 
-def test_resume_takes_no_other_preset(stopped):
-    run("train", "--out_dir", stopped, "--resume", "--preset", "small-16g").fails(1, "preset (from")
-
-
 def test_resume_of_a_mistyped_folder_begins_no_run_of_defaults(tmp_path):
     result = run("train", "--resume", "--out_dir", tmp_path / "typo")
     result.fails(1, "typo holds no run to resume")
     assert not (tmp_path / "typo/config.json").exists()
-
-
-def test_resume_of_a_finished_run_changes_nothing(corpus, tmp_path):
-    command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
-    run(*command).ok()
-    before, rows = tensors(tmp_path / "last.pth"), curve(tmp_path)
-    result = run(*command, "--resume").ok()
-    assert result.out.strip().endswith("best.pth")
-    after = tensors(tmp_path / "last.pth")
-    assert all(torch.equal(before[n], after[n]) for n in before)
-    assert curve(tmp_path) == rows
 
 
 def test_time_limit_stops_and_resumes(whole, corpus, tmp_path):
@@ -338,36 +310,6 @@ def test_answers_that_weigh_more(corpus):
     assert batch_of(weighted, ids).n_targets == counts[0] + 6 * counts[1]
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    n=st.integers(1, 90), size=st.integers(1, 40), world=st.sampled_from([1, 2, 4]),
-    accum=st.sampled_from([1, 2, 4]), seed=st.integers(0, 9), step=st.integers(0, 30),
-)  # fmt: skip
-def test_the_batch_of_a_step_is_a_function_of_seed_and_step(n, size, world, accum, seed, step):
-    """From any step, in any number of processes; an epoch has each sample at most once."""
-    data = lp.LMDataset(range(4 * n + 1), 4)
-    if n < world:
-        with pytest.raises(lp.UserError):
-            lp.StepSampler(data, size, seed, accum, 0, world)
-        return
-    size *= world * accum
-
-    def rows_of_step(rank, world, accum, first):
-        sampler = lp.StepSampler(data, size, seed, accum, rank, world)
-        sampler.first, sampler.end = first, step + 1
-        return list(sampler)[-1]
-
-    alone = rows_of_step(0, 1, 1, step)
-    assert alone == rows_of_step(0, 1, 1, 0)
-    together = [i for rank in range(world) for i in rows_of_step(rank, world, accum, step)]
-    if world == 1 or n >= size:
-        assert sorted(together) == sorted(alone)
-    sampler = lp.StepSampler(data, size, seed)
-    epoch = [i for batch in sampler for i in batch]
-    assert len(set(epoch)) == len(epoch) == n - n % min(n, size)
-    assert n < 12 or [i for batch in sampler for i in batch] != epoch  # the next one
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     n=st.integers(2, 120), block=st.integers(1, 30), stride=st.integers(0, 30),
@@ -387,34 +329,6 @@ def test_a_masked_token_is_never_a_target(n, block, stride, masked, shift):
         assert torch.equal(y, wanted)
 
 
-def test_whole_blocks_are_all_seen():
-    """floor((N - 1) / L) windows; validation goes through all of them, in order."""
-    for n in (17, 24, 25, 100):
-        data = lp.LMDataset(range(n), 8)
-        assert len(data) == (n - 1) // 8
-        loader = lp.make_loader(data, lp.ValidationSampler(data, 3))
-        seen = torch.cat([y for _, y in loader]).flatten().tolist()
-        assert seen == list(range(1, 8 * len(data) + 1))
-
-
-def test_three_records_are_one_batch_an_epoch(tmp_path):
-    rows = [{"instruction": f"Say {w}.", "output": w} for w in ("red", "blue", "green", "grey")]
-    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
-    command = ["train", "--data_dir", tmp_path / "a.json", *CPU, *SHAPE, "--val_fraction", 0]
-    command += ["--processed_dir", tmp_path / "stores", "--answer_weight", 2]
-    run(*command, "--epochs", 3, "--batch_size", 32, "--out_dir", tmp_path / "run").ok()
-    assert progress(tmp_path / "run/last.pth")["total"] == 3
-
-
-def test_answers_of_plain_text_cannot_weigh(tmp_path):
-    (tmp_path / "a.txt").write_text("A line of a book.\n" * 99, encoding="utf-8")
-    command = ["train", "--data_dir", tmp_path / "a.txt", *TINY, "--answer_weight", 2]
-    command += ["--processed_dir", tmp_path / "stores", "--out_dir", tmp_path / "run"]
-    said = run(*command)
-    assert (said.code, said.err.splitlines()[-1]) == (
-        1, "error: plain text has no answers to weigh: leave out --answer_weight")  # fmt: skip
-
-
 def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
     """Done by hand: the seeded model, the first batch of the first epoch, one backward."""
     base = ["train", *corpus, *TINY, *words("--dropout 0 --grad_clip 0 --log_interval 1")]
@@ -430,19 +344,6 @@ def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
     for name, parameter in start.named_parameters():
         wanted = gradient[f"optimizer.{name}.exp_avg"]
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-6)
-
-
-def test_gradient_clipping(corpus, tmp_path):
-    command = ["train", *corpus, *TINY, "--dropout", 0]
-    free = first_gradient(tmp_path / "a", *command)
-    run(*command, *words("--max_steps 1 --grad_clip 0.01"), "--out_dir", tmp_path / "b").ok()
-    moments = tensors(tmp_path / "b/last.pth", ("optimizer",))
-    norm = torch.stack([t.norm() for t in free.values()]).norm()
-    assert norm > 0.1
-    for name, gradient in free.items():
-        torch.testing.assert_close(moments[name] * 10, gradient * 0.01 / norm, rtol=1e-3, atol=1e-8)
-    logged = float(metrics(tmp_path / "b")[0]["grad_norm"])
-    assert logged == pytest.approx(float(norm), rel=1e-4)  # the norm before clipping
 
 
 def test_weight_decay_is_on_matrices_only(corpus, tmp_path):
@@ -479,13 +380,6 @@ def test_schedule_has_its_closed_form(schedule, corpus, tmp_path):
     rates = [float(row["lr"]) for row in metrics(tmp_path)]
     wanted = [1e-3 * closed_form(schedule, step, 40, 3) for step in range(40)]
     assert rates == pytest.approx(wanted, rel=1e-9)
-
-
-def test_warmup_takes_at_most_a_tenth(corpus, tmp_path):
-    flags = words("--lr_schedule constant --max_steps 20 --warmup_steps 100 --log_interval 1")
-    run("train", *corpus, *TINY, *flags, "--out_dir", tmp_path).ok()
-    rates = [float(row["lr"]) for row in metrics(tmp_path)]
-    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3] + [1e-3] * 18)
 
 
 def muon_steps(optimizer, weights: list[torch.nn.Parameter], gradients) -> list[torch.Tensor]:
@@ -534,18 +428,6 @@ assert torch.equal(ours, stepped(torch.optim.AdamW, fused=True))
 """
     env = os.environ | {"PYTHONPATH": str(Path(lp.__file__).parent)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
-
-
-def test_muon_takes_a_fused_weight_apart():
-    torch.manual_seed(0)
-    parts = [torch.randn(rows, 32) for rows in (32, 16, 16)]
-    gradients = [[torch.randn_like(p) for p in parts] for _ in range(3)]
-    alone, fused = parameters(parts), parameters([torch.cat(parts)])
-    separate = muon_steps(lp.Muon(alone, {}, lr=0.02), alone, gradients)
-    together = [[torch.cat(step)] for step in gradients]
-    (joined,) = muon_steps(lp.Muon(fused, {fused[0]: [32, 16, 16]}, lr=0.02), fused, together)
-    moved = (torch.cat(separate) - torch.cat(parts)).norm()
-    assert (joined - torch.cat(separate)).norm() / moved < 0.01
 
 
 # --- how a run ends, and what it leaves ---
@@ -606,14 +488,6 @@ def test_overwrite_starts_afresh(whole, corpus, tmp_path):
     assert curve(whole) == curve(tmp_path)
 
 
-def test_overwrite_that_cannot_start_loses_nothing(corpus, tmp_path):
-    run("train", *corpus, *SHORT, "--out_dir", tmp_path).ok()
-    flags = ["--overwrite", "--data_dir", tmp_path / "missing", "--out_dir", tmp_path]
-    run("train", *SHORT, *flags).fails(1, "missing")
-    assert progress(tmp_path / "best.pth")["step"] > 0
-    assert len(curve(tmp_path)) == 10
-
-
 def test_finetune_shares_the_folder_of_its_base(corpus, tmp_path):
     run("train", *corpus, *SHORT, "--out_dir", tmp_path).ok()
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -666,44 +540,6 @@ def test_a_step_that_is_not_finite_stops_before_the_update(where, corpus, tmp_pa
     assert curve(tmp_path / "clean") == curve(tmp_path / "b")
 
 
-def run_with_and_without(fail, corpus, tmp_path, monkeypatch):
-    """The same run twice: into "clean" undisturbed, into "b" with `fail` in its objective."""
-    command = ["train", *corpus, *SHORT, "--dropout", 0]
-    run(*command, "--out_dir", tmp_path / "clean").ok()
-    with monkeypatch.context() as patch:
-        spoil(patch, fail)
-        return run(*command, "--out_dir", tmp_path / "b").ok()
-
-
-def test_running_out_of_memory_once_changes_only_rounding(corpus, tmp_path, monkeypatch):
-    def fail(loss, batch, call):
-        if call == 4:
-            raise torch.OutOfMemoryError("injected")
-        return loss
-
-    result = run_with_and_without(fail, corpus, tmp_path, monkeypatch)
-    assert "out of memory at step 4" in result.err
-    assert progress(tmp_path / "b/last.pth")["grad_accum"] == 2
-    assert largest_difference(tmp_path / "clean/last.pth", tmp_path / "b/last.pth") < 1e-4
-
-
-def test_running_out_of_memory_until_checkpointing_helps(corpus, tmp_path, monkeypatch):
-    """Micro-batches shrink to one row, then checkpointing comes on; the result stays."""
-    failures = []
-
-    def fail(loss, batch, call):
-        if batch.x.shape[0] > 1 or len(failures) < 4:
-            failures.append(batch.x.shape[0])
-            raise torch.OutOfMemoryError("injected")
-        return loss
-
-    run_with_and_without(fail, corpus, tmp_path, monkeypatch)
-    assert failures == [8, 4, 2, 1]
-    end = progress(tmp_path / "b/last.pth")
-    assert (end["grad_accum"], end["grad_checkpointing"]) == (8, True)
-    assert largest_difference(tmp_path / "clean/last.pth", tmp_path / "b/last.pth") < 1e-4
-
-
 def test_running_out_of_memory_for_good_says_what_to_do(corpus, tmp_path, monkeypatch):
     def fail(loss, batch, call):
         raise torch.OutOfMemoryError("injected")
@@ -711,29 +547,3 @@ def test_running_out_of_memory_for_good_says_what_to_do(corpus, tmp_path, monkey
     spoil(monkeypatch, fail)
     result = run("train", *corpus, *SHORT, "--out_dir", tmp_path).fails(1, "memory", "block_size")
     assert len(result.errors) == 1
-
-
-def test_resume_after_a_shrunken_micro_batch(corpus, tmp_path, monkeypatch):
-    """Dropout depends on the micro-batch: what memory allowed is part of the run."""
-
-    def fail(loss, batch, call):
-        if call == 4:
-            raise torch.OutOfMemoryError("injected")
-        return loss
-
-    command = ["train", *corpus, *SHORT]
-    for name, flags in (("whole", []), ("b", ["--stop_after", "6"])):
-        with monkeypatch.context() as patch:
-            spoil(patch, fail)
-            run(*command, *flags, "--out_dir", tmp_path / name).ok()
-    run(*command, "--resume", "--out_dir", tmp_path / "b").ok()
-    assert differences(tmp_path / "whole/last.pth", tmp_path / "b/last.pth") == []
-
-
-def test_samples_on_the_way_change_nothing(corpus, tmp_path):
-    base = ["train", *corpus, *TINY, *words("--eval_interval 4 --out_dir")]
-    shown = run(*base, tmp_path / "a", "--sample_every", "1").ok()
-    assert sum(line.startswith("step ") for line in shown.err.splitlines()) >= 3
-    quiet = run(*base, tmp_path / "b").ok()
-    assert "step 4:" not in quiet.err
-    assert largest_difference(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == 0
