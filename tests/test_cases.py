@@ -80,6 +80,13 @@ CASES = {
     )}, ["q > (bad) | r > good"], ("answers not trained", ": 1")),
     "weight 0 at the end": Case({"a.jsonl": jsonl(chat("q", "a", "r", "b", weight=0))},
                                 ["q > a"], ("answers not trained", ": 1")),
+    **{f"{name} {value!r}": Case(
+        {"a.jsonl": jsonl(chat("q", "a", "r", "b", **{name: value}))}, ["q > a"], (": 1",))
+       for name in ("weight", "train", "training", "trainable", "loss")
+       for value in (False, 0, 0.0, "0", "False")},
+    "masks that train": Case(
+        {"a.jsonl": jsonl(chat("q", "a", weight=1.0, train="true", loss=True, trainable="1"))},
+        ["q > a"]),
     "no answer is trained": Case({"a.jsonl": jsonl(chat("q", "a", train=False), PAIR)}, ["q > a"],
                                  ("no answer to train: 1",)),
     "a mask of a row": Case({"a.jsonl": jsonl(PAIR | {"weight": 0}, *QA)}, READ,
@@ -501,38 +508,6 @@ def test_a_data_set_that_is_not_there(tmp_path):
     needs("datasets")
     with pytest.raises(lp.UserError, match="cannot load dataset"):
         read("", hf_dataset=str(tmp_path / "none"))
-
-
-# --- masks ---
-
-FLAGS = {True: [True, 1, 1.0, "true", "1"], False: [False, 0, 0.0, "False", "0"]}
-
-
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
-@given(data=st.data(), trained=st.lists(st.booleans(), min_size=1, max_size=5))
-def test_masked_answers_are_context_or_dropped(tmp_path_factory, data, trained):
-    """Whatever the mask is called and however it is written."""
-    talk = []
-    for i, is_trained in enumerate(trained):
-        name = data.draw(st.sampled_from(["weight", "train", "training", "trainable", "loss"]))
-        flag = data.draw(st.sampled_from(FLAGS[is_trained]))
-        answer = dict(role="assistant", content=f"a{i}")
-        if not is_trained or data.draw(st.booleans()):
-            answer[name] = flag
-        talk += [dict(role="user", content=f"q{i}"), answer]
-    path = tmp_path_factory.mktemp("raw") / "a.jsonl"
-    path.write_bytes(jsonl(dict(messages=talk)))
-    report = lp.Report()
-    found = list(lp.read_records(lp.DataConfig(data_dir=str(path)), report))
-    counted = report.rows.get("instructions", {})
-    masked = counted.get("answers not trained (weight 0, train false, label false)", 0)
-    assert masked == trained.count(False)
-    if not any(trained):
-        assert not found
-        return
-    [record] = found
-    last = max(i for i, is_trained in enumerate(trained) if is_trained)
-    assert [turn.trained for turn in record.turns] == trained[: last + 1]
 
 
 # --- end to end ---

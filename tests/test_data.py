@@ -257,7 +257,7 @@ def test_adding_data_moves_no_record(tmp_path):
     write(tmp_path / "m.jsonl", jsonl({"text": f"text {i}"} for i in range(500)))
     before = {side: set(texts(tmp_path, side)) for side in ("train", "val")}
     write(tmp_path / "a.jsonl", jsonl({"text": f"more {i}"} for i in range(500)))
-    write(tmp_path / "z.jsonl", jsonl(ROWS[:30] + [{"text": "text 3"}]))
+    write(tmp_path / "z.jsonl", jsonl([*ROWS[:30], {"text": "text 3"}]))
     for side in ("train", "val"):
         assert before[side] <= set(texts(tmp_path, side))
 

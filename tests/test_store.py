@@ -154,10 +154,10 @@ def long_text(rng: random.Random, size: int) -> str:
         "Größe",
         "12345",
         "...",
+        "你好，世界。",
         "\n\n",
         "  ",
         "\t",
-        "你好，世界。",
         "x" * 50,
     ]
     parts = [rng.choice(words) + rng.choice(["", " ", "\n", "\u2028", "!"]) for _ in range(size)]
