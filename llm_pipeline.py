@@ -5368,7 +5368,7 @@ def class_lines(name: str, row: dict) -> list[str]:
 def shortened(text: str) -> str:
     """One line of at most 160 characters; those that would steer a terminal are replaced."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(text.split()))
-    return text if len(text) <= 160 else f"{text[:77]} ... {text[-77:]}"
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def example_prompt(store: TokenStore) -> tuple[str, str]:
@@ -6949,8 +6949,6 @@ class ExportConfig(RuntimeConfig):
 
 def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> Path:
     """Write the export, check it, and return its path."""
-    if config.gguf and config.adapter:
-        raise UserError("--gguf and --adapter exclude each other: a GGUF file holds a whole model")
     target = Path(config.gguf or config.out_dir)
     check_replaceable(target, config.overwrite)
     loaded = load_model(config.ckpt, merge=config.merge and not config.adapter)
@@ -7353,7 +7351,7 @@ def read_config(cls: type, path: str) -> dict:
 
     Settings of other commands are left out: any run's config.json will do. Raises UserError.
     """
-    own, found, left_out, where = fields_of(cls), {}, [], f"--config {path}"
+    own, found, where = fields_of(cls), {}, f"--config {path}"
     known = {name for command in COMMANDS.values() for name in fields_of(command.settings)}
     entries = list(read_table(Path(path), where).items())
     for leaf, value in entries:
@@ -7362,15 +7360,14 @@ def read_config(cls: type, path: str) -> dict:
             entries.extend(value.items())
         elif name not in known:
             raise UserError(f"{where}: {unknown_setting(cls, name)}")
-        elif name not in own:
-            left_out.append(name)
-        elif value is not None and (value != "" or "choices" not in own[name].metadata):
+        elif (
+            name in own
+            and value is not None
+            and (value != "" or "choices" not in own[name].metadata)
+        ):
             value = checked(own[name], value, f"{where}: ")
             if found.setdefault(name, value) != value:
                 raise UserError(f"{where}: {name} is there twice, with two values: leave one out")
-    if left_out:
-        some = ", ".join(left_out[:4])
-        note(f"{where}: left out {len(left_out)} settings of other commands ({some} ...)")
     return found
 
 
@@ -7581,26 +7578,23 @@ class TextGenerator:
 
     def __init__(self, ckpt: str = "ckpts/best.pth", **settings):
         self.settings = {"ckpt": ckpt} | settings
-        config = self.config()
-        with runtime(config) as self.rt:
+        config = settle(SampleConfig, self.settings)
+        with runtime(config) as rt:
             self.loaded = load_model(config.ckpt)
-            how = self.rt.device, self.rt.dtype, config.compile == "on"
-            for_decoding(self.loaded.model, *how)
-
-    def config(self, **settings) -> SampleConfig:
-        return settle(SampleConfig, self.settings | settings)
+            for_decoding(self.loaded.model, rt.device, rt.dtype, config.compile == "on")
 
     def stream(self, prompt: str, **settings) -> Iterator[str]:
         """Pieces of text as they are generated; of several samples, each whole."""
-        return stream_text(self.loaded, self.config(**settings), prompt)
+        return stream_text(self.loaded, settle(SampleConfig, self.settings | settings), prompt)
 
     def generate(self, prompt: str, **settings) -> str | list[str]:
         """The text that follows `prompt`, or with num_samples=N > 1 a list of N texts.
 
         Settings are those of the `sample` command.
         """
-        pieces = list(self.stream(prompt, **settings))
-        return "".join(pieces) if self.config(**settings).num_samples == 1 else pieces
+        config = settle(SampleConfig, self.settings | settings)
+        pieces = list(stream_text(self.loaded, config, prompt))
+        return "".join(pieces) if config.num_samples == 1 else pieces
 
 
 load = TextGenerator
