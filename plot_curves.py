@@ -17,6 +17,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ PICTURES = {  # file name: (splits, what is drawn)
     "val_loss.png": (("val",), "validation loss"),
     "val_ppl.png": (("val",), "validation perplexity"),
 }
+LEGEND = dict(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)  # hides nothing
 STYLE = {"font.size": 13, "savefig.dpi": 120, "axes.grid": True, "grid.alpha": 0.3}
 
 
@@ -41,7 +43,7 @@ class Curves:
 
     rows: list[dict]
     unit: str  # of its losses: only those of one unit may share an axis
-    weighted: bool  # whether the training loss weighs answers, unlike the validation's
+    weighted: bool  # whether the training loss weighs answers, which validation's does not
 
 
 def read_curves(path: Path, x: str) -> Curves:
@@ -78,21 +80,13 @@ def unit_of(config: dict) -> str:
 def by_minutes(rows: list[dict]) -> list[float]:
     """Since the first row. The pause before a resumed session counts as a usual gap does."""
     try:
-        times = [seconds(row["timestamp"]) for row in rows]
-    except (KeyError, AttributeError, ValueError):
+        stamps = [datetime.fromisoformat(row["timestamp"]) for row in rows]
+    except (KeyError, TypeError, ValueError):
         raise ValueError("--x minutes: a row has no timestamp") from None
-    gaps = [max(0.0, after - before) for before, after in pairwise(times)]
+    gaps = [max(0.0, (after - before).total_seconds()) for before, after in pairwise(stamps)]
     usual = median(gaps or [0.0])
     spent = [usual if gap > 60 + 10 * usual else gap for gap in gaps]
     return [total / 60 for total in accumulate(spent, initial=0.0)]
-
-
-def seconds(timestamp: str) -> float:
-    """Of a time in ISO form, or in seconds."""
-    try:
-        return float(timestamp)
-    except ValueError:
-        return datetime.fromisoformat(timestamp.replace("Z", "+00:00")).timestamp()
 
 
 X_AXES = {"steps": "optimizer steps", "minutes": "minutes of training"}  # --x: label
@@ -109,12 +103,13 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def short_names(files: list[Path]) -> list[str]:
-    """Names of the files' folders, with as many parents as tell them apart; or of the files."""
-    for n in range(1, 5):
-        names = ["/".join(file.resolve().parent.parts[-n:]) for file in files]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{file.resolve().parent.name}/{file.stem}" for file in files]
+    """Names of the files' folders or, where these are not different, paths from a common one."""
+    names = [file.resolve().parent.name for file in files]
+    if len(set(names)) == len(names):
+        return names
+    paths = [file.resolve().with_suffix("") for file in files]
+    common = os.path.commonpath(path.parent for path in paths)
+    return [str(path.relative_to(common)) for path in paths]
 
 
 @contextlib.contextmanager
@@ -147,16 +142,13 @@ def draw_curves(out_dir: Path, runs: dict[str, Curves], args: argparse.Namespace
 
 
 def draw_panel(axes, runs: dict[str, Curves], splits: tuple, label: str, args) -> None:
-    """Curves of one unit. A weighted training loss has an axis of its own, on the right."""
+    """Curves of one unit. A training loss that weighs answers stands beside no validation loss."""
     scale = "log" if args.log else "linear"
     axes.set(xlabel=X_AXES[args.x], ylabel=label, xscale=scale, yscale=scale)
-    aside = None
-    if "train" in splits and any(run.weighted for run in runs.values()):
-        aside = axes.twinx()
-        aside.set(ylabel="training loss, answers weighing more", yscale=scale)
-        aside.grid(False)
     for number, (name, run) in enumerate(runs.items()):
         for split in splits:
+            if run.weighted and split == "train" and len(splits) > 1:
+                continue
             rows = [row for row in run.rows if row["split"] == split]
             losses = [row["loss"] for row in rows]
             if "perplexity" in label:
@@ -164,9 +156,11 @@ def draw_panel(axes, runs: dict[str, Curves], splits: tuple, label: str, args) -
             colour, words = f"C{number}", f"{name}: {WORDS[split]}"
             if not name:
                 colour, words = f"C{list(WORDS).index(split)}", WORDS[split]
-            place = aside if aside and run.weighted and split == "train" else axes
-            draw_line(place, split, [row["x"] for row in rows], losses, colour, words)
-    finish(axes, *([aside] if aside else []))
+            if run.weighted and split == "train":
+                words += ", answers weighing more"
+            draw_line(axes, split, [row["x"] for row in rows], losses, colour, words)
+    if axes.lines:
+        axes.legend(**LEGEND)
 
 
 def draw_line(axes, split: str, x: list, y: list, colour: str, label: str) -> None:
@@ -181,26 +175,6 @@ def draw_line(axes, split: str, x: list, y: list, colour: str, label: str) -> No
         axes.plot(x[best], y[best], "--*", color=colour, lw=1.8, ms=17, mec="white", label=label)
 
 
-def finish(*every) -> None:
-    """A legend above, where it hides nothing; plain numbers: 20 M rather than 2e7."""
-    from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
-
-    def plain(value: float, place: int) -> str:
-        return EngFormatter()(value) if value >= 1000 else f"{value:g}"
-
-    for axis in (every[0].xaxis, *(axes.yaxis for axes in every)):
-        if axis.get_scale() == "log":
-            low, high = axis.get_view_interval()
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            if high < 10 * low:  # within a decade, the ticks of a linear axis
-                axis.set_major_locator(FixedLocator(MaxNLocator(6).tick_values(low, high)))
-            axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(plain)
-    lines = [handle for axes in every for handle in axes.get_legend_handles_labels()[0]]
-    where = dict(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2 if len(lines) > 1 else 1)
-    every[0].legend(handles=lines, frameon=False, **where)
-
-
 def draw_lengths(out_dir: Path, stores: dict[str, dict], args: argparse.Namespace) -> None:
     """token_lengths.png: how many documents have how many tokens."""
     with picture(out_dir / "token_lengths.png") as (axes,):
@@ -209,14 +183,11 @@ def draw_lengths(out_dir: Path, stores: dict[str, dict], args: argparse.Namespac
             weights = list(lengths.values())
             axes.hist(list(lengths), bins=50, weights=weights, alpha=0.6, label=words)
         axes.set(xlabel="tokens in a document", ylabel="documents")
-        finish(axes)
+        axes.legend(**LEGEND)
 
 
-DRAW = {"run": draw_curves, "store": draw_lengths}
-
-
-def read(path: Path, x: str) -> dict[str, dict[Path, Curves | dict]]:
-    """{"run" or "store": {file: content}} of a file or folder. Raises ValueError where none is."""
+def read(path: Path, x: str) -> dict[Path, Curves | dict]:
+    """Curves, or {length: documents}, of each file of a folder. Raises ValueError without any."""
     if path.is_dir():
         files = sorted(path.glob("metrics*.csv")) or list(path.glob("meta.json"))
         if not files:
@@ -224,11 +195,11 @@ def read(path: Path, x: str) -> dict[str, dict[Path, Curves | dict]]:
     else:
         files = [path]
     if files[0].suffix != ".json":
-        return {"run": {file: read_curves(file, x) for file in files}}
+        return {file: read_curves(file, x) for file in files}
     lengths = json.loads(files[0].read_text(encoding="utf-8")).get("lengths")
     if not lengths:
         raise ValueError("not the meta.json of a token store")
-    return {"store": {files[0]: {int(length): n for length, n in lengths.items()}}}
+    return {files[0]: {int(length): n for length, n in lengths.items()}}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,26 +210,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log", action="store_true", help="curves on logarithmic scales")
     parser.add_argument("--out_dir", "--out-dir", type=Path, help="(default: beside the first)")
     args = parser.parse_args(argv)
-    found: dict[str, dict[Path, Curves | dict]] = {kind: {} for kind in DRAW}
-    problems = []
+    found, problems = {}, []
     for path in args.path:
         try:
-            for kind, contents in read(path, args.x).items():
-                found[kind] |= contents
+            found |= read(path, args.x)
         except (OSError, ValueError, csv.Error) as error:
             problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
-    files = [file for inputs in found.values() for file in inputs]
     for problem in problems:
-        print("passed over" if files else "error", problem, sep=": ", file=sys.stderr)
-    if not files:
+        print("passed over" if found else "error", problem, sep=": ", file=sys.stderr)
+    if not found:
         return 1
-    out_dir = args.out_dir or files[0].parent
+    out_dir = args.out_dir or next(iter(found)).parent
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for kind, inputs in found.items():
+        for kind, draw in {Curves: draw_curves, dict: draw_lengths}.items():
+            inputs = {file: content for file, content in found.items() if isinstance(content, kind)}
             if inputs:
                 names = short_names(list(inputs))
-                DRAW[kind](out_dir, dict(zip(names, inputs.values(), strict=True)), args)
+                draw(out_dir, dict(zip(names, inputs.values(), strict=True)), args)
     except ImportError:
         print("error: plotting needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 1

@@ -2,11 +2,10 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, finish, needs, run
+from conftest import needs, run
 
 import plot_curves
 
@@ -78,15 +77,7 @@ def test_images_beside_the_csv(metrics, figures, capsys):
     assert labels(both) == ["training", "validation, best 4"]
 
 
-def test_the_working_folder_can_be_asked_for(metrics, monkeypatch, tmp_path):
-    needs("matplotlib")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert plot(metrics, "--out_dir", ".") == 0
-    assert_images(tmp_path / "here")
-
-
-def test_several_runs_have_short_names_of_their_own(metrics, figures, tmp_path):
+def test_several_runs_have_names_of_their_own(metrics, figures, tmp_path):
     other = a_run(tmp_path / "deep" / "run", "7,0,train,2.5,t,\n")
     out = tmp_path / "plots"
     assert plot(metrics, other.parent, "--out_dir", out, "--log") == 0
@@ -94,13 +85,12 @@ def test_several_runs_have_short_names_of_their_own(metrics, figures, tmp_path):
     assert not list(metrics.parent.glob("*.png"))
     (axes,) = figures["training loss"]
     assert points(axes.lines[2]) == [(7, 2.5)]
-    names = [f"{tmp_path.name}/run", "deep/run"]
-    assert labels(axes) == [f"{name}: training" for name in names]
+    assert labels(axes) == [f"{name}/metrics: training" for name in ("run", "deep/run")]
     assert axes.get_xscale() == axes.get_yscale() == "log"
     (metrics.parent / "metrics_finetune.csv").write_text(HEADER + ROWS, encoding="utf-8")
     assert plot(metrics.parent) == 0
     names = [text.split(":")[0] for text in labels(figures["training loss"][0])]
-    assert names == ["run/metrics", "run/metrics_finetune"]
+    assert names == ["metrics", "metrics_finetune"]
 
 
 def test_what_holds_no_curve_is_passed_over(metrics, tmp_path, capsys):
@@ -130,41 +120,22 @@ def test_losses_of_different_units_have_panels_of_their_own(tmp_path, figures):
         assert all(label.startswith("bpe: ") for label in labels(two))
 
 
-def test_a_weighted_training_loss_has_an_axis_of_its_own(tmp_path, figures):
+def test_a_weighted_training_loss_stands_beside_no_validation_loss(tmp_path, figures):
     assert plot(a_run(tmp_path / "run", answer_weight=30)) == 0
-    validation, training = figures["loss"]
-    assert "answers weighing more" in training.get_ylabel()
-    assert points(training.lines[0])[0] == (1, 5.5)
-    assert points(validation.lines[0]) == [(2, 4.0), (4, 30.0)]
-    assert labels(validation) == ["validation, best 4", "training"]
-    assert len(figures["validation loss"]) == 1
+    assert labels(figures["loss"][0]) == ["validation, best 4"]
+    assert labels(figures["training loss"][0]) == ["training, answers weighing more"]
 
 
-@pytest.mark.parametrize("losses", [(1.41, 1.88), (2.0, 9.0), (0.01, 300.0)])
-def test_log_axes_have_ticks(tmp_path, figures, losses):
-    rows = "".join(f"{10 + i},0,train,{loss},t,\n" for i, loss in enumerate(losses))
-    assert plot(a_run(tmp_path / "run", rows), "--log") == 0
-    (axes,) = figures["training loss"]
-    for axis in (axes.xaxis, axes.yaxis):
-        low, high = axis.get_view_interval()
-        inside = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
-        assert len(inside) >= 3, (losses, inside)
-
-
-@pytest.mark.parametrize("iso", [False, True])
-def test_minutes_leave_out_the_pause_between_sessions(tmp_path, figures, iso):
+def test_minutes_leave_out_the_pause_between_sessions(tmp_path, figures, capsys):
     times = [0, 30, 60, 90, 5000, 5030]  # resumed at 5000
-
-    def written(seconds):
-        if not iso:
-            return seconds
-        return f"2026-11-30T{10 + seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}.250000"
-
-    rows = [f"{i},0,train,2.0,{written(t)},\n" for i, t in enumerate(times)]
+    stamps = [f"2026-11-30T{10 + t // 3600}:{t // 60 % 60:02}:{t % 60:02}.250000" for t in times]
+    rows = [f"{i},0,train,2.0,{stamp},\n" for i, stamp in enumerate(stamps)]
     assert plot(a_run(tmp_path / "run", "".join(rows)), "--x", "minutes") == 0
     (axes,) = figures["training loss"]
     assert [round(60 * x) for x, _ in points(axes.lines[0])] == [0, 30, 60, 90, 120, 150]
     assert axes.get_xlabel() == "minutes of training"
+    assert plot(a_run(tmp_path / "no times"), "--x", "minutes") == 1
+    assert "--x minutes" in capsys.readouterr().err
 
 
 def test_the_csv_of_the_program_and_the_plain_five_columns(tiny_checkpoint, tmp_path, figures):
@@ -173,12 +144,6 @@ def test_the_csv_of_the_program_and_the_plain_five_columns(tiny_checkpoint, tmp_
     for path in (tiny_checkpoint.parent, plain):
         assert plot(path, "--x", "minutes", "--out_dir", tmp_path) == 0
     assert_images(tmp_path)
-
-
-def test_minutes_without_times(metrics, capsys):
-    assert plot(metrics, "--x", "minutes") == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "--x minutes" in err
 
 
 def test_lengths_of_a_store(tmp_path, figures):
@@ -197,11 +162,9 @@ def test_lengths_of_a_store(tmp_path, figures):
     ("content", "message"),
     [
         (None, "No such file"),
-        (b"", "no column"),
         (b"a,b\n1,2\n", "no column loss, split, step"),
         (HEADER.encode(), "no train or val rows"),
         (HEADER.encode() + b"1,0,train,3.0,t,\none,0,val,3.0,t,\n", "line 3"),
-        (HEADER.encode() + b"1,0,train\n", "line 2"),
         (b"\x89PNG\xff\xfe" * 9, ""),
     ],
 )
@@ -220,11 +183,3 @@ def test_without_matplotlib(metrics, monkeypatch, capsys):
     assert plot(metrics) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "pip install matplotlib" in err
-
-
-def test_the_command(metrics):
-    needs("matplotlib")
-    command = [sys.executable, str(ROOT / "plot_curves.py"), str(metrics)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert finish(subprocess.Popen(command, **pipes)).ok().out.count(".png\n") == 4
-    assert finish(subprocess.Popen(command[:2], **pipes)).code == 2
