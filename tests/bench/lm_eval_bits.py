@@ -53,7 +53,7 @@ def their_bits(ckpt: str, corpus: Path, folder: Path) -> float:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    pipeline("export", "--ckpt", ckpt, "--out_dir", folder / "hf", "--overwrite")
+    pipeline("export", "--ckpt", ckpt, "--out_dir", folder / "hf")
     task = TASK.format(file=json.dumps(str(corpus)))
     (folder / "local_text.yaml").write_text(task, encoding="utf-8")
     model = {"pretrained": str(folder / "hf"), "dtype": "float32"}
