@@ -39,6 +39,7 @@ import argparse
 import bz2
 import codecs
 import contextlib
+import copy
 import csv
 import difflib
 import gzip
@@ -5376,38 +5377,44 @@ class CorpusFacts:
 def corpus_facts(settings: dict) -> CorpusFacts:
     """Of the folder, file or store that settings name; nothing of datasets and toy exercises."""
     data = {f.name: settings[f.name] for f in fields(DataConfig)}
-    if data["hf_dataset"]:
-        return CorpusFacts()
-    store = None
-    if is_store(data["data_dir"]):
-        with contextlib.suppress(UserError):  # it will be said when the corpus is built
-            store = TokenStore(Path(data["data_dir"]))
-    if store:
-        held = sum(row.get("bytes", 0) for row in store.meta["counts"].values())
-        n_bytes, index = store.meta.get("source_bytes") or held, store.index["train"]
-        stored = {name: store.meta["settings"][name] for name in ("tokenizer", "vocab_size")}
-        if not len(index) or any((rows["prompt"] <= 1).any() for rows in store.index.values()):
-            return CorpusFacts(n_bytes, stored=stored)
-        bytes_a_token = n_bytes / sum(len(tokens) for tokens in store.tokens.values())
-        return CorpusFacts(n_bytes, int(np.quantile(index["length"], 0.95) * bytes_a_token), stored)
+    config = DataConfig(**data)
     try:
-        config = DataConfig(**data)
-        n_bytes = sum(path.stat().st_size for path in find_files(config))
-        longest = longest_answered(store_key(config, {}, False), **data) if n_bytes else 0
-        return CorpusFacts(n_bytes, longest)
+        if config.hf_dataset:
+            return CorpusFacts()
+        if is_store(config.data_dir):
+            return facts_of_store(TokenStore(Path(config.data_dir)))
+        return facts_of_files(store_key(config, {}, False), **data)
     except (UserError, OSError, TypeError):  # it will be said when the corpus is built
         return CorpusFacts()
 
 
+def facts_of_store(store: TokenStore) -> CorpusFacts:
+    meta, index, longest = store.meta, store.index["train"], 0
+    n_bytes = meta["source_bytes"] or sum(row.get("bytes", 0) for row in meta["counts"].values())
+    if len(index) and all((rows["prompt"] > 1).all() for rows in store.index.values()):
+        bytes_a_token = n_bytes / sum(map(len, store.tokens.values()))
+        longest = int(np.quantile(index["length"], 0.95) * bytes_a_token)
+    stored = {name: meta["settings"][name] for name in ("tokenizer", "vocab_size")}
+    return CorpusFacts(n_bytes, longest, stored)
+
+
 @lru_cache
-def longest_answered(fingerprint: str, **data) -> int:
-    """`longest` of CorpusFacts; each reading of the files, by `fingerprint`, is done once."""
-    sizes = []
-    for record in read_records(DataConfig(**data), Report()):
+def facts_of_files(fingerprint: str, **data) -> CorpusFacts:
+    """Each reading of the files, by `fingerprint`, is done once."""
+    config, sizes = DataConfig(**data), []
+    n_bytes = sum(path.stat().st_size for path in find_files(config))
+    for record in read_records(config, Report()) if n_bytes else ():
         if record.is_plain:  # it may be long: no more is read
-            return 0
+            return CorpusFacts(n_bytes)
         sizes.append(record.n_characters)
-    return int(np.quantile(sizes, 0.95)) if sizes else 0
+    return CorpusFacts(n_bytes, int(np.quantile(sizes, 0.95)) if sizes else 0)
+
+
+def likely_tokens(tokenizer: str, vocab_size: int) -> tuple[int, float]:
+    """(ids of the vocabulary, bytes of English text to a token), about: bytes, a BPE that is to be
+    trained, or else GPT-2's and the like."""
+    ids = {"byte": ByteTokenizer.vocab_size, "bpe": vocab_size}.get(tokenizer, 50_000)
+    return ids, 1.0 if tokenizer == "byte" else math.log2(ids) / 4
 
 
 def fast_recipe(settings: dict, explicit: dict) -> dict:
@@ -5442,35 +5449,24 @@ def plan_for_text(settings: dict, explicit: dict, facts: CorpusFacts) -> tuple[d
         plan["epochs"] = max(min(most_passes, round(most_read / n_bytes)), settings["epochs"])
         plan["vocab_size"] = min(max(100 * round(n_bytes / bytes_an_id / 100), 300), 8192)
     chosen = settings | plan | explicit
-    vocab_size = likely_vocabulary(chosen["tokenizer"], chosen["vocab_size"])
+    vocab_size, bytes_a_token = likely_tokens(chosen["tokenizer"], chosen["vocab_size"])
     if weighed:
-        needed = -(-facts.longest / bytes_per_token(vocab_size) // 16) * 16 + 16
+        needed = -(-facts.longest / bytes_a_token // 16) * 16 + 16
         plan["block_size"] = max(settings["block_size"], min(int(needed), 1024))
     if n_bytes:
         chosen = settings | plan | explicit
-        tokens = n_bytes / bytes_per_token(vocab_size)
-        steps_of_a_pass = tokens / chosen["block_size"] / chosen["batch_size"]
-        steps = steps or chosen["epochs"] * steps_of_a_pass
-        passes = steps / steps_of_a_pass
-        if passes > 1.5:
-            plan |= dict(dropout=0.1 if passes > 4.5 else 0.0, token_dropout=0.1)
+        batch_bytes = chosen["block_size"] * chosen["batch_size"] * bytes_a_token
+        steps = steps or chosen["epochs"] * n_bytes / batch_bytes
+        passes = steps * batch_bytes / n_bytes
         if passes > 1.5 and weighed:
             plan |= dict(dropout=0.3, token_dropout=0.15)
+        elif passes > 1.5:
+            plan |= dict(dropout=0.1 if passes > 4.5 else 0.0, token_dropout=0.1)
     device = settings["device"]
     on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
     large = on_cpu and vocab_size >= 8000
     plan["sampled_softmax"] = min(vocab_size // 4, 4096) if large else 0
     return plan, steps
-
-
-def likely_vocabulary(tokenizer: str, vocab_size: int) -> int:
-    """How many ids a tokenizer has: bytes, a trained BPE, or else GPT-2's and the like."""
-    return {"byte": ByteTokenizer.vocab_size, "bpe": vocab_size}.get(tokenizer, 50_000)
-
-
-def bytes_per_token(vocab_size: int) -> float:
-    """About, of English text."""
-    return 1.0 if vocab_size == ByteTokenizer.vocab_size else math.log2(vocab_size) / 4
 
 
 # A recipe is a function of the settings so far and of those asked for; it outranks arch and preset.
@@ -5581,18 +5577,14 @@ def open_split_store(
             what = f"--{name} {value} differs from the checkpoint's {theirs}"
             note(f"warning: {what}: it may have been trained on what is validated here")
     store = open_store(config, rt, base.tokenizer, pairs)
-    all_is_scored = getattr(config, "split", "") == "all"
+    if not base.state.get("data") or getattr(config, "split", "") == "all":
+        return store
     for name in SPLIT_SETTINGS:  # of a prepared store they are its own
         value, theirs = getattr(config, name), base.data[name]
-        if (
-            value != theirs
-            and name not in config.explicit
-            and not all_is_scored
-            and base.state.get("data")
-        ):
-            why = f"was prepared with --{name} {value}, the checkpoint trained with {theirs}"
-            what = f"or it may be validated on what it was trained on: use --{name} {theirs}"
-            raise UserError(f"{config.data_dir} {why}: prepare it again, {what}")
+        if value != theirs and name not in config.explicit:
+            what = f"was prepared with --{name} {value}, the checkpoint trained with {theirs}"
+            why = "or it may be validated on what it was trained on"
+            raise UserError(f"{config.data_dir} {what}: prepare it by --{name} {theirs}, {why}")
     return store
 
 
@@ -5600,25 +5592,27 @@ def open_split_store(
 FEWEST_STEPS = 300
 
 
+def dataset_of(config: FitConfig) -> Callable[[TokenStore, str, int], Dataset]:
+    """What makes a split's data set, as the settings say."""
+    if isinstance(config, FinetuneConfig):
+        kinds = {"grpo": PromptDataset, "dpo": PreferenceDataset, "orpo": PreferenceDataset}
+        tuned = partial(InstructionDataset, loss_on=config.loss_on)
+        return kinds.get(config.objective, tuned)
+    if not config.answer_weight:
+        return LMDataset.from_store
+
+    def weighed(store: TokenStore, split: str, block_size: int) -> InstructionDataset:
+        weight = config.answer_weight if split == "train" else 1
+        return InstructionDataset(store, split, block_size, answer_weight=weight)
+
+    return weighed
+
+
 def open_loaders(config: FitConfig, rt: Runtime, store: TokenStore, block_size: int) -> tuple:
     """(training loader, validation loader or None), with a word on what they leave out."""
-    objective = getattr(config, "objective", "ntp")
-    if weight := getattr(config, "answer_weight", 0):  # a setting of `train` alone
-
-        def dataset(store, split, size):
-            return InstructionDataset(store, split, size, "all", weight if split == "train" else 1)
-
-    elif not isinstance(config, FinetuneConfig):
-        dataset = LMDataset.from_store
-    elif objective == "grpo":
-        dataset = PromptDataset
-    elif objective in ("dpo", "orpo"):
-        dataset = PreferenceDataset
-    else:
-        dataset = partial(InstructionDataset, loss_on=config.loss_on)
     train, val = create_dataloaders(
-        store, block_size, config.batch_size, config.seed, dataset=dataset, stride=config.stride,
-        eval_batches=config.eval_batches, grad_accum=config.grad_accum, rt=rt,
+        store, block_size, config.batch_size, config.seed, dataset=dataset_of(config),
+        stride=config.stride, eval_batches=config.eval_batches, grad_accum=config.grad_accum, rt=rt,
     )  # fmt: skip
     if not val:
         note("the validation split is empty: best.pth will follow the training loss")
@@ -5631,17 +5625,15 @@ def open_loaders(config: FitConfig, rt: Runtime, store: TokenStore, block_size: 
 def steps_to_take(config: FitConfig, steps_per_epoch: int) -> int:
     """As the settings say. Little data is read more often, unless the user has said how often."""
     total = config.max_steps or config.epochs * steps_per_epoch
-    if total >= FEWEST_STEPS or config.overfit_batch or config.resume:
+    asked = config.max_steps or config.overfit_batch or config.resume or "epochs" in config.explicit
+    if asked or total >= FEWEST_STEPS:
         return total
-    if not config.max_steps and "epochs" not in config.explicit:
-        config.max_steps = total = FEWEST_STEPS
-        if "eval_interval" not in config.explicit:
-            config.eval_interval = FEWEST_STEPS // 10
-        passes = f"{total / steps_per_epoch:.0f} passes over little data"
-        note(f"{total} steps, {passes}; --epochs or --max_steps sets another number")
-    elif total < 100:
-        note(f"only {total} steps, in which a model learns little: --max_steps {FEWEST_STEPS}")
-    return total
+    config.max_steps = FEWEST_STEPS
+    if "eval_interval" not in config.explicit:
+        config.eval_interval = FEWEST_STEPS // 10
+    passes = f"{FEWEST_STEPS / steps_per_epoch:.0f} passes over little data"
+    note(f"{FEWEST_STEPS} steps, {passes}; --epochs or --max_steps sets another number")
+    return FEWEST_STEPS
 
 
 def make_run(
@@ -5710,18 +5702,15 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
     steps = f"{p.total:,} steps of {run.train.batch_sampler.batch_size} x {shape.block_size} tokens"
     note(f"{model}, {run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {steps}")
-    with (
-        run.stop.held(),
-        contextlib.closing(Recorder(run, folder.file("metrics.csv"))) as run.record,
-    ):
+    run.record = Recorder(run, folder.file("metrics.csv"))
+    about["base_loss"] = (folder.state or {}).get("base_loss")
+    with run.stop.held(), contextlib.closing(run.record), training_precision(run.rt.device):
         try:
-            with training_precision(run.rt.device):
-                about["base_loss"] = (folder.state or {}).get("base_loss")
-                if isinstance(config, FinetuneConfig) and run.val and not folder.state:
-                    how = run.objective, config, run.rt, run.stop
-                    about["base_loss"], stats = estimate_loss(run.model, run.val, *how)
-                    run.record.validation(about["base_loss"], stats)
-                ended = fit(run)
+            if isinstance(config, FinetuneConfig) and run.val and not folder.state:
+                how = run.objective, config, run.rt, run.stop
+                about["base_loss"], stats = estimate_loss(run.model, run.val, *how)
+                run.record.validation(about["base_loss"], stats)
+            ended = fit(run)
         except Diverged as error:
             last = folder.file("last.pth")
             way = f"go on by {folder.start_flag} {last}" if last.exists() else "start again"
@@ -5729,15 +5718,15 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     if ended == "signal":  # it may have come to another process
         run.stop.number = run.stop.number or signal.SIGTERM
     finished = ended in ("done", "early")
-    note(how_it_ended(run, folder, ended))
+    note(how_it_ended(run, folder, finished))
     return str(folder.file("best.pth")) if finished and not config.overfit_batch else ""
 
 
-def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
-    """One line on a run that has ended for one of the reasons of `fit`. Raises UserError where
-    --overfit_batch has not learned its batch by heart."""
+def how_it_ended(run: Run, folder: RunFolder, finished: bool) -> str:
+    """One line on a run that has ended. Raises UserError where --overfit_batch has not learned its
+    batch by heart."""
     p, base = run.progress, folder.about["base_loss"]
-    finished, best = ended in ("done", "early"), f"{p.best:.4f} at step {p.best_step}"
+    best = f"{p.best:.4f} at step {p.best_step}"
     if run.config.overfit_batch:
         if not finished:
             return f"stopped at step {p.step}: nothing is judged or kept"
@@ -5748,11 +5737,10 @@ def how_it_ended(run: Run, folder: RunFolder, ended: str) -> str:
         return f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"
     if base is not None:
         best += f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
-    how = "done" if ended == "done" else f"stopped early at step {p.step}"
-    kind = "training loss"
-    if run.val:
-        asked = isinstance(run.val.dataset, PromptDataset)
-        kind = "share of held-out prompts answered wrongly" if asked else "validation loss"
+    how = "done" if p.step == p.total else f"stopped early at step {p.step}"
+    kind = "validation loss" if run.val else "training loss"
+    if run.val and isinstance(run.val.dataset, PromptDataset):
+        kind = "share of held-out prompts answered wrongly"
     return f"{how}: best {kind} {best}"
 
 
@@ -5767,18 +5755,12 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
         chosen = ["tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "block_size", "lr",
                   "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
         note("recipe fast: " + ", ".join(f"{name} {getattr(config, name)}" for name in chosen))
-    asked = config.explicit & {"answer_weight", "epochs", "max_steps"}
-    if not (asked or config.answer_weight or folder.state):
-        facts = corpus_facts(vars(config))
-        if facts.longest and facts.n_bytes < 1e5:
-            config.answer_weight = 10
-            note("a few questions with answers: whole records, whose answers count tenfold")
-    run = new_run(config, rt, stop, folder)
+    run, planned = new_run(config, rt, stop, folder), config.max_steps
     if clock:
         clock.run, run.after_step = run, clock
     best = run_fit(run, folder)
-    if clock and clock.moved:
-        note(f"the clock has moved its end to step {run.config.max_steps}")
+    if clock and config.max_steps != planned:
+        note(f"the clock has moved its end to step {config.max_steps}")
     if best and not stop:
         say_result(run, folder, best)
     return best
@@ -5841,18 +5823,18 @@ ENOUGH = 1
 PASSES = 5  # text read more often teaches hardly anything (Muennighoff et al., 2023)
 
 
-def choose_size(explicit: dict, text: int, rt: Runtime, seconds: float) -> dict:
-    """The largest of RUNGS that sees enough tokens of `text` bytes in so many seconds."""
+def choose_size(explicit: dict, n_bytes: int, rt: Runtime, seconds: float) -> dict:
+    """The largest of RUNGS that sees enough tokens of the text in so many seconds."""
     if explicit.keys() & SIZES:
         return {}
     speed, chosen, used_up = training_speed(rt), {}, False
     for rung in RUNGS:
         size = settle(TrainConfig, rung | explicit)
-        vocab_size = likely_vocabulary(size.tokenizer, size.vocab_size)
+        vocab_size, bytes_a_token = likely_tokens(size.tokenizer, size.vocab_size)
         with torch.device("meta"):
             model = GPT(model_config(size, vocab_size))
         tokens = seconds * speed / (6 * model.n_params())
-        most = PASSES * text / bytes_per_token(vocab_size) or math.inf
+        most = PASSES * n_bytes / bytes_a_token or math.inf
         needed = ENOUGH * sum(p.numel() for p in model.blocks.parameters())
         if chosen and min(tokens, most) < (needed / 4 if used_up else needed):
             break
@@ -5876,36 +5858,6 @@ def training_speed(rt: Runtime) -> float:
     return rt.of_first(6 * model.n_params() * x.numel() / min(took))
 
 
-def measured_clock(
-    config: TrainConfig, rt: Runtime, stop: Stop, folder: RunFolder, minutes: float
-) -> Clock:
-    """What a run takes, by one that is thrown away after a fiftieth of the time, four steps at
-    least, one batch of validation and a save."""
-    with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
-        run = new_run(config, rt, stop, folder)
-    batches, took, look, per_epoch = steps(run.train, 0), [], 0.0, len(run.train)
-    with training_precision(rt.device):
-        while len(took) < 4 or (len(took) < 50 and rt.of_first(sum(took)) < 1.2 * minutes):
-            began = time.perf_counter()
-            train_step(run, next(batches).to(rt.device))
-            took.append(time.perf_counter() - began)
-        if run.val:
-            began = time.perf_counter()
-            estimate_loss(run.model, islice(run.val, 1), run.objective, config, rt, stop)
-            look = (time.perf_counter() - began) * len(run.val)
-    began, scratch = time.perf_counter(), folder.path / f".last.pth.{os.getpid()}.tmp"
-    save_run(run, folder.about, scratch)  # under a name that `open_run` sweeps
-    save = time.perf_counter() - began
-    if rt.is_main:
-        scratch.unlink()
-    step, look, save = map(rt.of_first, (float(np.median(took[1:])), look, save))
-    looks = 1 / config.eval_interval + 1 / per_epoch  # a step
-    beside = (look + save) * looks + save / config.save_interval
-    passes = config.epochs if "epochs" in config.explicit else PASSES
-    most = max(passes * per_epoch, FEWEST_STEPS)
-    return Clock(rt, minutes, step, beside, 2 * (look + save) + 1, most)
-
-
 @dataclass
 class Clock:
     """Keeps a run within its minutes. Called after each step, it moves the run's end, and with it
@@ -5919,7 +5871,6 @@ class Clock:
     most: int  # steps that the text is good for
     recent: list = field(default_factory=list)  # seconds of the last steps
     run: Run | None = None
-    moved: bool = False
 
     def steps(self, slowed: float = 1.0) -> int:
         """How many more end in time, where all takes `slowed` times as long as measured."""
@@ -5935,7 +5886,39 @@ class Clock:
         total = min(p.step + max(1, self.steps(slowed)), self.most)
         if abs(total - p.total) * (self.step + self.beside) * slowed > 0.04 * 60 * self.minutes:
             p.total = self.run.record.bar.total = self.run.config.max_steps = total
-            self.moved = True
+
+
+def measured_clock(
+    config: TrainConfig, rt: Runtime, stop: Stop, folder: RunFolder, minutes: float
+) -> Clock:
+    """What a run takes, by one that is thrown away after a fiftieth of the time, four steps at
+    least, one batch of validation and a save."""
+    with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
+        run = new_run(config, rt, stop, folder)
+    batches, took, per_epoch = steps(run.train, 0), [], len(run.train)
+
+    def seconds(work: Callable, *args) -> float:
+        began = time.perf_counter()
+        work(*args)
+        return time.perf_counter() - began
+
+    with training_precision(rt.device):
+        while len(took) < 4 or (len(took) < 50 and rt.of_first(sum(took)) < 1.2 * minutes):
+            took.append(seconds(lambda: train_step(run, next(batches).to(rt.device))))
+        look = 0.0
+        if run.val:
+            how = islice(run.val, 1), run.objective, config, rt, stop
+            look = seconds(estimate_loss, run.model, *how) * len(run.val)
+    scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `open_run` sweeps
+    save = seconds(save_run, run, folder.about, scratch)
+    if rt.is_main:
+        scratch.unlink()
+    step, look, save = map(rt.of_first, (float(np.median(took[1:])), look, save))
+    looks = 1 / config.eval_interval + 1 / per_epoch  # a step
+    beside = (look + save) * looks + save / config.save_interval
+    passes = config.epochs if "epochs" in config.explicit else PASSES
+    most = max(passes * per_epoch, FEWEST_STEPS)
+    return Clock(rt, minutes, step, beside, 2 * (look + save) + 1, most)
 
 
 def within_minutes(
@@ -6056,13 +6039,11 @@ def orpo_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dict]:
 # --- reward: GRPO ---
 
 
-def last_number(text: str) -> float | None:
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
-
-
 def same_number(prompt: str, answer: str, truth: str) -> bool:
-    return last_number(answer) is not None and last_number(answer) == last_number(truth)
+    """Whether there is a last number in both, and it is the same."""
+    found = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) for text in (answer, truth)]
+    last = [float(numbers[-1].replace(",", "")) for numbers in found if numbers]
+    return len(last) == 2 and last[0] == last[1]
 
 
 # What an answer is worth: (prompt, answer, truth) -> a number, texts without space around them.
@@ -6081,7 +6062,7 @@ def find_reward(name: str) -> Callable:
     try:
         return runpy.run_path(file)[function]
     except Exception as error:  # whatever the user's file raises
-        ways = f"{', '.join(REWARDS)} or FILE.py:function"
+        ways = "exact, number, contains or FILE.py:function"
         raise UserError(f"--reward {name}: {one_line(error)}; give {ways}") from None
 
 
@@ -6141,23 +6122,21 @@ class PromptDataset(InstructionDataset):
         """n answers to each prompt, ids with the separator that ends them. Prompts of one length
         are answered side by side."""
         run, sep = self.run, self.store.tokenizer.sep_id
-        same_length, written = defaultdict(list), {}
+        same_length, written = defaultdict(list), [[] for _ in prompts]
         for row, prompt in enumerate(prompts):
             same_length[len(prompt)].append(row)
-        training = run.model.training
         run.model.eval()
         for length, rows in same_length.items():
-            x = torch.from_numpy(np.stack([prompts[row] for row in rows]).astype(np.int64))
+            x = torch.from_numpy(np.stack([prompts[row] for row in rows]))
             seeds = [derive_seed(run.config.seed, run.progress.step, *ids) for ids in x.tolist()]
             room = min(run.config.max_new_tokens, self.block_size + 1 - length)
-            x, how = x.to(run.rt.device), dict(seed=seeds, temperature=temperature)
-            ids = np.array(list(generate(run.model, x, room, (sep,), n, **how))).T
-            for i, answer in enumerate(ids.tolist()):  # -1 once it has ended
-                if -1 in answer:
-                    answer = [*answer[: answer.index(-1)], sep]
-                written.setdefault(rows[i // n], []).append(answer)
-        run.model.train(training)
-        return [written[row] for row in range(len(prompts))]
+            how = dict(seed=seeds, temperature=temperature)
+            steps = list(generate(run.model, x.to(run.rt.device), room, (sep,), n, **how))
+            for i, answer in enumerate(zip(*steps, strict=True)):  # -1 once it has ended
+                answer = [*answer[: answer.index(-1)], sep] if -1 in answer else list(answer)
+                written[rows[i // n]].append(answer)
+        run.model.train(self.split == "train")
+        return written
 
     def rewards(self, samples: list, answers: list[list]) -> np.ndarray:
         """(prompts, answers to each). Raises UserError where the user's function fails."""
@@ -6165,35 +6144,30 @@ class PromptDataset(InstructionDataset):
         def text(ids) -> str:
             return self.store.tokenizer.decode(list(map(int, ids))).strip()
 
-        table = np.zeros((len(samples), len(answers[0]) if answers else 1))
-        for i, (prompt, truth) in enumerate(samples):
-            for k, ids in enumerate(answers[i]):
-                try:
-                    table[i, k] = self.judge(text(prompt), text(ids), text(truth))
-                except Exception as error:
-                    raise UserError(f"--reward failed: {one_line(error)}") from error
-        if not np.isfinite(table).all():
-            raise UserError("--reward gave a number that is not finite")
-        return table
+        try:
+            table = [[self.judge(text(prompt), text(ids), text(truth)) for ids in group]
+                     for (prompt, truth), group in zip(samples, answers, strict=True)]  # fmt: skip
+            return np.array(table, float)
+        except Exception as error:
+            raise UserError(f"--reward failed: {one_line(error)}") from error
 
     def collate(self, samples: list[tuple]) -> AnswerBatch:
-        config, prompts = self.run.config, [prompt for prompt, _ in samples]
-        if self.split == "val":
-            answers = self.answers(prompts, 1, 0.0)
-            reward, tokens = self.rewards(samples, answers).sum(), sum(len(a) for (a,) in answers)
-            x, y = super().collate([])
-            n_targets, stats = float(len(samples)), torch.tensor([[reward, tokens]])
-            return AnswerBatch(x, y, n_targets=n_targets, stats=stats)
-        answers = self.answers(prompts, config.num_generations, config.temperature)
+        config, training = self.run.config, self.split == "train"
+        n, temperature = (config.num_generations, config.temperature) if training else (1, 0.0)
+        prompts = [prompt for prompt, _ in samples]
+        answers = self.answers(prompts, n, temperature)
         rewards = self.rewards(samples, answers)
+        tokens = float(sum(len(ids) for group in answers for ids in group))
+        if not training:
+            stats = torch.tensor([[rewards.sum(), tokens]])
+            return AnswerBatch(*super().collate([]), n_targets=float(len(samples)), stats=stats)
         advantages = rewards - rewards.mean(1, keepdims=True)
         if config.grpo_normalize:
             advantages /= rewards.std(1, keepdims=True) + 1e-4
-        tokens = float(sum(len(ids) for group in answers for ids in group))
         batch = super().collate(self.weighted_rows(prompts, answers, advantages))
         total, length, n = self.run.rt.sum(rewards.sum(), tokens, rewards.size)
-        stats = torch.tensor([total / n, length / n]) * tokens / len(batch.x)
-        stats = stats.expand(len(batch.x), 2)
+        share = tokens / len(batch.x)  # of each row
+        stats = torch.tensor([[total / n * share, length / n * share]]).expand(len(batch.x), 2)
         batch = AnswerBatch(*batch, batch.weight, n_targets=tokens, stats=stats)
         if self.base:
             with torch.no_grad(), self.run.rt.autocast():
@@ -6203,18 +6177,16 @@ class PromptDataset(InstructionDataset):
     def weighted_rows(self, prompts: list, answers: list[list], advantages: np.ndarray) -> list:
         """Samples (x, y, weight) of the answers that weigh something. Equal ones to a prompt are one
         with the sum of their weights; --kl_beta needs each."""
-        weights = Counter()
+        weights, samples = Counter(), []
         for i, group in enumerate(answers):
             for k, ids in enumerate(group):
                 weights[i, tuple(ids), k if self.base else 0] += advantages[i, k]
         kept = {key: weight for key, weight in weights.items() if weight or self.base}
-        kept = kept or dict(islice(weights.items(), 1))  # a batch has a row
-        samples = []
-        for (i, answer, _), weight in kept.items():
+        for i, answer, k in kept or list(weights)[:1]:  # a batch has a row
             ids = torch.tensor([*prompts[i].tolist(), *answer])
             answered = torch.arange(1, len(ids)) >= len(prompts[i])
             y = ids[1:].masked_fill(~answered, IGNORE)
-            samples.append((ids[:-1], y, answered * float(weight)))
+            samples.append((ids[:-1], y, answered * float(weights[i, answer, k])))
         return samples
 
 
@@ -6223,15 +6195,17 @@ OBJECTIVES |= {"dpo": preference_loss, "orpo": orpo_loss, "grpo": grpo_loss}
 
 def tuned_from(config: FinetuneConfig, base: Loaded, folder: RunFolder) -> Loaded:
     """The model to train: the base's weights under the settings of this run, or the folder's."""
-    usual = {}
+    lora, usual = lora_settings(config), {}
     if config.objective != "ntp":  # as answers and the base's likelihoods are computed
         usual = dict(dropout=0.0, token_dropout=0.0)
-    model = with_settings(base.model, config, **usual)
-    lora = lora_settings(config)
-    if lora:
-        add_lora(model, lora)
     if folder.state:
         model = restored(folder.state).model
+    else:
+        model = with_settings(base.model, config, **usual)
+        if config.kl_beta:  # until here they share their weights, and the base's must stay
+            model = copy.deepcopy(model)
+        if lora:
+            add_lora(model, lora)
     for name, p in model.named_parameters():
         p.requires_grad = not lora or "lora_" in name
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -6247,19 +6221,13 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     base = load_model(config.ckpt, block_size=config.block_size)
     pairs = config.objective in ("dpo", "orpo")
     store = open_split_store(config, rt, base, bool(folder.state), pairs)
-    base.model.to(rt.device).eval()
-    before, path = {}, folder.file("report.json")
-    reports = config.report_samples and not config.overfit_batch
-    if reports and folder.state and path.exists():
-        before = read_table(path, str(path)).get("before", {})
-    elif reports:
+    base.model.to(rt.device).eval().requires_grad_(False)
+    before = {}
+    if config.report_samples and not config.overfit_batch:
         before = report(base, store, rt, *report_shape(config, store))
-        if rt.is_main:
-            write_json(path, {"before": before})
     tuned = tuned_from(config, base, folder)
     if config.objective == "dpo" or config.kl_beta:  # the base is part of what is minimised
         tuned.state["base"] = weights_digest(base.model)
-        base.model.requires_grad_(False)
     run = make_run(config, rt, stop, folder, tuned, store)
     for loader in filter(None, (run.train, run.val)):
         if config.objective == "dpo":
@@ -6269,9 +6237,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
             loader.dataset.base = base.model.losses if config.kl_beta else None
     best = run_fit(run, folder)
     if best and not stop and config.report_samples:
-        after = say_result(run, folder, best, before)
-        if rt.is_main:
-            write_json(folder.file("report.json"), {"before": before, "after": after})
+        say_result(run, folder, best, before)
     return best
 
 
@@ -6282,7 +6248,7 @@ def report_shape(config: FitConfig, store: TokenStore) -> tuple[str, int, int]:
     return split, config.batch_size, max(1, n)
 
 
-def say_result(run: Run, folder: RunFolder, best: str, before: dict | None = None) -> dict:
+def say_result(run: Run, folder: RunFolder, best: str, before: dict | None = None) -> None:
     """Report on the best checkpoint, compare it with the last where that knows more of what it was
     trained on, and say what to type next."""
     how, p = (run.store, run.rt, *report_shape(run.config, run.store)), run.progress
@@ -6304,7 +6270,6 @@ def say_result(run: Run, folder: RunFolder, best: str, before: dict | None = Non
     for file in files:
         for command, flags in {"eval": data, "sample": prompt, "export": []}.items():
             note(f"  python llm_pipeline.py {shlex.join([command, '--ckpt', file, *flags])}")
-    return after
 
 
 def fit_command(loop: Callable) -> Callable:
