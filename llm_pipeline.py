@@ -5755,6 +5755,12 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
         chosen = ["tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "block_size", "lr",
                   "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
         note("recipe fast: " + ", ".join(f"{name} {getattr(config, name)}" for name in chosen))
+    asked = config.explicit & {"answer_weight", "epochs", "max_steps"}
+    if not (asked or config.answer_weight or folder.state):
+        facts = corpus_facts(vars(config))
+        if facts.longest and facts.n_bytes < 1e5:
+            config.answer_weight = 10
+            note("a few questions with answers: whole records, whose answers count tenfold")
     run, planned = new_run(config, rt, stop, folder), config.max_steps
     if clock:
         clock.run, run.after_step = run, clock
