@@ -2952,11 +2952,11 @@ def flag(value) -> bool | None:
 
 def is_trained(entry: dict) -> bool:
     """What the masks of a row or a message say. Raises ValueError on a share, such as 0.5."""
-    flags = {name: flag(entry[name]) for name in MASKS if entry.get(name) is not None}
-    for name, value in flags.items():
-        if value is None:
+    masks = [name for name in entry.keys() & MASKS if entry[name] is not None]
+    for name in masks:
+        if flag(entry[name]) is None:
             raise ValueError(f"{name!r} is neither 0 nor 1")
-    return all(flags.values())
+    return all(flag(entry[name]) for name in masks)
 
 
 def present(row: dict, names: Iterable[str], empty: tuple = (None,)) -> str:
@@ -3029,9 +3029,8 @@ def messages_of(value, column: str, role: str = "") -> list[Message]:
             raise ValueError(f"no messages in {column!r}")
     if role and not is_dialogue(value):
         return [Message(role, text_from(value, column))]
-    return [
-        message_from(entry, column) for entry in (value if isinstance(value, list) else [value])
-    ]
+    entries = value if isinstance(value, list) else [value]
+    return [message_from(entry, column) for entry in entries]
 
 
 def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
@@ -3137,7 +3136,8 @@ def unused_in(row: dict, record: Record, text_field: str) -> Iterator[str]:
         if row[name] not in EMPTY and not is_liking:
             yield name
     for column in row.keys() & used & {*DIALOGUES, *PREFERENCES}:
-        for entry in row[column] if isinstance(row[column], list) else ():
+        entries = row[column] if is_dialogue(row[column]) else []
+        for entry in entries if isinstance(entries, list) else [entries]:
             names = entry.keys() - MESSAGE_FIELDS
             yield from (f"{name} in {column}" for name in names if entry[name] not in EMPTY)
 
