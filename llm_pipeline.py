@@ -3462,10 +3462,10 @@ def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
         raise UserError(f"--data_dir {root} does not exist as a folder or file with text")
     found, left_out, stores = [], {}, os.path.realpath(config.processed_dir)
 
-    def unreadable(error: OSError) -> None:
-        left_out[Path(error.filename)] = f"cannot be read: {error.strerror}"
+    def stop(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
 
-    for name, folders, files in os.walk(root, onerror=unreadable):
+    for name, folders, files in os.walk(root, onerror=stop):
         folder = Path(name)
         if folder != root and (OURS & {*files} or os.path.realpath(name) == stores):
             left_out[folder] = "runs, models and token stores are no texts"
