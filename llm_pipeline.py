@@ -2753,7 +2753,7 @@ class DataConfig(Settings):
     min_chars: int = option(1, "drop plain texts shorter than this", low=0)
     max_docs: int = option(0, "stop after this many records (0: all)", low=0)
     max_tokens: int = option(0, "stop after about this many tokens (0: all)", low=0)
-    hf_dataset: str = option("", "a dataset on the Hub, or a folder that it could be")
+    hf_dataset: str = option("", "a dataset on the Hub, or a folder laid out as one")
     hf_config: str = option("", "its configuration, such as wikitext-103-raw-v1")
     hf_split: str = option("", "one of its splits (default: all, each for what its name says)")
     streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
@@ -3425,7 +3425,7 @@ def hub_splits(config: DataConfig) -> dict:
             )
     except Exception as error:
         what = f"cannot load dataset {name!r}: {one_line(error, 160)}"
-        raise UserError(f"{what}; check names, patterns and the network") from None
+        raise UserError(f"{what}; check its names and the network") from None
     return data if isinstance(data, dict) else {split or "train": data}
 
 
@@ -3725,8 +3725,8 @@ def corpus_records(
     found = split_records(read_records(config, report), config, report, pairs)
     for record, side, size in islice(found, config.max_docs or None):
         if side == "both":
-            parts = split_text(record.turns[0].response, size, config.val_fraction)
-            for split, text in zip(("train", "val"), parts, strict=True):
+            head, tail = split_text(record.turns[0].response, size, config.val_fraction)
+            for split, text in (("val", tail), ("train", head)):  # --max_tokens may end behind it
                 if text:
                     yield replace(record, turns=[Turn("", text)]), split
         else:

@@ -381,12 +381,6 @@ def test_refusals(tmp_path, what):
     assert re.search(rf"skipped: .*{re.escape(word)}.*: 2 \(first", report)
 
 
-def test_a_refusal_lists_what_is_known(tmp_path):
-    (tmp_path / "a.csv").write_text("id,words\n1,x\n")
-    result = run("prepare", "--data_dir", tmp_path / "a.csv", "--out_dir", tmp_path / "st")
-    result.fails(1, "a.csv", "id, words", "question", "messages", "chosen", "--text_field")
-
-
 # --- against other readers ---
 
 CELLS = st.text(st.sampled_from("ab ,;\"\n'é你"), min_size=1, max_size=8).filter(str.strip)
