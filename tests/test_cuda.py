@@ -4,10 +4,6 @@ Tests that take a `device` run on the CPU too, so that they are known to work; t
 are skipped, with the reason, where there is no GPU.
 """
 
-import json
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import SHAPE, differences, largest_difference, metrics, run, run_process, words
@@ -167,53 +163,9 @@ def test_out_of_memory_under_a_real_cap_goes_on_with_smaller_micro_batches(kind,
     assert metrics(tmp_path / "run")[-1]["step"] == "3"
 
 
-def test_data_parallel_in_one_process_gives_the_plain_gradients(device):
-    model = make().to(device).train()
-    x, y = to(device, random_ids(model, 3), random_ids(model, 3, seed=2))
-    wanted = gradients(model, model.losses(x, y, "sum"))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    try:
-        ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-        net = torch.nn.parallel.DistributedDataParallel(lp.Losses(model), device_ids=ids)
-        found = gradients(model, net(x, y, "sum"))
-    finally:
-        torch.distributed.destroy_process_group()
-    assert_close(found, wanted)
-
-
 def test_one_process_of_torchrun_trains_as_none_does(device, corpus, tmp_path):
     flags = [*corpus, *FLAGS, "--device", device.type, "--deterministic"]
     run("train", *flags, "--out_dir", tmp_path / "plain").ok()
     launched = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     run("train", *flags, "--out_dir", tmp_path / "launched", **launched).ok()
     assert differences(tmp_path / "plain/last.pth", tmp_path / "launched/last.pth") == []
-
-
-# --- the table of results ---
-
-
-@pytest.fixture
-def gpu_table(monkeypatch):
-    """tests/bench/gpu.py as a module."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
-    import gpu
-
-    yield gpu
-    sys.modules.pop("gpu")
-
-
-def test_a_row_of_the_table_is_measured_and_kept(gpu_table, tmp_path, capsys):
-    gpu_table.main(["--dry", "--only", "tiny-8g", "--out_dir", str(tmp_path)])
-    kept = json.loads((tmp_path / "dry.json").read_text())
-    assert kept["rows"]["tiny-8g"]["train_tokens_per_s"] > 0
-    assert "| tiny-8g |" in (tmp_path / "dry.md").read_text() in capsys.readouterr().out
-
-
-def test_a_row_that_fails_says_why_and_leaves_the_others(gpu_table, tmp_path):
-    row = gpu_table.Row("tiny-8g", "bench --preset none", 60, gpu_table.training)
-    failed = gpu_table.measure(row, tmp_path, True, 60)
-    assert "preset must be one of" in failed["error"]
-    table = gpu_table.table({"tiny-8g": failed}, {"torch": "2", "text": "-"})
-    assert "| tiny-8g | failed: " in table

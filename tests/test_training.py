@@ -18,6 +18,7 @@ from conftest import (
     TINY,
     curve,
     differences,
+    largest_difference,
     metrics,
     run,
     run_process,
@@ -538,6 +539,27 @@ def test_a_step_that_is_not_finite_stops_before_the_update(where, corpus, tmp_pa
     run(*command, "--resume", "--out_dir", tmp_path / "b").ok()
     assert differences(tmp_path / "clean/last.pth", tmp_path / "b/last.pth") == []
     assert curve(tmp_path / "clean") == curve(tmp_path / "b")
+
+
+def test_running_out_of_memory_until_checkpointing_helps(corpus, tmp_path, monkeypatch):
+    """Micro-batches shrink to one row, then checkpointing comes on; the result stays."""
+    failures = []
+
+    def fail(loss, batch, call):
+        if batch.x.shape[0] > 1 or len(failures) < 4:
+            failures.append(batch.x.shape[0])
+            raise torch.OutOfMemoryError("injected")
+        return loss
+
+    command = ["train", *corpus, *SHORT, "--dropout", 0, "--out_dir"]
+    run(*command, tmp_path / "clean").ok()
+    with monkeypatch.context() as patch:
+        spoil(patch, fail)
+        assert "out of memory at step 1" in run(*command, tmp_path / "b").ok().err
+    assert failures == [8, 4, 2, 1]
+    end = progress(tmp_path / "b/last.pth")
+    assert (end["grad_accum"], end["grad_checkpointing"]) == (8, True)
+    assert largest_difference(tmp_path / "clean/last.pth", tmp_path / "b/last.pth") < 1e-4
 
 
 def test_running_out_of_memory_for_good_says_what_to_do(corpus, tmp_path, monkeypatch):
