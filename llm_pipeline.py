@@ -795,7 +795,9 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor, reduction: str, bias=N
 
     h: (N, C); weight: (V, C); targets: (N,), those equal to IGNORE left out (loss 0).
     """
-    logits = F.linear(h, weight, bias).float()  # (N, V)
+    logits = F.linear(h, weight).float()  # (N, V)
+    if bias is not None:
+        logits = logits + bias
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
@@ -1694,12 +1696,6 @@ def runtime(config: RuntimeConfig, alone: bool = False):
             backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
             dist.init_process_group(backend, timeout=timedelta(hours=12), device_id=card)
         yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size, started)
-    except (RuntimeError, ValueError) as error:
-        lost = re.search("gloo|nccl|connection|timed out|rendezvous", str(error), re.IGNORECASE)
-        if world_size == 1 or not lost:
-            raise
-        why = f"another process is missing, has ended or does not answer ({one_line(error, 90)})"
-        raise UserError(f"{why}: start all with torchrun, again with --resume") from None
     finally:
         if not asked:  # what `choose_threads` found holds for this command
             torch.set_num_threads(threads)
@@ -2213,9 +2209,7 @@ def chunked_head_loss(
         bias = h.new_zeros(V) if bias is None else bias
         bias = F.pad(bias, (0, -V % 64), value=-math.inf)
     if V <= 4096:
-        logits = F.linear(h, weight).float()
-        logits = logits if bias is None else logits + bias
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+        return head_loss.plain(h, weight, targets, reduction, bias)
     if reduction == "sum" and torch.is_grad_enabled():
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         return ChunkedCrossEntropy.apply(h, weight, targets, bias, dtype)
@@ -2309,9 +2303,9 @@ def for_decoding(
             step = inductor.patch(how)(step)
         model.compiled_step = step
         note("the second token waits for the compiler, up to a minute; those after it are quick")
-    packs = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    packs = packs and device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if packs and dtype == torch.bfloat16 and not compiled:
+    plain_bf16 = device.type == "cpu" and dtype == torch.bfloat16 and not compiled
+    packs = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if plain_bf16 and packs:
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:

@@ -41,15 +41,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--count", type=int, default=1, help="kills and signals, times N")
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    """One line on what was skipped for want of public data."""
-    if "LLM_PIPELINE_DATA" not in os.environ:
-        skipped = terminalreporter.stats.get("skipped", [])
-        n = sum("LLM_PIPELINE_DATA" in str(report.longrepr) for report in skipped)
-        where = "set LLM_PIPELINE_DATA as tests/bench/README.md says"
-        terminalreporter.write_line(f"{n} tests on public data were skipped: {where}")
-
-
 def words(text: str) -> list[str]:
     return text.split()
 

@@ -161,11 +161,3 @@ def test_out_of_memory_under_a_real_cap_goes_on_with_smaller_micro_batches(kind,
     flags = ["--data_dir", text, *folders, *sizes, *more, "--device", kind]
     assert "out of memory at step 1: going on with" in run_process("train", *flags).ok().err
     assert metrics(tmp_path / "run")[-1]["step"] == "3"
-
-
-def test_one_process_of_torchrun_trains_as_none_does(device, corpus, tmp_path):
-    flags = [*corpus, *FLAGS, "--device", device.type, "--deterministic"]
-    run("train", *flags, "--out_dir", tmp_path / "plain").ok()
-    launched = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    run("train", *flags, "--out_dir", tmp_path / "launched", **launched).ok()
-    assert differences(tmp_path / "plain/last.pth", tmp_path / "launched/last.pth") == []

@@ -43,7 +43,6 @@ def cuda(monkeypatch):
     [
         ("6.8.0-generic", 0.0, 1.0),
         ("5.15.153.1-microsoft-standard-WSL2", 0.0, 0.75),
-        ("5.15.153.1-microsoft-standard-WSL2", 2.0, 0.25),
         ("6.8.0-generic", 2.0, 0.25),
     ],
 )

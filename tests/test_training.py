@@ -3,13 +3,9 @@
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -26,8 +22,6 @@ from conftest import (
     words,
     write_corpus,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import llm_pipeline as lp
 
@@ -171,12 +165,6 @@ def test_resume_finetune_from_every_step(flags, corpus, wide_checkpoint, tmp_pat
     resumed_is_whole(command, tmp_path, 8, "_finetune")
 
 
-def test_resume_needs_no_other_flags(whole, corpus, tmp_path):
-    run("train", *corpus, *SHORT, "--out_dir", tmp_path, "--stop_after", 4).ok()
-    run("train", "--out_dir", tmp_path, "--resume").ok()
-    assert differences(whole / "last.pth", tmp_path / "last.pth") == []
-
-
 def test_resume_of_a_mistyped_folder_begins_no_run_of_defaults(tmp_path):
     result = run("train", "--resume", "--out_dir", tmp_path / "typo")
     result.fails(1, "typo holds no run to resume")
@@ -311,25 +299,6 @@ def test_answers_that_weigh_more(corpus):
     assert batch_of(weighted, ids).n_targets == counts[0] + 6 * counts[1]
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    n=st.integers(2, 120), block=st.integers(1, 30), stride=st.integers(0, 30),
-    masked=st.lists(st.tuples(st.integers(0, 120), st.integers(0, 12)), max_size=6),
-    shift=st.integers(0, 30),
-)  # fmt: skip
-def test_a_masked_token_is_never_a_target(n, block, stride, masked, shift):
-    hidden, ranges = np.zeros(300, bool), []
-    for start, length in sorted(masked):
-        if length and not hidden[start : start + length].any():
-            hidden[start : start + length] = True
-            ranges.append((start, start + length))
-    data = lp.LMDataset(np.arange(n), block, stride, np.array(ranges, np.int64).reshape(-1, 2))
-    data.shift = min(shift, data.slack)
-    for x, y in data:
-        wanted = torch.where(torch.from_numpy(hidden)[x + 1], lp.IGNORE, x + 1)
-        assert torch.equal(y, wanted)
-
-
 def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
     """Done by hand: the seeded model, the first batch of the first epoch, one backward."""
     base = ["train", *corpus, *TINY, *words("--dropout 0 --grad_clip 0 --log_interval 1")]
@@ -407,28 +376,6 @@ def test_batched_muon_is_torch_muon():
     torchs = muon_steps(reference, theirs, gradients)
     for a, b, first in zip(mine, torchs, start, strict=True):
         assert (a - b).norm() / (b - first).norm() < 0.01  # bf16 products in another order
-
-
-def test_optimizers_step_as_torchs_and_leave_dynamo_out():
-    """torch imports torch._dynamo at an optimizer's first use, a second of every start."""
-    code = """
-import sys, torch, llm_pipeline as lp
-torch.manual_seed(0)
-start, gradient = torch.randn(8, 8), torch.randn(8, 8)
-def stepped(kind, *more, **settings):
-    p = torch.nn.Parameter(start.clone())
-    optimizer = kind([p], *more, lr=0.1, **settings)
-    for i in range(3):
-        p.grad = gradient * (i - 1)
-        optimizer.step()
-    return p.detach()
-ours = stepped(lp.OPTIMIZERS["adamw"], fused=True)
-stepped(lp.OPTIMIZERS["muon"], {})
-assert "torch._dynamo" not in sys.modules
-assert torch.equal(ours, stepped(torch.optim.AdamW, fused=True))
-"""
-    env = os.environ | {"PYTHONPATH": str(Path(lp.__file__).parent)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
 # --- how a run ends, and what it leaves ---
