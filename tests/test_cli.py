@@ -1,7 +1,6 @@
 """The command line: help, usage errors, where settings come from, what a failure leaves behind."""
 
 import json
-import math
 import os
 import random
 import shlex
@@ -315,13 +314,6 @@ def test_a_snapshot_is_a_config_for_every_command(command, suffix, a_run):
             assert name in config.explicit
 
 
-def test_a_snapshot_scores_the_data_of_its_run(a_run, corpus):
-    flags = ["--ckpt", a_run / "best.pth", "--max_batches", 1]
-    by_config = run("eval", "--config", a_run / "config.json", *flags).ok()
-    assert by_config.out == run("eval", *corpus, *CPU, "--block_size", 32, "--batch_size", 4,
-                                *flags).ok().out  # fmt: skip
-
-
 def test_a_snapshot_holds_nothing_of_its_session(a_run, tmp_path):
     """Else its --overwrite would destroy the run that it is the snapshot of."""
     assert not {"overwrite", "resume", "out_dir", "config"} & set(snapshot(a_run))
@@ -353,12 +345,6 @@ def test_a_bad_config_is_named(name, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_one_setting_twice_with_one_value_is_fine(tmp_path):
-    (tmp_path / "c.json").write_text('{"lr": 0.1, "training": {"learning_rate": "1e-1"}}')
-    assert lp.parse(["train", "--config", str(tmp_path / "c.json")])[1].lr == 0.1
-    run("train", "--config", tmp_path).fails(2, "cannot be read")  # a folder
-
-
 def test_home_and_variables_in_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PLACE", "books")
@@ -367,43 +353,6 @@ def test_home_and_variables_in_paths(tmp_path, monkeypatch):
     assert (config.data_dir, config.processed_dir) == (f"{tmp_path}/books", "books/stores")
     assert lp.parse(["sample", "--prompt", "~ $PLACE"])[1].prompt == "~ $PLACE"
     assert lp.settle(lp.EvalConfig, dict(ckpt=Path("~/best.pth"))).ckpt == f"{tmp_path}/best.pth"
-
-
-def a_value(draw: random.Random, spec):
-    """A value of a setting: good, beyond its limits, or of another kind."""
-    limits = spec.metadata
-    if spec.type == "bool":
-        return draw.choice([True, False])
-    if spec.type.startswith(("int", "float")):
-        return draw.choice([-2, 0, 1, 7, 0.5, math.nan, 10**400, limits.get("high", 3)])
-    words = [*filter(None, limits.get("choices", ())), "Other", "a b", "-x", ""]
-    return draw.choice(words)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_value_is_the_same_by_flag_by_file_and_from_python(command, tmp_path):
-    draw, cls = random.Random(command), lp.COMMANDS[command].settings
-    left_out = {"config", "minutes", "recipe", "data_dir"}  # read files
-    specs = [spec for name, spec in settings_of(command).items() if name not in left_out]
-    file = tmp_path / "value.json"
-    for spec in draw.choices(specs, k=12):
-        value, outcomes = a_value(draw, spec), []
-        file.write_text(json.dumps({"section": {spec.name: value}}))
-        flag = f"--{spec.name}={value}"
-        if spec.type == "bool":
-            flag = f"--{spec.name}" if value else f"--no_{spec.name}"
-        for way in (
-            lambda flag=flag: lp.parse([command, flag])[1],
-            lambda: lp.parse([command, "--config", str(file)])[1],
-            lambda spec=spec, value=value: lp.settle(cls, {spec.name: value}),
-        ):
-            try:
-                outcomes.append(getattr(way(), spec.name))
-            except (SystemExit, lp.UserError) as error:
-                assert isinstance(error, lp.UserError) or error.code == 2
-                outcomes.append("refused")
-        if value != "":  # in a file nothing leaves a choice open
-            assert outcomes[0] == outcomes[1] == outcomes[2], (spec.name, value, outcomes)
 
 
 # --- what a resumed run may change ---
@@ -449,10 +398,8 @@ def test_what_needs_one_process_runs_once(corpus, tiny_checkpoint, tmp_path):
 # --- output ---
 
 
-def test_json_is_written_or_said_to_be_impossible(corpus, tiny_checkpoint, tmp_path):
+def test_a_json_that_cannot_be_written_is_said(corpus, tiny_checkpoint, tmp_path):
     scored = ["eval", *corpus, *CPU, "--ckpt", tiny_checkpoint, "--max_batches", "1"]
-    run(*scored, "--json", tmp_path / "e.json").ok()
-    assert "loss" in json.loads((tmp_path / "e.json").read_text())
     assert "ppl" in run(*scored, "--json", tmp_path / "none/x.json").fails(1, "x.json").out
 
 
@@ -466,12 +413,6 @@ def test_a_reader_that_goes_away_is_no_traceback(argv, tiny_checkpoint, tmp_path
     os.close(writer)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
-
-
-def test_results_go_to_stdout_and_all_else_to_stderr(corpus, tmp_path):
-    result = run("train", *corpus, *ONE, "--out_dir", tmp_path).ok()
-    assert result.out == f"{tmp_path / 'best.pth'}\n"
-    assert "parameters" in result.err
 
 
 # --- mutated command lines ---
@@ -541,32 +482,21 @@ def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
     assert settings(small, dropout=0.3)[3] == (0.1, 0.3)
 
 
-@pytest.mark.parametrize(
-    ("flags", "n"),
-    [
-        (dict(tokenizer="bpe", vocab_size=4000), 0),
-        (dict(tokenizer="bpe", vocab_size=8192), 2048),
-        (dict(tokenizer="gpt2"), 4096),
-        (dict(tokenizer="gpt2", device="cuda"), 0),
-        (dict(tokenizer="gpt2", sampled_softmax=7), 7),
-    ],
-)
-def test_the_fast_recipe_samples_the_softmax_of_a_large_vocabulary_on_a_cpu(tmp_path, flags, n):
-    (tmp_path / "a.txt").write_text("A line of a book.\n" * 10_000)
+def test_the_fast_recipe_samples_large_softmaxes_and_slows_down_wide_models(tmp_path):
     needs("tokenizers")
-    base = dict(recipe="fast", device="cpu", data_dir=str(tmp_path))
-    assert lp.settle(lp.TrainConfig, base | flags).sampled_softmax == n
+    (tmp_path / "a.txt").write_text("A line of a book.\n" * 10_000)
 
+    def fast(**flags):
+        base = dict(recipe="fast", device="cpu", data_dir=str(tmp_path), n_head=2)
+        return lp.settle(lp.TrainConfig, base | flags)
 
-def test_the_fast_recipe_slows_down_wide_models_and_long_runs():
-    def rates(**flags):
-        config = lp.settle(lp.TrainConfig, dict(recipe="fast", tokenizer="byte", n_head=2) | flags)
-        return config.lr, config.muon_lr
-
-    assert rates(n_embd=128, max_steps=400) == rates(n_embd=64, max_steps=9) == (0.02, 0.012)
-    assert rates(n_embd=256, max_steps=400) == (0.01, 0.006)
-    assert rates(n_embd=128, max_steps=1600) == (0.01, 0.006)
-    assert rates(n_embd=256, max_steps=1600, lr=0.3) == (0.3, 0.003)
+    assert fast(tokenizer="bpe", vocab_size=4000).sampled_softmax == 0
+    assert fast(tokenizer="bpe", vocab_size=8192).sampled_softmax == 2048
+    assert fast(tokenizer="gpt2").sampled_softmax == 4096
+    assert fast(tokenizer="gpt2", device="cuda").sampled_softmax == 0
+    for width, steps, lr in ((128, 400, 0.02), (64, 9, 0.02), (256, 400, 0.01), (128, 1600, 0.01)):
+        config = fast(tokenizer="byte", n_embd=width, max_steps=steps)
+        assert (config.lr, config.muon_lr) == (lr, 0.6 * lr)
 
 
 def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):

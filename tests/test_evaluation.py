@@ -237,17 +237,14 @@ def test_splits_add_up(checkpoint, texts, tmp_path):
 
 def test_max_batches_bounds_each_source(checkpoint, texts, tmp_path):
     flags = [*texts[0], "--split", "train"]
-    whole = evaluate(checkpoint, flags, tmp_path)
-    few = evaluate(checkpoint, flags, tmp_path, "--batch_size", "3", "--max_batches", "2")
-    assert few["sources"].keys() == whole["sources"].keys()
-    for name, source in few["sources"].items():
-        every = whole["sources"][name]
-        assert 0 < source["tokens"] <= min(6 * BLOCK, every["tokens"])
-        assert source["bytes"] == pytest.approx(
-            every["bytes"] * source["tokens"] / every["tokens"], abs=1
-        )
+    whole = evaluate(checkpoint, flags, tmp_path)["sources"]
+    few = evaluate(checkpoint, flags, tmp_path, "--batch_size", 3, "--max_batches", 2)["sources"]
+    assert few.keys() == whole.keys()
+    for name, source in few.items():
+        assert 0 < source["tokens"] <= min(6 * BLOCK, whole[name]["tokens"])
+        share = source["tokens"] / whole[name]["tokens"]
+        assert source["bytes"] == pytest.approx(share * whole[name]["bytes"], abs=1)
         assert sum(c["support"] for c in source.get("classes", {}).values()) <= 6
-    assert evaluate(checkpoint, flags, tmp_path, "--max_batches", "1000000") == whole
 
 
 def test_a_conversation_is_scored_once_and_masked_answers_never(checkpoint, tmp_path):
@@ -495,9 +492,8 @@ def test_a_ceiling_is_never_below_what_was_reached(monkeypatch):
     """A neighbour disturbs the measurement of the products."""
     measure = lp.measure
     monkeypatch.setattr(lp, "measure", lambda *args: (measure(*args)[0], 1e9))
-    shape = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=2, rounds=1)
-    config = lp.BenchConfig(**shape)
-    found = lp.bench_training(config, RT, random_model(block_size=16))
-    assert found["mfu"] == pytest.approx(1.0)
-    found = lp.bench_decoding(config, RT, random_model(block_size=16))
+    shape = dict(n_layer=1, n_head=2, n_embd=32, block_size=16)
+    config, model = lp.BenchConfig(**shape, batch_size=2, rounds=1), random_model(block_size=16)
+    assert lp.bench_training(config, RT, model)["mfu"] == pytest.approx(1.0)
+    found = lp.bench_decoding(config, RT, model)
     assert found["decode_limit_tokens_per_s"] == found["decode_tokens_per_s"]
