@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CPU, run, words
+from conftest import CPU, differences, run, words
 from test_decoding import SHAPES, decode, make, naive, prompt_of
 from test_training import SHORT, spoil
 
@@ -97,8 +97,18 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("recipe", ["classic", "fast"])
+def test_powers_of_two_threads_give_the_same_bits(recipe, corpus, tmp_path):
+    """Sizes at which PyTorch does share work out: with fewer numbers all run on one thread."""
+    command = ["train", *corpus, *words("--preset cpu-debug --max_steps 4 --n_layer 1")]
+    for n in (1, 2, 4):
+        where = ["--threads", n, "--out_dir", tmp_path / str(n)]
+        run(*command, "--recipe", recipe, "--dtype", "float32", *where).ok()
+    for n in ("2", "4"):
+        assert not differences(tmp_path / "1" / "last.pth", tmp_path / n / "last.pth")
+
+
 def test_threads_are_chosen_said_and_kept(two_threads, corpus, tmp_path):
-    """The choice changes sums in their last bits, so that a resumed run has to keep it."""
     command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
     first = run(*command, "--stop_after", 2).ok()
     chosen = lp.load_checkpoint(tmp_path / "last.pth")["config"]["threads"]
