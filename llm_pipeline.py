@@ -6040,7 +6040,6 @@ def orpo_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dict]:
 
 
 def same_number(prompt: str, answer: str, truth: str) -> bool:
-    """Whether there is a last number in both, and it is the same."""
     found = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) for text in (answer, truth)]
     last = [float(numbers[-1].replace(",", "")) for numbers in found if numbers]
     return len(last) == 2 and last[0] == last[1]
@@ -6118,20 +6117,19 @@ class PromptDataset(InstructionDataset):
         return ids[:n_prompt], ids[n_prompt:]
 
     @torch.no_grad()
-    def answers(self, prompts: list[np.ndarray], n: int, temperature: float) -> list[list]:
+    def answers(self, samples: list[tuple], n: int, temperature: float) -> list[list]:
         """n answers to each prompt, ids with the separator that ends them. Prompts of one length
         are answered side by side."""
         run, sep = self.run, self.store.tokenizer.sep_id
-        same_length, written = defaultdict(list), [[] for _ in prompts]
-        for row, prompt in enumerate(prompts):
+        same_length, written = defaultdict(list), [[] for _ in samples]
+        for row, (prompt, _) in enumerate(samples):
             same_length[len(prompt)].append(row)
         run.model.eval()
         for length, rows in same_length.items():
-            x = torch.from_numpy(np.stack([prompts[row] for row in rows]))
+            x = torch.from_numpy(np.stack([samples[row][0] for row in rows])).to(run.rt.device)
             seeds = [derive_seed(run.config.seed, run.progress.step, *ids) for ids in x.tolist()]
             room = min(run.config.max_new_tokens, self.block_size + 1 - length)
-            how = dict(seed=seeds, temperature=temperature)
-            steps = list(generate(run.model, x.to(run.rt.device), room, (sep,), n, **how))
+            steps = list(generate(run.model, x, room, (sep,), n, seeds, temperature=temperature))
             for i, answer in enumerate(zip(*steps, strict=True)):  # -1 once it has ended
                 answer = [*answer[: answer.index(-1)], sep] if -1 in answer else list(answer)
                 written[rows[i // n]].append(answer)
@@ -6147,15 +6145,14 @@ class PromptDataset(InstructionDataset):
         try:
             table = [[self.judge(text(prompt), text(ids), text(truth)) for ids in group]
                      for (prompt, truth), group in zip(samples, answers, strict=True)]  # fmt: skip
-            return np.array(table, float)
+            return np.asarray_chkfinite(table, float)
         except Exception as error:
             raise UserError(f"--reward failed: {one_line(error)}") from error
 
     def collate(self, samples: list[tuple]) -> AnswerBatch:
         config, training = self.run.config, self.split == "train"
         n, temperature = (config.num_generations, config.temperature) if training else (1, 0.0)
-        prompts = [prompt for prompt, _ in samples]
-        answers = self.answers(prompts, n, temperature)
+        answers = self.answers(samples, n, temperature)
         rewards = self.rewards(samples, answers)
         tokens = float(sum(len(ids) for group in answers for ids in group))
         if not training:
@@ -6164,30 +6161,30 @@ class PromptDataset(InstructionDataset):
         advantages = rewards - rewards.mean(1, keepdims=True)
         if config.grpo_normalize:
             advantages /= rewards.std(1, keepdims=True) + 1e-4
-        batch = super().collate(self.weighted_rows(prompts, answers, advantages))
-        total, length, n = self.run.rt.sum(rewards.sum(), tokens, rewards.size)
-        share = tokens / len(batch.x)  # of each row
-        stats = torch.tensor([[total / n * share, length / n * share]]).expand(len(batch.x), 2)
+        batch = super().collate(self.weighted_rows(samples, answers, advantages))
+        *sums, n = self.run.rt.sum(rewards.sum(), tokens, rewards.size)
+        stats = torch.tensor([sums]).expand(len(batch.x), 2) / n * tokens / len(batch.x)
         batch = AnswerBatch(*batch, batch.weight, n_targets=tokens, stats=stats)
         if self.base:
             with torch.no_grad(), self.run.rt.autocast():
                 batch.reference = -self.base(*batch.to(self.run.rt.device)).cpu()
         return batch
 
-    def weighted_rows(self, prompts: list, answers: list[list], advantages: np.ndarray) -> list:
-        """Samples (x, y, weight) of the answers that weigh something. Equal ones to a prompt are one
+    def weighted_rows(self, samples: list, answers: list[list], advantages: np.ndarray) -> list:
+        """(x, y, weight) of each answer that weighs something. Equal ones to a prompt are one
         with the sum of their weights; --kl_beta needs each."""
-        weights, samples = Counter(), []
+        weights, rows = Counter(), []
         for i, group in enumerate(answers):
             for k, ids in enumerate(group):
                 weights[i, tuple(ids), k if self.base else 0] += advantages[i, k]
         kept = {key: weight for key, weight in weights.items() if weight or self.base}
         for i, answer, k in kept or list(weights)[:1]:  # a batch has a row
-            ids = torch.tensor([*prompts[i].tolist(), *answer])
-            answered = torch.arange(1, len(ids)) >= len(prompts[i])
+            prompt = samples[i][0].tolist()
+            ids = torch.tensor([*prompt, *answer])
+            answered = torch.arange(1, len(ids)) >= len(prompt)
             y = ids[1:].masked_fill(~answered, IGNORE)
-            samples.append((ids[:-1], y, answered * float(weights[i, answer, k])))
-        return samples
+            rows.append((ids[:-1], y, answered * float(weights[i, answer, k])))
+        return rows
 
 
 OBJECTIVES |= {"dpo": preference_loss, "orpo": orpo_loss, "grpo": grpo_loss}

@@ -183,7 +183,7 @@ def test_grpo_is_the_weighted_next_token_loss(settings, prompts, base):
     batch = data.collate(samples)
     loss, stats = lp.OBJECTIVES["grpo"](model.losses, batch, config)
 
-    answers = data.answers([prompt for prompt, _ in samples], 6, config.temperature)
+    answers = data.answers(samples, 6, config.temperature)
     wanted, n_tokens, total = 0.0, 0, 0.0
     for (prompt, truth), group in zip(samples, answers, strict=True):
         texts = [loaded.tokenizer.decode(ids).strip() for ids in group]
@@ -241,7 +241,7 @@ def test_two_processes_write_the_same_answers(prompts, base, tmp_path):
         ("exactly", "--reward exactly"),
         ("missing.py:f", "FILE.py:function"),
         ("{tmp}/own.py:fails", "no such luck"),
-        ("{tmp}/own.py:infinite", "not finite"),
+        ("{tmp}/own.py:infinite", "--reward failed"),
     ],
 )
 def test_rewards_that_cannot_be(reward, said, prompts, base, tmp_path):
