@@ -1879,13 +1879,13 @@ class CSVLogger:
     COLUMNS = ("step", "epoch", "split", "loss", "timestamp")
 
     def __init__(self, path: str | Path, step: float = math.inf):
-        self.path, self.columns = Path(path), list(self.COLUMNS)
+        self.path = Path(path)
         self.rewrite(step)
 
     def rewrite(self, step: float = math.inf, new: Sequence[str] = ()) -> None:
         """The file again, of its rows up to `step`, with `new` columns behind the others."""
         text = self.path.read_bytes().decode("utf-8", "replace") if self.path.exists() else ""
-        whole_lines = text[: text.rfind("\n") + 1].replace("\0", "")
+        whole_lines = text[: text.rfind("\n") + 1].replace("\0", "")  # which a crash may leave
         rows = csv.DictReader(io.StringIO(whole_lines))
         self.columns = [*(rows.fieldnames or self.COLUMNS), *new]
         if tuple(self.columns[: len(self.COLUMNS)]) != self.COLUMNS:

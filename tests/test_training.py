@@ -309,7 +309,7 @@ def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
     start = lp.GPT(lp.GPTConfig(**state["model_config"]))
     train, _ = lp.create_dataloaders(small_store(corpus), 32, 4, state["config"]["seed"])
     _, loss = start(*next(iter(train)))
-    assert float(loss) == pytest.approx(first, rel=1e-5)
+    assert loss.item() == pytest.approx(first, rel=1e-5)
     loss.backward()
     for name, parameter in start.named_parameters():
         wanted = gradient[f"optimizer.{name}.exp_avg"]
@@ -425,7 +425,7 @@ def test_a_run_is_not_overwritten_by_accident(corpus, tmp_path):
     command = ["train", *corpus, *SHORT, "--out_dir", tmp_path]
     run(*command).ok()
     before = (tmp_path / "best.pth").read_bytes()
-    run(*command).fails(1, "--resume", "--overwrite", "--out_dir", "step 10")
+    run(*command).fails(1, "--resume", "--overwrite", "--out_dir", "last.pth")
     assert (tmp_path / "best.pth").read_bytes() == before
 
 
