@@ -2487,7 +2487,7 @@ class BPETokenizer:
 
     def encode_with_twin(self, text: str) -> np.ndarray:
         try:
-            return self.twin.encode_to_numpy(text, allowed_special="all")
+            return self.twin.encode_to_numpy(text)
         except ValueError:  # its pattern gives up on a million spaces in a row
             return np.array(self.library.encode(text, add_special_tokens=False).ids, np.uint32)
 
@@ -2708,16 +2708,16 @@ def tiktoken_twin(library: dict):
         library["added_tokens"],
         byte_alphabet(),
     )
-    merged = ["".join(pair) for pair in library["model"]["merges"]]
     words = vocabulary.keys() - {token["content"] for token in added}
+    merged = ["".join(pair) for pair in library["model"]["merges"]]
     ids = [vocabulary[word] for word in merged]
-    sought = {token["content"]: token["id"] for token in added if not token["special"]}
-    alike = any(a != b and a.startswith(b) for a in sought for b in sought)  # which comes first?
-    if words != alphabet.keys() | set(merged) or ids != sorted(set(ids)) or alike:
+    if words != alphabet.keys() | set(merged) or ids != sorted(set(ids)):
+        return None
+    if not all(token["special"] for token in added):  # others are looked for in texts first
         return None
     ranks = {bytes(alphabet[c] for c in word): vocabulary[word] for word in words}
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    return tiktoken.Encoding("twin", pat_str=pattern, mergeable_ranks=ranks, special_tokens=sought)
+    return tiktoken.Encoding("twin", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 # ====================================================================================
