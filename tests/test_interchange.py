@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import shutil
 import stat
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, Child, metrics, needs, run, words
+from test_tokenizers import random_strings, sentencepiece_like
 
 import llm_pipeline as lp
 
@@ -165,20 +165,6 @@ def test_a_base_model_without_its_head(hf, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3, grouped"])
-def test_files_and_heads_that_the_model_does_not_name(name, hf, tmp_path):
-    peer = save_peer(name, tmp_path, hf, max_shard_size="20KB")
-    stale = {key: torch.full_like(tensor, 9.0) for key, tensor in stored(tmp_path).items()}
-    safetensors.save_file(stale, tmp_path / "model-00009-of-00009.safetensors", {"format": "pt"})
-    assert_same_logits(load(tmp_path), peer)
-    for file in tmp_path.glob("model*"):
-        file.unlink()
-    peer.save_pretrained(tmp_path)
-    head = torch.randn(260, 32, generator=torch.Generator().manual_seed(1))
-    edit_tensors(lambda t: t.update({"lm_head.weight": head}))(tmp_path)  # nor a tied model's head
-    assert_same_logits(load(tmp_path), load_peer(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["gpt2", "qwen3, grouped"])
 def test_train_and_finetune_begin_with_their_weights(name, hf, corpus, tmp_path):
     peer = save_peer(name, tmp_path / "hf", hf)
     still = [*CPU, "--max_steps", 1, "--batch_size", 4, "--lr", 1e-30, "--weight_decay", 0]
@@ -283,14 +269,6 @@ def test_what_no_class_holds_is_refused_by_name(flags, name, corpus, tmp_path):
 # --- tokenizers and chat templates of exported folders ---
 
 
-def random_texts(n, seed=0):
-    draw = random.Random(seed)
-    pools = [range(32, 127), range(0x20), range(0x80, 0x800), range(0x800, 0xD800),
-             range(0xE000, 0x10000), range(0x10000, 0x110000)]  # fmt: skip
-    for _ in range(n):
-        yield "".join(chr(draw.choice(draw.choice(pools))) for _ in range(draw.randrange(20)))
-
-
 @pytest.fixture(scope="module", params=["bytes", "bpe", "bpe of other names"])
 def talker(request, corpus, tmp_path_factory):
     """(our tokenizer, theirs, the folder) of a tuned model's export."""
@@ -312,7 +290,7 @@ def test_exported_tokenizer_is_ours(talker):
     back = lp.load_model(str(folder)).tokenizer
     assert type(back) is type(ours)
     named = [" leading", "trailing ", "a  b . , n't", "e\u0301", "", "a<|tool|>"]
-    texts = [*random_texts(2000), *named]
+    texts = [*random_strings(2000), *named]
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False)["input_ids"], strict=True):
         assert ids == ours.encode(text).tolist() == back.encode(text).tolist(), repr(text)
         assert theirs.decode(ids) == ours.decode(ids) == text
@@ -391,18 +369,11 @@ def test_chat_template_gives_the_ids_of_the_store(talker, tmp_path):
     assert sorted(found) == sorted(theirs.apply_chat_template(c, return_dict=False) for c in chats)
 
 
-def test_what_the_template_refuses_or_cannot_tell(talker):
-    """Special tokens are characters in ours; transformers finds them in the rendered text."""
-    ours, theirs, _ = talker
+def test_what_the_template_refuses(talker):
     image = {"type": "image", "url": "x.png"}
     for message, word in ((said("tool", "x"), "roles are"), (said("user", [image]), "image")):
         with pytest.raises(Exception, match=word):
-            theirs.apply_chat_template([message])
-    text = f"a{theirs.sep_token}b"
-    found = theirs.apply_chat_template([said("user", text)], return_dict=False)
-    wanted = as_trained(ours, [(text, "", "", None)])
-    assert theirs.sep_token_id in found and ours.sep_id not in wanted
-    assert theirs.decode(found) == theirs.decode(wanted)
+            talker[1].apply_chat_template([message])
 
 
 def test_a_tuned_folder_counts_as_tuned(talker, hf):
@@ -451,8 +422,6 @@ def test_texts_trained_without_bos_are_exported_without(bases, corpus, tmp_path)
 
 def test_a_chat_with_other_ids_in_one_piece_is_refused(bases, corpus, tmp_path):
     """A vocabulary that marks the first word of a text, as some of SentencePiece's do."""
-    from test_tokenizers import sentencepiece_like
-
     sentencepiece_like(tmp_path, scheme="first", fallback=True)
     flags = ["--tokenizer", tmp_path / "tokenizer.json", "--out_dir", tmp_path]
     run("train", *corpus, *SMALL, *flags).ok()
