@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import stat
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,21 +101,16 @@ def stored(folder):
     return found
 
 
-def some_ids(length=64, rows=3, vocab=256):
-    return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(2))
-
-
-def logits(model, ids):
+def logits(model):
+    """Of three random sequences, (3, 64, V)."""
+    ids = torch.randint(0, 256, (3, 64), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         out = model.eval()(ids)
-    if isinstance(out, torch.Tensor):
-        return out
-    return out.logits if hasattr(out, "logits") else out[0]
+    return out[0] if isinstance(out, tuple) else out.logits
 
 
 def assert_same_logits(one, two):
-    ids = some_ids()
-    torch.testing.assert_close(logits(one, ids), logits(two, ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(one), logits(two), rtol=0, atol=1e-4)
 
 
 def edit_json(name="config.json", **changes):
@@ -175,11 +169,11 @@ def test_train_and_finetune_begin_with_their_weights(name, hf, corpus, tmp_path)
         assert_same_logits(load(tmp_path / best), peer)
 
 
-def test_a_shorter_block_is_cut_and_a_longer_one_refused(hf, corpus, tmp_path):
-    tune = ["finetune", *corpus, *TUNE, "--ckpt", hf, "--out_dir", tmp_path / "run"]
-    run(*tune, "--block_size", 128).fails(1, "--block_size 128", "64")
-    run(*tune, "--block_size", 32).ok()
-    assert load(tmp_path / "run" / "best_finetune.pth").config.block_size == 32
+def test_a_shorter_block_is_cut_and_a_longer_one_refused(hf):
+    with pytest.raises(lp.UserError, match="this model has learned 64"):
+        lp.load_model(str(hf), block_size=128)
+    model = lp.load_model(str(hf), block_size=32).model
+    assert model.config.block_size == len(model.positions.weight) == 32
 
 
 # --- what is refused ---
@@ -216,17 +210,14 @@ BROKEN = {  # name: (model, how it is spoiled, a word of the error)
     "whole numbers": ("gpt2", edit_tensors(lambda t: t.update({WTE: t[WTE].to(torch.int8)})), "I8"),
     "pickle": ("gpt2", only_pickle, "pickles"),
     "truncated": ("gpt2", truncate, ""),
-    "no weights": ("gpt2", lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
     "unknown architecture": ("gpt2", edit_json(model_type="llama"), "llama"),
     "unknown activation": ("gpt2", edit_json(activation_function="mish"), "mish"),
-    "setting of a wrong type": ("gpt2", edit_json(n_head="many"), "n_head"),
     "scaled by layer": ("gpt2", edit_json(scale_attn_by_inverse_layer_idx=True), "logits"),
     "broken config": ("gpt2", lambda folder: (folder / "config.json").write_text("{"), "config"),
     "no config": ("gpt2", lambda folder: (folder / "config.json").unlink(), "config.json"),
     "broken tokenizer": ("gpt2", lambda folder: (folder / "tokenizer.json").write_text("{"),
                          "tokenizer.json"),
     "no tokenizer": ("gpt2", lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
-    "attention biases": ("qwen3, grouped", edit_json(attention_bias=True), "bias"),
     "stretched positions": ("qwen3, grouped", edit_json(rope_parameters=YARN), "rope_type"),
     "stretched, older": ("qwen3, grouped", edit_json(
         rope_parameters="absent", rope_scaling=dict(type="linear", factor=2.0)), "rope_type"),
@@ -290,7 +281,7 @@ def test_exported_tokenizer_is_ours(talker):
     back = lp.load_model(str(folder)).tokenizer
     assert type(back) is type(ours)
     named = [" leading", "trailing ", "a  b . , n't", "e\u0301", "", "a<|tool|>"]
-    texts = [*random_strings(2000), *named]
+    texts = [*(text for text in random_strings(4000) if "<|" not in text), *named]
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False)["input_ids"], strict=True):
         assert ids == ours.encode(text).tolist() == back.encode(text).tolist(), repr(text)
         assert theirs.decode(ids) == ours.decode(ids) == text
@@ -519,13 +510,6 @@ def test_an_export_that_does_not_end_leaves_nothing(bases, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_package_is_named(bases, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    argv = ["export", "--ckpt", bases["gpt2"], "--out_dir", tmp_path / "hf"]
-    run(*argv).fails(1, "pip install", "transformers")
-    assert not list(tmp_path.iterdir())
-
-
 # --- LoRA ---
 
 
@@ -542,7 +526,7 @@ def test_lora_merged_equals_unmerged(lora, tmp_path):
     base, tuned = lora
     merged, adapted = load(tuned), lp.load_model(str(tuned), merge=False).model
     assert_same_logits(merged, adapted)
-    assert (logits(merged, some_ids()) - logits(load(base), some_ids())).abs().max() > 1e-2
+    assert (logits(merged) - logits(load(base))).abs().max() > 1e-2
     assert merged.state_dict().keys() == load(base).state_dict().keys()
     assert_same_logits(adapted, load_peer(export(tuned, tmp_path / "hf")))
 
