@@ -2582,7 +2582,7 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     saved = json.loads(library.to_str())
     for token in saved["added_tokens"]:
         token["special"] = token["content"] not in extra  # the library looks for others in texts
-    return bpe_tokenizer(json.dumps(saved), **special_ids(library))
+    return bpe_tokenizer(json.dumps(saved), **special_ids(library, {}))
 
 
 # Names of special tokens where a configuration declares none; the first that is there counts.
@@ -2596,18 +2596,18 @@ TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # of a repository o
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
-def special_ids(library, declared: dict | None = None, ends: Sequence[int] = ()) -> dict:
+def special_ids(library, declared: dict[str, str | None], ends: Sequence[int] = ()) -> dict:
     """The ids that BPETokenizer takes. A missing sep or pad is eos; without one, UserError.
 
     declared: {role: token, or None for none}, of its configuration. ends: ids that end a text, too.
     """
     ids: dict = {}
     for role, usual in USUAL_NAMES.items():
-        names = [declared[role]] if role in (declared or {}) else usual
+        names = [declared[role]] if role in declared else usual
         known = [library.token_to_id(name) for name in names if name is not None]
         ids[role] = next((number for number in known if number is not None), None)
     ends = tuple(number for number in ends if library.id_to_token(number) is not None)
-    if ends and "eos" not in (declared or {}):
+    if ends and "eos" not in declared:
         ids["eos"] = ends[0]
     if ids["eos"] is None:
         raise UserError("the vocabulary has no end-of-text token such as <|endoftext|> or </s>")
@@ -2625,7 +2625,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.is_file():
         with library_errors(f"{path} is not a tokenizer"):
             library = optional("tokenizers").Tokenizer.from_file(str(path))
-        return bpe_tokenizer(library.to_str(), **special_ids(library))
+        return bpe_tokenizer(library.to_str(), **special_ids(library, {}))
     folder = hf_folder(str(path), TOKENIZER_FILES)
     has = {file.name for file in folder.iterdir()}
     if {"encoder.json", "vocab.bpe"} <= has and "tokenizer.json" not in has:
@@ -4695,7 +4695,7 @@ def to_peer(model: GPT):
 
 def export_model(loaded: Loaded, folder: Path) -> None:
     """Write a Hugging Face folder; loaded again it must give our ids and logits, or UserError."""
-    transformers, ids = transformers_library(), special_ids_there(loaded)
+    transformers, ids = transformers_library(), declared_ids(loaded)
     peer = to_peer(loaded.model.float())
     ids = {f"{role}_token_id": ids.get(role) for role in ("bos", "pad")}
     ids["eos_token_id"] = list(loaded.tokenizer.end_ids)
@@ -4705,7 +4705,7 @@ def export_model(loaded: Loaded, folder: Path) -> None:
     save_folder(loaded, peer, folder)
 
 
-def special_ids_there(loaded: Loaded) -> dict[str, int]:
+def declared_ids(loaded: Loaded) -> dict[str, int]:
     """{role: id} to declare in an export. A bos that no text begins with would be put before all."""
     ids = {role: getattr(loaded.tokenizer, f"{role}_id") for role in USUAL_NAMES}
     if not (loaded.prefix or loaded.is_tuned):  # a conversation has its bos in any case
@@ -4784,7 +4784,7 @@ CHECK_TURNS = (("What is 1 + 1?", "Größe 3", "two"), (" ", "", " a\n"), ("Who?
 def export_tokenizer(loaded: Loaded, folder: Path) -> None:
     """Write the tokenizer, with its chat template if tuned. Raises UserError if ids differ."""
     transformers, library = transformers_library(), export_library(loaded)
-    ids = special_ids_there(loaded)
+    ids = declared_ids(loaded)
     tokens = {f"{role}_token": library.id_to_token(number) for role, number in ids.items()}
     more = tokens | {"model_max_length": loaded.model.config.block_size}
     if loaded.is_tuned:
@@ -4910,7 +4910,7 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
         "eot_token_id": tokenizer.sep_id,  # where a tuned model stops
         "add_bos_token": bool(loaded.prefix), "add_space_prefix": False,
     }  # fmt: skip
-    settings |= {f"{role}_token_id": n for role, n in special_ids_there(loaded).items()}
+    settings |= {f"{role}_token_id": n for role, n in declared_ids(loaded).items()}
     if loaded.is_tuned:
         settings["chat_template"] = chat_template(loaded, library)
     return settings
