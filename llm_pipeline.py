@@ -7124,9 +7124,7 @@ def checked(spec, value, where: str = ""):
     if kind == "bool":
         fits, wanted = isinstance(value, bool), "true or false"
     elif kind in ("int", "float"):
-        value, fits, wanted = number_within(
-            spec.metadata, value, {"int": int, "float": float}[kind]
-        )
+        value, fits, wanted = number_within(spec.metadata, kind, value)
     elif words:
         value, wanted = str(value).lower(), f"one of {', '.join(words)}"
         fits = value in [*words, spec.default]
@@ -7138,14 +7136,14 @@ def checked(spec, value, where: str = ""):
     return os.path.expanduser(os.path.expandvars(value)) if spec.name in PATHS else value
 
 
-def number_within(limits: dict, value, kind: type) -> tuple:
+def number_within(limits: dict, kind: str, value) -> tuple:
     """(value as a number, whether it is one within a field's limits, what it must be)."""
-    wanted = "a whole number" if kind is int else "a number"
+    wanted = "a whole number" if kind == "int" else "a number"
     for name, word in dict(above="above", low="from", high="up to").items():
         if name in limits:
             wanted += f" {word} {limits[name]}"
     try:
-        number = kind(value)
+        number = int(value) if kind == "int" else float(value)
     except (TypeError, ValueError, OverflowError):
         return value, False, wanted
     exact = isinstance(value, str) or (number == value and not isinstance(value, bool))
@@ -7409,15 +7407,12 @@ def main(argv: list[str] | None = None) -> int:
     Exit codes: 0 done; 1 failed, with one line that says what to do; 2 bad usage (argparse's); 129,
     130 or 143 stopped by SIGHUP, SIGINT or SIGTERM with `last.pth` saved.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # whatever the locale
+    streams = {sys.stdin: "strict", sys.stdout: "replace", sys.stderr: "replace"}
+    for stream, errors in streams.items():  # whatever the locale
         if hasattr(stream, "reconfigure"):  # a notebook's has no such method
-            stream.reconfigure(
-                encoding="utf-8", errors="strict" if stream is sys.stdin else "replace"
-            )
+            stream.reconfigure(encoding="utf-8", errors=errors)
     argv, stop = sys.argv[1:] if argv is None else argv, StopSignal()
     try:
-        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-            raise UserError(f"PyTorch {torch.__version__} is too old: pip install torch==2.13.0")
         name, config = parse(argv)
         _, function, parallel = COMMANDS[name]
         if not parallel and not is_main():
