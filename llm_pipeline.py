@@ -3300,9 +3300,10 @@ def csv_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     lines = chain([header], lines)
     table = csv.DictReader(lines, delimiter=delimiter, strict=True, skipinitialspace=spaced)
     try:
-        names = table.fieldnames = [name.strip() for name in table.fieldnames or []]
-        if repeated := [name for name in names if name and names.count(name) > 1]:
-            raise UserError(f"{path}: two columns {repeated[0]!r}: rename one")
+        table.fieldnames = [name.strip() for name in table.fieldnames or []]
+        for name, n in Counter(table.fieldnames).items():
+            if name and n > 1:
+                raise UserError(f"{path}: two columns {name!r}: rename one")
         number = table.line_num + before + 1
         for row in table:
             yield f"{path}:{number}", row
@@ -3679,10 +3680,8 @@ def split_records(
         if len(prompts) < 2:
             prompts.add(place)
         if record.is_plain and "<|endoftext|>" in text[:BLOCK]:
-            way = "--doc_delimiter '<|endoftext|>' makes a record of each part"
-            report.count(
-                record.source, f"hold <|endoftext|> as plain text ({way})", 1, record.where
-            )
+            what = "<|endoftext|> read as plain text (--doc_delimiter '<|endoftext|>' cuts there)"
+            report.count(record.source, what, where=record.where)
         n_plain += record.is_plain
         if record.is_plain and n_plain == 1 and side != "both" and not record.split:
             waiting = record, side, size
