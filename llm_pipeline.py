@@ -7385,9 +7385,26 @@ def explanation(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error, 300)} (--debug shows where)"
 
 
+@contextlib.contextmanager
+def no_folder_of_a_failure(*folders: str):
+    """Where a command fails before it has written anything, the folders that it made go again."""
+    made = [p for name in folders for p in (Path(name), *Path(name).parents) if not p.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:  # the innermost first; what holds more than locks stays
+            with contextlib.suppress(OSError):
+                if all(path.name.endswith("lock") for path in folder.iterdir()):
+                    shutil.rmtree(folder)
+        raise
+
+
 def carry_out(function: Callable, config: Settings, stop: StopSignal, alone: bool = False):
     """Call a command's function with what it works on: the machine and, for a run, its folder."""
+    places = [getattr(config, name, "") for name in ("out_dir", "processed_dir")]
     with contextlib.ExitStack() as held:
+        if is_main():
+            held.enter_context(no_folder_of_a_failure(*filter(None, places)))
         folder = []
         if isinstance(config, FitConfig):
             folder = [held.enter_context(open_run(config))]

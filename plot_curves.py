@@ -80,7 +80,7 @@ def unit_of(config: dict) -> str:
 def by_minutes(rows: list[dict]) -> list[float]:
     """Since the first row. The pause before a resumed session counts as a usual gap does."""
     try:
-        stamps = [datetime.fromisoformat(row["timestamp"]) for row in rows]
+        stamps = [datetime.fromisoformat(row["timestamp"].replace("Z", "+00:00")) for row in rows]
     except (KeyError, TypeError, ValueError):
         raise ValueError("--x minutes: a row has no timestamp") from None
     gaps = [max(0.0, (after - before).total_seconds()) for before, after in pairwise(stamps)]

@@ -517,3 +517,10 @@ def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
     (mixed / "rows.jsonl").write_text(file.read_text())
     (mixed / "text.txt").write_text("A line of a book.\n" * 9)
     assert settings(data_dir=str(mixed)) == (0, 6, 0.1, 8)
+
+
+def test_a_command_that_fails_leaves_no_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    flags = ["--data_dir", tmp_path / "data", "--processed_dir", tmp_path / "stores"]
+    run("train", *flags, "--out_dir", tmp_path / "new/run").fails(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
