@@ -4929,6 +4929,7 @@ def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
     settings = {theirs: getattr(config, ours) for theirs, ours in GGUF_SETTINGS.items()}
     settings |= {"name": target.stem, "file_type": GGUF_TYPES[dtype][0]}
     settings |= {"quantization_version": gguf.GGML_QUANT_VERSION} | gguf_vocabulary(loaded)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as file:
         writer = gguf.GGUFWriter(file.name, kind)
         for name, value in settings.items():

@@ -118,8 +118,8 @@ def test_smaller_types(kind, nats, tuned, tmp_path):
 def test_texts_trained_without_bos_begin_without(corpus, tmp_path):
     flags = ["--no_add_special_tokens", "--out_dir", tmp_path]
     run("train", *corpus, *SHORT, *SHAPE, *flags).ok()
-    to_gguf(tmp_path / "best.pth", tmp_path / "m.gguf").ok()
-    ask = llama_server(tmp_path / "m.gguf")
+    to_gguf(tmp_path / "best.pth", tmp_path / "new" / "m.gguf").ok()
+    ask = llama_server(tmp_path / "new" / "m.gguf")
     assert ask("/tokenize", content="ab", add_special=True)["tokens"] == [97, 98]
 
 
