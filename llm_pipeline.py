@@ -1696,6 +1696,11 @@ def runtime(config: RuntimeConfig, alone: bool = False):
             backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
             dist.init_process_group(backend, timeout=timedelta(hours=12), device_id=card)
         yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size, started)
+    except (RuntimeError, ValueError) as error:
+        if world_size == 1 or not re.search("gloo|nccl|connect|timed out", str(error).lower()):
+            raise
+        why = f"another process has ended or does not answer ({one_line(error, 90)})"
+        raise UserError(f"{why}: start all of them again, with --resume") from None
     finally:
         if not asked:  # what `choose_threads` found holds for this command
             torch.set_num_threads(threads)
@@ -2164,7 +2169,7 @@ def attention_on_cuda(
 # --- cross entropy of a large vocabulary ---
 
 
-CHUNK = 1024  # rows
+CHUNK = 512  # rows: on a CPU larger logits leave its caches
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
