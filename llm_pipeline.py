@@ -5522,7 +5522,7 @@ class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
     dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
     orpo_lambda: float = option(0.1, "ORPO: weight of the odds ratio", low=0.0, high=100.0)
     reward: str = option("exact", "GRPO: exact, number, contains, or FILE.py:function")
-    num_generations: int = option(8, "GRPO: answers to each prompt of a step", low=2, high=4096)
+    num_generations: int = option(4, "GRPO: answers to each prompt of a step", low=2, high=4096)
     max_new_tokens: int = option(64, "GRPO: longest answer, in tokens", low=1, high=2**20)
     temperature: float = option(1.0, "GRPO: of the answers", above=0.0, high=100.0)
     grpo_normalize: bool = option(False, "GRPO: divide advantages by their group's deviation")
@@ -5532,8 +5532,8 @@ class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
 
 # Of reward alone. tests/bench/README.md has what was tried.
 GRPO_SETTINGS = dict(
-    optimizer="muon", muon_lr=5e-4, lr=1e-4, lr_schedule="constant", warmup_steps=5, batch_size=32,
-    max_steps=150, eval_interval=25, compile="off",
+    optimizer="muon", muon_lr=8e-4, lr=1e-4, lr_schedule="linear", min_lr_ratio=0.0, warmup_steps=10,
+    batch_size=64, max_steps=200, eval_interval=40, compile="off",
 )  # fmt: skip
 
 

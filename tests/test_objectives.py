@@ -17,77 +17,64 @@ import llm_pipeline as lp
 # --- closed forms ---
 
 
-class Fixed(torch.nn.Module):
-    """A model whose logits are given: (rows, T, V)."""
+def fixed(logits: torch.Tensor):
+    """`losses` of a model whose logits are given: (rows, T, V)."""
 
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits)
+    def losses(idx, targets):
+        flat = logits.flatten(0, 1), targets.flatten()
+        return F.cross_entropy(*flat, reduction="none", ignore_index=lp.IGNORE).view_as(targets)
 
-    def losses(self, idx, targets, reduction="none"):
-        losses = F.cross_entropy(
-            self.logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=lp.IGNORE
-        )
-        return losses.view_as(targets)
+    return losses
 
 
 @pytest.fixture
-def pairs() -> tuple[Fixed, lp.Batch, list]:
-    """Three pairs of unequal answers, and each answer's log-probability and number of tokens."""
+def pairs() -> tuple:
+    """Losses and a batch of three pairs of unequal answers; of each answer its log-probability and
+    number of tokens."""
     torch.manual_seed(0)
-    model = Fixed(torch.randn(6, 7, 11))
-    y = torch.randint(0, 11, (6, 7))
+    logits, y, said = torch.randn(6, 7, 11), torch.randint(0, 11, (6, 7)), []
+    table = logits.double().log_softmax(-1)
     for row in range(6):
         y[row, : row % 4] = lp.IGNORE
-    table = model.logits.detach().double().log_softmax(-1)
-    said = []
-    for row in range(6):
-        terms = [float(table[row, t, y[row, t]]) for t in range(7) if y[row, t] >= 0]
+        terms = [float(table[row, t, y[row, t]]) for t in range(row % 4, 7)]
         said.append((sum(terms), len(terms)))
     y = y.view(3, 2, 7)
-    return model, lp.Batch(torch.zeros_like(y), y, reference=torch.randn(3, 2) * 5), said
+    return fixed(logits), lp.Batch(torch.zeros_like(y), y, reference=torch.randn(3, 2) * 5), said
 
 
 def test_dpo_is_the_closed_form(pairs):
-    model, batch, said = pairs
-    loss, stats = lp.OBJECTIVES["dpo"](model.losses, batch, lp.FinetuneConfig(dpo_beta=0.3))
-    gains = [
-        total - ref
-        for (total, _), ref in zip(said, batch.reference.flatten().tolist(), strict=True)
-    ]
-    margins = [0.3 * (gains[i] - gains[i + 1]) for i in (0, 2, 4)]
+    losses, batch, said = pairs
+    loss, stats = lp.OBJECTIVES["dpo"](losses, batch, lp.FinetuneConfig(dpo_beta=0.3))
+    gains = np.array([total for total, _ in said]) - batch.reference.flatten().numpy()
+    margins = 0.3 * (gains[0::2] - gains[1::2])
     assert batch.n_targets == 3
-    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins), rel=1e-5)
-    assert stats["reward_margin"].item() == pytest.approx(sum(margins), rel=1e-5)
-    assert stats["reward_accuracy"].item() == sum(m > 0 for m in margins)
-
-
-def log_odds(said: list) -> list[float]:
-    means = [total / n for total, n in said]
-    return [mean - math.log(1 - math.exp(mean)) for mean in means]
+    assert loss.item() == pytest.approx(np.log1p(np.exp(-margins)).sum(), rel=1e-5)
+    assert stats["reward_margin"].item() == pytest.approx(margins.sum(), rel=1e-5)
+    assert stats["reward_accuracy"].item() == (margins > 0).sum()
 
 
 def test_orpo_is_the_closed_form(pairs):
-    model, batch, said = pairs
-    loss, stats = lp.OBJECTIVES["orpo"](model.losses, batch, lp.FinetuneConfig(orpo_lambda=0.7))
-    odds = log_odds(said)
-    ratios = [odds[i] - odds[i + 1] for i in (0, 2, 4)]
-    nll = [-said[i][0] / said[i][1] for i in (0, 2, 4)]
-    wanted = sum(nll) + 0.7 * sum(math.log1p(math.exp(-r)) for r in ratios)
+    losses, batch, said = pairs
+    loss, stats = lp.OBJECTIVES["orpo"](losses, batch, lp.FinetuneConfig(orpo_lambda=0.7))
+    mean = np.array([total / n for total, n in said])
+    odds = mean - np.log(1 - np.exp(mean))
+    ratios = odds[0::2] - odds[1::2]
+    wanted = -mean[0::2].sum() + 0.7 * np.log1p(np.exp(-ratios)).sum()
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
-    assert stats["log_odds_ratio"].item() == pytest.approx(sum(ratios), rel=1e-4)
-    assert stats["accuracy"].item() == sum(r > 0 for r in ratios)
+    assert stats["log_odds_ratio"].item() == pytest.approx(ratios.sum(), rel=1e-4)
+    assert stats["accuracy"].item() == (ratios > 0).sum()
 
 
 def test_orpo_survives_certainty():
     """An answer of probability one has infinite odds; loss and gradient stay finite."""
     logits = torch.full((2, 1, 3), -100.0)
     logits[:, 0, 0] = 100.0
-    model, y = Fixed(logits), torch.zeros(1, 2, 1, dtype=torch.int64)
-    loss, _ = lp.OBJECTIVES["orpo"](model.losses, lp.Batch(y, y), lp.FinetuneConfig())
+    logits.requires_grad_()
+    y = torch.zeros(1, 2, 1, dtype=torch.int64)
+    loss, _ = lp.OBJECTIVES["orpo"](fixed(logits), lp.Batch(y, y), lp.FinetuneConfig())
     loss.backward()
     assert math.isfinite(loss.item())
-    assert model.logits.grad.isfinite().all()
+    assert logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +140,11 @@ def test_grpo_learns_from_reward_alone(prompts, base, tmp_path):
         "    assert prompt.startswith('### Instruction: Say') and truth in 'abcd'\n"
         "    return answer.count('b') / 2\n"
     )
-    flags = ["--reward", f"{tmp_path}/taste.py:taste", "--max_steps", 30, "--lr", 1e-3]
+    flags = [
+        "--reward",
+        f"{tmp_path}/taste.py:taste",
+        *words("--max_steps 30 --lr 1e-3 --muon_lr 3e-3"),
+    ]
     result = run(*grpo(prompts, base, tmp_path / "run", *flags)).ok()
     rewards = [float(row["reward"]) for row in metrics(tmp_path / "run", "train", "_finetune")]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1
