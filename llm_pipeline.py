@@ -530,7 +530,6 @@ class ModelSettings(Settings):
     mlp: str = option("gelu", "MLP", choices=("gelu", "gelu_tanh", "relu", "swiglu"))
     qk_norm: bool = option(False, "RMSNorm on queries and keys, per head")
     rope_theta: float = option(1e4, "base of the rotary wavelengths", above=1.0, high=1e12)
-    attn_window: int = option(0, "each token sees the last N tokens (0: all)", low=0, high=2**20)
     attn: str = option("sdpa", "attention code: explicit or fused", choices=("manual", "sdpa"))
     init_std: float = option(0.02, "standard deviation of the initial weights", above=0.0, high=1.0)
     zero_init: bool = option(False, "start each block as the identity (output matrices at zero)")
@@ -673,15 +672,10 @@ def alibi(config: GPTConfig, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
 def attention_mask(config: GPTConfig, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
     """What is added to scores, (Tq, Tk) or (H, Tq, Tk): -inf where a token may not look, ALiBi's
     bias elsewhere. None where plain causality, the last query at the last key, says it all."""
-    bias, window = alibi(config, q_pos, k_pos), config.attn_window
-    narrow = 0 < window < len(k_pos)
-    if bias is None and not narrow and len(q_pos) in (1, len(k_pos)):
+    bias = alibi(config, q_pos, k_pos)
+    if bias is None and len(q_pos) in (1, len(k_pos)):
         return None
-    distance = q_pos[:, None] - k_pos
-    hidden = distance < 0
-    if window:
-        hidden = hidden | (distance >= window)
-    return torch.where(hidden, -math.inf, 0.0 if bias is None else bias)
+    return torch.where(q_pos[:, None] < k_pos, -math.inf, 0.0 if bias is None else bias)
 
 
 # --- attention ---
@@ -846,8 +840,8 @@ class GPT(nn.Module):
         if end > self.config.block_size and self.config.pos == "learned":
             raise ValueError(f"{end} tokens exceed block_size {self.config.block_size}")
         pos = torch.arange(start, end, device=idx.device)
-        k_pos = pos if cache is None else cache.positions(idx.shape[1])
-        h = self.trunk(idx, pos, attention_mask(self.config, pos, k_pos), cache)
+        mask = attention_mask(self.config, pos, torch.arange(end, device=idx.device))
+        h = self.trunk(idx, pos, mask, cache)
         if cache is not None:
             cache.length = end
         return h
@@ -1322,33 +1316,18 @@ def fit(run: Run) -> str:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, in buffers allocated once.
+    """Keys and values of the tokens so far, in buffers allocated once: (B, K, size, D) a layer.
 
-    With an attention window the buffers are a ring of that size and never fill up: position p
-    stands in slot p mod size. Of size 4, after 6 tokens:
-
-        slot       0  1  2  3
-        position   4  5  2  3
-
-    Otherwise they hold block_size tokens, after which `generate` starts again from the last half.
+    They hold block_size tokens, after which `generate` starts again from the last half.
     """
 
     def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, limit=2**40):
         """limit: how many tokens will be stored at most. In powers of two: few shapes to compile."""
-        self.config = c = config
-        # A learned position has no row beyond the block, so a window cannot slide past it.
-        self.ring = 0 < c.attn_window < c.block_size
-        self.size = c.attn_window if self.ring else min(c.block_size, 1 << (limit - 1).bit_length())
-        shape = (2, c.n_layer, batch, c.n_kv_head, self.size, c.head_dim)
+        self.size = min(config.block_size, 1 << (limit - 1).bit_length())
+        shape = (2, config.n_layer, batch, config.n_kv_head, self.size, config.head_dim)
         self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
-        self.length = 0  # tokens stored so far, wherever they stand
+        self.length = 0  # tokens stored so far
         self.step: Callable | None = None  # section 9's, for these buffers
-
-    @property
-    def full(self) -> bool:
-        """Whether the next token has no place."""
-        bounded = not self.ring or self.config.pos == "learned"
-        return bounded and self.length >= self.config.block_size
 
     def repeat(self, times: int) -> None:
         """Each prefilled sequence becomes `times` sequences that start with it."""
@@ -1357,29 +1336,11 @@ class KVCache:
             self.keys = [t.repeat_interleave(times, 0) for t in self.keys]
             self.values = [t.repeat_interleave(times, 0) for t in self.values]
 
-    def positions(self, T: int) -> Tensor:
-        """Of the keys that T new tokens (many behind an empty cache, or one) attend to."""
-        end, device = self.length + T, self.keys[0].device
-        if T > 1 or not self.ring or end <= self.size:
-            return torch.arange(end, device=device)
-        slots = torch.arange(self.size, device=device)
-        return end - 1 - (end - 1 - slots) % self.size
-
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, (B, K, T, D); return those to attend to. The model counts the
-        tokens when all layers have them."""
-        keys, values = self.keys[layer], self.values[layer]
-        end = self.length + k.shape[2]
-        if k.shape[2] == 1:
-            slot = self.length % self.size
-            keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
-        else:
-            kept = torch.arange(max(self.length, end - self.size), end)
-            slots = (kept % self.size).to(k.device)
-            keys[:, :, slots] = k[:, :, -len(kept) :].to(keys.dtype)
-            values[:, :, slots] = v[:, :, -len(kept) :].to(values.dtype)
-            if self.length == 0:
-                return k, v
+        """Store new keys and values, (B, K, T, D); return all so far. The model counts the tokens
+        when all layers have them."""
+        keys, values, end = self.keys[layer], self.values[layer], self.length + k.shape[2]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
 
@@ -1431,13 +1392,12 @@ def next_logits(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
 @torch.inference_mode()
 def generate(
     model: GPT, idx: Tensor, max_new_tokens: int, stop_ids: tuple[int, ...] = (),
-    num_samples: int = 1, seed: int | list[int] = 0, cache: KVCache | None = None, **sampling,
+    num_samples: int = 1, seed: int | list[int] = 0, **sampling,
 ) -> Iterator[list[int]]:  # fmt: skip
     """Yield the next id of each of B * num_samples samples, step by step; -1 once one has stopped.
 
     idx: (B, T) ids; the samples of one row stand side by side and are drawn from one prefill.
     seed: of all draws, or one for each row of idx, which then does not depend on the others.
-    cache: holds the first tokens of idx already, which must fit into the block.
     sampling: the keyword arguments of `sample_next`.
     When the cache is full, decoding goes on from the last half of the block.
     """
@@ -1448,10 +1408,8 @@ def generate(
     history = idx.repeat_interleave(num_samples, 0)  # (n, T)
     seen = torch.zeros(n, config.vocab_size, dtype=torch.bool, device=device)
     seen.scatter_(1, history, True)
-    cache = cache or KVCache(config, B, device, dtype, T + max_new_tokens)
-    if config.pos == "learned" or not cache.ring:
-        idx, history = idx[:, -config.block_size :], history[:, -config.block_size :]
-    h = model.hidden(idx[:, cache.length :], cache)[:, -1]
+    cache = KVCache(config, B, device, dtype, T + max_new_tokens)
+    h = model.hidden(idx[:, -config.block_size :], cache)[:, -1]
     cache.repeat(num_samples)
     logits = model.head(h).float().repeat_interleave(num_samples, 0)  # (n, V)
     alive = [True] * n
@@ -1467,7 +1425,7 @@ def generate(
         if not any(alive) or step == max_new_tokens:
             return
         recent.append(token)
-        if cache.full:
+        if cache.length == config.block_size:
             cache = KVCache(config, n, device, dtype)
             h = model.hidden(torch.stack(tuple(recent), 1), cache)[:, -1]
             logits = model.head(h).float()
@@ -2241,20 +2199,17 @@ class Slots(NamedTuple):
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As the cache's: store one token's keys and values, (B, K, 1, D); return all slots."""
         keys, values = self.keys[layer], self.values[layer]
-        slot = self.pos % keys.shape[2]
-        return keys.index_copy_(2, slot, k), values.index_copy_(2, slot, v)
+        return keys.index_copy_(2, self.pos, k), values.index_copy_(2, self.pos, v)
 
 
 def static_logits(model: GPT, keys: list, values: list, token: Tensor, pos: Tensor) -> Tensor:
     """`next_logits` with positions in tensors and shapes that stay: a CUDA graph or a compiler can
     hold it. All slots are attended to, behind a mask that hides those without a token.
     """
-    size = keys[0].shape[2]
-    slots = torch.arange(size, device=pos.device)
-    k_pos = pos - (pos - slots) % size  # the latest p = s mod size
-    bias = alibi(model.config, pos, k_pos)
-    bias = torch.zeros_like(k_pos, dtype=torch.float32)[None] if bias is None else bias
-    mask = bias.masked_fill(k_pos < 0, -math.inf).to(keys[0].dtype)
+    slots = torch.arange(keys[0].shape[2], device=pos.device)
+    bias = alibi(model.config, pos, slots)
+    bias = torch.zeros_like(slots, dtype=torch.float32)[None] if bias is None else bias
+    mask = bias.masked_fill(slots > pos, -math.inf).to(keys[0].dtype)
     h = model.trunk(token[:, None], pos, mask, Slots(pos, keys, values))
     return model.head(h[:, -1]).float()
 
@@ -4436,7 +4391,7 @@ def hf_kind(c: GPTConfig) -> str:
     kind = "qwen3" if c.pos == "rope" else "gpt2"
     held = {name: ARCHS[HF_ARCHS[kind]][name] for name in ("pos", "norm", "mlp", "qk_norm", "bias")}
     if kind == "gpt2":
-        held |= {"n_kv_head": c.n_head, "head_dim": c.n_embd / c.n_head, "attn_window": 0}
+        held |= {"n_kv_head": c.n_head, "head_dim": c.n_embd / c.n_head}
         if c.mlp in GPT2_ACTIVATIONS.values():
             held["mlp"] = c.mlp
     odd = [name for name, value in held.items() if getattr(c, name) != value]
@@ -4514,13 +4469,12 @@ def hf_shape(hf) -> GPTConfig:
             raise UserError(f"activation_function {hf.activation_function!r} is not one of ours")
         shape |= {"mlp": GPT2_ACTIVATIONS[hf.activation_function], "n_inner": hf.n_inner or 0}
     else:
-        rope, kinds = hf.rope_parameters, set(hf.layer_types)
+        rope = hf.rope_parameters
         if rope["rope_type"] != "default":
             raise UserError(f"rope_type {rope['rope_type']!r} is not supported, only 'default'")
-        if len(kinds) > 1:
-            raise UserError("layers that mix full and sliding attention are not supported")
-        window = hf.sliding_window or 0 if kinds == {"sliding_attention"} else 0
-        shape |= {"rope_theta": float(rope["rope_theta"]), "attn_window": window, "dropout": 0.0}
+        if set(hf.layer_types) != {"full_attention"}:
+            raise UserError("layers of sliding attention are not supported")
+        shape |= {"rope_theta": float(rope["rope_theta"]), "dropout": 0.0}
     return GPTConfig(**shape)
 
 
@@ -4682,12 +4636,8 @@ def to_peer(model: GPT):
         shape |= dict(embd_pdrop=c.dropout, attn_pdrop=c.dropout, activation_function=activation)
         config = transformers.GPT2Config(**shape)
     else:
-        layers, rope = "full_attention", {"rope_type": "default", "rope_theta": c.rope_theta}
-        if 0 < c.attn_window < c.block_size:
-            layers = "sliding_attention"
-            shape |= dict(use_sliding_window=True, max_window_layers=0)
-            shape["sliding_window"] = c.attn_window
-        shape |= dict(rope_parameters=rope, layer_types=[layers] * c.n_layer)
+        rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+        shape |= dict(rope_parameters=rope, layer_types=["full_attention"] * c.n_layer)
         config = transformers.Qwen3Config(**shape)
         config.rope_theta = c.rope_theta  # where transformers 4 reads it
     with torch.random.fork_rng(devices=[]):  # it begins with random weights
@@ -4923,9 +4873,8 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
 def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
     """Write a GGUF file, which appears when it was checked. Raises UserError on what it cannot hold."""
     gguf, config, kind = optional("gguf"), loaded.model.config, hf_kind(loaded.model.config)
-    if config.mlp == "relu" or 0 < config.attn_window < config.block_size:
-        odd = "--mlp relu" if config.mlp == "relu" else f"--attn_window {config.attn_window}"
-        raise UserError(f"llama.cpp cannot run {odd}; the Hugging Face export can hold it")
+    if config.mlp == "relu":
+        raise UserError("llama.cpp cannot run --mlp relu; the Hugging Face export can hold it")
     if config.mlp == "gelu":
         note("llama.cpp has GELU in its tanh approximation: log-probabilities move by about 1e-3")
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), config.n_layer)
@@ -6432,18 +6381,12 @@ def stream_text(
         yield from ("".join(text(tokens)) for tokens in zip(*steps, strict=True))
 
 
-def context_size(config: GPTConfig) -> float:
-    """Tokens that a model goes on from at most: any number where its window slides on for ever."""
-    slides = 0 < config.attn_window < config.block_size and config.pos != "learned"
-    return math.inf if slides else config.block_size
-
-
 def text_ids(loaded: Loaded, prompt: str) -> list[int]:
     """Ids of a text to go on from."""
     ids = [*loaded.prefix, *loaded.tokenizer.encode(prompt).tolist()]
     if not ids:
         raise UserError("this model needs a --prompt: its texts begin without a special token")
-    if len(ids) > (size := context_size(loaded.model.config)):
+    if len(ids) > (size := loaded.model.config.block_size):
         note(f"the prompt has {len(ids):,} tokens and the context {size:,}: only its end is read")
     return ids
 
@@ -6457,7 +6400,7 @@ def conversation_ids(
     the oldest turns, which `turns` loses, then the middle of the instruction, as in training.
     """
     tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
-    room = context_size(loaded.model.config) - min(config.max_new_tokens, block_size // 8)
+    room = block_size - min(config.max_new_tokens, block_size // 8)
     while True:
         ids, system = list(tokenizer.prefix), config.system
         for instruction, text, answer in [*turns, ChatTurn(prompt, config.input, "")]:

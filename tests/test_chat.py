@@ -166,7 +166,7 @@ def test_an_answer_appears_as_it_is_made():
 # --- conversations ---
 
 
-@pytest.mark.parametrize("shape", [{}, dict(pos="rope", n_kv_head=2, attn_window=60)])
+@pytest.mark.parametrize("shape", [{}, dict(pos="rope", n_kv_head=2)])
 def test_three_turns_equal_the_conversation_rendered_at_once(shape):
     loaded = tuned(**shape)
     chat, turns = lp.Chat(loaded, greedy(system="Be brief.")), []

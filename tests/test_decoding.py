@@ -14,14 +14,10 @@ import llm_pipeline as lp
 MODERN = dict(pos="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False, norm_eps=1e-6)
 SHAPES = {
     "gpt2": {},
-    "gpt2, window": dict(attn_window=5),
     "modern": MODERN,
     "modern, grouped": MODERN | dict(n_kv_head=2),
-    "modern, window": MODERN | dict(attn_window=5),
-    "modern, grouped, window": MODERN | dict(attn_window=7, n_kv_head=1),
-    "modern, window of the block": MODERN | dict(attn_window=16),
+    "modern, one key head": MODERN | dict(n_kv_head=1),
     "alibi": dict(pos="alibi"),
-    "alibi, window": dict(pos="alibi", attn_window=5),
 }
 
 
@@ -36,18 +32,13 @@ def make(seed=0, std=0.3, **shape):
     return model
 
 
-def slides(config):
-    """Whether decoding goes on for ever: a window over positions that have no last row."""
-    return 0 < config.attn_window < config.block_size and config.pos != "learned"
-
-
 def naive(model, prompt, count):
     """Greedy decoding without a cache: the whole context again for every token."""
     block = model.config.block_size
-    context = prompt if slides(model.config) else prompt[-block:]
+    context = prompt[-block:]
     made = []
     for _ in range(count):
-        if len(context) > block and not slides(model.config):
+        if len(context) > block:
             context = context[-max(1, block // 2) :]  # full: on from the last half
         with torch.no_grad():
             logits = model(context[None])[0][0, -1]
@@ -117,9 +108,9 @@ def test_weights_packed_for_decoding_give_the_same_logits(shape):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.parametrize("name", ["gpt2", "modern, grouped, window"])
+@pytest.mark.parametrize("name", ["gpt2", "modern, grouped"])
 def test_a_compiled_step_decodes_the_same(name, capsys):
-    """Over a full cache and around a ring; two samples too."""
+    """Over a full cache; two samples too."""
     model = lp.for_decoding(make(**SHAPES[name]), CPU, torch.float32, compiled=True)
     made = decode(model, prompt_of(8), 40, num_samples=2, temperature=0.0)
     assert made == 2 * [naive(model, prompt_of(8), 40)]
@@ -144,7 +135,7 @@ def test_samples_share_a_prefill_and_follow_the_seed():
 
 
 def test_samples_at_temperature_0_are_the_greedy_one():
-    for name in ("gpt2", "modern, window"):
+    for name in ("gpt2", "modern"):
         model, prompt = make(**SHAPES[name]), prompt_of(10)
         wanted = naive(model, prompt, 30)
         assert decode(model, prompt, 30, num_samples=3, temperature=0.0) == [wanted] * 3

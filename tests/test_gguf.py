@@ -123,7 +123,7 @@ def test_texts_trained_without_bos_begin_without(corpus, tmp_path):
     assert ask("/tokenize", content="ab", add_special=True)["tokens"] == [97, 98]
 
 
-REFUSED = [("--arch modern --attn_window 8", "f32", "--attn_window"), ("--mlp relu", "f32", "relu"),
+REFUSED = [("--mlp relu", "f32", "relu"),
            ("--pos alibi", "f32", "alibi"), ("--n_inner 40", "q8_0", "--gguf_type")]  # fmt: skip
 
 

@@ -40,8 +40,6 @@ PEERS = {
     "qwen3, one key head, wide, theta": ("qwen3", dict(
         num_key_value_heads=1, head_dim=20,
         rope_parameters=dict(rope_type="default", rope_theta=1e6))),
-    "qwen3, sliding": ("qwen3", dict(
-        use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention"] * 2)),
     "qwen3, more ids than its tokenizer": ("qwen3", dict(vocab_size=300)),
 }  # fmt: skip
 
@@ -221,7 +219,7 @@ BROKEN = {  # name: (model, how it is spoiled, a word of the error)
     "stretched positions": ("qwen3, grouped", edit_json(rope_parameters=YARN), "rope_type"),
     "stretched, older": ("qwen3, grouped", edit_json(
         rope_parameters="absent", rope_scaling=dict(type="linear", factor=2.0)), "rope_type"),
-    "mixed layers": ("qwen3, grouped", edit_json(
+    "sliding layers": ("qwen3, grouped", edit_json(
         layer_types=["sliding_attention", "full_attention"], sliding_window=64,
         use_sliding_window=True), "sliding"),
     "another gate": ("qwen3, grouped", edit_json(hidden_act="relu"), "logits"),
@@ -243,8 +241,8 @@ def test_names_that_lead_nowhere(bases, tmp_path):
     run("sample", "--ckpt", bases["gpt2"].parent, "--prompt", "x").fails(1, "best.pth")
 
 
-UNHELD = {"--pos alibi": "pos=alibi", "--n_kv_head 2": "n_kv_head=2", "--attn_window 8":
-          "attn_window=8", "--arch modern --no_qk_norm": "qk_norm=False",
+UNHELD = {"--pos alibi": "pos=alibi", "--n_kv_head 2": "n_kv_head=2",
+          "--arch modern --no_qk_norm": "qk_norm=False",
           "--arch modern --pos learned": "norm=rmsnorm"}  # fmt: skip
 
 

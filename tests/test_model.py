@@ -23,16 +23,12 @@ SHAPES = {
     "rope": dict(pos="rope"),
     "alibi": dict(pos="alibi"),
     "alibi, six heads": dict(pos="alibi", n_head=6, n_embd=48),
-    "alibi, grouped, window": dict(pos="alibi", n_kv_head=2, attn_window=5),
+    "alibi, grouped": dict(pos="alibi", n_kv_head=2),
     "one head": dict(n_head=1),
     "grouped": dict(n_kv_head=2),
     "one key head": dict(n_kv_head=1),
-    "window": dict(attn_window=4),
-    "window of one": dict(attn_window=1),
-    "window of the block": dict(attn_window=16),
     "modern": MODERN,
-    "modern, untied, grouped, window": MODERN
-    | dict(tie_weights=False, n_kv_head=2, attn_window=6, rope_theta=500.0),
+    "modern, untied, grouped": MODERN | dict(tie_weights=False, n_kv_head=2, rope_theta=500.0),
     "modern, wide heads": MODERN | dict(head_dim=10),
 }
 
@@ -125,13 +121,12 @@ def reference_logits(model, ids):
             kv = h // (c.n_head // c.n_kv_head)
             slope = alibi_slopes(c.n_head)[h] if c.pos == "alibi" else 0.0
             for t in range(len(x)):
-                first = max(0, t - c.attn_window + 1) if c.attn_window else 0
                 scores = [
                     turned(q[t, h], t) @ turned(k[s, kv], s) / math.sqrt(c.head_dim)
                     - slope * (t - s)
-                    for s in range(first, t + 1)
+                    for s in range(t + 1)
                 ]
-                out[t, h] = torch.stack(scores).softmax(0) @ v[first : t + 1, kv]
+                out[t, h] = torch.stack(scores).softmax(0) @ v[: t + 1, kv]
         return linear(out.flatten(1), f"{name}.proj")
 
     def mlp(x, name):
@@ -254,16 +249,6 @@ def test_generate_continues_each_row():
     assert not torch.equal(again, model.generate(ids, 8, top_k=5, seed=4))
 
 
-def test_a_window_bounds_what_a_token_sees():
-    model = make(n_layer=1, attn_window=4)
-    ids = random_ids(model, 1)
-    changed = ids.clone()
-    changed[0, 5] = (ids[0, 5] + 1) % 61
-    with torch.no_grad():
-        moved = (model(ids)[0] - model(changed)[0])[0].abs().max(-1).values > 1e-5
-    assert moved.nonzero().flatten().tolist() == [5, 6, 7, 8]
-
-
 # --- the same weights in transformers ---
 
 
@@ -302,8 +287,6 @@ def test_gpt2_is_transformers_gpt2(shape, tied):
         dict(n_kv_head=2),
         dict(n_kv_head=1, head_dim=12),
         dict(head_dim=16, n_inner=24, rope_theta=1e6),
-        dict(attn_window=5),
-        dict(n_kv_head=2, attn_window=1),
     ],
     ids=str,
 )
@@ -311,15 +294,12 @@ def test_modern_is_transformers_qwen3(shape, tied):
     transformers = needs("transformers")
     model = make(**MODERN | shape, tie_weights=tied)
     c = model.config
-    kind = "sliding_attention" if c.attn_window else "full_attention"
     peer = transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
             vocab_size=61, hidden_size=32, intermediate_size=c.n_inner, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
             max_position_embeddings=16, rms_norm_eps=1e-6, tie_word_embeddings=tied,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            use_sliding_window=bool(c.attn_window), sliding_window=c.attn_window or None,
-            layer_types=[kind] * 2,
         )
     )  # fmt: skip
     assert_equals_transformers(model, peer)
@@ -545,7 +525,7 @@ def test_dropout_acts_in_training_alone():
             assert not torch.equal(noisy(ids)[0], noisy(ids)[0])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "modern, untied, grouped, window", "alibi"])
+@pytest.mark.parametrize("name", ["gpt2", "modern, untied, grouped", "alibi"])
 def test_checkpointing_gives_the_same_gradients(name):
     model = make(**SHAPES[name] | dict(dropout=0.2)).train()
     x, y = random_ids(model), random_ids(model, seed=2)
@@ -561,7 +541,7 @@ def test_checkpointing_gives_the_same_gradients(name):
     not (os.environ.get("LLM_PIPELINE_SLOW") and shutil.which("g++")),
     reason="compiles for a minute: needs a C++ compiler and LLM_PIPELINE_SLOW=1",
 )
-@pytest.mark.parametrize("name", ["gpt2", "modern, untied, grouped, window"])
+@pytest.mark.parametrize("name", ["gpt2", "modern, untied, grouped"])
 def test_compiled_equals_eager(name):
     model = make(**SHAPES[name]).train()
     x, y = random_ids(model), random_ids(model, seed=2)
