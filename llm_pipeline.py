@@ -1662,7 +1662,8 @@ def runtime(config: RuntimeConfig, alone: bool = False):
     finally:
         if not asked:  # what `choose_threads` found holds for this command
             torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(was_deterministic)
+        if config.deterministic:  # the call imports torch's compiler, which takes two seconds
+            torch.use_deterministic_algorithms(was_deterministic)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -4098,7 +4099,7 @@ def write_store(
 #     >>> lp.load_checkpoint("ckpts/last.pth")["progress"]["step"]
 # ====================================================================================
 
-CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.2"
+CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.3"
 SEAL = b"sha256:"  # the archive's zip comment: this, and the digest of all before its length
 
 
