@@ -86,6 +86,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm import tqdm
@@ -4162,11 +4163,30 @@ def is_tied(config: GPTConfig, name: str) -> bool:
     return config.tie_weights and name == "head.weight"
 
 
+class WithoutNumbers(TorchFunctionMode):
+    """Makes the initialisation of weights do nothing: on the meta device, which holds no numbers,
+    it would import torch's compiler, which takes two seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_):
+            return args[0]
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs.get("tensor", *args[:1])
+        return func(*args, **kwargs)
+
+
+def shape_of_model(config: GPTConfig) -> GPT:
+    """A model whose tensors have shapes and no memory."""
+    with torch.device("meta"), WithoutNumbers():
+        return GPT(config)
+
+
 def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None = None) -> GPT:
     """The model with these weights, not copied. Raises UserError naming those that do not fit."""
-    with torch.device("meta"):  # an empty model, which takes no memory
-        model = GPT(config)
-        if lora:
+    model = shape_of_model(config)
+    if lora:
+        with torch.device("meta"):
             add_lora(model, lora)
     if config.tie_weights and "tok_emb.weight" in weights:
         weights = weights | {"head.weight": weights["tok_emb.weight"]}
@@ -4415,8 +4435,7 @@ class TensorRow:
 def tensor_rows(c: GPTConfig) -> Iterator[TensorRow]:
     """Every tensor of a model of this shape, under both names."""
     kind, sizes = hf_kind(c), fused_rows(c)
-    with torch.device("meta"):
-        tensors = GPT(c).state_dict()
+    tensors = shape_of_model(c).state_dict()
     for ours, tensor in tensors.items():
         if is_tied(c, ours):
             continue
@@ -5786,8 +5805,7 @@ def choose_size(explicit: dict, n_bytes: int, rt: Runtime, seconds: float) -> di
     for rung in RUNGS:
         size = settle(TrainConfig, rung | explicit)
         vocab_size, bytes_a_token = likely_tokens(size.tokenizer, size.vocab_size)
-        with torch.device("meta"):
-            model = GPT(model_config(size, vocab_size))
+        model = shape_of_model(model_config(size, vocab_size))
         tokens = seconds * speed / (6 * model.n_params())
         most = PASSES * n_bytes / bytes_a_token or math.inf
         needed = ENOUGH * sum(p.numel() for p in model.blocks.parameters())

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -516,3 +518,13 @@ def test_running_out_of_memory_for_good_says_what_to_do(corpus, tmp_path, monkey
     spoil(monkeypatch, fail)
     result = run("train", *corpus, *SHORT, "--out_dir", tmp_path).fails(1, "memory", "block_size")
     assert len(result.errors) == 1
+
+
+def test_commands_do_not_import_the_compiler(corpus, tmp_path):
+    """It takes two seconds, which is more than a short command does."""
+    train = [*map(str, ["train", *corpus, *SHORT, "--out_dir", tmp_path])]
+    sample = ["sample", "--ckpt", str(tmp_path / "best.pth"), "--prompt", "a"]
+    code = f"""import sys, llm_pipeline as lp
+assert lp.main({train}) == 0 and lp.main({sample}) == 0
+assert "torch._dynamo" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True)
