@@ -29,8 +29,8 @@ parts. Part I is the course, to be read from the top in one sitting:
      6 Sampling        the key/value cache, the next token, generation
      7 Presets         names that set many settings at once
 
-Part II, the workshop, makes it exact, fast and usable: 8 Runtime, 9 The same, faster, 10 BPE,
-11 Corpus, 12 Checkpoints, 13 Interchange, 14 Evaluation, 15 Commands, 16 Command line.
+Part II, the workshop, makes it exact, fast and usable: 8 Runtime, 9 The same, faster,
+10 Vocabularies, 11 Corpus, 12 Checkpoints, 13 Interchange, 14 Evaluation, 15 Commands, 16 Command line.
 """
 
 from __future__ import annotations
@@ -191,6 +191,10 @@ def instruction_response(output: str) -> str:
 # Token ids become inputs x and targets y, the same ids one token ahead. Data sets, samplers and
 # loaders are PyTorch's. What is special is the sampler: the batch of step s is a function of
 # (seed, s) alone, so that resuming costs nothing, and one process or four see the same batches.
+#
+# Masks: a target that is not to be learned is IGNORE in y. `LMDataset` masks answers that the data
+# says not to train, `InstructionDataset` these and, with loss_on "response", all but the answer,
+# `pad` the padding.
 #
 #     >>> x, y = lp.LMDataset(range(17), block_size=8)[1]
 #     >>> x.tolist(), y.tolist()
@@ -895,8 +899,11 @@ class GPT(nn.Module):
         seed = torch.randint(2**62, ()).item() if seed is None else seed
         sampling |= dict(temperature=temperature, top_k=top_k)
         training = self.training
-        new = list(generate(self.eval(), idx, max_new_tokens, seed=seed, **sampling))  # steps of B
-        self.train(training)
+        self.eval()
+        try:
+            new = list(generate(self, idx, max_new_tokens, seed=seed, **sampling))  # steps of B
+        finally:
+            self.train(training)
         return torch.cat([idx, torch.tensor(new, dtype=idx.dtype, device=idx.device).T], 1)
 
 
@@ -1369,7 +1376,8 @@ def sample_next(
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         mass = (ordered.softmax(-1) * 2**40).long()  # integers: every device sums them alike
-        dropped = mass.cumsum(-1) - mass >= math.ceil(top_p * 2**40)  # enough likelier ones
+        enough = max(1, math.ceil(top_p * 2**40))  # the likeliest always stays
+        dropped = mass.cumsum(-1) - mass >= enough
         logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
     probabilities = logits.softmax(-1)
     if min_p > 0.0:
@@ -1642,9 +1650,9 @@ def runtime(config: RuntimeConfig, alone: bool = False):
     device = pick_device(config.device, world_size)
     if device.type == "cuda":
         set_up_cuda(device, config.vram_limit_gb)
-    threads, asked = torch.get_num_threads(), config.threads
-    if asked:
-        torch.set_num_threads(asked)
+    threads = torch.get_num_threads()
+    if config.threads:
+        torch.set_num_threads(config.threads)
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -1661,8 +1669,7 @@ def runtime(config: RuntimeConfig, alone: bool = False):
         why = f"another process has ended or does not answer ({one_line(error, 90)})"
         raise UserError(f"{why}: start all of them again, with --resume") from None
     finally:
-        if not asked:  # what `choose_threads` found holds for this command
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
         if config.deterministic:  # the call imports torch's compiler, which takes two seconds
             torch.use_deterministic_algorithms(was_deterministic)
         if dist.is_initialized():
@@ -1837,8 +1844,8 @@ def write_json(path: str | Path, value) -> None:
 class CSVLogger:
     """Rows of a CSV file: step, epoch, split, loss, timestamp (ISO 8601, in UTC), and more.
 
-    A log that is there is gone on with: rows after `step` are dropped, as is what a crash left of
-    the last one. Raises UserError where the file is no log.
+    An existing log is continued: rows after `step` are dropped, as is what a crash left of the
+    last one. Raises UserError where the file is no log.
     """
 
     COLUMNS = ("step", "epoch", "split", "loss", "timestamp")
@@ -2583,12 +2590,12 @@ def load_tokenizer(name: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(name)
     if path.name == "tokenizer.json" and path.with_name("tokenizer_config.json").is_file():
-        path = path.parent
+        path, name = path.parent, str(path.parent)
     if path.is_file():
         with library_errors(f"{path} is not a tokenizer"):
             library = optional("tokenizers").Tokenizer.from_file(str(path))
         return bpe_tokenizer(library.to_str(), **special_ids(library, {}))
-    folder = hf_folder(str(path), TOKENIZER_FILES)
+    folder = hf_folder(name, TOKENIZER_FILES)
     has = {file.name for file in folder.iterdir()}
     if {"encoder.json", "vocab.bpe"} <= has and "tokenizer.json" not in has:
         return tokenizer_from_merges(folder / "encoder.json", folder / "vocab.bpe")
@@ -4569,7 +4576,7 @@ def check_logits(peer, model: GPT) -> None:
     with torch.no_grad():
         theirs, ours = peer.float().eval()(x).logits, model.cpu().float().eval()(x)[0]
     gap, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    if not gap <= 1e-4 * scale:  # not a number is none either
+    if not gap <= 1e-4 * scale:  # NaN fails too
         what = f"its logits differ by {gap:.1e} of {scale:.1e}"
         raise UserError(f"{type(peer).__name__} computes something else than our model: {what}")
     note(f"logits agree with {type(peer).__name__} to {gap:.1e} of {scale:.1e}")
@@ -4591,7 +4598,7 @@ class Loaded:
         return self.uses_our_chat_template or weighed or self.state.get("command") == "finetune"
 
     @property
-    def data(self) -> dict:
+    def split_settings(self) -> dict:
         """INHERITED settings: with these this model has never seen the validation records."""
         usual = {name: getattr(DataConfig, name) for name in INHERITED}
         stored = self.state.get("config") or {}  # a model from elsewhere has none
@@ -4601,7 +4608,7 @@ class Loaded:
     @property
     def prefix(self) -> list[int]:
         """Ids before a plain text: bos, unless such texts were joined without special tokens."""
-        return list(self.tokenizer.prefix) if self.data["add_special_tokens"] else []
+        return list(self.tokenizer.prefix) if self.split_settings["add_special_tokens"] else []
 
 
 def load_model(name: str, merge: bool = True, block_size: int | None = None) -> Loaded:
@@ -4942,7 +4949,7 @@ def check_gguf(tensors: dict[str, Tensor], file: str, dtype: str) -> None:
 # ====================================================================================
 # 14. Evaluation
 #
-# `evaluate_perplexity` scores, `report` asks what is to be known of a model on a corpus, and
+# `evaluate_perplexity` scores, `report` measures all that is to be known of a model on a corpus, and
 # `report_lines` prints it: train, finetune and eval end with the same table. Each record is scored
 # by itself, each of its tokens once.
 #
@@ -5054,7 +5061,7 @@ def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
 
 @dataclass
 class Evaluation:
-    """What `report` asks of a model on a corpus. limit: evenly spaced samples of each kind (0: all)."""
+    """A model measured on a corpus, for `report`. limit: evenly spaced samples of each kind (0: all)."""
 
     loaded: Loaded
     store: TokenStore
@@ -5496,10 +5503,12 @@ class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
     temperature: float = option(1.0, "GRPO: of the answers", above=0.0, high=100.0)
     grpo_normalize: bool = option(False, "GRPO: divide advantages by their group's deviation")
     kl_beta: float = option(0.0, "GRPO: strength of the tie to the base", low=0.0, high=100.0)
-    report_samples: int = changeable(50, "records generated for the before/after report", low=0)
+    report_samples: int = changeable(
+        50, "records of the reports before and after, at least (0: none)", low=0
+    )
 
 
-# Of reward alone. tests/bench/README.md has what was tried.
+# Used for GRPO alone. tests/bench/README.md has what was tried.
 GRPO_SETTINGS = dict(
     optimizer="muon", muon_lr=8e-4, lr=1e-4, lr_schedule="linear", min_lr_ratio=0.0, warmup_steps=10,
     batch_size=64, max_steps=200, eval_interval=40, compile="off",
@@ -5530,29 +5539,40 @@ def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = Fa
     return store
 
 
-def open_split_store(
-    config: DataConfig, rt: Runtime, base: Loaded, resumed: bool = False, pairs: bool = False
-) -> TokenStore:
-    """The corpus, split as the base's training data was, which stays out of validation. A resumed
-    run has its own split. Raises UserError where a prepared store was split in another way."""
-    if resumed:
-        return open_store(config, rt, base.tokenizer, pairs)
+def take_over_split(config: DataConfig, base: Loaded) -> None:
+    """INHERITED settings that nobody has asked for become those of the base; of others that differ,
+    a warning."""
     for name in INHERITED:
-        value, theirs = getattr(config, name), base.data[name]
+        value, theirs = getattr(config, name), base.split_settings[name]
         if name not in config.explicit and value == getattr(type(config), name):
             setattr(config, name, theirs)
         elif value != theirs and name != "add_special_tokens":
             what = f"--{name} {value} differs from the checkpoint's {theirs}"
             note(f"warning: {what}: it may have been trained on what is validated here")
-    store = open_store(config, rt, base.tokenizer, pairs)
-    if not base.state.get("data") or getattr(config, "split", "") == "all":
-        return store
-    for name in SPLIT_SETTINGS:  # of a prepared store they are its own
-        value, theirs = getattr(config, name), base.data[name]
+
+
+def refuse_other_split(config: DataConfig, base: Loaded) -> None:
+    """Raise UserError where a prepared store, whose settings are `config`'s by now, was split
+    otherwise than the base's training data."""
+    for name in SPLIT_SETTINGS:
+        value, theirs = getattr(config, name), base.split_settings[name]
         if value != theirs and name not in config.explicit:
             what = f"was prepared with --{name} {value}, the checkpoint trained with {theirs}"
             why = "or it may be validated on what it was trained on"
             raise UserError(f"{config.data_dir} {what}: prepare it by --{name} {theirs}, {why}")
+
+
+def open_split_store(
+    config: DataConfig, rt: Runtime, base: Loaded, resumed: bool = False, pairs: bool = False
+) -> TokenStore:
+    """The corpus, split as the base's training data was, which stays out of validation. A resumed
+    run has its own split."""
+    if not resumed:
+        take_over_split(config, base)
+    store = open_store(config, rt, base.tokenizer, pairs)
+    # A model from elsewhere has no split; of --split all none matters.
+    if not resumed and base.state.get("data") and getattr(config, "split", "") != "all":
+        refuse_other_split(config, base)
     return store
 
 
@@ -5659,6 +5679,16 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, new: Progres
     return progress
 
 
+def vocabulary(about: dict) -> dict:
+    """What config.json says of the tokens, in which plot_curves.py counts losses: those of a base or
+    of a prepared store, too, whatever the settings are."""
+    if about["tokenizer"]["kind"] == "byte":
+        return {"tokenizer": "byte"}
+    name = about["config"].get("tokenizer", "byte")
+    size = max(260, about["model_config"]["vocab_size"])  # --vocab_size takes no less
+    return {"tokenizer": "bpe" if name == "byte" else name, "vocab_size": size}
+
+
 def run_fit(run: Run, folder: RunFolder) -> str:
     """Call `fit` and say how it ended. Returns best.pth's path; "" if it was stopped."""
     config, p, shape, about = run.config, run.progress, run.model.config, folder.about
@@ -5666,7 +5696,7 @@ def run_fit(run: Run, folder: RunFolder) -> str:
         if config.overwrite and not folder.state:
             for name in RUN_FILES:
                 folder.file(name).unlink(missing_ok=True)
-        write_json(folder.file("config.json"), about["config"])
+        write_json(folder.file("config.json"), about["config"] | vocabulary(about))
     model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
     steps = f"{p.total:,} steps of {run.train.batch_sampler.batch_size} x {shape.block_size} tokens"
     note(f"{model}, {run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {steps}")
@@ -6214,8 +6244,8 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
 def report_shape(config: FitConfig, store: TokenStore) -> tuple[str, int, int]:
     """(split, batch size, batches of each source) of the reports of train and finetune."""
     split = "val" if len(store.tokens["val"]) > 1 else "train"
-    n = getattr(config, "report_samples", 256) // (config.batch_size * len(store.sources))
-    return split, config.batch_size, max(1, n)
+    n = getattr(config, "report_samples", 256) / (config.batch_size * len(store.sources))
+    return split, config.batch_size, math.ceil(n)
 
 
 def say_result(run: Run, folder: RunFolder, best: str, before: dict | None = None) -> None:
@@ -6292,7 +6322,7 @@ def what_it_was_trained_on(config: EvalConfig, loaded: Loaded, store: TokenStore
         return "this is the data that the checkpoint was trained on; val was held out of that"
     what = "this is not the data that the checkpoint was trained on"
     names = [name for name in INHERITED if name != "add_special_tokens"]
-    if any(getattr(config, name) != loaded.data[name] for name in names):
+    if any(getattr(config, name) != loaded.split_settings[name] for name in names):
         return f"warning: {what}, and it is split otherwise: it may have been trained on any of it"
     keeps = "a record in both keeps its side of the split, but for texts over 64 KiB"
     return f"{what}; {keeps} and files named train, valid or test"
@@ -6343,10 +6373,10 @@ def sample_text(
     """The text that a model puts behind `prompt`, which is taken as it stands.
 
     It ends with max_new_tokens, or where the model ends it. settings: others of `SampleConfig`,
-    such as seed and stop.
+    such as top_p and seed. Raises UserError where one is unknown or out of its limits.
     """
     settings |= dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-    config, training = SampleConfig(**settings, template="raw"), model.training
+    config, training = settle(SampleConfig, settings | {"template": "raw"}), model.training
     model.eval()
     try:
         return "".join(stream_text(Loaded(model, tokenizer, {}), config, prompt))
@@ -7041,7 +7071,7 @@ FIRST_FLAGS = """
     data_dir ckpt preset recipe tokenizer vocab_size minutes epochs max_steps batch_size lr block_size
     n_layer n_head n_embd method loss_on objective split max_batches prompt input template stop
     max_new_tokens temperature top_k top_p num_samples download hf_dataset preview gguf gguf_type
-    adapter merge vs json threads out_dir resume config"""
+    adapter vs json threads out_dir resume config"""
 # Settings that name a file or folder.
 PATHS = {"data_dir", "processed_dir", "out_dir", "config", "ckpt", "init_from", "json", "gguf",
          "hf_dataset", "tokenizer", "base_model", "check_model", "reward"}  # fmt: skip
@@ -7128,6 +7158,7 @@ def settle(cls: type, explicit: dict):
     if explicit.get("minutes"):
         settings["recipe"] = "fast"
     chosen = settings | explicit
+    # A recipe may name an arch, so it is asked first; the order of precedence is the one of `values`.
     preset, recipes = PRESETS.get(chosen.get("preset"), {}), RECIPES
     if issubclass(cls, FinetuneConfig):  # the model is the checkpoint's, the rates are finetuning's
         preset = {n: v for n, v in preset.items() if n in ("batch_size", "grad_accum")}
@@ -7465,6 +7496,8 @@ class TextGenerator:
         with runtime(config) as rt:
             self.loaded = load_model(config.ckpt)
             for_decoding(self.loaded.model, rt.device, rt.dtype, config.compile == "on")
+        if config.threads:  # for all that is generated later, too
+            torch.set_num_threads(config.threads)
 
     def stream(self, prompt: str, **settings) -> Iterator[str]:
         """Pieces of text as they are generated; of several samples, each whole."""

@@ -6,8 +6,9 @@
     python plot_curves.py data/processed/*             # lengths of the documents of token stores
 
 A run gives curves.png (training and validation together) and, each by itself, train_loss.png,
-val_loss.png and val_ppl.png; a store token_lengths.png. The images land beside the first input, or
-in --out_dir; their paths are printed. What holds nothing to draw is passed over, and that is said.
+val_loss.png and val_ppl.png, but no perplexity where the loss is that of preferences or reward; a
+store gives token_lengths.png. The images land beside the first input, or in --out_dir; their paths
+are printed. What holds nothing to draw is passed over, and that is said.
 """
 
 from __future__ import annotations
@@ -72,9 +73,10 @@ def unit_of(config: dict) -> str:
     """What a loss is counted in: nats per byte and per token of some vocabulary are not alike."""
     if config.get("objective", "ntp") != "ntp":
         return config["objective"]
-    if config.get("tokenizer") == "bpe":
-        return f"nats per token of {config.get('vocab_size', 0):,}"
-    return "nats per byte" if config.get("tokenizer") == "byte" else "nats per token"
+    if config.get("tokenizer") == "byte":
+        return "nats per byte"
+    size = config.get("vocab_size")
+    return f"nats per token of {size:,}" if size else "nats per token"
 
 
 def by_minutes(rows: list[dict]) -> list[float]:
@@ -131,10 +133,14 @@ def picture(path: Path, panels: int = 1) -> Iterator[list]:
 
 def draw_curves(out_dir: Path, runs: dict[str, Curves], args: argparse.Namespace) -> None:
     """PICTURES, the runs laid over one another; a panel for each unit of their losses."""
-    units = sorted({run.unit for run in runs.values()})
     if len(runs) == 1:  # one needs no name
         runs = {"": next(iter(runs.values()))}
     for file, (splits, what) in PICTURES.items():
+        units = sorted({run.unit for run in runs.values()})
+        if "perplexity" in what:  # of what is not counted in nats there is none
+            units = [unit for unit in units if unit.startswith("nats")]
+        if not units:
+            continue
         with picture(out_dir / file, len(units)) as panels:
             for unit, axes in zip(units, panels, strict=True):
                 mine = {name: run for name, run in runs.items() if run.unit == unit}

@@ -4,6 +4,7 @@ import json
 import threading
 
 import pytest
+import torch
 from conftest import differences, needs, run
 
 import llm_pipeline as lp
@@ -100,6 +101,18 @@ def test_a_wrong_setting_is_an_exception_that_says_so(settings, word, tmp_path, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(lp.UserError, match="(?s).*" + word.replace("?", "[?]")):
         lp.train(**settings)
+
+
+def test_threads_are_given_back_but_by_a_loaded_model(source, tiny_checkpoint):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        lp.evaluate(**source, ckpt=tiny_checkpoint, device="cpu", threads=1)
+        assert torch.get_num_threads() == 2
+        lp.load(tiny_checkpoint, device="cpu", threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_missing_checkpoint_is_an_exception_that_says_so(tmp_path):

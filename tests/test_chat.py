@@ -55,6 +55,9 @@ def test_sample_text_is_what_the_model_generates():
     model.train()
     draws = [lp.sample_text(model, tokenizer, "a", 40, top_k=50, seed=s) for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2] and model.training
+    for wrong in ({"top_p": 0}, {"temprature": 1}, {"seed": "x"}):
+        with pytest.raises(lp.UserError, match=next(iter(wrong))):
+            lp.sample_text(model, tokenizer, "a", **wrong)
 
 
 @pytest.mark.parametrize("system", ["", "Be kind."])

@@ -67,6 +67,7 @@ def test_help_shows_what_a_first_user_needs(command):
     assert run(command, "--help").out == result.out
     if command in ("train", "bench"):
         assert {"n_layer", "n_head", "n_embd", "block_size", "threads"} <= set(shown)
+    assert {*lp.FIRST_FLAGS.split()} <= {name for c in COMMANDS for name in settings_of(c)}
     examples = [line for line in result.out.split("examples:")[1].splitlines() if line]
     for line in examples:  # they are command lines that this program takes
         name, config = lp.parse(shlex.split(line, comments=True)[2:])

@@ -333,3 +333,15 @@ def test_stop_strings(text, stop, wanted):
     assert "".join(pieces(text, stop)) == wanted
     both = pieces(text, stop, num_samples=2)
     assert both == [wanted, wanted]
+
+
+def test_no_top_p_leaves_the_likeliest():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]])
+    assert lp.sample_next(logits, top_p=0.0).tolist() == [1, 0]
+
+
+def test_a_model_that_fails_to_generate_stays_in_training():
+    model = make().train()
+    with pytest.raises(TypeError):
+        model.generate(torch.zeros(1, 2, dtype=torch.long), 3, no_such_setting=1)
+    assert model.training

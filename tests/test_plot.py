@@ -5,8 +5,9 @@ import math
 import sys
 
 import pytest
-from conftest import needs, run
+from conftest import CPU, TINY, needs, run, words
 
+import llm_pipeline as lp
 import plot_curves
 
 NAMES = ["curves.png", "train_loss.png", "val_loss.png", "val_ppl.png"]
@@ -118,6 +119,34 @@ def test_losses_of_different_units_have_panels_of_their_own(tmp_path, figures):
         assert one.get_ylabel().endswith("(nats per byte)") and len(one.get_lines()) >= 4
         assert two.get_ylabel().endswith("(nats per token of 2,000)")
         assert all(label.startswith("bpe: ") for label in labels(two))
+
+
+def test_a_run_from_a_base_has_its_unit(tiny_checkpoint, corpus, tmp_path, figures):
+    needs("tokenizers")
+    base = tmp_path / "base"
+    run("train", *corpus, *TINY, *words("--tokenizer bpe --vocab_size 400"), "--out_dir", base).ok()
+    runs = [tiny_checkpoint.parent, base]
+    for number, start in enumerate((tiny_checkpoint, base / "best.pth")):
+        tuned, more = tmp_path / f"tuned{number}", tmp_path / f"more{number}"
+        short = [*corpus, *CPU, *words("--max_steps 2 --batch_size 4"), "--out_dir"]
+        run("finetune", *short, tuned, "--ckpt", start, "--report_samples", 0).ok()
+        run("train", *short, more, "--init_from", start).ok()
+        runs += [tuned, more]
+    assert plot(*runs, "--out_dir", tmp_path) == 0
+    units = [axes.get_ylabel().split("(")[1][:-1] for axes in figures["validation loss"]]
+    size = lp.load_checkpoint(base / "best.pth")["model_config"]["vocab_size"]
+    assert units == ["nats per byte", f"nats per token of {size}"] and size < 400
+    counts = [len(axes.get_legend().get_texts()) for axes in figures["validation loss"]]
+    assert counts == [3, 3]
+
+
+def test_preferences_and_reward_have_no_perplexity(metrics, tmp_path, figures):
+    tuned = a_run(tmp_path / "dpo", objective="dpo", tokenizer="byte")
+    assert plot(tuned) == 0
+    assert sorted(p.name for p in tuned.parent.glob("*.png")) == NAMES[:3]
+    assert plot(tuned, metrics, "--out_dir", tmp_path) == 0
+    (axes,) = figures["validation perplexity"]
+    assert labels(axes)[0].startswith("run: validation")
 
 
 def test_a_weighted_training_loss_stands_beside_no_validation_loss(tmp_path, figures):
