@@ -30,7 +30,8 @@ parts. Part I is the course, to be read from the top in one sitting:
      7 Presets         names that set many settings at once
 
 Part II, the workshop, makes it exact, fast and usable: 8 Runtime, 9 The same, faster,
-10 Vocabularies, 11 Corpus, 12 Checkpoints, 13 Interchange, 14 Evaluation, 15 Commands, 16 Command line.
+10 Vocabularies, 11 Corpus, 12 Checkpoints, 13 Interchange, 14 Evaluation, 15 Commands,
+16 Command line.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ class Settings:
 # 1. Tokens
 #
 # Text becomes numbers. Bytes need no training: 256 ids, and four special tokens that text cannot
-# spell. BPE (section 10) has the same interface: vocab_size, the special ids, prefix, encode,
-# encode_batch, decode, spec.
+# spell. Other vocabularies (section 10) have the same interface: vocab_size, the special ids,
+# prefix, encode, encode_batch, decode, spec.
 #
 #     >>> import llm_pipeline as lp
 #     >>> lp.ByteTokenizer().encode("Größe").tolist()
@@ -2410,10 +2411,12 @@ def loss_and_gradient(model: GPT, batch: Batch, rt: Runtime) -> tuple[float, Ten
 class TokenizerConfig(Settings):
     """Tokenizer. Commands that take a checkpoint use the tokenizer inside it."""
 
-    tokenizer: str = option("byte", "byte, bpe (trained here), gpt2, or a file or folder")
+    tokenizer: str = option("byte", "byte, bpe (trained here), a file or folder, or gpt2 (Hub)")
     vocab_size: int = option(8192, "size of a trained BPE vocabulary", low=260, high=2**20)
     min_frequency: int = option(2, "a BPE merge needs this many occurrences", low=1)
-    special_tokens: str = option("", "a trained BPE's names for <|pad|>,<|bos|>,<|eos|>,<|sep|>")
+    special_tokens: str = option(
+        "", "a trained BPE's special tokens; usual names, such as <pad>,<s>,</s>,<sep>, have roles"
+    )
     extra_special_tokens: str = option("", "further tokens of a trained BPE, kept whole in texts")
 
 
@@ -2551,7 +2554,12 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     saved = json.loads(library.to_str())
     for token in saved["added_tokens"]:
         token["special"] = token["content"] not in extra  # the library looks for others in texts
-    return bpe_tokenizer(json.dumps(saved), **special_ids(library, {}))
+    ids = special_ids(library, {})
+    if config.special_tokens:
+        token = {number: name for name, number in library.get_vocab().items()} | {None: "none"}
+        roles = [f"{role} is {token[ids[f'{role}_id']]}" for role in USUAL_NAMES]
+        note(f"special tokens by their names: {', '.join(roles)}")
+    return bpe_tokenizer(json.dumps(saved), **ids)
 
 
 # Names of special tokens where a configuration declares none; the first that is there counts.
@@ -2585,7 +2593,7 @@ def special_ids(library, declared: dict[str, str | None], ends: Sequence[int] = 
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`byte`, a tokenizer.json, a folder, or a name on the Hub. Raises UserError."""
+    """`byte`, a tokenizer.json, a folder, or a name on the Hub such as gpt2. Raises UserError."""
     if name == "byte":
         return ByteTokenizer()
     path = Path(name)
@@ -2672,11 +2680,8 @@ def tiktoken_twin(library: dict):
         import tiktoken
     except ImportError:
         return None
-    vocabulary, added, alphabet = (
-        library["model"]["vocab"],
-        library["added_tokens"],
-        byte_alphabet(),
-    )
+    vocabulary, added = library["model"]["vocab"], library["added_tokens"]
+    alphabet = byte_alphabet()
     words = vocabulary.keys() - {token["content"] for token in added}
     merged = ["".join(pair) for pair in library["model"]["merges"]]
     ids = [vocabulary[word] for word in merged]
@@ -2827,7 +2832,7 @@ def ending(path: Path) -> str:
 
 def open_binary(path: Path):
     """The bytes of a file, unpacked."""
-    if path.suffix.lower() == ".zst":  # zstandard's own reader takes a torn file for a whole one
+    if path.suffix.lower() == ".zst":  # zstandard's own reader takes a truncated file
         library = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
         return optional(library, "backports.zstd").open(path, "rb")
     return OPENERS.get(path.suffix.lower(), open)(path, "rb")
@@ -2861,7 +2866,7 @@ def read_text(path: Path, size: int = 0) -> Iterator[str]:
 def documents_in(blocks: Iterator[str], delimiter: str) -> Iterator[str]:
     """The text between delimiters."""
     rest = ""
-    # As much again as is left over, so that a long document is not searched block by block anew.
+    # Each time at least as much as is left over: a long document is not searched anew by the block.
     while more := "".join(islice(blocks, 1 + len(rest) // BLOCK)):
         *documents, rest = (rest + more).split(delimiter)
         yield from documents
@@ -2920,6 +2925,22 @@ def is_trained(entry: dict) -> bool:
         if flag(entry[name]) is None:
             raise ValueError(f"{name!r} is neither 0 nor 1")
     return all(flag(entry[name]) for name in masks)
+
+
+def liking(row: dict) -> bool | None:
+    """KTO's label, whether people liked the answer; None where a label says nothing of the kind.
+
+    0 and 1 count beside KTO's own columns alone, elsewhere they may be numbers of classes. Raises
+    ValueError on other numbers there.
+    """
+    label = row.get("label")
+    if str(label).strip().lower() in ("true", "false"):
+        return flag(label)
+    if row.get("prompt") is None or row.get("completion") is None:
+        return None
+    if flag(label) is None and re.fullmatch(r"[-.\d]+", str(label).strip()):
+        raise ValueError(f"'label' is {label} beside prompt and completion, where KTO has 0 or 1")
+    return flag(label)
 
 
 def present(row: dict, names: Iterable[str], empty: tuple = (None,)) -> str:
@@ -3064,7 +3085,7 @@ def record_from_row(row: dict, text_field: str = "text") -> Record:
     refuse(row, UNSUPPORTED, "the row")
     body = dialogue_of(row, asked, talk, answer)
     rejected = rejected_answer(row["rejected"], body) if pair else ""
-    if flag(row.get("label")) is False:  # KTO's: an answer that people did not like
+    if liking(row) is False:
         body[-1] = body[-1]._replace(trained=False)
     if not is_trained(row):
         body = [message._replace(trained=False) for message in body]
@@ -3095,7 +3116,7 @@ def unused_in(row: dict, record: Record, text_field: str) -> Iterator[str]:
     """Names of what a row holds and its record does not."""
     used = {text_field, *MASKS} if record.is_plain else USED_COLUMNS
     for name in row.keys() - used:
-        is_liking = name == "label" and flag(row[name]) is not None and not record.is_plain
+        is_liking = name == "label" and not record.is_plain and liking(row) is not None
         if row[name] not in EMPTY and not is_liking:
             yield name
     for column in row.keys() & used & {*DIALOGUES, *PREFERENCES}:
@@ -3153,7 +3174,7 @@ def records_of(source: Source, labels: str, config: DataConfig, report: Report) 
 
 
 def join_rows(records: Iterable[Record]) -> Iterator[Record]:
-    """Plain texts of one source and split as one text, each on a line, as WikiText is on the Hub."""
+    """Plain texts of a source as one text, each on a line, as WikiText is on the Hub."""
     groups = groupby(records, key=lambda r: (r.source, r.split, r.is_plain))
     for (source, split, is_plain), group in groups:
         if not is_plain:
@@ -3481,10 +3502,8 @@ def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
     The file's own name counts most. All of `train` trains only beside something that validates;
     held-out parts count wherever anything is left to train on.
     """
-    roles, place = (
-        {},
-        {},
-    )  # role: what a name says; place: the folder of the file or folder named so
+    roles: dict[Path, str] = {}
+    place: dict[Path, Path] = {}  # the folder that holds the file or folder whose name says it
     for file in files:
         parts = takewhile(lambda part: part != root, (file, *file.parents))
         named = next((part for part in parts if role_in_name(part.name)), root)
@@ -3492,13 +3511,12 @@ def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
         place[file] = named.parent
     validated = {place[file] for file, role in roles.items() if role == "val"}
     some = set(roles.values())
+    nothing_trains, all_is_test = not some & {"train", ""}, some == {"test"}
     for file, role in roles.items():
-        alone = (
-            (role == "train" and place[file] not in validated)
-            or (role == "val" and not some & {"train", ""})
-            or (role == "test" and some == {"test"})
-        )
-        roles[file] = "" if alone else role
+        nothing_validates = place[file] not in validated
+        alone = {"train": nothing_validates, "val": nothing_trains, "test": all_is_test}
+        if alone.get(role):
+            roles[file] = ""
     return roles
 
 
@@ -3533,6 +3551,21 @@ def toy_rows() -> Iterator[tuple]:
         yield "toy", dict(instruction=task, input=text, output=answer)
 
 
+MOST_SOURCES = 20  # a longer table is not read
+
+
+def source_names(paths: Iterable[Path], root: Path) -> dict[Path, str]:
+    """What each file counts as: itself; of many files the folder just below `root`, or all of it."""
+    names = {path: path.name for path in paths}
+    if len(set(names.values())) <= MOST_SOURCES:
+        return names
+    whole = Path(os.path.abspath(root)).name
+    names = {path: next(iter(path.relative_to(root).parts[:-1]), whole) for path in names}
+    if len(set(names.values())) <= MOST_SOURCES:
+        return names
+    return dict.fromkeys(names, whole)
+
+
 # Files that say what a data set is, as the Hub and `save_to_disk` write them.
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -3557,13 +3590,14 @@ def file_sources(config: DataConfig, report: Report) -> list[Source]:
         raise UserError(f"--data_dir {config.data_dir}: {what}; {way}")
     roles, whole = roles_of(found, Path(config.data_dir)), data_role(config)
     left_out |= {path: "test split, kept out" for path in found if roles[path] == "test"}
+    names = source_names([*found, *left_out], Path(config.data_dir))
     for path, why in left_out.items():
-        report.skip(path.name, why, str(path))
+        report.skip(names[path], why, str(path))
     whole = "val" if whole == "test" else whole  # a test part that is named is read, not trained on
     sources = []
     for path in [path for path in found if path not in left_out]:
         read = readers[path]
-        name = "sms" if read is sms_rows else path.name
+        name = "sms" if read is sms_rows else names[path]
         table = "" if read in (plain_rows, sms_rows) else "instructions"
         sources.append(Source(name, partial(read, path, config), roles[path] or whole, table))
     return sources
@@ -3579,8 +3613,7 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
         sources = file_sources(config, report)
     labels = label_column(sources, config)
     found = (records_of(source, labels, config, report) for source in sources)
-    records = chain.from_iterable(found)
-    yield from join_rows(records) if config.join_rows else records
+    yield from chain.from_iterable(map(join_rows, found) if config.join_rows else found)
 
 
 # --- duplicates and the split ---
@@ -3942,8 +3975,17 @@ def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
     settings = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     for name in ("data_dir", "processed_dir", "streaming"):
         del settings[name]
+    code = [corpus_code(), {ending: reader.__qualname__ for ending, reader in READERS.items()}]
     need = tokens_needed(config)
-    return short_hash([STORE_FORMAT, files, settings, tokenizer, pairs, need], 8)
+    return short_hash([STORE_FORMAT, code, files, settings, tokenizer, pairs, need], 8)
+
+
+@lru_cache
+def corpus_code() -> str:
+    """The sections of this file that make tokens of files: after an edit a store is made anew."""
+    parts = re.split(r"^# (\d+)\. ", Path(__file__).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return sections["1"] + sections["10"] + sections["11"]
 
 
 def is_store(data_dir: str) -> bool:
@@ -3998,7 +4040,7 @@ def built_store(
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
             overwrite = named is not None and getattr(config, "overwrite", False)
             if stands_in(folder, key, overwrite):
-                note("the sources and settings are unchanged: the store was made before")
+                note("sources, settings and code are unchanged: the store was made before")
             else:
                 with write_beside(folder) as new:
                     write_store(config, tokenizer, new, key, pairs)
@@ -4029,6 +4071,9 @@ def adopt(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pa
         raise UserError(f"{store.folder} was prepared with another tokenizer than the checkpoint's")
     if pairs and not store.meta["pairs"]:
         raise UserError(f"{store.folder} was prepared without preference pairs: name the raw data")
+    if store.meta["pairs"] and not pairs:
+        what = f"{store.folder} holds preference pairs, rejected answers too"
+        raise UserError(f"{what}: it serves --objective dpo and orpo alone; name the raw data")
     for name, value in store.meta["settings"].items():
         if name in PLACES or not hasattr(config, name):
             continue
@@ -4072,6 +4117,8 @@ def write_store(
     if not any(writer.size.values()):
         hint = " (preferences need chosen and rejected)" if pairs else ""
         raise UserError(f"no usable records in {config.hf_dataset or config.data_dir}{hint}")
+    if config.val_fraction and not writer.size["val"] and not data_role(config):
+        note("by their hashes all records train and none validates: add data, or name a file valid")
     files = {}
     for name, file in writer.files.items():
         file.close()
@@ -6265,7 +6312,11 @@ def say_result(run: Run, folder: RunFolder, best: str, before: dict | None = Non
                  f"trained on, take {last}")  # fmt: skip
     instruction, text = example_prompt(run.store)
     prompt = ["--prompt", instruction, *(["--input", text] if text else [])]
-    data = ["--data_dir", str(run.store.folder), *([] if run.val else ["--split", "train"])]
+    data = ["--data_dir", str(run.store.folder)]
+    if run.store.meta["pairs"]:  # of use to no other command
+        name = "hf_dataset" if run.config.hf_dataset else "data_dir"
+        data = [f"--{name}", getattr(run.config, name)]
+    data += [] if run.val else ["--split", "train"]
     note("next:")
     for file in files:
         for command, flags in {"eval": data, "sample": prompt, "export": []}.items():

@@ -168,6 +168,26 @@ def test_min_chars(tmp_path):
         assert sum(row["skipped: short or empty"] for row in report.rows.values()) == 4
 
 
+def test_many_files_count_as_their_folders(tmp_path):
+    """A table of thousands of sources says nothing; masks, errors and the split stay a file's."""
+
+    def sources() -> dict[str, int]:
+        return {name: row["records"] for name, row in split(tmp_path)[1].rows.items()}
+
+    for i in range(20):
+        write(tmp_path / f"{i}.txt", f"Text {i}.")
+    assert sources() == {f"{i}.txt": 1 for i in range(20)}
+    for i in range(9):
+        write(tmp_path / f"books/{i}/text.txt", f"Book {i}.")
+        write(tmp_path / f"photos/{i}.png", b"\x89PNG\0\0\xff")
+    assert sources() == {tmp_path.name: 20, "books": 9, "photos": 0}
+    for i in range(30):
+        write(tmp_path / f"{i}/text.txt", f"Folder {i}.")
+    assert sources() == {tmp_path.name: 59}
+    joined = split(tmp_path, join_rows=True)[0]
+    assert len(joined) == 59, "each file is its own text"
+
+
 # --- long texts ---
 
 
@@ -223,6 +243,16 @@ def test_the_only_plain_text_gives_its_last_tenth(tmp_path, size):
         assert len(found["val"]) == size // 10
     write(tmp_path / "0/second.txt", "Another text.")
     assert not [side for _, side in split(tmp_path / "0")[0] if side == "both"]
+
+
+def test_texts_of_which_none_validates_are_named(tmp_path):
+    """A second text beside a lone one: both go by their hash, here both into training."""
+    for name in ("two", "three"):
+        write(tmp_path / f"raw/{name}.txt", f"The text of {name}.")
+        result = run("prepare", "--data_dir", tmp_path / "raw", "--processed_dir", tmp_path).ok()
+        assert ("none validates" in result.err) == (name == "three")
+    flags = ["--val_fraction", 0, "--processed_dir", tmp_path]
+    assert "none validates" not in run("prepare", "--data_dir", tmp_path / "raw", *flags).ok().err
 
 
 # --- the split ---

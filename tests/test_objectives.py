@@ -248,3 +248,23 @@ def test_plain_text_has_no_prompts(base, tmp_path):
     (tmp_path / "book.txt").write_text("Call me Ishmael. " * 200)
     flags = ["--data_dir", tmp_path / "book.txt", "--processed_dir", tmp_path / "stores", *CPU]
     run(*grpo(flags, base, tmp_path / "run")).fails(1, "prompts")
+
+
+# --- preferences, from the command line ---
+
+
+def test_what_a_run_on_preferences_names_next_can_be_typed(base, tmp_path):
+    """The raw data: the store of the run holds rejected answers as well."""
+    rows = [dict(prompt=f"Say {n}.", chosen=f"{n}", rejected="no") for n in range(40)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "pairs.jsonl").write_text(lines, encoding="utf-8")
+    flags = ["--data_dir", tmp_path / "pairs.jsonl", "--processed_dir", tmp_path / "stores", *CPU]
+    tune = words("--objective dpo --max_steps 2 --batch_size 4")
+    result = run("finetune", "--ckpt", base, *flags, *tune, "--out_dir", tmp_path).ok()
+    [hint] = [line for line in result.err.splitlines() if "llm_pipeline.py eval" in line]
+    [store] = [path for path in (tmp_path / "stores").iterdir() if path.is_dir()]
+    scores = run(*words(hint)[2:], "--processed_dir", tmp_path / "stores").ok()
+    assert "eval" in hint and str(store) not in hint and scores.out
+    again = ["--ckpt", base, "--data_dir", store, "--out_dir", tmp_path / "b", *CPU]
+    run("finetune", *again).fails(1, "preference pairs", "raw data")
+    run("finetune", *again, *tune).ok()

@@ -1,8 +1,10 @@
 """The token store: ids, index, bytes, masks, its folder, and blocks of a stream of texts."""
 
+import importlib.util
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -279,6 +281,32 @@ def test_a_store_is_found_again_until_something_changes(tmp_path):
     assert len(others | {first}) == 6
     shutil.rmtree(tmp_path / "p")
     assert times.st_size == path.stat().st_size and first not in {prepared(*flags)}
+
+
+def test_another_template_or_reader_makes_another_store(tmp_path, monkeypatch):
+    write_rows(tmp_path / "raw/a.jsonl", ROWS)
+    first = prepared(*flags_of(tmp_path))
+    monkeypatch.setitem(lp.READERS, ".chat", lp.json_rows)
+    assert prepared(*flags_of(tmp_path)) != first
+    source = Path(lp.__file__).read_text("utf-8").replace("### Output:", "### Answer:")
+    (tmp_path / "edited.py").write_text(source, "utf-8")
+    spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
+    edited = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "edited", edited)
+    spec.loader.exec_module(edited)
+    store = edited.build_corpus_from_sources(tmp_path / "raw", processed_dir=tmp_path / "p")
+    assert b"### Answer:" in bytes(store.tokens["train"][:60].clip(0, 255).astype(np.uint8))
+
+
+def test_pairs_are_no_texts_to_learn(tmp_path):
+    """Their store holds rejected answers as well."""
+    rows = [dict(prompt=f"q{i}", chosen="yes", rejected="no") for i in range(9)]
+    store = build(tmp_path, rows, pairs=True)
+    again = lp.build_corpus_from_sources(store.folder, pairs=True)
+    assert again.fingerprint == store.fingerprint
+    for command in ("prepare", "train"):
+        result = run(command, "--data_dir", store.folder, "--out_dir", tmp_path / "run")
+        result.fails(1, "pairs", "raw data")
 
 
 def test_a_vocabulary_is_trained_once_and_its_store_found_by_other_commands(tmp_path):

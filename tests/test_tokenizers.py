@@ -266,7 +266,7 @@ def test_tokens_of_the_user_are_made_from_text(tmp_path):
     assert not any("user" in token for token in library.get_vocab() if token != "<|user|>")
 
 
-def test_special_tokens_by_our_names_and_others(trained, tmp_path):
+def test_special_tokens_by_our_names_and_others(trained, tmp_path, capsys):
     library = tokenizers.Tokenizer.from_str(trained.json)
     ids = [getattr(trained, f"{role}_id") for role in ROLES]
     assert [library.id_to_token(i) for i in ids] == [f"<|{role}|>" for role in ROLES]
@@ -280,6 +280,9 @@ def test_special_tokens_by_our_names_and_others(trained, tmp_path):
     assert library.token_to_id("<|bos|>") is None
     with pytest.raises(lp.UserError, match="end-of-text"):
         trained_on(tmp_path / "b", special_tokens="<a>,<b>")
+    capsys.readouterr()
+    trained_on(tmp_path / "c", special_tokens="<pad>,<begin>,</s>,<turn>")
+    assert "pad is <pad>, bos is none, eos is </s>, sep is </s>" in capsys.readouterr().err
 
 
 def test_size_and_frequency_are_limits(tmp_path):
