@@ -5274,7 +5274,8 @@ def report(
     result = figures(total) | {"unknown_tokens": unknown, "sources": sources}
     answers = {}
     for part in ("val", "train"):  # of which one may be there for comparison alone
-        answers[part] = asked.answers(part, asked.limit or (0 if part in splits else 500))
+        most = asked.limit * len(store.sources)
+        answers[part] = asked.answers(part, most or (0 if part in splits else 500))
     if answers["val"]["records"] + answers["train"]["records"]:
         result["answers"] = answers
     return result | {"examples": asked.examples(splits[-1])}

@@ -239,8 +239,10 @@ def test_splits_add_up(checkpoint, texts, tmp_path):
 def test_max_batches_bounds_each_source(checkpoint, texts, tmp_path):
     flags = [*texts[0], "--split", "train"]
     whole = evaluate(checkpoint, flags, tmp_path)["sources"]
-    few = evaluate(checkpoint, flags, tmp_path, "--batch_size", 3, "--max_batches", 2)["sources"]
+    result = evaluate(checkpoint, flags, tmp_path, "--batch_size", 3, "--max_batches", 2)
+    few = result["sources"]
     assert few.keys() == whole.keys()
+    assert result["answers"]["train"]["records"] == 6 * len(few)
     for name, source in few.items():
         assert 0 < source["tokens"] <= min(6 * BLOCK, whole[name]["tokens"])
         share = source["tokens"] / whole[name]["tokens"]
