@@ -6376,7 +6376,7 @@ def what_it_was_trained_on(config: EvalConfig, loaded: Loaded, store: TokenStore
     names = [name for name in INHERITED if name != "add_special_tokens"]
     if any(getattr(config, name) != loaded.split_settings[name] for name in names):
         return f"warning: {what}, and it is split otherwise: it may have been trained on any of it"
-    keeps = "a record in both keeps its side of the split, but for texts over 64 KiB"
+    keeps = "a record in both keeps its side of the split, but for a lone text, one over 64 KiB"
     return f"{what}; {keeps} and files named train, valid or test"
 
 
