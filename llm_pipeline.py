@@ -100,7 +100,7 @@ class UserError(Exception):
 
 
 def option(default, help: str, resume="fixed", **limits):
-    """A dataclass field that is also a flag. Limits: low, high, above (exclusive), choices.
+    """A dataclass field that is also a flag. Limits: low, high, above (exclusive), choices (names, or a table).
 
     resume: a resumed run keeps its own value and refuses another ("fixed"), keeps it unless
     another is given ("changeable"), or never stored it ("session_only").
@@ -349,6 +349,8 @@ class InstructionDataset(Dataset):
 
     def record(self, i: int) -> tuple[np.ndarray, np.ndarray, int]:
         """(ids, how much each counts as a target, tokens of prompt) of sample i, cut to the block."""
+        # The index has a row for each answer: the record begins at start, this answer is
+        # [start + prompt, start + length). Rows of one record share start; the last is the longest.
         index, row = self.index, int(self.rows[i])
         start, length, prompt = (int(index[name][row]) for name in ("start", "length", "prompt"))
         ids = self.store.ids(self.split, start, length)
@@ -515,6 +517,13 @@ def steps(loader: DataLoader, first: int, end: int = sys.maxsize) -> Iterator[Ba
 # ====================================================================================
 
 
+# What settings choose between; filled below, where the code of the rows stands. A new row is a new
+# value of the flag.
+NORMS: dict[str, Callable] = {}
+ACTIVATIONS: dict[str, Callable] = {}
+ATTENTION: dict[str, Callable] = {}
+
+
 @dataclass
 class ModelSettings(Settings):
     """Model: its shape, where zeros stand for the usual proportions."""
@@ -531,12 +540,12 @@ class ModelSettings(Settings):
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_weights: bool = option(True, "one matrix for embedding and head")
     pos: str = option("learned", "positions", choices=("learned", "rope", "alibi"))
-    norm: str = option("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
+    norm: str = option("layernorm", "normalisation", choices=NORMS)
     norm_eps: float = option(1e-5, "added to the variance", above=0.0, high=1.0)
-    mlp: str = option("gelu", "MLP", choices=("gelu", "gelu_tanh", "relu", "swiglu"))
+    mlp: str = option("gelu", "MLP", choices=ACTIVATIONS)
     qk_norm: bool = option(False, "RMSNorm on queries and keys, per head")
     rope_theta: float = option(1e4, "base of the rotary wavelengths", above=1.0, high=1e12)
-    attn: str = option("sdpa", "attention code: explicit or fused", choices=("manual", "sdpa"))
+    attn: str = option("sdpa", "attention code: explicit or fused", choices=ATTENTION)
     init_std: float = option(0.02, "standard deviation of the initial weights", above=0.0, high=1.0)
     zero_init: bool = option(False, "start each block as the identity (output matrices at zero)")
 
@@ -620,11 +629,11 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
-NORMS = {
+NORMS |= {
     "layernorm": lambda config: LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
     "rmsnorm": lambda config: RMSNorm(config.n_embd, config.norm_eps),
 }
-ACTIVATIONS = {
+ACTIVATIONS |= {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
@@ -713,7 +722,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop:
     return F.scaled_dot_product_attention(q, k, v, mask, p_drop, causal, enable_gqa=grouped)
 
 
-ATTENTION = {"manual": attention_manual, "sdpa": attention_sdpa}
+ATTENTION |= {"manual": attention_manual, "sdpa": attention_sdpa}
 
 
 class CausalSelfAttention(nn.Module):
@@ -927,6 +936,16 @@ def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
 # ====================================================================================
 
 
+# Share of the way from min_lr_ratio to 1, at `progress` from 0 to 1 after the warm-up.
+SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {
+    "constant": lambda progress, config: 1.0,
+    "linear": lambda progress, config: 1 - progress,
+    "cosine": lambda progress, config: 0.5 * (1 + math.cos(math.pi * progress)),
+    # Warm-up, stable, decay (Hu et al., 2024).
+    "wsd": lambda progress, config: min(1.0, (1 - progress) / max(config.decay_fraction, 1e-9)),
+}
+
+
 @dataclass
 class OptimConfig(Settings):
     """Optimisation: batches, optimizer, learning rate."""
@@ -941,7 +960,7 @@ class OptimConfig(Settings):
     weight_decay: float = option(0.01, "on matrices only", low=0.0, high=10.0)
     beta2: float = option(0.99, "AdamW's second-moment decay", above=0.0, high=0.99999)
     grad_clip: float = option(1.0, "largest gradient norm (0: none)", low=0.0)
-    lr_schedule: str = option("cosine", "schedule", choices=("cosine", "constant", "linear", "wsd"))
+    lr_schedule: str = option("cosine", "schedule", choices=SCHEDULES)
     warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
     decay_fraction: float = option(0.5, "share of steps in wsd's decay", low=0.0, high=1.0)
     min_lr_ratio: float = option(0.1, "final learning rate, over lr", low=0.0, high=1.0)
@@ -962,8 +981,11 @@ def next_token_loss(losses: Callable, batch: Batch, config=None) -> tuple[Tensor
 
 
 # An objective: (model.losses or its like, batch, settings) -> (summed loss, sums to report). Both
-# are divided by the batch's n_targets.
-OBJECTIVES: dict[str, Objective] = {"ntp": next_token_loss}  # section 15 adds preference and reward
+# are divided by the batch's n_targets. A new one needs a row here, which is also its choice of
+# --objective; where whole records will not do as batches, its data set in `dataset_of`, and what that
+# is to be given, such as the base, in `finetune_loop`; for settings, fields of FinetuneConfig, each
+# with a row in OBJECTIVE_OF. Section 15 adds preference and reward.
+OBJECTIVES: dict[str, Objective] = {"ntp": next_token_loss}
 
 
 @operation
@@ -1068,16 +1090,6 @@ def make_optimizers(
     return optimizers
 
 
-# Share of the way from min_lr_ratio to 1, at `progress` from 0 to 1 after the warm-up.
-SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {
-    "constant": lambda progress, config: 1.0,
-    "linear": lambda progress, config: 1 - progress,
-    "cosine": lambda progress, config: 0.5 * (1 + math.cos(math.pi * progress)),
-    # Warm-up, stable, decay (Hu et al., 2024).
-    "wsd": lambda progress, config: min(1.0, (1 - progress) / max(config.decay_fraction, 1e-9)),
-}
-
-
 def lr_multiplier(step: int, total: int, config: OptimConfig) -> float:
     """What every group's initial_lr is multiplied by at a step: a pure function of the step."""
     warmup = min(config.warmup_steps, total // 10)
@@ -1110,7 +1122,6 @@ class FitConfig(Settings):
     max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
     max_minutes: float = changeable(0.0, "stop after this many minutes (0: never)", low=0.0)
     stop_after: int = session_only(0, "save and stop after N steps of this session", low=0)
-    stride: int = option(0, "distance between windows (0: block_size)", low=0)
     sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
     eval_interval: int = changeable(200, "steps between evaluations", low=1)
     eval_batches: int = changeable(50, "validation batches of an evaluation (0: all)", low=0)
@@ -1139,7 +1150,7 @@ class Progress:
 class Run:
     """What one training run consists of; `make_run` (section 15) puts it together."""
 
-    config: FitConfig
+    config: TrainConfig | FinetuneConfig  # its FitConfig and OptimConfig, and the seed
     rt: Runtime  # device, dtype, processes (section 8)
     model: GPT  # saved and evaluated
     losses: Callable  # model.losses, perhaps compiled or distributed: trained
@@ -1150,10 +1161,10 @@ class Run:
     store: TokenStore | None  # what they read
     progress: Progress
     scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; disabled otherwise
-    # Lent by the workshop; without them the loop does with less.
+    # Lent by the workshop. All but the recorder may stay as they are here.
     stop: Stop = False  # becomes true when a signal asks to stop
     save: Callable[[str], None] = lambda name: None  # writes "best" or "last"
-    record: Recorder | None = None  # metrics.csv, the progress bar
+    recorder: Recorder | None = None  # metrics.csv, the progress bar; `run_fit` opens it
     gradients: Callable | None = None  # `gradients`, perhaps one that survives a full memory
     grad_sync: Callable = lambda last: contextlib.nullcontext()  # between processes, at the last
     after_step: Callable = lambda seconds: None  # --minutes may move the run's end
@@ -1210,7 +1221,7 @@ def train_step(run: Run, batch: Batch) -> tuple[float, float, dict]:
     for optimizer in run.optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(trained_parameters(run), config.grad_clip or math.inf)
-    norm = float(gather(norm))  # the step's one wait for the device
+    norm = float(gather(norm))  # here one process waits for its device, several for each other
     loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
     loss = loss_sum / n_targets
     # In fp16 a step that overflows only lowers the scale, which cannot save lasting NaN.
@@ -1266,7 +1277,9 @@ def assess(run: Run, loss: float) -> None:
     if run.val:
         how = run.objective, run.config, run.rt, run.stop
         loss, stats = estimate_loss(run.model, run.val, *how)
-        run.record.validation(loss, stats)
+        run.recorder.validation(loss, stats)
+    elif math.isnan(loss):  # resumed here: no step has been taken yet whose loss could be judged
+        return
     p.evaluated, p.misses = p.step, p.misses + 1
     if loss < p.best:
         p.best, p.best_step, p.misses = loss, p.step, 0
@@ -1281,9 +1294,10 @@ def fit(run: Run) -> str:
     try:
         while True:
             # --- before the step: the model is looked at, never changed ---
-            last, new_epoch = p.step == p.total, p.step % steps_per_epoch == 0
-            new_epoch &= p.total <= 50 * steps_per_epoch  # else eval_interval alone decides
-            if (p.step % config.eval_interval == 0 or new_epoch or last) and p.step > p.evaluated:
+            last, few_epochs = p.step == p.total, p.total <= 50 * steps_per_epoch
+            epoch_ends = few_epochs and p.step % steps_per_epoch == 0  # many: the interval decides
+            due = p.step % config.eval_interval == 0 or epoch_ends or last
+            if due and p.step > p.evaluated:
                 assess(run, loss)
             late = 0 < config.max_minutes * 60 < time.perf_counter() - started
             signalled, late = map(bool, run.rt.sum(bool(run.stop), late))  # all stop together
@@ -1307,7 +1321,7 @@ def fit(run: Run) -> str:
             loss, norm, stats = train_step(run, batch)
             p.step += 1
             seconds = time.perf_counter() - clock
-            run.record.step(batch, loss, norm, stats, seconds)
+            run.recorder.step(batch, loss, norm, stats, seconds)
             run.after_step(seconds)
     except Interrupted:
         run.save("last")
@@ -4639,7 +4653,7 @@ class Loaded:
     uses_our_chat_template: bool = False  # of a Hugging Face model
 
     @property
-    def is_tuned(self) -> bool:
+    def expects_template(self) -> bool:
         """Whether it was trained on answers, and so expects prompts in the template."""
         weighed = (self.state.get("config") or {}).get("answer_weight", 0) > 0
         return self.uses_our_chat_template or weighed or self.state.get("command") == "finetune"
@@ -4736,7 +4750,7 @@ def export_model(loaded: Loaded, folder: Path) -> None:
 def declared_ids(loaded: Loaded) -> dict[str, int]:
     """{role: id} to declare in an export. A bos that no text begins with would be put before all."""
     ids = {role: getattr(loaded.tokenizer, f"{role}_id") for role in USUAL_NAMES}
-    if not (loaded.prefix or loaded.is_tuned):  # a conversation has its bos in any case
+    if not (loaded.prefix or loaded.expects_template):  # a conversation has its bos in any case
         ids["bos"] = None
     return {role: number for role, number in ids.items() if number is not None}
 
@@ -4815,7 +4829,7 @@ def export_tokenizer(loaded: Loaded, folder: Path) -> None:
     ids = declared_ids(loaded)
     tokens = {f"{role}_token": library.id_to_token(number) for role, number in ids.items()}
     more = tokens | {"model_max_length": loaded.model.config.block_size}
-    if loaded.is_tuned:
+    if loaded.expects_template:
         more["chat_template"] = chat_template(loaded, library)
         ends = "|".join(re.escape(tokens[name]) for name in ("sep_token", "eos_token"))
         more["response_template"] = {  # how `transformers serve` finds the answer
@@ -4842,7 +4856,7 @@ def check_tokenizer(loaded: Loaded, theirs) -> None:
         messages.append({"role": "assistant", "content": output})
         text = instruction_prompt(instruction, input) + instruction_response(output)
         ids += [*ours.encode(text).tolist(), ours.sep_id]
-    if loaded.is_tuned and theirs.apply_chat_template(messages, return_dict=False) != ids:
+    if loaded.expects_template and theirs.apply_chat_template(messages, return_dict=False) != ids:
         what = "a chat has other ids in one piece than turn by turn, as it was trained"
         raise UserError(f"export failed its check: {what}; train with another tokenizer")
 
@@ -4939,7 +4953,7 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
         "add_bos_token": bool(loaded.prefix), "add_space_prefix": False,
     }  # fmt: skip
     settings |= {f"{role}_token_id": n for role, n in declared_ids(loaded).items()}
-    if loaded.is_tuned:
+    if loaded.expects_template:
         settings["chat_template"] = chat_template(loaded, library)
     return settings
 
@@ -5368,6 +5382,7 @@ class TrainConfig(
 
     init_from: str = changeable("", "start from a checkpoint or a Hugging Face folder or name")
     answer_weight: int = option(0, "whole records, answers counting N-fold (0: windows)", low=0)
+    stride: int = option(0, "distance between windows (0: block_size)", low=0)
     minutes: float = session_only(
         0.0, "fill N minutes: sets steps, size, recipe fast", low=0.0, high=1e6
     )
@@ -5417,7 +5432,8 @@ def facts_of_store(store: TokenStore) -> CorpusFacts:
     if len(index) and all((rows["prompt"] > 1).all() for rows in store.index.values()):
         bytes_a_token = n_bytes / sum(map(len, store.tokens.values()))
         longest = int(np.quantile(index["length"], 0.95) * bytes_a_token)
-    stored = {name: meta["settings"][name] for name in ("tokenizer", "vocab_size")}
+    stored = {"tokenizer": meta["tokenizer"]["kind"], "vocab_size": store.tokenizer.vocab_size}
+    stored = {name: meta["settings"].get(name, known) for name, known in stored.items()}
     return CorpusFacts(n_bytes, longest, stored)
 
 
@@ -5453,6 +5469,18 @@ def fast_recipe(settings: dict, explicit: dict) -> dict:
     ) | facts.stored  # fmt: skip
 
 
+class Reading(NamedTuple):
+    """How much of a text is read, and for how large a vocabulary it is large enough: what did best
+    on the texts of tests/bench/README.md."""
+
+    most_bytes: float  # in all passes together
+    most_passes: int
+    bytes_per_id: int  # of the text, for each id of the vocabulary
+
+
+PLAIN_TEXT, WITH_ANSWERS = Reading(4e6, 6, 1100), Reading(3e6, 10, 340)
+
+
 def plan_for_text(settings: dict, explicit: dict, facts: CorpusFacts) -> tuple[dict, float]:
     """Settings for the text at hand, and about how many steps they take (0: not known).
 
@@ -5464,21 +5492,24 @@ def plan_for_text(settings: dict, explicit: dict, facts: CorpusFacts) -> tuple[d
         n_bytes >= 1e5 and importlib.util.find_spec("tokenizers") and not settings.get("init_from")
     )
     plan = dict(tokenizer="bpe" if bpe else "byte", dropout=0.0, token_dropout=0.0)
-    weighed = facts.longest > 0 and explicit.get("answer_weight", 30) > 0
+    windows = explicit.get("answer_weight") == 0 or explicit.get("stride", 0) > 0
+    weighed = facts.longest > 0 and not windows
     if weighed:
         plan |= dict(answer_weight=30, batch_size=2 * settings["batch_size"])
     if n_bytes:
-        most_read, most_passes, bytes_an_id = (3e6, 10, 340) if weighed else (4e6, 6, 1100)
-        plan["epochs"] = max(min(most_passes, round(most_read / n_bytes)), settings["epochs"])
-        plan["vocab_size"] = min(max(100 * round(n_bytes / bytes_an_id / 100), 300), 8192)
+        read = WITH_ANSWERS if weighed else PLAIN_TEXT
+        passes = min(read.most_passes, round(read.most_bytes / n_bytes))
+        plan["epochs"] = max(passes, settings["epochs"])
+        vocab_size = 100 * round(n_bytes / read.bytes_per_id / 100)
+        plan["vocab_size"] = min(max(vocab_size, 300), 8192)
     chosen = settings | plan | explicit
     vocab_size, bytes_a_token = likely_tokens(chosen["tokenizer"], chosen["vocab_size"])
     if weighed:
         needed = -(-facts.longest / bytes_a_token // 16) * 16 + 16
         plan["block_size"] = max(settings["block_size"], min(int(needed), 1024))
     if n_bytes:
-        chosen = settings | plan | explicit
-        batch_bytes = chosen["block_size"] * chosen["batch_size"] * bytes_a_token
+        block_size = explicit.get("block_size", plan.get("block_size", settings["block_size"]))
+        batch_bytes = block_size * chosen["batch_size"] * bytes_a_token
         steps = steps or chosen["epochs"] * n_bytes / batch_bytes
         passes = steps * batch_bytes / n_bytes
         if passes > 1.5 and weighed:
@@ -5541,7 +5572,7 @@ class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
     objective: str = option(
         "ntp",
         "next token, preferences (dpo, orpo), reward (grpo)",
-        choices=("ntp", "dpo", "orpo", "grpo"),
+        choices=OBJECTIVES,
     )
     dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
     orpo_lambda: float = option(0.1, "ORPO: weight of the odds ratio", low=0.0, high=100.0)
@@ -5556,7 +5587,12 @@ class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
     )
 
 
-# Used for GRPO alone. tests/bench/README.md has what was tried.
+# Settings that one objective alone reads.
+OBJECTIVE_OF = {"dpo_beta": "dpo", "orpo_lambda": "orpo"} | dict.fromkeys(
+    ("reward", "num_generations", "max_new_tokens", "temperature", "grpo_normalize", "kl_beta"), "grpo"
+)  # fmt: skip
+
+# Used for GRPO, whatever the recipe. tests/bench/README.md has what was tried.
 GRPO_SETTINGS = dict(
     optimizer="muon", muon_lr=8e-4, lr=1e-4, lr_schedule="linear", min_lr_ratio=0.0, warmup_steps=10,
     batch_size=64, max_steps=200, eval_interval=40, compile="off",
@@ -5564,10 +5600,14 @@ GRPO_SETTINGS = dict(
 
 
 # The checkpoint brings the shape; a tuned model takes smaller steps.
-FINETUNE_RECIPES = {
-    "classic": lambda settings, _: GRPO_SETTINGS if settings["objective"] == "grpo" else {},
-    "fast": lambda settings, _: FAST_RATES | dict(lr=0.008),
-}
+TUNING_RATES = {"classic": {}, "fast": FAST_RATES | dict(lr=0.008)}
+
+
+def tuning_recipe(settings: dict, explicit: dict) -> dict:
+    return GRPO_SETTINGS if settings["objective"] == "grpo" else TUNING_RATES[settings["recipe"]]
+
+
+FINETUNE_RECIPES = dict.fromkeys(TUNING_RATES, tuning_recipe)
 
 # What --overfit_batch sets, unless told otherwise.
 OVERFIT = dict(dropout=0.0, token_dropout=0.0, lr_schedule="constant", max_steps=300,
@@ -5631,9 +5671,9 @@ FEWEST_STEPS = 300
 def dataset_of(config: FitConfig) -> Callable[[TokenStore, str, int], Dataset]:
     """What makes a split's data set, as the settings say."""
     if isinstance(config, FinetuneConfig):
-        kinds = {"grpo": PromptDataset, "dpo": PreferenceDataset, "orpo": PreferenceDataset}
-        tuned = partial(InstructionDataset, loss_on=config.loss_on)
-        return kinds.get(config.objective, tuned)
+        prompts = partial(PromptDataset, max_new_tokens=config.max_new_tokens)
+        kinds = {"grpo": prompts, "dpo": PreferenceDataset, "orpo": PreferenceDataset}
+        return kinds.get(config.objective, partial(InstructionDataset, loss_on=config.loss_on))
     if not config.answer_weight:
         return LMDataset.from_store
 
@@ -5648,7 +5688,7 @@ def open_loaders(config: FitConfig, rt: Runtime, store: TokenStore, block_size: 
     """(training loader, validation loader or None), with a word on what they leave out."""
     train, val = create_dataloaders(
         store, block_size, config.batch_size, config.seed, dataset=dataset_of(config),
-        stride=config.stride, eval_batches=config.eval_batches, grad_accum=config.grad_accum, rt=rt,
+        stride=getattr(config, "stride", 0), eval_batches=config.eval_batches, grad_accum=config.grad_accum, rt=rt,
     )  # fmt: skip
     if not val:
         note("the validation split is empty: best.pth will follow the training loss")
@@ -5658,18 +5698,22 @@ def open_loaders(config: FitConfig, rt: Runtime, store: TokenStore, block_size: 
     return train, val
 
 
-def steps_to_take(config: FitConfig, steps_per_epoch: int) -> int:
-    """As the settings say. Little data is read more often, unless the user has said how often."""
+def steps_to_take(config: FitConfig, steps_per_epoch: int) -> tuple[int, dict]:
+    """(steps of a new run, settings to change for that): little data is read more often, unless
+    the user has said how often. Says so, and where so few steps were asked for that little is
+    learned."""
     total = config.max_steps or config.epochs * steps_per_epoch
-    asked = config.max_steps or config.overfit_batch or config.resume or "epochs" in config.explicit
-    if asked or total >= FEWEST_STEPS:
-        return total
-    config.max_steps = FEWEST_STEPS
-    if "eval_interval" not in config.explicit:
-        config.eval_interval = FEWEST_STEPS // 10
+    if total >= FEWEST_STEPS or config.overfit_batch or config.resume:
+        return total, {}
+    if config.max_steps or "epochs" in config.explicit:
+        if total < 100 and not getattr(config, "minutes", 0):
+            enough = f"--epochs {-(-FEWEST_STEPS // steps_per_epoch)} or --max_steps {FEWEST_STEPS}"
+            note(f"only {total} steps: {enough} teaches more")
+        return total, {}
     passes = f"{FEWEST_STEPS / steps_per_epoch:.0f} passes over little data"
     note(f"{FEWEST_STEPS} steps, {passes}; --epochs or --max_steps sets another number")
-    return FEWEST_STEPS
+    changes = {"max_steps": FEWEST_STEPS, "eval_interval": FEWEST_STEPS // 10}
+    return FEWEST_STEPS, {n: v for n, v in changes.items() if n not in config.explicit}
 
 
 def make_run(
@@ -5681,9 +5725,12 @@ def make_run(
     choose_threads(config, rt, loaded.model.config, config.batch_size // config.grad_accum)
     model, resumed = loaded.model.to(rt.device).train(), folder.state
     train, val = open_loaders(config, rt, store, model.config.block_size)
+    total, changes = steps_to_take(config, len(train))
+    for name, value in changes.items():  # before they are written down
+        setattr(config, name, value)
     folder.about = describe_run(config, rt, loaded, store)
     p = Progress(
-        total=steps_to_take(config, len(train)),
+        total=total,
         grad_accum=config.grad_accum,
         grad_checkpointing=config.grad_checkpointing,
     )
@@ -5748,14 +5795,14 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
     steps = f"{p.total:,} steps of {run.train.batch_sampler.batch_size} x {shape.block_size} tokens"
     note(f"{model}, {run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {steps}")
-    run.record = Recorder(run, folder.file("metrics.csv"))
+    run.recorder = Recorder(run, folder.file("metrics.csv"))
     about["base_loss"] = (folder.state or {}).get("base_loss")
-    with run.stop.held(), contextlib.closing(run.record), training_precision(run.rt.device):
+    with run.stop.held(), contextlib.closing(run.recorder), training_precision(run.rt.device):
         try:
             if isinstance(config, FinetuneConfig) and run.val and not folder.state:
                 how = run.objective, config, run.rt, run.stop
                 about["base_loss"], stats = estimate_loss(run.model, run.val, *how)
-                run.record.validation(about["base_loss"], stats)
+                run.recorder.validation(about["base_loss"], stats)
             ended = fit(run)
         except Diverged as error:
             last = folder.file("last.pth")
@@ -5801,7 +5848,7 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
         chosen = ["tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "block_size", "lr",
                   "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
         note("recipe fast: " + ", ".join(f"{name} {getattr(config, name)}" for name in chosen))
-    asked = config.explicit & {"answer_weight", "epochs", "max_steps"}
+    asked = config.explicit & {"answer_weight", "stride", "max_steps"}
     if not (asked or config.answer_weight or folder.state):
         facts = corpus_facts(vars(config))
         if facts.longest and facts.n_bytes < 1e5:
@@ -5916,7 +5963,7 @@ class Clock:
 
     rt: Runtime
     minutes: float
-    step: float  # seconds of a step
+    step_seconds: float
     beside: float  # its share of evaluations and saves
     end: float  # seconds of the last evaluation, the last saves, the report
     most: int  # steps that the text is good for
@@ -5926,17 +5973,20 @@ class Clock:
     def steps(self, slowed: float = 1.0) -> int:
         """How many more end in time, where all takes `slowed` times as long as measured."""
         left = self.rt.of_first(self.rt.started + 58.5 * self.minutes - time.perf_counter())
-        return int((left / slowed - self.end) / (self.step + self.beside))
+        return int((left / slowed - self.end) / (self.step_seconds + self.beside))
 
     def __call__(self, seconds: float) -> None:
         p = self.run.progress
         self.recent = [*self.recent, seconds][-max(10, p.total // 10) :]
         if p.step % 10 or p.step == p.total:
             return
-        slowed = self.rt.of_first(float(np.mean(self.recent)) / self.step)
+        slowed = self.rt.of_first(float(np.mean(self.recent)) / self.step_seconds)
         total = min(p.step + max(1, self.steps(slowed)), self.most)
-        if abs(total - p.total) * (self.step + self.beside) * slowed > 0.04 * 60 * self.minutes:
-            p.total = self.run.record.bar.total = self.run.config.max_steps = total
+        if (
+            abs(total - p.total) * (self.step_seconds + self.beside) * slowed
+            > 0.04 * 60 * self.minutes
+        ):
+            p.total = self.run.recorder.bar.total = self.run.config.max_steps = total
 
 
 def measured_clock(
@@ -5993,7 +6043,7 @@ def within_minutes(
                         f"take {clock.end:.1f} s: give more")  # fmt: skip
     planned = settle(TrainConfig, explicit | {"max_steps": steps, "threads": trial.threads})
     planned.minutes = minutes
-    speed = planned.batch_size * planned.block_size / clock.step
+    speed = planned.batch_size * planned.block_size / clock.step_seconds
     why = ", as more of them teach little" if steps == clock.most else ""
     again = f"the same again by --config {folder.file('config.json')}"
     note(f"minutes {minutes:g}: {steps:,} steps{why}, {speed:,.0f} tokens a second; {again}")
@@ -6146,26 +6196,37 @@ class PromptDataset(InstructionDataset):
     """Prompts that the model answers when they are gathered into a batch, for GRPO.
 
     The weight of an answer's tokens is its advantage: its reward minus the mean of those to the same
-    prompt. Of a validation split the likeliest answers are judged. run: whose model answers; seed,
-    step and prompt determine the draws. judge: the reward. base: `losses` of the frozen base.
-    Raises UserError where the split holds no prompt.
+    prompt. Of a validation split the likeliest answers are judged. A prompt is cut to leave room for
+    max_new_tokens, but keeps half of the block. run: whose model answers; seed, step and prompt
+    determine the draws. judge: the reward. base: `losses` of the frozen base. Raises UserError where
+    the split holds no prompt.
     """
 
     run: Run | None = None
     judge: Callable | None = None
     base: Callable | None = None
 
-    def __init__(self, store: TokenStore, split: str, block_size: int):
+    def __init__(self, store: TokenStore, split: str, block_size: int, max_new_tokens=64):
         super().__init__(store, split, block_size, "response")
         prompts = store.index[split]["prompt"][self.rows].astype(np.int64)
-        self.rows, self.lengths = self.rows[prompts > 1], prompts[prompts > 1]  # 1: plain text
+        self.rows, prompts = self.rows[prompts > 1], prompts[prompts > 1]  # 1: plain text
         if not len(self.rows):
             raise UserError(f"the {split} split holds no prompts: GRPO needs instruction records")
+        self.max_new_tokens = max_new_tokens
+        self.longest = max(block_size + 1 - max_new_tokens, -(-block_size // 2))  # prompt
+        self.lengths, self.n_cut = np.minimum(prompts, self.longest), 0
+        if n_cut := int((prompts > self.longest).sum()):
+            note(f"{n_cut:,} of {len(prompts):,} prompts are longer than {self.longest} tokens and "
+                 "lose their middle: raise --block_size, or lower --max_new_tokens")  # fmt: skip
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(prompt, answer), ids each."""
-        ids, _, n_prompt = self.record(range(len(self))[i])
-        return ids[:n_prompt], ids[n_prompt:]
+        """(prompt, true answer), ids each; the model sees the prompt alone."""
+        row = self.index[self.rows[range(len(self))[i]]]
+        ids, n_prompt = (
+            self.store.ids(self.split, int(row["start"]), int(row["length"])),
+            row["prompt"],
+        )
+        return fit_record(ids[:n_prompt], ids[:0], self.longest)[0], ids[n_prompt:]
 
     @torch.no_grad()
     def answers(self, samples: list[tuple], n: int, temperature: float) -> list[list]:
@@ -6179,7 +6240,7 @@ class PromptDataset(InstructionDataset):
         for length, rows in same_length.items():
             x = torch.from_numpy(np.stack([samples[row][0] for row in rows])).to(run.rt.device)
             seeds = [derive_seed(run.config.seed, run.progress.step, *ids) for ids in x.tolist()]
-            room = min(run.config.max_new_tokens, self.block_size + 1 - length)
+            room = min(self.max_new_tokens, self.block_size + 1 - length)
             steps = list(generate(run.model, x, room, (sep,), n, seeds, temperature=temperature))
             for i, answer in enumerate(zip(*steps, strict=True)):  # -1 once it has ended
                 answer = [*answer[: answer.index(-1)], sep] if -1 in answer else list(answer)
@@ -6213,6 +6274,8 @@ class PromptDataset(InstructionDataset):
         if config.grpo_normalize:
             advantages /= rewards.std(1, keepdims=True) + 1e-4
         batch = super().collate(self.weighted_rows(samples, answers, advantages))
+        # Means over all processes' answers, spread evenly over the rows. Times this process's
+        # tokens, since the loop adds up all processes' rows and divides by all their tokens.
         *sums, n = self.run.rt.sum(rewards.sum(), tokens, rewards.size)
         stats = torch.tensor([sums]).expand(len(batch.x), 2) / n * tokens / len(batch.x)
         batch = AnswerBatch(*batch, batch.weight, n_targets=tokens, stats=stats)
@@ -6265,7 +6328,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
     if config.objective == "grpo" and config.fsdp:
         raise UserError("sharded weights cannot write the answers of grpo: leave --fsdp out")
-    judge = find_reward(config.reward)
+    judge = find_reward(config.reward) if config.objective == "grpo" else None
     base = load_model(config.ckpt, block_size=config.block_size)
     pairs = config.objective in ("dpo", "orpo")
     store = open_split_store(config, rt, base, bool(folder.state), pairs)
@@ -6442,7 +6505,7 @@ def is_instruct(loaded: Loaded, config: SampleConfig) -> bool:
     if asked and config.template == "raw":
         raise UserError(f"{asked[0]} is a part of the template: leave out --template raw")
     if config.template == "auto":
-        return bool(asked) or loaded.is_tuned
+        return bool(asked) or loaded.expects_template
     return config.template == "instruct"
 
 
@@ -7129,7 +7192,8 @@ PATHS = {"data_dir", "processed_dir", "out_dir", "config", "ckpt", "init_from", 
          "hf_dataset", "tokenizer", "base_model", "check_model", "reward"}  # fmt: skip
 # Pairs of settings of which one at most may be given.
 EXCLUSIVE = [("resume", "overwrite"), ("resume", "overfit_batch"), ("minutes", "overfit_batch"),
-             ("minutes", "max_steps"), ("gguf", "adapter"), ("streaming", "answer_weight")]  # fmt: skip
+             ("minutes", "max_steps"), ("gguf", "adapter"), ("streaming", "answer_weight"),
+             ("stride", "answer_weight")]  # fmt: skip
 # What other programs call our settings: understood in a --config file, a hint for a flag.
 FOREIGN_NAMES = {theirs: ours for ours, names in {
     "block_size": "seq_length seq_len max_seq_length max_length context_length n_ctx n_positions",
@@ -7245,6 +7309,8 @@ def settle_resumed(cls: type, explicit: dict, stored: dict):
             change = f"{name} (from {values[name]} to {explicit[name]})"
             way = f"leave it out, or begin another run in another --out_dir by {start}"
             raise UserError(f"--resume cannot change {change}: {way}")
+    if explicit.get("epochs", values["epochs"]) != values["epochs"]:
+        values["max_steps"] = 0  # which little data has set
     config = cls(**values | explicit)
     config.explicit = frozenset(explicit)
     cross_checks(config)
@@ -7334,6 +7400,11 @@ def cross_checks(config: Settings) -> None:
             raise UserError(f"batch_size {size} does not divide by grad_accum x processes, {parts}")
         if config.fsdp and config.compile == "on":
             raise UserError("--fsdp and --compile on exclude each other: leave one out")
+    for name, objective in OBJECTIVE_OF.items() if isinstance(config, FinetuneConfig) else ():
+        if objective != config.objective and getattr(config, name) != getattr(FinetuneConfig, name):
+            raise UserError(
+                f"--{name} belongs to --objective {objective}: leave one out, or give both"
+            )
     if getattr(config, "objective", "ntp") != "ntp" and config.sampled_softmax:
         raise UserError(f"{config.objective} needs whole likelihoods: leave --sampled_softmax out")
     if getattr(config, "streaming", False) and not config.hf_dataset:

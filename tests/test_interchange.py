@@ -370,8 +370,8 @@ def test_a_tuned_folder_counts_as_tuned(talker, hf):
     flags = ["--prompt", "Repeat 3.", "--temperature", 0, "--max_new_tokens", 12, *CPU]
     wanted = run("sample", "--ckpt", folder.parent / "best_finetune.pth", *flags).ok().out
     assert run("sample", "--ckpt", folder, *flags).ok().out == wanted
-    assert lp.load_model(str(folder)).is_tuned
-    assert not lp.load_model(str(hf)).is_tuned
+    assert lp.load_model(str(folder)).expects_template
+    assert not lp.load_model(str(hf)).expects_template
     assert transformers.AutoTokenizer.from_pretrained(hf).chat_template is None
 
 

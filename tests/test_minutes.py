@@ -65,6 +65,42 @@ def test_tuning_on_twenty_questions_learns_them_and_names_the_right_file(tmp_pat
     )
 
 
+def test_what_little_data_sets_is_written_down(tmp_path, monkeypatch):
+    """Stopped and resumed, or again by its config.json, it is the same run; a few steps that were
+    asked for are said to be few before they are taken."""
+    monkeypatch.setattr(lp, "FEWEST_STEPS", 20)
+    flags = ["train", *questions(tmp_path), *SMALL, *words("--batch_size 8 --val_fraction 0.3")]
+    run(*flags, "--out_dir", tmp_path / "a").ok()
+    run(*flags, "--out_dir", tmp_path / "b", "--stop_after", 7).ok()
+    run(*flags, "--out_dir", tmp_path / "b", "--resume").ok()
+    run("train", "--config", tmp_path / "a/config.json", "--out_dir", tmp_path / "c").ok()
+    for other in "bc":
+        assert curve(tmp_path / "a", "val") == curve(tmp_path / other, "val")
+        assert differences(tmp_path / "a/best.pth", tmp_path / other / "best.pth") == []
+    few = run(*flags, "--out_dir", tmp_path / "d", "--epochs", 2).ok().err
+    assert 0 < few.index("only 2 steps: --epochs 20 or --max_steps 20") < few.index("parameters,")
+    assert "count tenfold" in few
+
+
+def test_a_store_that_was_tuned_on_trains(corpus, tiny_checkpoint, tmp_path):
+    """Its settings say nothing of a tokenizer."""
+    places = ["--data_dir", corpus[1], "--processed_dir", tmp_path, *words("--val_fraction 0.2")]
+    tune = ["--ckpt", tiny_checkpoint, "--max_steps", 1, "--report_samples", 0]
+    run("finetune", *places, *CPU, *tune, "--out_dir", tmp_path / "tuned").ok()
+    store = next(tmp_path.glob("*/meta.json")).parent
+    for recipe in ("classic", "fast"):
+        flags = [*CPU, *SHAPE, "--recipe", recipe, "--epochs", 1, "--out_dir", tmp_path / recipe]
+        run("train", "--data_dir", store, *flags).ok()
+
+
+def test_a_stride_is_of_windows(corpus, tiny_checkpoint, tmp_path):
+    """Whole records, which few questions would become, have none."""
+    flags = [*corpus, *CPU, "--epochs", 1, "--stride", 40, "--out_dir", tmp_path / "run"]
+    run("train", *flags, *SHAPE, "--recipe", "fast").ok()
+    run("train", *flags, "--answer_weight", 3).fails(2, "exclude")
+    run("finetune", *flags, "--ckpt", tiny_checkpoint).fails(2, "--stride belongs to train")
+
+
 def test_the_context_holds_the_records(tmp_path):
     """Where every record has an answer, the fast recipe's block grows to them."""
     rows = [{"question": f"q{i} " + "long " * 40, "answer": "short"} for i in range(40)]

@@ -161,7 +161,7 @@ def test_grpo_is_the_weighted_next_token_loss(settings, prompts, base):
     loaded = lp.load_model(str(base))
     model, config = loaded.model, lp.FinetuneConfig(max_new_tokens=6, num_generations=6, **settings)
     store = lp.build_corpus_from_sources(prompts[1], loaded.tokenizer, processed_dir=prompts[3])
-    data = lp.PromptDataset(store, "train", 96)
+    data = lp.PromptDataset(store, "train", 96, max_new_tokens=6)
     rt = lp.Runtime(torch.device("cpu"), torch.float32)
     data.run = SimpleNamespace(model=model, config=config, rt=rt, progress=lp.Progress(step=3))
     with torch.no_grad():
@@ -242,6 +242,27 @@ def test_rewards_that_cannot_be(reward, said, prompts, base, tmp_path):
     )
     flags = ["--reward", reward.format(tmp=tmp_path)]
     run(*grpo(prompts, base, tmp_path / "run", *flags)).fails(1, said)
+
+
+def test_a_prompt_makes_room_for_the_answer_not_for_the_truth(tmp_path):
+    rows = [{"instruction": "Say " + "a" * n, "output": "b" * 90} for n in (20, 200)] * 20
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = lp.build_corpus_from_sources(tmp_path / "tasks.jsonl", processed_dir=tmp_path / "s",
+                                         val_fraction=0)  # fmt: skip
+    data = lp.PromptDataset(store, "train", 96, max_new_tokens=10)
+    whole = {len(lp.instruction_prompt("Say " + "a" * n).encode()) + 1 for n in (20,)}
+    assert {len(prompt) for prompt, _ in (data[i] for i in range(len(data)))} == whole | {87}
+    assert {len(truth) for _, truth in (data[i] for i in range(len(data)))} == {93}
+
+
+def test_settings_of_an_objective_that_is_not_chosen(prompts, base, tmp_path):
+    """GRPO has its own whatever the recipe; what another objective reads is refused."""
+    tuned = [lp.settle(lp.FinetuneConfig, {"objective": "grpo", "recipe": recipe})
+             for recipe in ("classic", "fast")]  # fmt: skip
+    assert tuned[0].muon_lr == tuned[1].muon_lr and tuned[1].max_steps == 200
+    flags = ["finetune", *prompts, "--ckpt", base, "--out_dir", tmp_path / "run"]
+    run(*flags, "--kl_beta", 0.1).fails(2, "--kl_beta", "grpo")
+    run(*flags, "--objective", "dpo", "--orpo_lambda", 0.2).fails(2, "--orpo_lambda", "orpo")
 
 
 def test_plain_text_has_no_prompts(base, tmp_path):

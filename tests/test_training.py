@@ -415,6 +415,14 @@ def test_early_stopping(corpus, tmp_path):
     assert progress(tmp_path / "last.pth")["step"] < 200
 
 
+def test_no_loss_is_no_miss(corpus, tmp_path):
+    """Nothing is held out, and the run resumes at a step at which it is to be judged."""
+    flags = [*corpus, "--val_fraction", 0, *TINY, "--patience", 1, "--out_dir", tmp_path]
+    run("train", *flags, "--stop_after", 3).ok()
+    run("train", *flags, "--resume", *words("--eval_interval 3 --stop_after 1")).ok()
+    assert progress(tmp_path / "last.pth")["step"] == 4
+
+
 def test_epochs_and_max_steps(corpus, tmp_path):
     base = ["train", *corpus, *CPU, *SHAPE, "--batch_size", 8]
     run(*base, "--epochs", 3, "--out_dir", tmp_path / "epochs").ok()
