@@ -100,7 +100,8 @@ class UserError(Exception):
 
 
 def option(default, help: str, resume="fixed", **limits):
-    """A dataclass field that is also a flag. Limits: low, high, above (exclusive), choices (names, or a table).
+    """A dataclass field that is also a flag. Limits: low, high, above (exclusive), choices: names,
+    or the table whose rows they are.
 
     resume: a resumed run keeps its own value and refuses another ("fixed"), keeps it unless
     another is given ("changeable"), or never stored it ("session_only").
@@ -981,10 +982,12 @@ def next_token_loss(losses: Callable, batch: Batch, config=None) -> tuple[Tensor
 
 
 # An objective: (model.losses or its like, batch, settings) -> (summed loss, sums to report). Both
-# are divided by the batch's n_targets. A new one needs a row here, which is also its choice of
-# --objective; where whole records will not do as batches, its data set in `dataset_of`, and what that
-# is to be given, such as the base, in `finetune_loop`; for settings, fields of FinetuneConfig, each
-# with a row in OBJECTIVE_OF. Section 15 adds preference and reward.
+# are divided by the batch's n_targets. A new one needs its function and a row here, which makes it a
+# choice of --objective. If it wants
+#  - settings of its own: fields of FinetuneConfig, each with a row in OBJECTIVE_OF;
+#  - pairs, prompts or other batches than of whole records: its data set in `dataset_of`;
+#  - more than a batch holds, such as the base: `finetune_loop` gives it to the data set.
+# Section 15 adds preference and reward.
 OBJECTIVES: dict[str, Objective] = {"ntp": next_token_loss}
 
 
@@ -1294,10 +1297,11 @@ def fit(run: Run) -> str:
     try:
         while True:
             # --- before the step: the model is looked at, never changed ---
-            last, few_epochs = p.step == p.total, p.total <= 50 * steps_per_epoch
-            epoch_ends = few_epochs and p.step % steps_per_epoch == 0  # many: the interval decides
-            due = p.step % config.eval_interval == 0 or epoch_ends or last
-            if due and p.step > p.evaluated:
+            last = p.step == p.total
+            # Where epochs are many and short, the interval alone decides.
+            epoch_ends = p.step % steps_per_epoch == 0 and p.total <= 50 * steps_per_epoch
+            look = p.step % config.eval_interval == 0 or epoch_ends or last
+            if look and p.step > p.evaluated:
                 assess(run, loss)
             late = 0 < config.max_minutes * 60 < time.perf_counter() - started
             signalled, late = map(bool, run.rt.sum(bool(run.stop), late))  # all stop together
@@ -6330,7 +6334,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
         raise UserError("sharded weights cannot write the answers of grpo: leave --fsdp out")
     judge = find_reward(config.reward) if config.objective == "grpo" else None
     base = load_model(config.ckpt, block_size=config.block_size)
-    pairs = config.objective in ("dpo", "orpo")
+    pairs = dataset_of(config) is PreferenceDataset
     store = open_split_store(config, rt, base, bool(folder.state), pairs)
     base.model.to(rt.device).eval().requires_grad_(False)
     before = {}
