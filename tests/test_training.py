@@ -424,7 +424,7 @@ def test_no_loss_is_no_miss(corpus, tmp_path):
 
 
 def test_epochs_and_max_steps(corpus, tmp_path):
-    base = ["train", *corpus, *CPU, *SHAPE, "--batch_size", 8]
+    base = ["train", *corpus, *CPU, *SHAPE, *words("--batch_size 8 --answer_weight 0")]
     run(*base, "--epochs", 3, "--out_dir", tmp_path / "epochs").ok()
     assert progress(tmp_path / "epochs/last.pth")["step"] == 3 * 4
     run(*base, "--max_steps", 7, "--out_dir", tmp_path / "steps").ok()
