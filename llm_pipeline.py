@@ -5357,13 +5357,12 @@ def shortened(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-def example_prompt(store: TokenStore) -> tuple[str, str]:
-    """(instruction, input) of a short held-out record; of plain text its first words, and ""."""
-    split = "val" if len(store.index["val"]) else "train"
+def example_prompt(store: TokenStore, split: str) -> tuple[str, str]:
+    """(instruction, input) of a split's short record; of plain text some of its words, and ""."""
     rows = answer_rows(store, split)
     if not len(rows):
         text = store.tokenizer.decode(store.ids(split, 0, min(60, len(store.tokens[split]))))
-        return " ".join(text.split()[:6]), ""
+        return " ".join(text.split()[1:7]), ""  # the first may be cut
     prompt, _ = prompt_and_answer(store, split, rows[np.argmin(rows["prompt"])])
     text = store.tokenizer.decode(prompt)
     pattern = r"(?:### System: .*\n)?### Instruction: (.*)\n### Input: (.*)\n### Output:"
@@ -5435,7 +5434,7 @@ def facts_of_store(store: TokenStore) -> CorpusFacts:
     n_bytes = meta["source_bytes"] or sum(row.get("bytes", 0) for row in meta["counts"].values())
     if len(index) and all((rows["prompt"] > 1).all() for rows in store.index.values()):
         bytes_a_token = n_bytes / sum(map(len, store.tokens.values()))
-        longest = int(np.quantile(index["length"], 0.95) * bytes_a_token)
+        longest = int(longest_of(index["length"], n_bytes) * bytes_a_token)
     stored = {"tokenizer": meta["tokenizer"]["kind"], "vocab_size": store.tokenizer.vocab_size}
     stored = {name: meta["settings"].get(name, known) for name, known in stored.items()}
     return CorpusFacts(n_bytes, longest, stored)
@@ -5449,8 +5448,21 @@ def facts_of_files(fingerprint: str, **data) -> CorpusFacts:
     for record in read_records(config, Report()) if n_bytes else ():
         if record.is_plain:  # it may be long: no more is read
             return CorpusFacts(n_bytes)
-        sizes.append(record.n_characters)
-    return CorpusFacts(n_bytes, int(np.quantile(sizes, 0.95)) if sizes else 0)
+        sizes.append(sum(len(encoded(turn.prompt + turn.response)) for turn in record.turns))
+    return CorpusFacts(n_bytes, longest_of(sizes, n_bytes) if sizes else 0)
+
+
+SMALL = 100_000  # bytes: little data is learned by heart, each record whole
+
+
+def longest_of(sizes: Sequence[int], n_bytes: int) -> int:
+    """The size that all but the longest records keep to; of little data, all of them."""
+    return int(np.quantile(sizes, 1.0 if n_bytes < SMALL else 0.95))
+
+
+def block_for(facts: CorpusFacts, bytes_a_token: float) -> int:
+    """A block that holds such a record and its special tokens, in steps of 16 up to 1,024."""
+    return min(-(-int(facts.longest / bytes_a_token) // 16) * 16 + 16, 1024)
 
 
 def likely_tokens(tokenizer: str, vocab_size: int) -> tuple[int, float]:
@@ -5509,8 +5521,7 @@ def plan_for_text(settings: dict, explicit: dict, facts: CorpusFacts) -> tuple[d
     chosen = settings | plan | explicit
     vocab_size, bytes_a_token = likely_tokens(chosen["tokenizer"], chosen["vocab_size"])
     if weighed:
-        needed = -(-facts.longest / bytes_a_token // 16) * 16 + 16
-        plan["block_size"] = max(settings["block_size"], min(int(needed), 1024))
+        plan["block_size"] = max(settings["block_size"], block_for(facts, bytes_a_token))
     if n_bytes:
         block_size = explicit.get("block_size", plan.get("block_size", settings["block_size"]))
         batch_bytes = block_size * chosen["batch_size"] * bytes_a_token
@@ -5702,10 +5713,11 @@ def open_loaders(config: FitConfig, rt: Runtime, store: TokenStore, block_size: 
     return train, val
 
 
-def steps_to_take(config: FitConfig, steps_per_epoch: int) -> tuple[int, dict]:
+def steps_to_take(config: FitConfig, train: DataLoader) -> tuple[int, dict]:
     """(steps of a new run, settings to change for that): little data is read more often, unless
     the user has said how often. Says so, and where so few steps were asked for that little is
     learned."""
+    steps_per_epoch = len(train)
     total = config.max_steps or config.epochs * steps_per_epoch
     if total >= FEWEST_STEPS or config.overfit_batch or config.resume:
         return total, {}
@@ -5714,7 +5726,8 @@ def steps_to_take(config: FitConfig, steps_per_epoch: int) -> tuple[int, dict]:
             enough = f"--epochs {-(-FEWEST_STEPS // steps_per_epoch)} or --max_steps {FEWEST_STEPS}"
             note(f"only {total} steps: {enough} teaches more")
         return total, {}
-    passes = f"{FEWEST_STEPS / steps_per_epoch:.0f} passes over little data"
+    passes = FEWEST_STEPS * train.batch_sampler.batch_size / len(train.dataset)
+    passes = f"{passes:.0f} passes over little data"
     note(f"{FEWEST_STEPS} steps, {passes}; --epochs or --max_steps sets another number")
     changes = {"max_steps": FEWEST_STEPS, "eval_interval": FEWEST_STEPS // 10}
     return FEWEST_STEPS, {n: v for n, v in changes.items() if n not in config.explicit}
@@ -5729,7 +5742,7 @@ def make_run(
     choose_threads(config, rt, loaded.model.config, config.batch_size // config.grad_accum)
     model, resumed = loaded.model.to(rt.device).train(), folder.state
     train, val = open_loaders(config, rt, store, model.config.block_size)
-    total, changes = steps_to_take(config, len(train))
+    total, changes = steps_to_take(config, train)
     for name, value in changes.items():  # before they are written down
         setattr(config, name, value)
     folder.about = describe_run(config, rt, loaded, store)
@@ -5855,15 +5868,23 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
     asked = config.explicit & {"answer_weight", "stride", "max_steps"}
     if not (asked or config.answer_weight or folder.state):
         facts = corpus_facts(vars(config))
-        if facts.longest and facts.n_bytes < 1e5:
-            config.answer_weight = 10
-            note("a few questions with answers: whole records, whose answers count tenfold")
+        if facts.longest and facts.n_bytes < SMALL:
+            config.answer_weight, size = 10, config.block_size
+            if not (config.init_from or "block_size" in config.explicit):
+                _, bytes_a_token = likely_tokens(config.tokenizer, config.vocab_size)
+                config.block_size = size = max(size, block_for(facts, bytes_a_token))
+            what = f"whole records in blocks of {size}, whose answers count tenfold"
+            note(f"a few questions with answers: {what}")
     run, planned = new_run(config, rt, stop, folder), config.max_steps
     if clock:
         clock.run, run.after_step = run, clock
     best = run_fit(run, folder)
-    if clock and config.max_steps != planned:
-        note(f"the clock has moved its end to step {config.max_steps}")
+    if clock and rt.is_main:
+        again = folder.file("config.json")
+        write_json(again, read_table(again, str(again)) | {"max_steps": config.max_steps})
+        moved = f" (the clock has moved its end from step {planned}, its schedule with it)"
+        moved = moved if config.max_steps != planned else ""
+        note(f"the same {config.max_steps} steps: --config {again} --out_dir ANOTHER{moved}")
     if best and not stop:
         say_result(run, folder, best)
     return best
@@ -6049,8 +6070,7 @@ def within_minutes(
     planned.minutes = minutes
     speed = planned.batch_size * planned.block_size / clock.step_seconds
     why = ", as more of them teach little" if steps == clock.most else ""
-    again = f"the same again by --config {folder.file('config.json')}"
-    note(f"minutes {minutes:g}: {steps:,} steps{why}, {speed:,.0f} tokens a second; {again}")
+    note(f"minutes {minutes:g}: {steps:,} steps{why}, {speed:,.0f} tokens a second")
     return planned, clock
 
 
@@ -6378,16 +6398,18 @@ def say_result(run: Run, folder: RunFolder, best: str, before: dict | None = Non
             note(f"{last} answers {answers['exact']:.0%} of the trained questions exactly, {best}, of "
                  f"the lowest loss on what was held out, {known['exact']:.0%}: to ask what it was "
                  f"trained on, take {last}")  # fmt: skip
-    instruction, text = example_prompt(run.store)
-    prompt = ["--prompt", instruction, *(["--input", text] if text else [])]
     data = ["--data_dir", str(run.store.folder)]
     if run.store.meta["pairs"]:  # of use to no other command
         name = "hf_dataset" if run.config.hf_dataset else "data_dir"
         data = [f"--{name}", getattr(run.config, name)]
     data += [] if run.val else ["--split", "train"]
     note("next:")
-    for file in files:
-        for command, flags in {"eval": data, "sample": prompt, "export": []}.items():
+    for file in files:  # the last file is asked what it was trained on
+        split = "val" if run.val and file == best else "train"
+        instruction, text = example_prompt(run.store, split)
+        prompt = ["--prompt", instruction, *(["--input", text] if text else [])]
+        usual = {"eval": data, "sample": prompt, "export": []}
+        for command, flags in (usual if file == best else {"sample": prompt}).items():
             note(f"  python llm_pipeline.py {shlex.join([command, '--ckpt', file, *flags])}")
 
 
@@ -6795,7 +6817,7 @@ def download(name: str, data_dir: Path) -> str:
             raise UserError(f"{name}: {why}; {way}") from None
     first = next(iter(files))
     place = first if first.parent == data_dir else first.parent
-    note(f"next: python llm_pipeline.py train --data_dir {shlex.quote(str(place))}")
+    note(f"next: python llm_pipeline.py train --data_dir {shlex.quote(str(place))} --minutes 5")
     print(*files, sep="\n")
     return str(place)
 
@@ -7461,7 +7483,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, every_flag: bool) -> N
             about = argparse.SUPPRESS
         add = partial(group.add_argument, dest=spec.name, default=argparse.SUPPRESS)
         if spec.type == "bool":  # the one that changes the default is shown
-            on, off = (argparse.SUPPRESS, about) if spec.default else (about, argparse.SUPPRESS)
+            on, off = about, argparse.SUPPRESS
+            if spec.default and about != argparse.SUPPRESS:
+                on, off = off, f"switches off: {about}"
             add(f"--{spec.name}", action="store_true", help=on)
             add(f"--no_{spec.name}", action="store_false", help=off)
         else:

@@ -402,11 +402,11 @@ def test_exact_answers_are_those_that_greedy_decoding_writes(learned, tmp_path):
 
 def test_an_example_prompt_is_of_a_held_out_record(learned, tmp_path):
     store = open_store(learned[1][1], tmp_path, val_fraction=0.25)
-    instruction, given = lp.example_prompt(store)
+    instruction, given = lp.example_prompt(store, "val")
     held_out = store.tokenizer.decode(store.tokens["val"])
     assert lp.instruction_prompt(instruction, given) in held_out
     (tmp_path / "a.txt").write_text("Once upon a time there was a river. " * 9, encoding="utf-8")
-    first, nothing = lp.example_prompt(open_store(tmp_path / "a.txt", tmp_path))
+    first, nothing = lp.example_prompt(open_store(tmp_path / "a.txt", tmp_path), "val")
     assert len(first.split()) == 6 and nothing == ""
 
 
