@@ -1,20 +1,25 @@
-"""What waiting threads cost while other work runs: training beside busy loops.
+"""What other work beside costs: the choice of threads, and the clock of --minutes.
 
-    python tests/bench/beside.py [--threads 2] [--loops 2] [--pairs 3]
+    python tests/bench/beside.py threads [--loops 2] [--pairs 3]
+    python tests/bench/beside.py minutes --data TEXT [--minutes 1 3] [--loops 1] [--pairs 3]
 
-OpenMP's threads spin while they wait for each other. On a core that another process wants, that
-takes the time which the thread they wait for needs. GOMP_SPINCOUNT bounds the spinning. Settings
-take turns, each quiet and beside busy loops; medians of steps a second are printed.
+OpenMP's threads wait for each other: on a core that another process wants, two may be slower than
+one. `threads` trains with one thread, with all, and with as many as the program chooses by itself
+(`--threads 0`), in turns, quiet and beside busy loops. `minutes` takes the time of whole processes
+and prints what size and how many steps they came to.
 """
 
 import argparse
 import contextlib
 import csv
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
 
@@ -36,40 +41,63 @@ def busy_loops(n: int):
             loop.wait()
 
 
-def steps_per_second(data: Path, threads: int, steps: int, spin: str) -> float:
-    """Of the second half of a run in a process of its own."""
+def train(work: str, data: Path, *flags) -> Path:
+    """The folder of a run, in a process of its own."""
+    folders = ["--data_dir", data, "--out_dir", f"{work}/run", "--processed_dir", f"{work}/st"]
+    command = [sys.executable, PROGRAM, "train", *folders, *map(str, flags)]
+    subprocess.run(command, check=True, capture_output=True, cwd=work)
+    return Path(work, "run")
+
+
+def steps_per_second(data: Path, threads: int, steps: int) -> float:
+    """Of the second half of a run."""
     with tempfile.TemporaryDirectory() as work:
-        folders = ["--data_dir", data, "--out_dir", f"{work}/run", "--processed_dir", f"{work}/st"]
-        more = ["--threads", str(threads), "--max_steps", str(steps)]
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin}
-        subprocess.run([sys.executable, PROGRAM, "train", *folders, *FLAGS, *more],
-                       check=True, capture_output=True, cwd=work, env=env)  # fmt: skip
-        with open(f"{work}/run/metrics.csv", newline="", encoding="utf-8") as file:
+        run = train(work, data, *FLAGS, "--threads", threads, "--max_steps", steps)
+        with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
     times = [datetime.fromisoformat(row["timestamp"]).timestamp() for row in rows]
     half = len(times) // 2
     return (len(times) - 1 - half) / (times[-1] - times[half])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=PROGRAM.with_name("README.md"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--loops", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pairs", type=int, default=3)
-    options = parser.parse_args()
-    data, speeds = options.data.resolve(), {}
+def compare_threads(options: argparse.Namespace) -> None:
+    speeds = defaultdict(list)
     for _ in range(options.pairs):
         for loops in (0, options.loops):
-            for spin in ("20000", "300000"):  # ours; libgomp's own
+            for threads in (1, os.cpu_count(), 0):
                 with busy_loops(loops):
-                    speed = steps_per_second(data, options.threads, options.steps, spin)
-                speeds.setdefault((loops, spin), []).append(speed)
-                print(f"{loops} loops, GOMP_SPINCOUNT {spin}: {speed:.2f} steps/s", flush=True)
+                    speed = steps_per_second(options.data, threads, options.steps)
+                speeds[loops, threads].append(speed)
+                print(f"{loops} loops, --threads {threads}: {speed:.2f} steps/s", flush=True)
     print()
-    for (loops, spin), found in speeds.items():
-        print(f"{loops} loops, GOMP_SPINCOUNT {spin:<12} median {statistics.median(found):.2f}")
+    for (loops, threads), found in speeds.items():
+        print(f"{loops} loops, --threads {threads}: median {statistics.median(found):.2f}")
+
+
+def keep_time(options: argparse.Namespace) -> None:
+    for minutes in options.minutes:
+        for loops in (0, options.loops):
+            for _ in range(options.pairs):
+                with busy_loops(loops), tempfile.TemporaryDirectory() as work:
+                    started = time.perf_counter()
+                    run = train(work, options.data, "--minutes", minutes)
+                    seconds = time.perf_counter() - started
+                    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+                size = f"{config['n_layer']} x {config['n_embd']}, {config['max_steps']} steps"
+                print(f"--minutes {minutes:g}, {loops} loops: {seconds:.1f} s, {size}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["threads", "minutes"])
+    parser.add_argument("--data", type=Path, default=PROGRAM.with_name("README.md"))
+    parser.add_argument("--loops", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 3])
+    options = parser.parse_args()
+    options.data = options.data.resolve()
+    {"threads": compare_threads, "minutes": keep_time}[options.what](options)
 
 
 if __name__ == "__main__":
