@@ -5812,9 +5812,12 @@ def run_fit(run: Run, folder: RunFolder) -> str:
     model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
     steps = f"{p.total:,} steps of {run.train.batch_sampler.batch_size} x {shape.block_size} tokens"
     note(f"{model}, {run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {steps}")
-    run.recorder = Recorder(run, folder.file("metrics.csv"))
     about["base_loss"] = (folder.state or {}).get("base_loss")
-    with run.stop.held(), contextlib.closing(run.recorder), training_precision(run.rt.device):
+    with (
+        run.stop.held(),
+        contextlib.closing(Recorder(run, folder.file("metrics.csv"))) as run.recorder,
+        training_precision(run.rt.device),
+    ):
         try:
             if isinstance(config, FinetuneConfig) and run.val and not folder.state:
                 how = run.objective, config, run.rt, run.stop

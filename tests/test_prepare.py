@@ -567,7 +567,8 @@ def test_download(fetch, mirror, data, tmp_path, name):
         return
     (tmp_path / "raw/other.txt").write_text("something else " * 100)
     places = ["--processed_dir", tmp_path / "p", "--out_dir", tmp_path / "run"]
-    run(*hint, *TINY, "--max_steps", 1, "--eval_batches", 1, *places).ok()
+    assert hint[-2:] == ["--minutes", "5"]
+    run(*hint[:-2], *TINY, "--max_steps", 1, "--eval_batches", 1, *places).ok()
     (made,) = (f for f in (tmp_path / "p").iterdir() if f.is_dir())
     assert "other.txt" not in lp.TokenStore(made).sources, "the hint names its own folder"
     asked = mirror.asked
