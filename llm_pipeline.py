@@ -6010,10 +6010,8 @@ class Clock:
             return
         slowed = self.rt.of_first(float(np.mean(self.recent)) / self.step_seconds)
         total = min(p.step + max(1, self.steps(slowed)), self.most)
-        if (
-            abs(total - p.total) * (self.step_seconds + self.beside) * slowed
-            > 0.04 * 60 * self.minutes
-        ):
+        moved = abs(total - p.total) * slowed * (self.step_seconds + self.beside)  # seconds
+        if moved > 0.04 * 60 * self.minutes:
             p.total = self.run.recorder.bar.total = self.run.config.max_steps = total
 
 
