@@ -5610,7 +5610,7 @@ OBJECTIVE_OF = {"dpo_beta": "dpo", "orpo_lambda": "orpo"} | dict.fromkeys(
 # Used for GRPO, whatever the recipe. tests/bench/README.md has what was tried.
 GRPO_SETTINGS = dict(
     optimizer="muon", muon_lr=8e-4, lr=1e-4, lr_schedule="linear", min_lr_ratio=0.0, warmup_steps=10,
-    batch_size=64, max_steps=200, eval_interval=40, compile="off",
+    batch_size=64, max_steps=400, eval_interval=50, compile="off",
 )  # fmt: skip
 
 
