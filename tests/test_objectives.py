@@ -259,7 +259,7 @@ def test_settings_of_an_objective_that_is_not_chosen(prompts, base, tmp_path):
     """GRPO has its own whatever the recipe; what another objective reads is refused."""
     tuned = [lp.settle(lp.FinetuneConfig, {"objective": "grpo", "recipe": recipe})
              for recipe in ("classic", "fast")]  # fmt: skip
-    assert tuned[0].muon_lr == tuned[1].muon_lr and tuned[1].max_steps == 200
+    assert tuned[0].muon_lr == tuned[1].muon_lr and tuned[1].max_steps == 400
     flags = ["finetune", *prompts, "--ckpt", base, "--out_dir", tmp_path / "run"]
     run(*flags, "--kl_beta", 0.1).fails(2, "--kl_beta", "grpo")
     run(*flags, "--objective", "dpo", "--orpo_lambda", 0.2).fails(2, "--orpo_lambda", "orpo")
