@@ -6247,11 +6247,9 @@ class PromptDataset(InstructionDataset):
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(prompt, true answer), ids each; the model sees the prompt alone."""
         row = self.index[self.rows[range(len(self))[i]]]
-        ids, n_prompt = (
-            self.store.ids(self.split, int(row["start"]), int(row["length"])),
-            row["prompt"],
-        )
-        return fit_record(ids[:n_prompt], ids[:0], self.longest)[0], ids[n_prompt:]
+        ids = self.store.ids(self.split, int(row["start"]), int(row["length"]))
+        prompt, truth = ids[: row["prompt"]], ids[row["prompt"] :]
+        return fit_record(prompt, truth[:0], self.longest)[0], truth
 
     @torch.no_grad()
     def answers(self, samples: list[tuple], n: int, temperature: float) -> list[list]:
