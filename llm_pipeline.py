@@ -7394,7 +7394,7 @@ def read_config(cls: type, path: str) -> dict:
 
     Settings of other commands are left out: any run's config.json will do. Raises UserError.
     """
-    own, found, where = fields_of(cls), {}, f"--config {path}"
+    own, found, left_out, where = fields_of(cls), {}, [], f"--config {path}"
     known = {name for command in COMMANDS.values() for name in fields_of(command.settings)}
     entries = list(read_table(Path(path), where).items())
     for leaf, value in entries:
@@ -7403,14 +7403,15 @@ def read_config(cls: type, path: str) -> dict:
             entries.extend(value.items())
         elif name not in known:
             raise UserError(f"{where}: {unknown_setting(cls, name)}")
-        elif (
-            name in own
-            and value is not None
-            and (value != "" or "choices" not in own[name].metadata)
-        ):
+        elif name not in own:
+            left_out.append(name)
+        elif value is not None and (value != "" or "choices" not in own[name].metadata):
             value = checked(own[name], value, f"{where}: ")
             if found.setdefault(name, value) != value:
                 raise UserError(f"{where}: {name} is there twice, with two values: leave one out")
+    if left_out:
+        some = ", ".join(left_out[:4])
+        note(f"{where}: left out {len(left_out)} settings of other commands ({some} ...)")
     return found
 
 

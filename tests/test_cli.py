@@ -259,7 +259,7 @@ training:\n  batch_size: 32\n  optimizer: {learning_rate: 2e-3}""",
 
 
 @pytest.mark.parametrize("ending", NESTED)
-def test_nested_config_files_with_the_names_of_others(ending, tmp_path):
+def test_nested_config_files_with_the_names_of_others(ending, tmp_path, capsys):
     needs(ending)
     file = tmp_path / f"c.{ending}"
     file.write_text(NESTED[ending], encoding="utf-8")
@@ -271,6 +271,9 @@ def test_nested_config_files_with_the_names_of_others(ending, tmp_path):
     assert (config.n_embd, config.n_head) == (64, 4)
     for command in COMMANDS:
         lp.parse([command, "--config", str(file)])
+    capsys.readouterr()
+    lp.parse(["sample", "--config", str(file)])
+    assert "left out 7 settings of other commands" in capsys.readouterr().err
 
 
 def test_yaml_says_off_and_numbers_in_its_own_way(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, differences, metrics, run, run_together, tensors, words
+from conftest import CPU, differences, metrics, needs, run, run_together, tensors, words
 
 import llm_pipeline as lp
 
@@ -63,6 +63,19 @@ def test_orpo_is_the_closed_form(pairs):
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
     assert stats["log_odds_ratio"].item() == pytest.approx(ratios.sum(), rel=1e-4)
     assert stats["accuracy"].item() == (ratios > 0).sum()
+
+
+def test_orpo_is_trls(pairs):
+    """Its odds-ratio term; TRL's likelihood counts the prompt too, ours the answer alone."""
+    needs("trl")
+    from trl.experimental.orpo import ORPOTrainer
+
+    losses, batch, said = pairs
+    mean = torch.tensor([total / n for total, n in said])
+    trainer = SimpleNamespace(beta=0.7, accelerator=SimpleNamespace(device="cpu"))
+    theirs, *_ = ORPOTrainer.odds_ratio_loss(trainer, mean[0::2], mean[1::2])
+    loss, _ = lp.OBJECTIVES["orpo"](losses, batch, lp.FinetuneConfig(orpo_lambda=0.7))
+    assert loss.item() == pytest.approx((-mean[0::2] - theirs).sum().item(), rel=1e-5)
 
 
 def test_orpo_survives_certainty():
