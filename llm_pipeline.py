@@ -6247,8 +6247,7 @@ class PromptDataset(InstructionDataset):
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(prompt, true answer), ids each; the model sees the prompt alone."""
         row = self.index[self.rows[range(len(self))[i]]]
-        ids = self.store.ids(self.split, int(row["start"]), int(row["length"]))
-        prompt, truth = ids[: row["prompt"]], ids[row["prompt"] :]
+        prompt, truth = prompt_and_answer(self.store, self.split, row)
         return fit_record(prompt, truth[:0], self.longest)[0], truth
 
     @torch.no_grad()
