@@ -3490,6 +3490,11 @@ def find_files(config: DataConfig) -> list[Path]:
     return sorted(path for path in Path(config.hf_dataset).rglob("*") if path.is_file())
 
 
+def size_of_files(config: DataConfig) -> int:
+    """Bytes of all files that the settings name."""
+    return sum(path.stat().st_size for path in find_files(config))
+
+
 def is_default_folder(path: str | Path) -> bool:
     """Whether this is data/raw, however it is spelled: only there the toy corpus stands in."""
     return os.path.abspath(path) == os.path.abspath(DataConfig.data_dir)
@@ -4127,7 +4132,7 @@ def write_store(
 ) -> None:
     """Read every record and write all of a store. Raises UserError if none is left to train on."""
     writer, spec, started = StoreWriter(folder, tokenizer, config), tokenizer.spec(), time.time()
-    total = sum(path.stat().st_size for path in find_files(config))
+    total = size_of_files(config)
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True) as bar:
         writer.write_all(corpus_records(config, writer.report, pairs), pairs, bar)
     for line in writer.report.lines():
@@ -5444,7 +5449,7 @@ def facts_of_store(store: TokenStore) -> CorpusFacts:
 def facts_of_files(fingerprint: str, **data) -> CorpusFacts:
     """Each reading of the files, by `fingerprint`, is done once."""
     config, sizes = DataConfig(**data), []
-    n_bytes = sum(path.stat().st_size for path in find_files(config))
+    n_bytes = size_of_files(config)
     for record in read_records(config, Report()) if n_bytes else ():
         if record.is_plain:  # it may be long: no more is read
             return CorpusFacts(n_bytes)
@@ -5868,29 +5873,39 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
         chosen = ["tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "block_size", "lr",
                   "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
         note("recipe fast: " + ", ".join(f"{name} {getattr(config, name)}" for name in chosen))
-    asked = config.explicit & {"answer_weight", "stride", "max_steps"}
-    if not (asked or config.answer_weight or folder.state):
-        facts = corpus_facts(vars(config))
-        if facts.longest and facts.n_bytes < SMALL:
-            config.answer_weight, size = 10, config.block_size
-            if not (config.init_from or "block_size" in config.explicit):
-                _, bytes_a_token = likely_tokens(config.tokenizer, config.vocab_size)
-                config.block_size = size = max(size, block_for(facts, bytes_a_token))
-            what = f"whole records in blocks of {size}, whose answers count tenfold"
-            note(f"a few questions with answers: {what}")
+    if not folder.state:
+        fit_few_questions(config)
     run, planned = new_run(config, rt, stop, folder), config.max_steps
     if clock:
         clock.run, run.after_step = run, clock
     best = run_fit(run, folder)
     if clock and rt.is_main:
-        again = folder.file("config.json")
-        write_json(again, read_table(again, str(again)) | {"max_steps": config.max_steps})
-        moved = f" (the clock has moved its end from step {planned}, its schedule with it)"
-        moved = moved if config.max_steps != planned else ""
+        again, moved = folder.file("config.json"), ""
+        if config.max_steps != planned:
+            write_json(again, read_table(again, str(again)) | {"max_steps": config.max_steps})
+            moved = f" (the clock has moved its end from step {planned}, its schedule with it)"
         note(f"the same {config.max_steps} steps: --config {again} --out_dir ANOTHER{moved}")
     if best and not stop:
         say_result(run, folder, best)
     return best
+
+
+def fit_few_questions(config: TrainConfig) -> None:
+    """Where little data is all answers, unless told otherwise: whole records, whose answers count
+    tenfold, in blocks that hold them."""
+    if config.answer_weight or config.explicit & {"answer_weight", "stride", "max_steps"}:
+        return
+    # Much data is not read for this: that would be all of it, once more.
+    little = config.hf_dataset or is_store(config.data_dir) or size_of_files(config) < SMALL
+    facts = corpus_facts(vars(config)) if little else CorpusFacts()
+    if not facts.longest or facts.n_bytes >= SMALL:
+        return
+    config.answer_weight = 10
+    if not (config.init_from or "block_size" in config.explicit):
+        _, bytes_a_token = likely_tokens(config.tokenizer, config.vocab_size)
+        config.block_size = max(config.block_size, block_for(facts, bytes_a_token))
+    what = f"whole records in blocks of {config.block_size}, whose answers count tenfold"
+    note(f"a few questions with answers: {what}")
 
 
 def base_and_store(config: TrainConfig, rt: Runtime, folder: RunFolder):
