@@ -2519,19 +2519,12 @@ def tokenizer_from_spec(spec: dict) -> Tokenizer:
     return bpe_tokenizer(spec["json"], **ids, end_ids=tuple(spec["end_ids"]))
 
 
-def byte_level_library(model, cut: bool = True):
-    """A `tokenizers.Tokenizer` around a BPE model, with GPT-2's byte alphabet and cutting."""
-    tokenizers = optional("tokenizers")
-    library = tokenizers.Tokenizer(model)
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=cut)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    return library
-
-
 def byte_library():
     """The byte tokenizer as a `tokenizers.Tokenizer`."""
-    model = optional("tokenizers").models.BPE(byte_alphabet(), [])
-    library = byte_level_library(model, cut=False)
+    tokenizers = optional("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet(), []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
     library.add_special_tokens(list(SPECIAL_TOKENS))
     return library
 
@@ -2552,24 +2545,19 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     Special tokens are never made from text; those of --extra_special_tokens always are, and no
     merge crosses their borders. A signal waits until the library is done. Raises UserError.
     """
-    tokenizers = optional("tokenizers")
     special = re.findall(r"[^,\s]+", config.special_tokens) or list(SPECIAL_TOKENS)
     extra = re.findall(r"[^,\s]+", config.extra_special_tokens)
     extra = [name for name in extra if name not in special]
-    library = byte_level_library(tokenizers.models.BPE())
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        min_frequency=config.min_frequency,
-        special_tokens=[*special, *extra],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    library = optional("tokenizers").ByteLevelBPETokenizer()
     texts = (SURROGATE.sub("\ufffd", text) for text in texts)
     if extra:
         borders = re.compile("|".join(map(re.escape, extra)))
         texts = (piece for text in texts for piece in borders.split(text))
-    library.train_from_iterator(texts, trainer)
-    saved = json.loads(library.to_str())
+    names = [*special, *extra]
+    library.train_from_iterator(
+        texts, config.vocab_size, config.min_frequency, show_progress=False, special_tokens=names
+    )
+    saved = json.loads(library.to_str()) | {"post_processor": None}
     for token in saved["added_tokens"]:
         token["special"] = token["content"] not in extra  # the library looks for others in texts
     ids = special_ids(library, {})
@@ -2633,9 +2621,9 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def tokenizer_from_merges(vocabulary: Path, merges: Path) -> BPETokenizer:
     """GPT-2's two files, as OpenAI published them and as tokenizers saves them. Raises UserError."""
+    tokenizers = optional("tokenizers")
     with library_errors(f"{vocabulary} and {merges.name}"):
-        model = optional("tokenizers").models.BPE.from_file(str(vocabulary), str(merges))
-        library = byte_level_library(model)
+        library = tokenizers.ByteLevelBPETokenizer.from_file(str(vocabulary), str(merges))
     names = [*sum(USUAL_NAMES.values(), ()), "<unk>", "<mask>"]
     library.add_special_tokens([name for name in names if library.token_to_id(name) is not None])
     gpt2 = "<|endoftext|>"  # GPT-2's own is bos, too
@@ -2773,6 +2761,7 @@ class Record:
     source: str = ""
     where: str = ""  # file, or file:line
     split: str = ""  # where the file's name says so, as in wiki.train.tokens
+    unused: Sequence[str] = ()  # names of what its row held besides
 
     @property
     def is_plain(self) -> bool:
@@ -2899,28 +2888,27 @@ def documents_in(blocks: Iterator[str], delimiter: str) -> Iterator[str]:
 QUESTIONS = ("instruction", "prompt", "question")
 ANSWERS = ("output", "completion", "response", "answer")
 DIALOGUES = ("messages", "conversations", "conversation")
-PREFERENCES = ("chosen", "rejected")
 INPUTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
 LABELS = ("label", "labels", "sentiment", "class", "target")
+MASKS = ("weight", "train", "training", "trainable", "loss")  # OpenAI's, axolotl's and swift's
+LAYOUTS = (
+    "text; instruction, prompt or question (with input or context, system) and output, "
+    "completion, response or answer; messages or conversations; chosen and rejected"
+)
+# Without what these say a dialogue would be half read.
 UNSUPPORTED = {
     "tools", "functions", "tool_calls", "function_call", "tool_call_id", "image", "images",
     "video", "videos", "audio", "audios", "train_detail", "training_detail", "history",
 }  # fmt: skip
 REASONING = {"reasoning_content", "reasoning", "thinking"}
-MASKS = {"weight", "train", "training", "trainable", "loss"}  # OpenAI's, axolotl's and swift's
-USED_COLUMNS = {*QUESTIONS, *ANSWERS, *DIALOGUES, *PREFERENCES, *INPUTS, *SYSTEMS, *MASKS, "text"}
-MESSAGE_FIELDS = {"role", "from", "content", "value", *MASKS}
-LAYOUTS = (
-    "text; instruction, prompt or question (with input or context, system) and output, "
-    "completion, response or answer; messages or conversations; chosen and rejected"
-)
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "model": "assistant",
 }  # fmt: skip
+# A yes or no, as JSON, numbers or a table's cells have it.
 FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 EMPTY = (None, "", "[]", [], {})  # what a column holds that says nothing
 
@@ -2929,36 +2917,6 @@ class Message(NamedTuple):
     role: str  # system, user or assistant
     text: str
     trained: bool = True
-
-
-def flag(value) -> bool | None:
-    """A yes or no, as JSON, numbers or a table's cells have it; None for anything else."""
-    return FLAGS.get(str(value).strip().lower())
-
-
-def is_trained(entry: dict) -> bool:
-    """What the masks of a row or a message say. Raises ValueError on a share, such as 0.5."""
-    masks = [name for name in entry.keys() & MASKS if entry[name] is not None]
-    for name in masks:
-        if flag(entry[name]) is None:
-            raise ValueError(f"{name!r} is neither 0 nor 1")
-    return all(flag(entry[name]) for name in masks)
-
-
-def liking(row: dict) -> bool | None:
-    """KTO's label, whether people liked the answer; None where a label says nothing of the kind.
-
-    0 and 1 count beside KTO's own columns alone, elsewhere they may be numbers of classes. Raises
-    ValueError on other numbers there.
-    """
-    label = row.get("label")
-    if str(label).strip().lower() in ("true", "false"):
-        return flag(label)
-    if row.get("prompt") is None or row.get("completion") is None:
-        return None
-    if flag(label) is None and re.fullmatch(r"[-.\d]+", str(label).strip()):
-        raise ValueError(f"'label' is {label} beside prompt and completion, where KTO has 0 or 1")
-    return flag(label)
 
 
 def present(row: dict, names: Iterable[str], empty: tuple = (None,)) -> str:
@@ -2971,36 +2929,45 @@ def present(row: dict, names: Iterable[str], empty: tuple = (None,)) -> str:
 
 def text_from(value, name: str) -> str:
     """The text of a column or field. Numbers, lists and objects are written as JSON."""
-    if not isinstance(value, str):
-        try:
-            value = json.dumps(value, ensure_ascii=False)
-        except TypeError:
-            raise ValueError(f"{name!r} must be text, not {type(value).__name__}") from None
-    if "\0" in value:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if "\0" in text:
         raise ValueError(f"{name!r} holds NULs, which text does not")
-    return value.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def text_in(row: dict, names: Iterable[str]) -> str:
-    """The text of the one column among these that is not empty, "" without one."""
+def take_text(row: dict, names: Iterable[str]) -> str:
+    """The text of the one column among these that is not empty, taken out; "" without one."""
     name = present(row, names, (None, ""))
-    return text_from(row[name], name) if name else ""
+    return text_from(row.pop(name), name) if name else ""
 
 
-def refuse(row: dict, names: set[str], place: str) -> None:
-    """Raises ValueError where one of these is filled: without it a dialogue would be half read."""
-    for name in row.keys() & names:
-        if row[name] not in EMPTY:
-            what = f"{name!r} in {place} is not supported"
-            raise ValueError(f"{what}: write what it says into the content, or drop it")
+def take_masks(row: dict, names: Iterable[str] = MASKS) -> bool:
+    """Whether the masks of a row or message, taken out, let it train. Raises ValueError on a share,
+    such as 0.5."""
+    masks = {name: str(row.pop(name)) for name in names if row.get(name) is not None}
+    for name, value in masks.items():
+        if value.strip().lower() not in FLAGS:
+            raise ValueError(f"{name!r} is {value}, not 0 or 1 as masks and KTO's labels are")
+    return all(FLAGS[value.strip().lower()] for value in masks.values())
 
 
-def message_from(entry, column: str) -> Message:
+def left_over(row: dict, place: str, unsupported: set[str]) -> list[str]:
+    """Names of what a row still holds, and so is not used. Raises ValueError on an unsupported one."""
+    names = [name for name, value in row.items() if value not in EMPTY]
+    if odd := unsupported.intersection(names):
+        what = f"{min(odd)!r} in {place} is not supported"
+        raise ValueError(f"{what}: write what it says into the content, or drop it")
+    return names
+
+
+def message_from(entry, column: str, unused: list[str]) -> Message:
     """A message as {role, content} (OpenAI) or {from, value} (ShareGPT); a content may be a list of
-    parts {type: text, text}."""
+    parts {type: text, text}. Names of its other fields are added to `unused`."""
     if not isinstance(entry, dict):
         raise ValueError(f"{column!r} must be a list of {{role, content}}")
-    refuse(entry, UNSUPPORTED | REASONING, repr(column))
+    rest = {name: entry[name] for name in entry if name not in ("role", "from", "content", "value")}
+    trained = take_masks(rest)
+    unused += [f"{n} in {column}" for n in left_over(rest, repr(column), UNSUPPORTED | REASONING)]
     role = entry.get("role") or entry.get("from")
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"unknown role {role!r} in {column!r} (known: {', '.join(ROLES)})")
@@ -3008,11 +2975,10 @@ def message_from(entry, column: str) -> Message:
     texts = []
     for part in content if isinstance(content, list) else [content]:
         is_text = isinstance(part, dict) and part.get("type") == "text"
-        text = part.get("text") if is_text else part
-        if not isinstance(text, str):
-            raise ValueError(f"a message in {column!r} has no text, or a part that is none")
-        texts.append(text)
-    return Message(ROLES[role], text_from("".join(texts), column), is_trained(entry))
+        texts.append(part.get("text") if is_text else part)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a message in {column!r} has no text, or a part that is none")
+    return Message(ROLES[role], text_from("".join(texts), column), trained)
 
 
 def is_dialogue(value) -> bool:
@@ -3022,31 +2988,74 @@ def is_dialogue(value) -> bool:
     return any({"role", "content"} <= names or {"from", "value"} <= names for names in fields)
 
 
-def messages_of(value, column: str, role: str = "") -> list[Message]:
-    """The messages that a column holds: a list, a single one, or one of a text of `role`."""
-    if column in (*DIALOGUES, *PREFERENCES):
-        parsed = json_value(value) if isinstance(value, str) else None  # in a table's cell
+def take_messages(row: dict, column: str, role: str, unused: list[str]) -> list[Message]:
+    """The messages of a column, taken out: a list, a single one, or one of a text of `role`."""
+    value = row.pop(column)
+    if isinstance(value, str) and column in (*DIALOGUES, "chosen", "rejected"):
+        parsed = json_value(value)  # a table's cell
         value = parsed if is_dialogue(parsed) else value
-        if value == []:
-            raise ValueError(f"no messages in {column!r}")
     if role and not is_dialogue(value):
         return [Message(role, text_from(value, column))]
+    if value == []:
+        raise ValueError(f"no messages in {column!r}")
     entries = value if isinstance(value, list) else [value]
-    return [message_from(entry, column) for entry in entries]
+    return [message_from(entry, column, unused) for entry in entries]
 
 
-def dialogue_of(row: dict, asked: str, talk: str, answer: str) -> list[Message]:
-    """All messages of a row, from its columns of question, dialogue and answer ("" for none)."""
+def record_from_row(row: dict, text_field: str = "text", labels: str = "") -> Record:
+    """A Record from a row in any of LAYOUTS. Raises ValueError if it has none of them.
+
+    labels: the column that makes instructions of plain texts, or "".
+    """
+    if isinstance(row, Exception):
+        raise ValueError(one_line(row, 400))
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {type(row).__name__}")
+    if None in row:  # csv's name for cells beyond the last column
+        raise ValueError("more cells than the first line names columns")
+    row = dict(row)  # what no step below takes out is not used
+    asked, talk = present(row, QUESTIONS), present(row, DIALOGUES)
+    preferred = row.get("chosen") is not None  # counts, whatever other answer stands beside it
+    answer = "chosen" if preferred else present(row, ANSWERS)
+    is_pair = preferred and row.get("rejected") is not None
+    by_name = text_field != "text" and row.get(text_field) is not None
+    if by_name or not (is_pair or talk or (asked and answer)):
+        return plain_record(row, text_field, labels, "" if by_name else asked or answer)
     columns = {asked: "user", talk: "", answer: "assistant"}  # and the role of a text in each
     columns.pop("", None)
-    *parts, body = [messages_of(row[name], name, role) for name, role in columns.items()]
-    for part in reversed(parts):
-        if body[0].role == "assistant" and part[-1].role != "assistant":
-            body = part + body
-        elif not {m.text for m in part} <= {m.text for m in body}:  # UltraFeedback repeats these
+    return dialogue_record(row, columns, is_pair)
+
+
+def dialogue_record(row: dict, columns: dict[str, str], is_pair: bool) -> Record:
+    """A Record of questions and answers, taken out of these columns of the row."""
+    label = str(row.get("label")).strip().lower()  # KTO's: whether people liked the answer
+    # Numbers count beside KTO's own columns alone, elsewhere they may be those of classes.
+    is_number = re.fullmatch(r"[-.\d]+", label) and {"prompt", "completion"} <= columns.keys()
+    is_liking = is_number or label in ("true", "false")
+    trained, unused = take_masks(row, (*MASKS, "label") if is_liking else MASKS), []
+    body: list[Message] = []
+    for name, role in columns.items():
+        part = take_messages(row, name, role, unused)
+        if body and body[-1].role != "assistant" and part[0].role == "assistant":
+            body += part
+        elif {m.text for m in body} <= {m.text for m in part}:  # UltraFeedback repeats these
+            body = part
+        else:
             names = " and ".join(map(repr, columns))
             raise ValueError(f"{names} hold different dialogues: drop a column")
-    return body
+    rejected = ""
+    if is_pair:
+        *prompt, last = take_messages(row, "rejected", "assistant", unused)
+        if prompt and [m[:2] for m in prompt] != [m[:2] for m in body[:-1]]:
+            raise ValueError("'chosen' and 'rejected' do not share their prompt")
+        if last.role != "assistant":
+            raise ValueError("'rejected' must end with an assistant's answer")
+        rejected = instruction_response(last.text)
+    extra = take_text(row, INPUTS) if columns.keys() & {*QUESTIONS} else ""
+    turns = turns_of(body, take_text(row, SYSTEMS), extra)
+    for turn in turns:
+        turn.trained = turn.trained and trained
+    return Record(turns, rejected, unused=unused + left_over(row, "the row", UNSUPPORTED))
 
 
 def turns_of(messages: list[Message], system: str, extra: str) -> list[Turn]:
@@ -3075,47 +3084,12 @@ def turns_of(messages: list[Message], system: str, extra: str) -> list[Turn]:
     return turns
 
 
-def rejected_answer(value, body: list[Message]) -> str:
-    """The answer that was not chosen, rendered; `value` holds it alone or with the prompt."""
-    *prompt, last = messages_of(value, "rejected", "assistant")
-    if prompt and [m[:2] for m in prompt] != [m[:2] for m in body[:-1]]:
-        raise ValueError("'chosen' and 'rejected' do not share their prompt")
-    if last.role != "assistant":
-        raise ValueError("'rejected' must end with an assistant's answer")
-    return instruction_response(last.text)
+def plain_record(row: dict, text_field: str, labels: str, half: str) -> Record:
+    """A Record of plain text, or an instruction to classify it, where the row has its label.
 
-
-def record_from_row(row: dict, text_field: str = "text") -> Record:
-    """A Record from a row in any of LAYOUTS. Raises ValueError if it has none of them."""
-    if isinstance(row, Exception):
-        raise ValueError(one_line(row, 400))
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
-    if None in row:  # csv's name for cells beyond the last column
-        raise ValueError("more cells than the first line names columns")
-    asked, talk = present(row, QUESTIONS), present(row, DIALOGUES)
-    preference = row.get("chosen") is not None  # counts, whatever other answer stands beside it
-    answer = "chosen" if preference else present(row, ANSWERS)
-    pair = preference and row.get("rejected") is not None
-    by_name = text_field != "text" and row.get(text_field) is not None
-    if by_name or not (pair or talk or (asked and answer)):
-        return plain_record(row, text_field, "" if by_name else asked or answer)
-    refuse(row, UNSUPPORTED, "the row")
-    body = dialogue_of(row, asked, talk, answer)
-    rejected = rejected_answer(row["rejected"], body) if pair else ""
-    if liking(row) is False:
-        body[-1] = body[-1]._replace(trained=False)
-    if not is_trained(row):
-        body = [message._replace(trained=False) for message in body]
-    extra = text_in(row, INPUTS) if asked else ""
-    if extra and is_dialogue(row[asked]):
-        raise ValueError(f"an input beside the messages of {asked!r}")
-    return Record(turns_of(body, text_in(row, SYSTEMS), extra), rejected)
-
-
-def plain_record(row: dict, text_field: str, half: str) -> Record:
-    """A record of plain text. half: a question without its answer, or the other way round."""
-    text, role = row.get(text_field), row.get("role")
+    half: a question without its answer, or the other way round.
+    """
+    text, role, trained = row.get(text_field), row.get("role"), take_masks(row)
     if half and text is not None:
         raise ValueError(f"{half!r} beside 'text' is half a pair: name one by --text_field")
     if (isinstance(role, str) and role in ROLES) or {"message_id", "parent_id"} <= row.keys():
@@ -3127,21 +3101,12 @@ def plain_record(row: dict, text_field: str, half: str) -> Record:
         raise ValueError(f"{what}; {way}, or use {LAYOUTS}")
     if not isinstance(text, str):
         raise ValueError(f"{text_field!r} must be text, not {type(text).__name__}")
-    return Record([Turn("", text_from(text, text_field), is_trained(row))])
-
-
-def unused_in(row: dict, record: Record, text_field: str) -> Iterator[str]:
-    """Names of what a row holds and its record does not."""
-    used = {text_field, *MASKS} if record.is_plain else USED_COLUMNS
-    for name in row.keys() - used:
-        is_liking = name == "label" and not record.is_plain and liking(row) is not None
-        if row[name] not in EMPTY and not is_liking:
-            yield name
-    for column in row.keys() & used & {*DIALOGUES, *PREFERENCES}:
-        entries = row[column] if is_dialogue(row[column]) else []
-        for entry in entries if isinstance(entries, list) else [entries]:
-            names = entry.keys() - MESSAGE_FIELDS
-            yield from (f"{name} in {column}" for name in names if entry[name] not in EMPTY)
+    turn, source = Turn("", text_from(row.pop(text_field), text_field), trained), ""
+    if labels and row.get(labels) is not None:
+        prompt = instruction_prompt(f"classify the text by {labels}", turn.response)
+        answer = instruction_response(text_from(row.pop(labels), labels))
+        turn, source = Turn(prompt, answer, trained), labels
+    return Record([turn], source=source, unused=left_over(row, "the row", set()))
 
 
 class Source(NamedTuple):
@@ -3161,20 +3126,16 @@ def records_of(source: Source, labels: str, config: DataConfig, report: Report) 
     unused: Counter[str] = Counter()
     for where, row in source.rows():
         try:
-            is_labelled = source.table and labels and label_in(row, config.text_field) == labels
-            if is_labelled:
-                row = classification(row, labels, config.text_field)
-            record = record_from_row(row, config.text_field)
-            unused.update(unused_in(row, record, config.text_field))
-        except (ValueError, RecursionError) as error:
+            record = record_from_row(row, config.text_field, labels if source.table else "")
+        except (ValueError, TypeError, RecursionError) as error:
             why = one_line(error, 400)
             if config.bad_records == "error":
                 raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip") from None
             report.skip(source.name, why, where)
             continue
-        record.where, record.split, record.source = where, source.split, source.name
-        if not record.is_plain:
-            record.source = labels if is_labelled else source.table or source.name
+        unused.update(record.unused)
+        record.where, record.split = where, source.split
+        record.source = record.source or (not record.is_plain and source.table) or source.name
         masked = sum(not turn.trained for turn in record.turns)
         if masked:
             what = "answers not trained (weight 0, train false, label false)"
@@ -3229,22 +3190,15 @@ def label_column(sources: list[Source], config: DataConfig) -> str:
         # A stream shows its labels early, or never.
         for number, (_, row) in enumerate(islice(rows, 1000 if config.streaming else None)):
             name = label_in(row, config.text_field)
-            if not name and not number:
-                break
             if name:
                 counts[name, str(row[name])] += 1
             if len(counts) > MAX_LABELS:
                 return ""
+            if not (name or number):
+                break
     names = {name for name, _ in counts}
     is_set = len(names) == 1 and len(counts) > 1 and min(counts.values()) > 1
     return names.pop() if is_set else ""
-
-
-def classification(row: dict, column: str, text_field: str) -> dict:
-    """A labelled text as an instruction: classify it, answer with its label."""
-    task = dict(instruction=f"classify the text by {column}", output=row[column])
-    others = {name: value for name, value in row.items() if name not in (column, text_field)}
-    return others | task | dict(input=row[text_field])
 
 
 # --- one reader for each format ---
