@@ -1832,23 +1832,22 @@ def write_beside(target: Path) -> Iterator[Path]:
     """An empty folder for the block to fill, beside `target`, which it then becomes.
 
     A block that fails leaves all as it was; what a killed process left is removed by the next.
+    Raises UserError where `target` holds anything: nothing is ever replaced.
     """
     target = Path(os.path.realpath(target))  # the folder that a link leads to, not the link
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError(f"{target} is there already: remove it, or choose another place")
     work = target.with_name(f".{target.name}.writing")
-    new, old = work / "new", work / "old"
     try:
         with run_lock(work):
             try:
-                shutil.rmtree(new, ignore_errors=True)
-                shutil.rmtree(old, ignore_errors=True)
-                new.mkdir()
-                yield new
+                shutil.rmtree(work / "new", ignore_errors=True)
+                (work / "new").mkdir()
+                yield work / "new"
                 if target.exists():
-                    target.rename(old)
-                new.rename(target)
+                    target.rmdir()  # empty
+                (work / "new").rename(target)
             finally:
-                if old.exists() and not target.exists():  # stopped between the renames
-                    old.rename(target)
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
@@ -2991,13 +2990,13 @@ def is_dialogue(value) -> bool:
 def take_messages(row: dict, column: str, role: str, unused: list[str]) -> list[Message]:
     """The messages of a column, taken out: a list, a single one, or one of a text of `role`."""
     value = row.pop(column)
-    if isinstance(value, str) and column in (*DIALOGUES, "chosen", "rejected"):
-        parsed = json_value(value)  # a table's cell
+    if column in (*DIALOGUES, "chosen", "rejected"):
+        parsed = json_value(value) if isinstance(value, str) else None  # in a table's cell
         value = parsed if is_dialogue(parsed) else value
+        if value == []:
+            raise ValueError(f"no messages in {column!r}")
     if role and not is_dialogue(value):
         return [Message(role, text_from(value, column))]
-    if value == []:
-        raise ValueError(f"no messages in {column!r}")
     entries = value if isinstance(value, list) else [value]
     return [message_from(entry, column, unused) for entry in entries]
 
@@ -3600,8 +3599,11 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
-    """(identity, place in the split, bytes): of record and seed alone, whatever is beside it."""
+def identify(record: Record, config: DataConfig) -> tuple[int, str, int]:
+    """(identity, side, bytes), of the record and the settings alone, whatever is beside it.
+
+    The side is "train", "val", or "both" of a long text, whose last part validates.
+    """
     salt = config.split_seed.to_bytes(8, "little")
     hasher, size = hashlib.blake2b(digest_size=16, salt=salt), 0
     for number, turn in enumerate(record.turns):
@@ -3612,20 +3614,16 @@ def record_hash(record: Record, config: DataConfig) -> tuple[int, int, int]:
         size += len(data) - 1
     hasher.update(b"\0" + encoded(record.rejected))
     digest = hasher.digest()
-    place = digest[8:]
+    identity, place, side = int.from_bytes(digest[:8], "little"), digest[8:], record.split
     if config.split_by == "prompt" and not record.is_plain:
         first = encoded(record.turns[0].prompt)
         place = hashlib.blake2b(first, digest_size=16, salt=salt).digest()[8:]
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(place, "little"), size
-
-
-def side_of(record: Record, place: int, size: int, config: DataConfig) -> str:
-    """ "train", "val", or "both" of a long text, whose last part validates."""
-    if record.split:
-        return record.split
-    if record.is_plain and size > LONG_TEXT and config.val_fraction:
-        return "both"
-    return "val" if place < int(config.val_fraction * 2**64) else "train"
+    if not side and record.is_plain and size > LONG_TEXT and config.val_fraction:
+        side = "both"
+    elif not side:
+        validates = int.from_bytes(place, "little") < int(config.val_fraction * 2**64)
+        side = "val" if validates else "train"
+    return identity, side, size
 
 
 def split_records(
@@ -3637,13 +3635,12 @@ def split_records(
     if it stands on the other side of the split too.
     """
     sides: dict[int, str] = {}  # identity -> where the record stands; about 110 bytes each
-    prompts: set[int] = set()  # places of up to two
     waiting: tuple[Record, str, int] | None = None  # the first short plain text: the only one?
     n_plain = 0
     for record in records:
         report.count(record.source, "records")
-        identity, place, size = record_hash(record, config)
-        side, text = side_of(record, place, size, config), record.turns[-1].response
+        identity, side, size = identify(record, config)
+        text = record.turns[-1].response
         known = sides.get(identity)
         why = ""
         if size == 0 or (record.is_plain and len(text.strip()) < config.min_chars):
@@ -3656,8 +3653,6 @@ def split_records(
             report.skip(record.source, why, record.where)
             continue
         sides[identity] = side
-        if len(prompts) < 2:
-            prompts.add(place)
         if record.is_plain and "<|endoftext|>" in text[:BLOCK]:
             what = "<|endoftext|> read as plain text (--doc_delimiter '<|endoftext|>' cuts there)"
             report.count(record.source, what, where=record.where)
@@ -3671,17 +3666,6 @@ def split_records(
         yield record, side, size
     if waiting:
         yield waiting[0], "both" if config.val_fraction else "train", waiting[2]
-    if config.split_by == "prompt" and len(sides) > 1 and len(prompts) == 1:
-        what = "all of one prompt, and so on one side of the split"
-        report.count(record.source, f"{what} (--split_by content splits by answers)", len(sides))
-
-
-def split_text(text: str, size: int, val_fraction: float) -> tuple[str, str]:
-    """The parts of a plain text of `size` bytes for training and for validation."""
-    n_bytes = max(0, size - math.ceil(size * val_fraction))
-    head = np.frombuffer(encoded(text)[:n_bytes], np.uint8)
-    cut = int((head & 0xC0 != 0x80).sum())  # characters that begin there
-    return text[:cut], text[cut:]
 
 
 # --- pieces of text and their ids ---
@@ -3697,10 +3681,13 @@ def corpus_records(
     found = split_records(read_records(config, report), config, report, pairs)
     for record, side, size in islice(found, config.max_docs or None):
         if side == "both":
-            head, tail = split_text(record.turns[0].response, size, config.val_fraction)
-            for split, text in (("val", tail), ("train", head)):  # --max_tokens may end behind it
-                if text:
-                    yield replace(record, turns=[Turn("", text)]), split
+            text, n_bytes = record.turns[0].response, size - math.ceil(size * config.val_fraction)
+            head = np.frombuffer(encoded(text)[: max(0, n_bytes)], np.uint8)
+            cut = int((head & 0xC0 != 0x80).sum())  # characters that begin there
+            # What validates comes first: --max_tokens may end behind it.
+            for split, part in (("val", text[cut:]), ("train", text[:cut])):
+                if part:
+                    yield replace(record, turns=[Turn("", part)]), split
         else:
             for each in as_pair(record) if pairs else [record]:
                 yield each, side
@@ -3879,9 +3866,6 @@ def content_digest(path: Path, kind: str = "blake2b") -> str:
 # --- the store ---
 
 STORE_FORMAT = "llm_pipeline.store.3"
-# All that a store's folder may hold. Nothing else is ever removed.
-STORE_FILES = (*TOKEN_FILES, "meta.json", "tokenizer.json", "report.json", "sample_batch.json",
-               "token_lengths.png")  # fmt: skip
 
 
 class TokenStore:
@@ -3995,7 +3979,7 @@ def build_corpus_from_sources(
         store = TokenStore(Path(config.data_dir))
         adopt(config, store, tokenizer, pairs)
     else:
-        store = TokenStore(built_store(config, tokenizer, folder, pairs))
+        store = store_of_sources(config, tokenizer, folder, pairs)
     rows = store.meta["counts"].items()
     parts = [(name, row.get("train", 0), row.get("val", 0)) for name, row in rows]
     parts = [f"{name} ({n:,} + {m:,} val records)" for name, n, m in parts if n + m]
@@ -4003,25 +3987,28 @@ def build_corpus_from_sources(
     return store
 
 
-def built_store(
+def store_of_sources(
     config: DataConfig, tokenizer: Tokenizer | None, named: Path | None, pairs: bool
-) -> Path:
-    """The folder of a raw corpus's store, which the first process writes if need be."""
+) -> TokenStore:
+    """The store of a raw corpus, written unless it was made before."""
     if uses_toy_corpus(config):
         note(f"no data in {config.data_dir}: using the built-in toy corpus")
     tokenizer = tokenizer or corpus_tokenizer(config, pairs)
     key = store_key(config, tokenizer.spec(), pairs)
     label = Path(config.hf_dataset or os.path.abspath(config.data_dir)).name[:40] or "data"
     folder = named or Path(config.processed_dir) / f"{label}-{key}"
-    if is_main():
-        with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
-            overwrite = named is not None and getattr(config, "overwrite", False)
-            if stands_in(folder, key, overwrite):
-                note("sources, settings and code are unchanged: the store was made before")
-            else:
-                with write_beside(folder) as new:
-                    write_store(config, tokenizer, new, key, pairs)
-    return folder
+    with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
+        known = is_store(folder)
+        if not known:
+            with write_beside(folder) as new:
+                write_store(config, tokenizer, new, key, pairs)
+    store = TokenStore(folder)
+    if store.meta.get("key") != key:
+        what = f"{folder} holds a store of other data or settings"
+        raise UserError(f"{what}: remove it, or choose another place")
+    if known:
+        note("sources, settings and code are unchanged: the store was made before")
+    return store
 
 
 def corpus_tokenizer(config: DataConfig, pairs: bool) -> Tokenizer:
@@ -4046,39 +4033,17 @@ def adopt(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pa
     """A store's settings become the command's. Raises UserError where that asks for others."""
     if tokenizer is not None and tokenizer.spec() != store.tokenizer.spec():
         raise UserError(f"{store.folder} was prepared with another tokenizer than the checkpoint's")
-    if pairs and not store.meta["pairs"]:
-        raise UserError(f"{store.folder} was prepared without preference pairs: name the raw data")
-    if store.meta["pairs"] and not pairs:
-        what = f"{store.folder} holds preference pairs, rejected answers too"
-        raise UserError(f"{what}: it serves --objective dpo and orpo alone; name the raw data")
+    if pairs != store.meta["pairs"]:
+        what = "no preference pairs" if pairs else "preference pairs, rejected answers too"
+        raise UserError(f"{store.folder} holds {what}: name the raw data")
     for name, value in store.meta["settings"].items():
         if name in PLACES or not hasattr(config, name):
             continue
-        if name in config.explicit and value != getattr(config, name):
-            what = f"{store.folder} was prepared with --{name} {value}"
-            raise UserError(f"{what}: leave that out, or name the raw data")
+        asked = getattr(config, name)
+        if name in config.explicit and value != asked:
+            what = f"{store.folder} was prepared with --{name} {value}, not {asked}"
+            raise UserError(f"{what}: prepare it so, or name the raw data")
         setattr(config, name, value)
-
-
-def stands_in(folder: Path, key: str, overwrite: bool) -> bool:
-    """Whether the store of this key is there. Raises UserError where anything else is in the way."""
-    try:
-        inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    except OSError as error:
-        raise UserError(f"cannot use {folder} for the store: {error.strerror}") from None
-    if not inside:
-        return False
-    meta = {}
-    with contextlib.suppress(UserError):
-        meta = read_table(folder / "meta.json", "meta.json")
-    strange = [name for name in inside if name not in STORE_FILES]
-    if strange or not str(meta.get("format")).startswith("llm_pipeline.store."):
-        first = (strange or inside)[0]
-        raise UserError(f"{folder} holds other files ({first}): name an empty folder for the store")
-    if meta.get("key") != key and not overwrite:
-        what = f"{folder} holds a store of other data or settings"
-        raise UserError(f"{what}: --overwrite it, or name another folder")
-    return meta.get("key") == key
 
 
 def write_store(
@@ -4094,8 +4059,10 @@ def write_store(
     if not any(writer.size.values()):
         hint = " (preferences need chosen and rejected)" if pairs else ""
         raise UserError(f"no usable records in {config.hf_dataset or config.data_dir}{hint}")
-    if config.val_fraction and not writer.size["val"] and not data_role(config):
-        note("by their hashes all records train and none validates: add data, or name a file valid")
+    if config.val_fraction and 0 in writer.size.values() and not data_role(config):
+        what = "by their hashes all records are on one side of the split, and so none "
+        what += "validates" if writer.size["train"] else "trains"
+        note(f"{what}: add data, name files train or valid, or, of one prompt, --split_by content")
     files = {}
     for name, file in writer.files.items():
         file.close()
@@ -5588,53 +5555,35 @@ OVERFIT = dict(dropout=0.0, token_dropout=0.0, lr_schedule="constant", max_steps
                log_interval=1, eval_interval=10**9, save_interval=10**9)  # fmt: skip
 
 
-def open_store(config: DataConfig, rt: Runtime, tokenizer=None, pairs: bool = False):
-    """The corpus as a token store, built by the first process and found by the others."""
-    if role := data_role(config):
-        side = "trains" if role == "train" else "validates"
-        note(f"{config.data_dir} is the {role} part of a split: all of it {side}")
-    if not rt.is_main:
-        dist.barrier()
-    store = build_corpus_from_sources(config=config, tokenizer=tokenizer, pairs=pairs)
-    if rt.is_main and rt.world_size > 1:
-        dist.barrier()
-    return store
+def open_store(
+    config: DataConfig, rt: Runtime, base: Loaded | None = None, resumed=False, pairs=False
+) -> TokenStore:
+    """The corpus as a token store, built by the first process and found by the others.
 
-
-def take_over_split(config: DataConfig, base: Loaded) -> None:
-    """INHERITED settings that nobody has asked for become those of the base; of others that differ,
-    a warning."""
-    for name in INHERITED:
+    base: a model that is gone on from. What it was trained on stays out of validation: INHERITED
+    settings that nobody has asked for become its own. A resumed run has its own split.
+    """
+    inherits = base is not None and not resumed
+    for name in INHERITED if inherits else ():
         value, theirs = getattr(config, name), base.split_settings[name]
         if name not in config.explicit and value == getattr(type(config), name):
             setattr(config, name, theirs)
         elif value != theirs and name != "add_special_tokens":
             what = f"--{name} {value} differs from the checkpoint's {theirs}"
             note(f"warning: {what}: it may have been trained on what is validated here")
-
-
-def refuse_other_split(config: DataConfig, base: Loaded) -> None:
-    """Raise UserError where a prepared store, whose settings are `config`'s by now, was split
-    otherwise than the base's training data."""
-    for name in SPLIT_SETTINGS:
-        value, theirs = getattr(config, name), base.split_settings[name]
-        if value != theirs and name not in config.explicit:
-            what = f"was prepared with --{name} {value}, the checkpoint trained with {theirs}"
-            why = "or it may be validated on what it was trained on"
-            raise UserError(f"{config.data_dir} {what}: prepare it by --{name} {theirs}, {why}")
-
-
-def open_split_store(
-    config: DataConfig, rt: Runtime, base: Loaded, resumed: bool = False, pairs: bool = False
-) -> TokenStore:
-    """The corpus, split as the base's training data was, which stays out of validation. A resumed
-    run has its own split."""
-    if not resumed:
-        take_over_split(config, base)
-    store = open_store(config, rt, base.tokenizer, pairs)
-    # A model from elsewhere has no split; of --split all none matters.
-    if not resumed and base.state.get("data") and getattr(config, "split", "") != "all":
-        refuse_other_split(config, base)
+    # A store must have been split so, too. A model from elsewhere has no split; of --split all none
+    # matters.
+    if inherits and base.state.get("data") and getattr(config, "split", "") != "all":
+        config.explicit |= {*SPLIT_SETTINGS}
+    if role := data_role(config):
+        side = "trains" if role == "train" else "validates"
+        note(f"{config.data_dir} is the {role} part of a split: all of it {side}")
+    if not rt.is_main:
+        dist.barrier()
+    tokenizer = base.tokenizer if base else None
+    store = build_corpus_from_sources(config=config, tokenizer=tokenizer, pairs=pairs)
+    if rt.is_main and rt.world_size > 1:
+        dist.barrier()
     return store
 
 
@@ -5864,10 +5813,8 @@ def fit_few_questions(config: TrainConfig) -> None:
 
 def base_and_store(config: TrainConfig, rt: Runtime, folder: RunFolder):
     """(--init_from's model or None, the corpus in the tokens of the run)"""
-    if not config.init_from:
-        return None, open_store(config, rt)
-    base = pretrained(config)
-    return base, open_split_store(config, rt, base, bool(folder.state))
+    base = pretrained(config) if config.init_from else None
+    return base, open_store(config, rt, base, bool(folder.state))
 
 
 def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> Run:
@@ -6322,7 +6269,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     judge = find_reward(config.reward) if config.objective == "grpo" else None
     base = load_model(config.ckpt, block_size=config.block_size)
     pairs = dataset_of(config) is PreferenceDataset
-    store = open_split_store(config, rt, base, bool(folder.state), pairs)
+    store = open_store(config, rt, base, bool(folder.state), pairs)
     base.model.to(rt.device).eval().requires_grad_(False)
     before = {}
     if config.report_samples and not config.overfit_batch:
@@ -6411,7 +6358,7 @@ class EvalConfig(CheckpointConfig, RuntimeConfig):
 def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> dict:
     """The report of section 14 on --ckpt and the data at hand."""
     loaded = load_model(config.ckpt, block_size=config.block_size)
-    store = open_split_store(config, rt, loaded)
+    store = open_store(config, rt, loaded)
     for split in ("train", "val") if config.split == "all" else (config.split,):
         n_records, n_tokens = len(store.whole_records(split)), len(store.tokens[split])
         place = config.hf_dataset or config.data_dir
@@ -6757,7 +6704,6 @@ class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
         "", "fetch a public data set into data_dir, and no more", choices=("", *DOWNLOADS)
     )
     save_raw: bool = option(False, "keep the rows of --hf_dataset as files under data_dir")
-    overwrite: bool = option(False, "replace an older store in out_dir")
     preview: int = option(0, "show N records token by token", low=0)
     check_model: str = option("", "run a batch through this AutoModelForCausalLM")
 

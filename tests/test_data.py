@@ -321,12 +321,14 @@ def test_the_rule_of_the_split(tmp_path, split_by):
 
 def test_one_prompt_for_all_is_on_one_side_and_says_what_to_do(tmp_path):
     rows = [dict(prompt="Write a poem.", completion=f"Poem {i}") for i in range(200)]
-    path = write(tmp_path / "a.jsonl", jsonl(rows))
-    found, report = split(path)
-    assert len({side for _, side in found}) == 1
-    assert any("--split_by content" in line for line in report.lines())
-    found, report = split(path, split_by="content")
-    assert len({side for _, side in found}) == 2 and "split_by" not in "".join(report.lines())
+    flags = ["--data_dir", write(tmp_path / "a.jsonl", jsonl(rows)), "--processed_dir", tmp_path]
+    for seed in (1, 21):  # for training, for validation
+        result = run("prepare", *flags, "--split_seed", seed).ok()
+        assert "--split_by content" in result.err
+        store = lp.TokenStore(Path(result.out.splitlines()[-1]))
+        assert [len(store.tokens[side]) > 0 for side in ("train", "val")] == [seed == 1, seed != 1]
+    result = run("prepare", *flags, "--split_by", "content").ok()
+    assert "split_by" not in result.err
 
 
 def test_repeats_on_both_sides_are_never_kept(tmp_path):

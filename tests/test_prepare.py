@@ -230,26 +230,7 @@ def test_the_report_and_preview_of_a_conversation(tmp_path):
     assert [state for n, state in tokens if n == 259] == ["trained", "masked", "trained"]
 
 
-def test_a_failed_run_leaves_the_store_before_it(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", rows())
-    prepare(tmp_path / "st", "--data_dir", path).ok()
-    before = content(tmp_path / "st")
-    path.open("a").write("{broken\n")
-    prepare(tmp_path / "st", "--data_dir", path, "--overwrite").fails(1, "a.jsonl:61")
-    assert content(tmp_path / "st") == before
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["st"]
-
-
 # --- kills ---
-
-
-def two_stores(tmp_path: Path, n: int) -> tuple[list, list]:
-    """Flags that make two stores of `n` rows, and what belongs into each."""
-    raw = write_rows(tmp_path / "raw/a.jsonl", rows(n))
-    flags = [["--data_dir", raw, "--split_seed", seed, "--overwrite"] for seed in (1, 2)]
-    for seed in (0, 1):
-        prepare(tmp_path / f"right{seed}", *flags[seed]).ok()
-    return flags, [content(tmp_path / f"right{seed}") for seed in (0, 1)]
 
 
 def forked(action) -> int:
@@ -264,47 +245,34 @@ def forked(action) -> int:
 
 
 @needs_fork
-def test_killed_at_random_moments(tmp_path, count):
+@pytest.mark.parametrize("kind", ["at random", "before each renaming"])
+def test_kills(tmp_path, count, kind):
     """Never a store that loads and is wrong; the next run starts clean."""
-    started, rng, out = time.monotonic(), random.Random(0), tmp_path / "out/st"
-    flags, right = two_stores(tmp_path, 400)
-    takes = (time.monotonic() - started) / 2
-    assert right[0] != right[1]
-    for round in range(3 * count):
-        child = forked(lambda flags=flags[round % 2]: prepare(out, *flags))
-        time.sleep(rng.uniform(0, takes))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        with contextlib.suppress(lp.UserError):
-            lp.TokenStore(out)
-            assert content(out) in right
-    shutil.rmtree(out, ignore_errors=True)  # so that the last run has a store to make
-    prepare(out, *flags[0]).ok()
-    assert content(out) == right[0]
-    left = [p.name for p in out.parent.iterdir() if p.name != "st" and not p.name.endswith("lock")]
-    assert not left
-
-
-@needs_fork
-@pytest.mark.parametrize("first", [True, False], ids=["new", "rebuilt"])
-def test_killed_before_each_renaming(tmp_path, first):
-    """The moments that chance hardly hits: between the last steps of making a store."""
-    out = tmp_path / "out/st"
-    flags, right = two_stores(tmp_path, 40)
-    for moment in range(12):
+    rng, out = random.Random(0), tmp_path / "out/st"
+    raw = write_rows(tmp_path / "raw/a.jsonl", rows(400))
+    started = time.monotonic()
+    prepare(tmp_path / "right", "--data_dir", raw).ok()
+    takes, right = time.monotonic() - started, content(tmp_path / "right")
+    for moment in range(4 * count if kind == "at random" else 12):
         shutil.rmtree(out, ignore_errors=True)
-        if not first:
-            prepare(out, *flags[0]).ok()
-        child = forked(lambda moment=moment: (kill_at(moment), prepare(out, *flags[1])))
+        if kind == "at random":
+            child = forked(lambda: prepare(out, "--data_dir", raw))
+            time.sleep(rng.uniform(0, takes))
+            os.kill(child, signal.SIGKILL)
+        else:
+            child = forked(lambda m=moment: (kill_at(m), prepare(out, "--data_dir", raw)))
         _, status = os.waitpid(child, 0)
         with contextlib.suppress(lp.UserError):
             lp.TokenStore(out)
-            assert content(out) in right
-        if not os.WIFSIGNALED(status):
+            assert content(out) == right
+        if kind != "at random" and not os.WIFSIGNALED(status):
             break
     assert moment >= 2, "there are some renamings"
-    prepare(out, *flags[1]).ok()
-    assert content(out) == right[1]
+    shutil.rmtree(out, ignore_errors=True)
+    prepare(out, "--data_dir", raw).ok()
+    assert content(out) == right
+    left = [p.name for p in out.parent.iterdir() if p.name != "st" and not p.name.endswith("lock")]
+    assert not left
 
 
 def kill_at(moment: int) -> None:

@@ -350,26 +350,23 @@ def test_a_store_of_another_tokenizer_is_no_data_for_a_checkpoint(tmp_path):
     run("eval", "--ckpt", tmp_path / "a/best.pth", "--data_dir", other).fails(1, "tokenizer")
 
 
-def test_a_named_folder_is_replaced_only_when_asked(tmp_path):
+def test_a_named_folder_is_never_replaced(tmp_path):
     write_rows(tmp_path / "raw/a.jsonl", ROWS)
     flags = [*flags_of(tmp_path), "--out_dir", tmp_path / "st"]
     prepared(*flags)
     before = (tmp_path / "st/train.bin").read_bytes()
     assert "unchanged" in run("prepare", *flags).ok().err
     write_rows(tmp_path / "raw/a.jsonl", ROWS[:40])
-    run("prepare", *flags).fails(1, "st", "--overwrite")
+    run("prepare", *flags).fails(1, "st", "remove it")
     assert (tmp_path / "st/train.bin").read_bytes() == before
-    (tmp_path / "st/thesis.tex").write_text("precious")
-    run("prepare", *flags, "--overwrite").fails(1, "thesis.tex")
-    (tmp_path / "st/thesis.tex").unlink()
-    prepared(*flags, "--overwrite")
-    assert len((tmp_path / "st/train.bin").read_bytes()) < len(before)
-    for content in ('{"title": "my thesis"}', "[1, 2]", ""):
-        (tmp_path / "mine").mkdir(exist_ok=True)
-        (tmp_path / "mine/meta.json").write_text(content)
-        result = run("prepare", *flags_of(tmp_path), "--out_dir", tmp_path / "mine", "--overwrite")
-        result.fails(1, "mine", "other files")
-        assert (tmp_path / "mine/meta.json").read_text() == content
+    (tmp_path / "mine").mkdir()
+    prepared(*flags_of(tmp_path), "--out_dir", tmp_path / "mine")
+    for place in (tmp_path / "folder/meta.json", tmp_path / "file"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("precious")
+        out = tmp_path / place.relative_to(tmp_path).parts[0]
+        run("prepare", *flags_of(tmp_path), "--out_dir", out).fails(1, str(out), "remove it")
+        assert place.read_text() == "precious"
 
 
 def test_a_damaged_store_is_refused(tmp_path):
