@@ -4405,58 +4405,6 @@ GPT2_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_t
                     "gelu_new": "gelu_tanh"}  # fmt: skip
 
 
-def hf_kind(c: GPTConfig) -> str:
-    """The Hugging Face type of this architecture. Raises UserError naming what none can hold."""
-    kind = "qwen3" if c.pos == "rope" else "gpt2"
-    held = {name: ARCHS[HF_ARCHS[kind]][name] for name in ("pos", "norm", "mlp", "qk_norm", "bias")}
-    if kind == "gpt2":
-        held |= {"n_kv_head": c.n_head, "head_dim": c.n_embd / c.n_head}
-        if c.mlp in GPT2_ACTIVATIONS.values():
-            held["mlp"] = c.mlp
-    odd = [name for name, value in held.items() if getattr(c, name) != value]
-    if odd:
-        what = ", ".join(f"{name}={getattr(c, name)}" for name in odd)
-        raise UserError(f"no Hugging Face class has {what} beside the rest of {HF_ARCHS[kind]}")
-    return kind
-
-
-@dataclass
-class TensorRow:
-    """One tensor of ours, and those of theirs whose rows make it."""
-
-    ours: str
-    theirs: list[str]
-    rows: list[int]  # of each of theirs
-    transposed: bool  # theirs is (in, out), as GPT-2's Conv1D has it
-
-
-def tensor_rows(c: GPTConfig) -> Iterator[TensorRow]:
-    """Every tensor of a model of this shape, under both names."""
-    kind, sizes = hf_kind(c), fused_rows(c)
-    tensors = shape_of_model(c).state_dict()
-    for ours, tensor in tensors.items():
-        if is_tied(c, ours):
-            continue
-        i, module, end = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", ours).groups()
-        start = f"{HF_MODULES[kind]['blocks']}.{i}." if i else ""
-        names = HF_MODULES[kind][module].split()
-        theirs = [f"{start}{name}{end or '.weight'}" for name in names]
-        rows = sizes[module] if len(theirs) > 1 else [len(tensor)]
-        yield TensorRow(ours, theirs, rows, kind == "gpt2" and bool(i) and tensor.ndim == 2)
-
-
-def to_hf(weights: dict[str, Tensor], c: GPTConfig, conv1d: bool = True) -> dict[str, Tensor]:
-    """Our tensors under their names. Without `conv1d` no matrix is transposed."""
-    tensors = {}
-    for row in tensor_rows(c):
-        for name, part in zip(row.theirs, weights[row.ours].split(row.rows), strict=True):
-            tensors[name] = (part.T if row.transposed and conv1d else part).contiguous()
-    return tensors
-
-
-OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # of GPT-2 files; the causal mask
-
-
 def transformers_library():
     """transformers, with its warnings and progress bars silenced."""
     library = optional("transformers")
@@ -4466,16 +4414,33 @@ def transformers_library():
     return library
 
 
-def hf_folder(name: str, patterns: list[str]) -> Path:
-    """That folder, or the one into which these files come from the Hub. Raises UserError."""
-    if Path(name).is_dir():
-        return Path(name)
-    hub = optional("huggingface_hub")
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        why = f"no such file or folder, and not from the Hub ({one_line(error, 90)})"
-        raise UserError(f"{name}: {why}; name a local one") from None
+# --- shapes and names ---
+
+
+def hf_kind(c: GPTConfig) -> str:
+    """The model_type that is nearest to this shape; `hf_config` says whether it holds it."""
+    return "qwen3" if c.pos == "rope" else "gpt2"
+
+
+def hf_config(c: GPTConfig):
+    """transformers' config of this shape. Raises UserError naming what none can hold."""
+    kind = hf_kind(c)
+    shape = {theirs: getattr(c, ours) for ours, theirs in HF_SETTINGS[kind].items()}
+    if kind == "gpt2":
+        activation = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}.get(c.mlp, "relu")
+        shape |= dict(embd_pdrop=c.dropout, attn_pdrop=c.dropout, activation_function=activation)
+    else:
+        rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+        shape |= dict(rope_parameters=rope, layer_types=["full_attention"] * c.n_layer)
+    shape |= {"tie_word_embeddings": c.tie_weights, "dtype": "float32"}
+    config = transformers_library().AutoConfig.for_model(kind, **shape)
+    if kind == "qwen3":
+        config.rope_theta = c.rope_theta  # where transformers 4 reads it
+    held, names = hf_shape(config), (*ARCHS[HF_ARCHS[kind]], "n_kv_head", "head_dim")
+    if odd := [name for name in names if getattr(c, name) != getattr(held, name)]:
+        what = ", ".join(f"{name}={getattr(c, name)}" for name in odd)
+        raise UserError(f"no Hugging Face class has {what} beside the rest of {HF_ARCHS[kind]}")
+    return config
 
 
 def hf_shape(hf) -> GPTConfig:
@@ -4496,6 +4461,80 @@ def hf_shape(hf) -> GPTConfig:
     return GPTConfig(**shape)
 
 
+@dataclass
+class TensorRow:
+    """One tensor of ours, and those of theirs whose rows make it."""
+
+    ours: str
+    theirs: list[str]
+    rows: list[int]  # of each of theirs
+    transposed: bool  # theirs is (in, out), as GPT-2's Conv1D has it
+
+
+def tensor_rows(c: GPTConfig) -> Iterator[TensorRow]:
+    """Every tensor of a model of this shape, under both names."""
+    modules, is_gpt2 = HF_MODULES[hf_kind(c)], hf_kind(c) == "gpt2"
+    for ours, tensor in shape_of_model(c).state_dict().items():
+        if is_tied(c, ours):
+            continue
+        i, module, end = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", ours).groups()
+        start = f"{modules['blocks']}.{i}." if i else ""
+        theirs = [f"{start}{name}{end or '.weight'}" for name in modules[module].split()]
+        rows = fused_rows(c)[module] if len(theirs) > 1 else [len(tensor)]
+        yield TensorRow(ours, theirs, rows, is_gpt2 and bool(i) and tensor.ndim == 2)
+
+
+def to_hf(weights: dict[str, Tensor], c: GPTConfig, conv1d: bool = True) -> dict[str, Tensor]:
+    """Our tensors under their names. Without `conv1d` no matrix is transposed."""
+    tensors = {}
+    for row in tensor_rows(c):
+        for name, part in zip(row.theirs, weights[row.ours].split(row.rows), strict=True):
+            tensors[name] = (part.T if row.transposed and conv1d else part).contiguous()
+    return tensors
+
+
+def to_peer(model: GPT):
+    """transformers' model with our weights. Raises UserError if none has them."""
+    config = hf_config(model.config)
+    with torch.random.fork_rng(devices=[]):  # it begins with random weights
+        peer = transformers_library().AutoModelForCausalLM.from_config(config)
+    weights = to_hf(model_weights(model), model.config)
+    peer.load_state_dict(weights, strict=False, assign=True)
+    peer.tie_weights()
+    return peer
+
+
+def check_logits(peer, model: GPT) -> None:
+    """Raise UserError unless both models give 64 ids the same logits, to 1e-4 of the largest."""
+    length = min(64, model.config.block_size)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(model.config.vocab_size, (1, length), generator=draw)
+    with torch.no_grad():
+        theirs, ours = peer.float().eval()(x).logits, model.cpu().float().eval()(x)[0]
+    gap, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if not gap <= 1e-4 * scale:  # NaN fails too
+        what = f"its logits differ by {gap:.1e} of {scale:.1e}"
+        raise UserError(f"{type(peer).__name__} computes something else than our model: {what}")
+    note(f"logits agree with {type(peer).__name__} to {gap:.1e} of {scale:.1e}")
+
+
+# --- models that come in ---
+
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # of GPT-2 files; the causal mask
+
+
+def hf_folder(name: str, patterns: list[str]) -> Path:
+    """That folder, or the one into which these files come from the Hub. Raises UserError."""
+    if Path(name).is_dir():
+        return Path(name)
+    hub = optional("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        why = f"no such file or folder, and not from the Hub ({one_line(error, 90)})"
+        raise UserError(f"{name}: {why}; name a local one") from None
+
+
 def hf_model(folder: Path):
     """transformers' own model of a folder, float32; a peft adapter is merged into its base.
 
@@ -4506,7 +4545,7 @@ def hf_model(folder: Path):
         raise UserError("no .safetensors file; others, such as pickles, can run code")
     for file in files:  # it would take whole numbers for weights
         with optional("safetensors").safe_open(file, "pt") as opened:
-            names = [name for name in list(opened.keys()) if not name.endswith(OLD_BUFFERS)]
+            names = [name for name in opened.keys() if not name.endswith(OLD_BUFFERS)]  # noqa: SIM118
             kinds = {opened.get_slice(name).get_dtype() for name in names}
         if odd := kinds - {"F64", "F32", "F16", "BF16"}:
             raise UserError(f"weights stored as {min(odd)}: quantised models are not read")
@@ -4559,20 +4598,6 @@ def load_hf(name: str) -> Loaded:
     return Loaded(model.train(), tokenizer, {}, "### Instruction: " in text)
 
 
-def check_logits(peer, model: GPT) -> None:
-    """Raise UserError unless both models give 64 ids the same logits, to 1e-4 of the largest."""
-    length = min(64, model.config.block_size)
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randint(model.config.vocab_size, (1, length), generator=draw)
-    with torch.no_grad():
-        theirs, ours = peer.float().eval()(x).logits, model.cpu().float().eval()(x)[0]
-    gap, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    if not gap <= 1e-4 * scale:  # NaN fails too
-        what = f"its logits differ by {gap:.1e} of {scale:.1e}"
-        raise UserError(f"{type(peer).__name__} computes something else than our model: {what}")
-    note(f"logits agree with {type(peer).__name__} to {gap:.1e} of {scale:.1e}")
-
-
 @dataclass
 class Loaded:
     """A model ready for use, and where it came from."""
@@ -4607,10 +4632,7 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
     path = Path(name)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or path.is_file():
         state = load_checkpoint(path)
-        try:
-            loaded = restored(state)
-        except UserError as error:
-            raise UserError(f"{path} is not a usable checkpoint: {error}") from None
+        loaded = restored(state)
         if state.get("lora") and merge:
             loaded.model.float()  # frozen weights may be bf16, too coarse to add small changes to
             merge_lora(loaded.model)
@@ -4625,10 +4647,9 @@ def resize_block(model: GPT, block_size: int | None) -> None:
     known = model.config.block_size
     if not block_size or block_size == known:
         return
-    if model.config.pos == "learned" and block_size > known:
-        most = f"this model has learned {known} positions"
-        raise UserError(f"--block_size {block_size}: {most}; choose at most that")
     if model.config.pos == "learned":
+        if block_size > known:
+            raise UserError(f"--block_size {block_size}: this model has learned {known} positions")
         model.positions.weight = nn.Parameter(model.positions.weight[:block_size].clone())
     elif block_size > known:
         note(f"block_size {block_size} is longer than the {known} it was trained for")
@@ -4644,56 +4665,7 @@ def with_settings(model: GPT, config, **usual) -> GPT:
     return build_model(replace(model.config, **usual | asked), model_weights(model))
 
 
-def to_peer(model: GPT):
-    """transformers' model with our weights. Raises UserError if none has them."""
-    transformers, c, kind = transformers_library(), model.config, hf_kind(model.config)
-    shape = {theirs: getattr(c, ours) for ours, theirs in HF_SETTINGS[kind].items()}
-    shape |= {"tie_word_embeddings": c.tie_weights, "dtype": "float32"}
-    if kind == "gpt2":
-        activation = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}[c.mlp]
-        shape |= dict(embd_pdrop=c.dropout, attn_pdrop=c.dropout, activation_function=activation)
-        config = transformers.GPT2Config(**shape)
-    else:
-        rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-        shape |= dict(rope_parameters=rope, layer_types=["full_attention"] * c.n_layer)
-        config = transformers.Qwen3Config(**shape)
-        config.rope_theta = c.rope_theta  # where transformers 4 reads it
-    with torch.random.fork_rng(devices=[]):  # it begins with random weights
-        peer = transformers.AutoModelForCausalLM.from_config(config)
-    peer.load_state_dict(to_hf(model_weights(model), c), strict=False, assign=True)
-    peer.tie_weights()
-    return peer
-
-
-def export_model(loaded: Loaded, folder: Path) -> None:
-    """Write a Hugging Face folder; loaded again it must give our ids and logits, or UserError."""
-    transformers, ids = transformers_library(), declared_ids(loaded)
-    peer = to_peer(loaded.model.float())
-    ids = {f"{role}_token_id": ids.get(role) for role in ("bos", "pad")}
-    ids["eos_token_id"] = list(loaded.tokenizer.end_ids)
-    peer.config.update(ids)
-    sampling = dict(do_sample=True, temperature=0.9, top_k=30)
-    peer.generation_config = transformers.GenerationConfig(**ids, **sampling)
-    save_folder(loaded, peer, folder)
-
-
-def declared_ids(loaded: Loaded) -> dict[str, int]:
-    """{role: id} to declare in an export. A bos that no text begins with would be put before all."""
-    ids = {role: getattr(loaded.tokenizer, f"{role}_id") for role in USUAL_NAMES}
-    if not (loaded.prefix or loaded.expects_template):  # a conversation has its bos in any case
-        ids["bos"] = None
-    return {role: number for role, number in ids.items() if number is not None}
-
-
-def save_folder(loaded: Loaded, peer, folder: Path, **options) -> None:
-    """Weights and tokenizer. Raises UserError unless they can be loaded as ours."""
-    with library_errors(f"cannot write {folder.name}"):
-        peer.save_pretrained(folder, **options)
-    for file in folder.glob("*.safetensors"):  # the library shuts others out
-        shutil.copymode(next(folder.glob("*config.json")), file)
-    export_tokenizer(loaded, folder)
-    check_logits(hf_model(folder), loaded.model)
-
+# --- models that go out ---
 
 # `instruction_prompt` and `instruction_response` for transformers and llama.cpp. <|bos|> and <|sep|>
 # stand for the tokens' names. A user's message may have an `input` beside its content. Special tokens
@@ -4722,56 +4694,64 @@ CHAT_TEMPLATE = r"""
 """.strip()
 
 
-def chat_template(loaded: Loaded, library) -> str:
-    """CHAT_TEMPLATE for this vocabulary, which may have no bos."""
-    tokenizer = loaded.tokenizer
-    bos = library.id_to_token(tokenizer.bos_id) if tokenizer.prefix else ""
-    sep = library.id_to_token(tokenizer.sep_id)
-    return CHAT_TEMPLATE.replace("<|bos|>", bos).replace("<|sep|>", sep)
+def to_hf_tokenizer(loaded: Loaded):
+    """transformers' tokenizer with our ids, and the chat template of a tuned model.
 
-
-def export_library(loaded: Loaded):
-    """The tokenizer as a `tokenizers.Tokenizer` that puts bos before a text, where training did."""
-    tokenizers = optional("tokenizers")
-    if isinstance(loaded.tokenizer, ByteTokenizer):
-        library = byte_library()
-    else:
-        library = tokenizers.Tokenizer.from_str(loaded.tokenizer.json)
-        if not loaded.state:  # somebody else's model: as they made it
-            return library
-    prefix = [library.id_to_token(number) for number in loaded.prefix]
-    library.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[*prefix, "$A"], special_tokens=list(zip(prefix, loaded.prefix, strict=True))
-    )
-    return library
+    It puts bos before a text where training did; without `prefix` a bos is declared for chats alone,
+    as it would be put before all.
+    """
+    tokenizers, ours = optional("tokenizers"), loaded.tokenizer
+    is_bytes = isinstance(ours, ByteTokenizer)
+    library = byte_library() if is_bytes else tokenizers.Tokenizer.from_str(ours.json)
+    if is_bytes or loaded.state:  # somebody else's stays as they made it
+        prefix = [library.id_to_token(number) for number in loaded.prefix]
+        library.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[*prefix, "$A"], special_tokens=list(zip(prefix, loaded.prefix, strict=True))
+        )
+    ids = {role: getattr(ours, f"{role}_id") for role in USUAL_NAMES}
+    token = {role: library.id_to_token(n) for role, n in ids.items() if n is not None}
+    settings: dict = {"model_max_length": loaded.model.config.block_size}
+    if loaded.expects_template:
+        template = CHAT_TEMPLATE.replace("<|bos|>", token.get("bos", ""))
+        settings["chat_template"] = template.replace("<|sep|>", token["sep"])
+        ends = "|".join(re.escape(token[role]) for role in ("sep", "eos"))
+        settings["response_template"] = {  # how `transformers serve` finds the answer
+            "defaults": {"role": "assistant"},
+            "start_anchor": "### Output:",
+            "fields": {"content": {"content": "text", "close_pattern": rf"\s*(?:{ends})"}},
+        }
+    elif not loaded.prefix:
+        token.pop("bos", None)
+    settings |= {f"{role}_token": name for role, name in token.items()}
+    # transformers 4 knows the class by this name; transformers 5 would write another.
+    kind = type("PreTrainedTokenizerFast", (transformers_library().PreTrainedTokenizerFast,), {})
+    return kind(tokenizer_object=library, clean_up_tokenization_spaces=False, **settings)
 
 
 CHECK_TEXTS = (
     "First Citizen:\nBefore we proceed any further, hear me speak.", " Größe 你好 e\u0301 😀",
     "  two  spaces\t\r\n\n x" + " " * 20 + "y ", "1234567 3.14", "I'll don't WE'RE", "!?...#@",
 )  # fmt: skip
-CHECK_TURNS = (("What is 1 + 1?", "Größe 3", "two"), (" ", "", " a\n"), ("Who?", "x\n", ""))
 
 
-def export_tokenizer(loaded: Loaded, folder: Path) -> None:
-    """Write the tokenizer, with its chat template if tuned. Raises UserError if ids differ."""
-    transformers, library = transformers_library(), export_library(loaded)
-    ids = declared_ids(loaded)
-    tokens = {f"{role}_token": library.id_to_token(number) for role, number in ids.items()}
-    more = tokens | {"model_max_length": loaded.model.config.block_size}
-    if loaded.expects_template:
-        more["chat_template"] = chat_template(loaded, library)
-        ends = "|".join(re.escape(tokens[name]) for name in ("sep_token", "eos_token"))
-        more["response_template"] = {  # how `transformers serve` finds the answer
-            "defaults": {"role": "assistant"},
-            "start_anchor": "### Output:",
-            "fields": {"content": {"content": "text", "close_pattern": rf"\s*(?:{ends})"}},
-        }
-    # transformers 4 knows the class by this name; transformers 5 would write another.
-    kind = type("PreTrainedTokenizerFast", (transformers.PreTrainedTokenizerFast,), {})
-    theirs = kind(tokenizer_object=library, clean_up_tokenization_spaces=False, **more)
-    theirs.save_pretrained(folder)
-    check_tokenizer(loaded, transformers.AutoTokenizer.from_pretrained(folder))
+class ChatTurn(NamedTuple):
+    """What is asked in a conversation, and the answer; None where that is still to come."""
+
+    instruction: str
+    input: str
+    answer: str | None
+
+
+def conversation_ids(tokenizer: Tokenizer, turns: Iterable[ChatTurn], system="") -> list[int]:
+    """Ids of a conversation, the same as in a token store: a prompt and its answer at a time."""
+    ids = list(tokenizer.prefix)
+    for instruction, input, answer in turns:
+        text = instruction_prompt(instruction, input, system)
+        system = ""  # stands before the first alone
+        if answer is None:
+            return ids + tokenizer.encode(text).tolist()
+        ids += [*tokenizer.encode(text + instruction_response(answer)).tolist(), tokenizer.sep_id]
+    return ids
 
 
 def check_tokenizer(loaded: Loaded, theirs) -> None:
@@ -4780,15 +4760,40 @@ def check_tokenizer(loaded: Loaded, theirs) -> None:
     for text in CHECK_TEXTS:
         if theirs(text, add_special_tokens=False)["input_ids"] != ours.encode(text).tolist():
             raise UserError(f"export failed its check: the tokenizer has other ids for {text!r}")
-    messages, ids = [], list(ours.prefix)  # a prompt and its answer at a time, as records are
-    for instruction, input, output in CHECK_TURNS:
+    if not loaded.expects_template:
+        return
+    turns, messages = [("1 + 1?", "Größe 3", "two"), (" ", "", " a\n"), ("Who?", "x\n", "")], []
+    for instruction, input, answer in turns:
         messages.append({"role": "user", "content": instruction, "input": input})
-        messages.append({"role": "assistant", "content": output})
-        text = instruction_prompt(instruction, input) + instruction_response(output)
-        ids += [*ours.encode(text).tolist(), ours.sep_id]
-    if loaded.expects_template and theirs.apply_chat_template(messages, return_dict=False) != ids:
+        messages.append({"role": "assistant", "content": answer})
+    found = theirs.apply_chat_template(messages, return_dict=False)
+    if found != conversation_ids(ours, map(ChatTurn._make, turns)):
         what = "a chat has other ids in one piece than turn by turn, as it was trained"
         raise UserError(f"export failed its check: {what}; train with another tokenizer")
+
+
+def save_folder(loaded: Loaded, peer, folder: Path, **options) -> None:
+    """Write weights and tokenizer. Raises UserError unless, loaded again, they give our ids and
+    logits."""
+    theirs = to_hf_tokenizer(loaded)
+    with library_errors(f"cannot write {folder.name}"):
+        peer.save_pretrained(folder, **options)
+        theirs.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # the library shuts others out
+        shutil.copymode(next(folder.glob("*config.json")), file)
+    check_tokenizer(loaded, transformers_library().AutoTokenizer.from_pretrained(folder))
+    check_logits(hf_model(folder), loaded.model)
+
+
+def export_model(loaded: Loaded, folder: Path) -> None:
+    """Write a Hugging Face folder. Raises UserError unless it computes what our model does."""
+    peer, theirs = to_peer(loaded.model.float()), to_hf_tokenizer(loaded)
+    ids = {f"{role}_token_id": getattr(theirs, f"{role}_token_id") for role in ("bos", "pad")}
+    ids["eos_token_id"] = list(loaded.tokenizer.end_ids)
+    peer.config.update(ids)
+    sampling = dict(do_sample=True, temperature=0.9, top_k=30)
+    peer.generation_config = transformers_library().GenerationConfig(**ids, **sampling)
+    save_folder(loaded, peer, folder)
 
 
 # --- adapters: LoRA, as peft has it ---
@@ -4830,22 +4835,21 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
     source = loaded.state["config"]["ckpt"]
     if not base and source.endswith(".pth"):
         raise UserError(f"--adapter needs --base_model FOLDER: the export of {source}")
-    base = base or source
-    peft, kind = optional("peft"), hf_kind(config)
+    base, peft, kind = base or source, optional("peft"), hf_kind(config)
     targets = " ".join(HF_MODULES[kind][name] for name in lora["target_modules"]).split()
     lora = lora | {"target_modules": targets, "fan_in_fan_out": kind == "gpt2"}
     settings = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
-    peer = peft.get_peft_model(hf_model(hf_folder(base, MODEL_FILES)), settings)
+    peer, adapters = peft.get_peft_model(hf_model(hf_folder(base, MODEL_FILES)), settings), {}
+    trained = loaded.model.float().state_dict()
     for row in tensor_rows(config):
-        module, _, end = row.ours.rpartition(".")
-        layer = loaded.model.get_submodule(module)
-        if end != "weight" or not hasattr(layer, "lora_A"):
+        module = row.ours.removesuffix("weight")
+        if f"{module}lora_A.default.weight" not in trained:
             continue
-        a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-        for name, part in zip(row.theirs, b.float().split(row.rows), strict=True):
-            theirs = peer.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
-            theirs.lora_A["default"].weight.data = a.float()
-            theirs.lora_B["default"].weight.data = part
+        a, b = (trained[f"{module}lora_{side}.default.weight"] for side in "AB")
+        for name, part in zip(row.theirs, b.split(row.rows), strict=True):
+            name = f"base_model.model.{name.removesuffix('weight')}"
+            adapters |= {f"{name}lora_A.weight": a, f"{name}lora_B.weight": part}
+    peft.set_peft_model_state_dict(peer, adapters)
     settings.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     save_folder(loaded, peer, folder, save_embedding_layers=False)
 
@@ -4865,10 +4869,12 @@ GGUF_SETTINGS = {  # methods of GGUFWriter, without "add_": our settings
 
 def gguf_vocabulary(loaded: Loaded) -> dict:
     """The tokenizer's settings, by the names of GGUFWriter's methods. Raises UserError."""
-    gguf, tokenizer, library = optional("gguf"), loaded.tokenizer, export_library(loaded)
-    if not tokenizer.cuts_safely:
+    gguf, theirs = optional("gguf"), to_hf_tokenizer(loaded)
+    if not loaded.tokenizer.cuts_safely:
         way = "export a folder and use llama.cpp's convert_hf_to_gguf.py"
         raise UserError(f"--gguf: only GPT-2's way to cut text is known here: {way}")
+    check_tokenizer(loaded, theirs)
+    library = theirs.backend_tokenizer
     saved = json.loads(library.to_str())
     added = {t["id"]: "CONTROL" if t["special"] else "USER_DEFINED" for t in saved["added_tokens"]}
     tokens = [library.id_to_token(i) for i in range(loaded.model.config.vocab_size)]
@@ -4879,62 +4885,52 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
         "token_types": [gguf.TokenType[kind] for kind in kinds],
         # There must be a merge: of bytes that UTF-8 never has.
         "token_merges": [" ".join(pair) for pair in saved["model"]["merges"]] or ["þ ÿ"],
-        "eot_token_id": tokenizer.sep_id,  # where a tuned model stops
+        "eot_token_id": loaded.tokenizer.sep_id,  # where a tuned model stops
         "add_bos_token": bool(loaded.prefix), "add_space_prefix": False,
+        "chat_template": theirs.chat_template,
     }  # fmt: skip
-    settings |= {f"{role}_token_id": n for role, n in declared_ids(loaded).items()}
-    if loaded.expects_template:
-        settings["chat_template"] = chat_template(loaded, library)
-    return settings
+    settings |= {f"{role}_token_id": getattr(theirs, f"{role}_token_id") for role in USUAL_NAMES}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
-    """Write a GGUF file, which appears when it was checked. Raises UserError on what it cannot hold."""
+    """Write a GGUF file: matrices in the type asked for, all else in float32.
+
+    It appears when it was read back. Raises UserError on what it cannot hold.
+    """
     gguf, config, kind = optional("gguf"), loaded.model.config, hf_kind(loaded.model.config)
+    hf_config(config)
     if config.mlp == "relu":
         raise UserError("llama.cpp cannot run --mlp relu; the Hugging Face export can hold it")
     if config.mlp == "gelu":
         note("llama.cpp has GELU in its tanh approximation: log-probabilities move by about 1e-3")
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), config.n_layer)
-    theirs = to_hf(model_weights(loaded.model.float()), config, conv1d=False)
-    tensors = {names.get_name(n, (".weight", ".bias")): t for n, t in theirs.items()}
     settings = {theirs: getattr(config, ours) for theirs, ours in GGUF_SETTINGS.items()}
     settings |= {"name": target.stem, "file_type": GGUF_TYPES[dtype][0]}
     settings |= {"quantization_version": gguf.GGML_QUANT_VERSION} | gguf_vocabulary(loaded)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), config.n_layer)
+    theirs = to_hf(model_weights(loaded.model.float()), config, conv1d=False)
+    tensors = {names.get_name(n, (".weight", ".bias")): t.numpy() for n, t in theirs.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as file:
         writer = gguf.GGUFWriter(file.name, kind)
         for name, value in settings.items():
             getattr(writer, f"add_{name}")(value)
-        write_gguf(writer, tensors, dtype)
-        check_gguf(tensors, file.name, dtype)
-
-
-def write_gguf(writer, tensors: dict[str, Tensor], dtype: str) -> None:
-    """Matrices in the type asked for; norms, biases and positions stay float32."""
-    gguf = optional("gguf")
-    for name, tensor in tensors.items():
-        matrix = tensor.ndim == 2 and not name.startswith("position")
-        number = gguf.GGMLQuantizationType[dtype.upper() if matrix else "F32"]
-        with library_errors(f"{name} as {dtype} (--gguf_type)"):  # of odd widths
-            data = gguf.quants.quantize(tensor.contiguous().numpy(), number)
-        writer.add_tensor(name, data, raw_dtype=number)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def check_gguf(tensors: dict[str, Tensor], file: str, dtype: str) -> None:
-    """Read the file back: every tensor must be as exact as its type allows."""
-    gguf = optional("gguf")
-    written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for name, tensor in tensors.items():
-        data = gguf.quants.dequantize(written[name].data, written[name].tensor_type)
-        error = np.abs(data.reshape(tensor.shape) - tensor.numpy()).max()
-        if not error <= GGUF_TYPES[dtype][1] * tensor.abs().max().item() + 2**-24:
-            what = f"export failed its check: {name} differs by {error:.1e}"
-            raise UserError(f"{what}; try --gguf_type f32")
+        for name, tensor in tensors.items():
+            is_matrix = tensor.ndim == 2 and not name.startswith("position")
+            number = gguf.GGMLQuantizationType[dtype.upper() if is_matrix else "F32"]
+            with library_errors(f"{name} as {dtype} (--gguf_type)"):  # of odd widths
+                writer.add_tensor(name, gguf.quants.quantize(tensor, number), raw_dtype=number)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        for written in gguf.GGUFReader(file.name).tensors:
+            tensor = tensors[written.name]
+            data = gguf.quants.dequantize(written.data, written.tensor_type).reshape(tensor.shape)
+            error = np.abs(data - tensor).max()
+            if not error <= GGUF_TYPES[dtype][1] * np.abs(tensor).max() + 2**-24:
+                what = f"export failed its check: {written.name} differs by {error:.1e}"
+                raise UserError(f"{what}; try --gguf_type f32")
 
 
 # ====================================================================================
@@ -6449,14 +6445,6 @@ def is_instruct(loaded: Loaded, config: SampleConfig) -> bool:
     return config.template == "instruct"
 
 
-class ChatTurn(NamedTuple):
-    """What was asked in a conversation, and the answer."""
-
-    instruction: str
-    input: str
-    answer: str
-
-
 def stream_text(
     loaded: Loaded, config: SampleConfig, prompt: str, turns: list[ChatTurn] | None = None
 ) -> Iterator[str]:
@@ -6468,7 +6456,7 @@ def stream_text(
     """
     is_answer = is_instruct(loaded, config)
     if is_answer:
-        ids = conversation_ids(loaded, config, prompt, [] if turns is None else turns)
+        ids = question_ids(loaded, config, prompt, [] if turns is None else turns)
     else:
         ids = text_ids(loaded, prompt)
 
@@ -6495,23 +6483,18 @@ def text_ids(loaded: Loaded, prompt: str) -> list[int]:
     return ids
 
 
-def conversation_ids(
+def question_ids(
     loaded: Loaded, config: SampleConfig, prompt: str, turns: list[ChatTurn]
 ) -> list[int]:
-    """Ids of a conversation up to the answer to `prompt`, the same as in a token store.
+    """Ids of a conversation up to the answer to `prompt`.
 
     What does not fit into the context beside the beginning of an answer is left out, with a note:
     the oldest turns, which `turns` loses, then the middle of the instruction, as in training.
     """
-    tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
+    block_size, question = loaded.model.config.block_size, ChatTurn(prompt, config.input, None)
     room = block_size - min(config.max_new_tokens, block_size // 8)
     while True:
-        ids, system = list(tokenizer.prefix), config.system
-        for instruction, text, answer in [*turns, ChatTurn(prompt, config.input, "")]:
-            ids += tokenizer.encode(instruction_prompt(instruction, text, system)).tolist()
-            end, system = len(ids), ""
-            ids += [*tokenizer.encode(instruction_response(answer)).tolist(), tokenizer.sep_id]
-        ids = ids[:end]  # the last answer is still to come
+        ids = conversation_ids(loaded.tokenizer, [*turns, question], config.system)
         if len(ids) <= room:
             return ids
         sizes = f"has {len(ids):,} tokens and the context {block_size:,}"
@@ -6580,32 +6563,27 @@ class Chat:
 
     def command(self, line: str) -> None:
         """Carry out a line that begins with a slash, but for /quit. Raises UserError."""
-        word, _, text = line.partition(" ")
-        text = text.strip()
-        if word in ("/input", "/system"):
-            config = replace(self.config, **{word[1:]: text})
-            if is_instruct(self.loaded, config):  # and so are the lines after it
-                config.template = "instruct"
+        word, _, text = line.removeprefix("/set ").removeprefix("/").partition(" ")
+        if word in ("input", "system", "max_new_tokens", "stop", "seed", *SAMPLING):
+            value = checked(SampleConfig.__dataclass_fields__[word], text.strip())
+            config = replace(self.config, **{word: value})
+            if word in ("input", "system") and is_instruct(self.loaded, config):
+                config.template = "instruct"  # and so are the lines after it
             self.config = config
-        elif word == "/set":
-            name, _, value = text.partition(" ")
-            if name not in (known := (*SAMPLING, "max_new_tokens", "stop", "seed")):
-                raise UserError(f"/set NAME VALUE, where NAME is one of {', '.join(known)}")
-            value = checked(SampleConfig.__dataclass_fields__[name], value.strip())
-            self.config = replace(self.config, **{name: value})
-        elif word == "/help":
+        elif word == "help":
             note(CHAT_HELP)
-        elif word != "/new":
-            raise UserError(f"there is no command {word}; /help lists them")
-        if word in ("/new", "/system"):
+        elif word != "new":
+            raise UserError(f"there is no command {line}; /help lists them")
+        if word in ("new", "system"):
             self.turns = []
 
 
-CHAT_HELP = """\
+CHAT_HELP = f"""\
 /input TEXT      give the next instruction an input
 /system TEXT     begin a new conversation with this system text (none: without one)
 /new             begin a new conversation
-/set NAME VALUE  such as /set temperature 0.5, or any other setting of sampling
+/set NAME VALUE  such as /set temperature 0.5; or {", ".join(SAMPLING[1:])},
+                 max_new_tokens, stop, seed
 /help            show this
 /quit            end the session, as ctrl-d and an empty line do; ctrl-c ends an answer"""
 
@@ -6652,10 +6630,7 @@ def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
         chat_session(loaded, config)
         return
     if prompt is None:
-        try:
-            prompt = sys.stdin.read().removesuffix("\n")  # of `echo ... | sample`
-        except UnicodeDecodeError as error:
-            raise UserError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
+        prompt = sys.stdin.read().removesuffix("\n")  # of `echo ... | sample`
     pieces = stream_text(loaded, config, prompt)
     if config.num_samples == 1:
         show(pieces)
@@ -6704,14 +6679,14 @@ class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
         "", "fetch a public data set into data_dir, and no more", choices=("", *DOWNLOADS)
     )
     save_raw: bool = option(False, "keep the rows of --hf_dataset as files under data_dir")
-    preview: int = option(0, "show N records token by token", low=0)
+    preview: int = option(0, "show N training samples token by token", low=0)
     check_model: str = option("", "run a batch through this AutoModelForCausalLM")
 
 
 def download(name: str, data_dir: Path) -> str:
-    """Fetch a public data set into data_dir, or print the flags that do; checks its sha256.
+    """Fetch a public data set into data_dir, or print the flags that read it from the Hub.
 
-    Returns the folder or file to train on. Raises UserError where that fails.
+    What is there already stays. Returns the folder or file to train on. Raises UserError.
     """
     if isinstance(DOWNLOADS[name], str):
         note(f"{name}: the Hub has it, and this reads it from there:")
@@ -6719,15 +6694,11 @@ def download(name: str, data_dir: Path) -> str:
         return ""
     address, digests = DOWNLOADS[name]
     files = {data_dir / file: digest for file, digest in digests.items()}
-    if all(path.is_file() and content_digest(path, "sha256") == files[path] for path in files):
-        note(f"{name}: already in {data_dir}")
-    else:
-        try:
+    there = [path for path in files if path.is_file()]
+    if {path: content_digest(path, "sha256") for path in there} != files:
+        by_hand = f"run the same command again, or put {', '.join(map(str, files))} there by hand"
+        with library_errors(f"{name}: {by_hand}: cannot fetch {address}"):
             fetch(address, files)
-        except Exception as error:  # of urllib, http, zipfile, zlib: no common base
-            why = f"cannot fetch {address} ({one_line(error, 80)})"
-            way = f"run the same command again, or put there by hand: {', '.join(map(str, files))}"
-            raise UserError(f"{name}: {why}; {way}") from None
     first = next(iter(files))
     place = first if first.parent == data_dir else first.parent
     note(f"next: python llm_pipeline.py train --data_dir {shlex.quote(str(place))} --minutes 5")
@@ -6736,7 +6707,7 @@ def download(name: str, data_dir: Path) -> str:
 
 
 def fetch(address: str, files: dict[Path, str]) -> None:
-    """Write {path: sha256} from a file or an archive at an address."""
+    """Write {path: sha256} from a file or an archive at an address. Raises ValueError."""
     note(f"fetching {address}")
     with tempfile.TemporaryDirectory() as folder:
         fetched = Path(folder) / "fetched"
@@ -6756,13 +6727,13 @@ def saved_raw(config: PrepareConfig) -> PrepareConfig:
     """Keep the rows of each split as a file under data_dir. Returns settings to read those."""
     name = Path(config.hf_dataset).name
     folder = Path(config.data_dir) / (f"{name}-{config.hf_config}" if config.hf_config else name)
+    folder.mkdir(parents=True, exist_ok=True)
     room = 8 * config.max_tokens or math.inf  # bytes that --max_tokens can need
     for split, data in hub_splits(config).items():
-        rows = (row for _, row in dataset_rows(data, f"{config.hf_dataset} {split}"))
-        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        folder.mkdir(parents=True, exist_ok=True)
+        rows = dataset_rows(data, f"{config.hf_dataset} {split}")
         with atomic_write(folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', split)}.jsonl") as file:
-            for line in islice(lines, config.max_docs or None):
+            for _, row in islice(rows, config.max_docs or None):
+                line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
                 room -= file.write(line.encode("utf-8", "replace"))
                 if room < 0:
                     break
@@ -6781,15 +6752,12 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str
     result, batch = store_report(store), sample_batch(store, config.block_size)
     write_json(store.folder / "report.json", result)
     write_json(store.folder / "sample_batch.json", batch)
-    for name, value in result["figures"].items():
+    for name, value in result.items():
         print(f"{name:<28}{value:>16,}")
-    print("tokens in a record, by percentile:")
-    for percent, length in result["length_percentiles"].items():
-        print(f"  {percent:>3}%{length:>12,}")
     if not is_store(config.data_dir):
         print(streaming_speed(config, store.tokenizer))
     if config.preview:
-        print(preview(store, config.preview))
+        preview(store, config.block_size, config.preview)
     if config.check_model:
         print(check_model(config.check_model, torch.tensor(batch["input_ids"])))
     place = shlex.quote(str(store.folder))
@@ -6799,17 +6767,17 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str
     return str(store.folder)
 
 
-def store_report(store: TokenStore) -> dict[str, dict]:
+def store_report(store: TokenStore) -> dict[str, float]:
     """What report.json holds: counts, speed of tokenizing, and how long records are."""
-    meta, total, figures = store.meta, Counter(), {}
+    meta, total = store.meta, Counter()
     for row in meta["counts"].values():
         total.update(row)
-    figures["records read"] = total["records"]
+    figures = {"records read": total["records"]}
     for what, n in total.items():
         if what.startswith("skipped: "):
             figures[f"dropped, {what.removeprefix('skipped: ')}"] = n
     for split, index in store.index.items():
-        figures[f"records, {split}"] = n_records = int(index["last"].sum())
+        figures[f"records, {split}"] = n_records = len(store.whole_records(split))
         if len(index) > n_records:  # conversations
             figures[f"answers, {split}"] = len(index)
             figures[f"answers not trained, {split}"] = len(store.masked(split))
@@ -6822,9 +6790,10 @@ def store_report(store: TokenStore) -> dict[str, dict]:
     figures["tokens per second"] = round(tokens / seconds)
     figures["megabytes per second"] = round(total["bytes"] / 1e6 / seconds, 1)
     lengths = np.repeat([int(n) for n in meta["lengths"]], list(meta["lengths"].values()))
-    percents = (1, 5, 25, 50, 75, 95, 99, 100)
-    found = np.percentile(lengths, percents, method="inverted_cdf").tolist()
-    return {"figures": figures, "length_percentiles": dict(zip(percents, found, strict=True))}
+    for percent in (5, 25, 50, 75, 95, 100):
+        length = np.percentile(lengths, percent, method="inverted_cdf")
+        figures[f"tokens in a record, {percent}%"] = int(length)
+    return figures
 
 
 def streaming_speed(config: PrepareConfig, tokenizer: Tokenizer) -> str:
@@ -6851,33 +6820,24 @@ def sample_batch(store: TokenStore, block_size: int) -> dict[str, list]:
     return {"input_ids": rows, "labels": rows, "attention_mask": mask, "text": texts}
 
 
-def preview(store: TokenStore, n: int) -> str:
-    """Records token by token: position, id, whether --loss_on response trains it, text."""
-    index, records, lines = store.index["train"], store.whole_records("train"), []
-    for row in records[evenly_spaced(len(records), n)]:
-        start, length = int(index["start"][row]), int(index["length"][row])
-        what = f"record {row} of {store.sources[index['source'][row]]}: {length} tokens"
-        lines.append(f"{what} (--loss_on all trains prompts, too)")
-        answers = index[(index["start"] == start) & (index["trained"] == 1)]
-        for place, token in enumerate(store.ids("train", start, min(length, 200)).tolist()):
-            inside = (answers["prompt"] <= place) & (place < answers["length"])
-            state = "trained" if inside.any() else "masked"
-            lines.append(f"{place:>6}{token:>8}  {state:<8}{store.tokenizer.decode([token])!r}")
-        if length > 200:
-            lines.append(f"   ... {length - 200:,} tokens left out")
-    return "\n".join(lines)
+def preview(store: TokenStore, block_size: int, n: int) -> None:
+    """Print samples of training token by token: position, id, whether it is trained, text."""
+    data = InstructionDataset(store, "train", block_size, loss_on="response")
+    for i in evenly_spaced(len(data), n):
+        ids, weight, _ = data.record(i)
+        print(f"sample {i} of --loss_on response: {len(ids)} tokens")
+        for place, token in enumerate(ids.tolist()):
+            state = "trained" if weight[place] else "masked"
+            print(f"{place:>6}{token:>8}  {state:<8}{store.tokenizer.decode([token])!r}")
 
 
 def check_model(name: str, ids: Tensor) -> str:
     """Loss of a Hugging Face model on a batch with unshifted labels: by its shift, and by ours."""
-    transformers = transformers_library()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+    what = f"--check_model {name}, with an id {ids.max()} and a context of {ids.shape[1]}"
+    with library_errors(what):
+        model = transformers_library().AutoModelForCausalLM.from_pretrained(name).eval()
         with torch.no_grad():
             out = model(input_ids=ids, labels=ids)
-    except Exception as error:
-        what = f"has it an id {ids.max()}, and a context of --block_size {ids.shape[1]}?"
-        raise UserError(f"--check_model {name}: {one_line(error)}; {what}") from None
     ours = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     shapes = f"ids {tuple(ids.shape)} -> logits {tuple(out.logits.shape)}"
     if not abs(out.loss.item() - ours.item()) <= 1e-3 * max(1.0, ours.item()):
@@ -6909,12 +6869,12 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> Path:
     loaded = load_model(config.ckpt, merge=not config.adapter)
     if config.gguf:
         export_gguf(loaded, target, config.gguf_type)
-    elif config.adapter:
-        with write_beside(target) as new:
-            export_adapter(loaded, new, config.base_model)
     else:
         with write_beside(target) as new:
-            export_model(loaded, new)
+            if config.adapter:
+                export_adapter(loaded, new, config.base_model)
+            else:
+                export_model(loaded, new)
     print(target)
     return target
 

@@ -490,7 +490,7 @@ def test_export_replaces_nothing(bases, tmp_path):
 
 
 def killed_while_it_writes():
-    lp.export_tokenizer = lambda *_: os._exit(9)
+    lp.check_tokenizer = lambda *_: os._exit(9)
 
 
 def small_files_only():
