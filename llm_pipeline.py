@@ -6833,7 +6833,7 @@ def preview(store: TokenStore, block_size: int, n: int) -> None:
 
 def check_model(name: str, ids: Tensor) -> str:
     """Loss of a Hugging Face model on a batch with unshifted labels: by its shift, and by ours."""
-    what = f"--check_model {name}, with an id {ids.max()} and a context of {ids.shape[1]}"
+    what = f"--check_model {name} on ids up to {ids.max()}, --block_size {ids.shape[1]}"
     with library_errors(what):
         model = transformers_library().AutoModelForCausalLM.from_pretrained(name).eval()
         with torch.no_grad():
