@@ -2501,10 +2501,11 @@ bpe_tokenizer = lru_cache(maxsize=4)(BPETokenizer)  # a large vocabulary takes a
 
 @contextlib.contextmanager
 def library_errors(complaint: str):
-    """One clear line for what the libraries raise; panics of tokenizers are BaseExceptions."""
+    """One clear line for what the libraries raise: the errors of gzip, pyarrow, fsspec and others
+    have no common base, and panics of tokenizers are BaseExceptions."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
         raise
     except BaseException as error:
         raise UserError(f"{complaint}: {one_line(error)}") from None
@@ -2812,36 +2813,24 @@ class Report:
 
 # --- reading files ---
 
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+def open_zst(path: Path, mode: str):
+    """By Python's own reader; the one of the package zstandard takes a truncated file."""
+    library = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    return optional(library, "backports.zstd").open(path, mode)
 
 
-@contextlib.contextmanager
-def reading(what: str | Path) -> Iterator[None]:
-    """What goes wrong inside becomes a UserError that names the file: the errors of gzip, lzma,
-    pyarrow, fsspec and others have no common base."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot read {what}: {one_line(error)}") from None
-
-
-def is_packed(path: Path) -> bool:
-    return path.suffix.lower() in (*OPENERS, ".zst")
-
-
-def ending(path: Path) -> str:
-    """A file's ending in lower case, without .gz and the like."""
-    return Path(path.stem if is_packed(path) else path.name).suffix.lower()
+UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
 
 
 def open_binary(path: Path):
     """The bytes of a file, unpacked."""
-    if path.suffix.lower() == ".zst":  # zstandard's own reader takes a truncated file
-        library = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-        return optional(library, "backports.zstd").open(path, "rb")
-    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
+    return UNPACKERS.get(path.suffix.lower(), open)(path, "rb")
+
+
+def ending(path: Path) -> str:
+    """A file's ending in lower case, without .gz and the like."""
+    return Path(path.stem if path.suffix.lower() in UNPACKERS else path.name).suffix.lower()
 
 
 def encoding_of(head: bytes) -> str:
@@ -2854,7 +2843,7 @@ def read_text(path: Path, size: int = 0) -> Iterator[str]:
     UTF-8, or what a byte order mark says. Raises UserError on invalid bytes, with their offset,
     on NULs, which text does not hold, and where the file cannot be read or unpacked.
     """
-    with reading(path), open_binary(path) as data:
+    with library_errors(f"cannot read {path}"), open_binary(path) as data:
         encoding = encoding_of(data.peek(4))
         file = io.TextIOWrapper(data, encoding)
         try:
@@ -3277,12 +3266,10 @@ def csv_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
 def parquet_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     """Rows of a parquet file, FineWeb's layout and instruction tables alike, batch by batch."""
     parquet = optional("pyarrow.parquet", "pyarrow")
-    with reading(path):
-        source = io.BytesIO(open_binary(path).read()) if is_packed(path) else path
-        with parquet.ParquetFile(source) as table:
-            batches = (batch.to_pylist() for batch in table.iter_batches(256))
-            for number, row in enumerate(chain.from_iterable(batches), 1):
-                yield f"{path}: row {number}", row
+    with library_errors(f"cannot read {path}"), open_binary(path) as file:
+        batches = (batch.to_pylist() for batch in parquet.ParquetFile(file).iter_batches(256))
+        for number, row in enumerate(chain.from_iterable(batches), 1):
+            yield f"{path}: row {number}", row
 
 
 def plain_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
@@ -3302,7 +3289,7 @@ def plain_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
 def arrow_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     """Rows of a file that `save_to_disk` of the `datasets` library wrote."""
     datasets = optional("datasets")
-    with reading(path):
+    with library_errors(f"cannot read {path}"):
         yield from dataset_rows(datasets.Dataset.from_file(str(path)), str(path))
 
 
@@ -3319,14 +3306,12 @@ def find_reader(path: Path) -> Callable | None:
 
     Raises UserError where it cannot be read, or stands for data that was not fetched.
     """
-    with reading(path):
+    with library_errors(f"cannot read {path}"):
         with open(path, "rb") as file:
+            if file.read(99).startswith(b"version https://git-lfs.github.com/spec/"):
+                raise UserError(f"{path} is a Git LFS pointer, not the data: run git lfs pull")
+        with open_binary(path) as file:
             head = file.read(4096)
-        if head.startswith(b"version https://git-lfs.github.com/spec/"):
-            raise UserError(f"{path} is a Git LFS pointer, not the data: run git lfs pull")
-        if is_packed(path):
-            with open_binary(path) as file:
-                head = file.read(4096)
     decoder = codecs.getincrementaldecoder(encoding_of(head))  # a character may be cut at the end
     text = decoder("ignore").decode(head).lstrip("\ufeff")
     is_sms = ending(path) == ".tsv" and text.lstrip().partition("\t")[0] in ("ham", "spam")
@@ -3389,7 +3374,7 @@ def dataset_rows(dataset, name: str) -> Iterator[tuple]:
     """Rows of a `datasets` object, with the names of classes in place of their numbers."""
     features = dataset.features or {}
     classes = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
-    with reading(name):
+    with library_errors(f"cannot read {name}"):
         for number, row in enumerate(dataset, 1):
             for column, kind in classes.items():
                 known = row[column] is not None and row[column] >= 0
@@ -3416,12 +3401,9 @@ def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
         if is_default_folder(root) and not os.path.lexists(root):
             return [], {}
         raise UserError(f"--data_dir {root} does not exist as a folder or file with text")
-    found, left_out, stores = [], {}, os.path.realpath(config.processed_dir)
-
-    def stop(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}")
-
-    for name, folders, files in os.walk(root, onerror=stop):
+    found, left_out, errors = [], {}, []
+    stores = os.path.realpath(config.processed_dir)
+    for name, folders, files in os.walk(root, onerror=errors.append):
         folder = Path(name)
         if folder != root and (OURS & {*files} or os.path.realpath(name) == stores):
             left_out[folder] = "runs, models and token stores are no texts"
@@ -3433,6 +3415,8 @@ def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
                 found.append(path)
             elif path.is_symlink() or not path.is_dir():
                 left_out[path] = "a link to a folder, or not a file"
+    if errors:
+        raise UserError(f"cannot read {errors[0].filename}: {errors[0].strerror}")
     return sorted(found), left_out
 
 
@@ -3468,8 +3452,8 @@ ROLE_WORDS = {
 
 def role_in_name(name: str) -> str:
     """The role that the first such word of a name says; words end at what is no letter."""
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((ROLE_WORDS[word] for word in words if word in ROLE_WORDS), "")
+    said = map(ROLE_WORDS.get, re.split(r"[^a-z]+", name.lower()))
+    return next(filter(None, said), "")
 
 
 def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
@@ -3478,20 +3462,16 @@ def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
     The file's own name counts most. All of `train` trains only beside something that validates;
     held-out parts count wherever anything is left to train on.
     """
-    roles: dict[Path, str] = {}
-    place: dict[Path, Path] = {}  # the folder that holds the file or folder whose name says it
+    named = {}  # the file or folder whose name says its role
     for file in files:
         parts = takewhile(lambda part: part != root, (file, *file.parents))
-        named = next((part for part in parts if role_in_name(part.name)), root)
-        roles[file] = role_in_name(named.name) if named != root else ""
-        place[file] = named.parent
-    validated = {place[file] for file, role in roles.items() if role == "val"}
+        named[file] = next((part for part in parts if role_in_name(part.name)), None)
+    roles = {file: role_in_name(part.name) if part else "" for file, part in named.items()}
+    validated = {named[file].parent for file, role in roles.items() if role == "val"}
     some = set(roles.values())
-    nothing_trains, all_is_test = not some & {"train", ""}, some == {"test"}
+    alone = {"val": not some & {"train", ""}, "test": some == {"test"}}
     for file, role in roles.items():
-        nothing_validates = place[file] not in validated
-        alone = {"train": nothing_validates, "val": nothing_trains, "test": all_is_test}
-        if alone.get(role):
+        if alone.get(role) or (role == "train" and named[file].parent not in validated):
             roles[file] = ""
     return roles
 
