@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import needs, run
+from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -508,12 +508,6 @@ def test_names_of_classes(tmp_path):
     assert {text for text, _ in read("", hf_dataset=str(tmp_path / "data"))[0]} == wanted
 
 
-def test_a_data_set_that_is_not_there(tmp_path):
-    needs("datasets")
-    with pytest.raises(lp.UserError, match="cannot load dataset"):
-        read("", hf_dataset=str(tmp_path / "none"))
-
-
 # --- end to end ---
 
 
@@ -557,10 +551,3 @@ def test_masks_and_held_out_texts_in_every_loader(
             seen |= set(batch.y.unique().tolist())
         assert val is not None and any(ord(HELD_OUT) in batch.y for batch in val)
     assert ord("a") in seen
-
-
-def test_the_toy_corpus_is_announced_each_time(tmp_path):
-    flags = ["--data_dir", "./data/raw"]
-    for _ in range(2):
-        assert "built-in toy corpus" in run("prepare", *flags, cwd=tmp_path).ok().err
-    run("prepare", "--data_dir", "other", cwd=tmp_path).fails(1, "other", "does not exist")

@@ -140,18 +140,14 @@ def test_plain_files(tmp_path, name):
     assert "skipped: not text" in report.rows["picture.png"]
 
 
-@pytest.mark.parametrize("delimiter", [r"\n", r"\n\n", "<|endoftext|>", "%%", "ab"])
-@pytest.mark.parametrize("block", [lp.BLOCK, 97])
-def test_doc_delimiter(tmp_path, delimiter, block, monkeypatch):
+@pytest.mark.parametrize("delimiter", [r"\n", "<|endoftext|>", "%%", "ab"])
+def test_doc_delimiter(tmp_path, delimiter, monkeypatch):
     """Delimiters are found wherever the blocks in which a file is read end."""
-    monkeypatch.setattr(lp, "BLOCK", block)
-    mark = delimiter.replace(r"\n", "\n")
-    rng = random.Random(0)
+    monkeypatch.setattr(lp, "BLOCK", 97)
+    mark, rng = delimiter.replace(r"\n", "\n"), random.Random(0)
     pieces = ["".join(rng.choices("xyz %<a", k=rng.randrange(1, 200))) for _ in range(1000)]
-    content = mark.join(pieces)
-    assert len(content) > lp.BLOCK
-    path = write(tmp_path / "a.txt", content)
-    wanted = {piece for piece in content.split(mark) if piece.strip()}
+    path = write(tmp_path / "a.txt", mark.join(pieces))
+    wanted = {piece for piece in mark.join(pieces).split(mark) if piece.strip()}
     assert texts(path, doc_delimiter=delimiter) == sorted(wanted)
 
 
@@ -230,17 +226,15 @@ def test_max_tokens_reads_little_more_of_a_file_than_it_needs(tmp_path):
         assert n <= train + val < n + 140_000 and 0.09 < val / (train + val) < 0.11
 
 
-@pytest.mark.parametrize("size", [100, 30_000])
-def test_the_only_plain_text_gives_its_last_tenth(tmp_path, size):
+def test_the_only_plain_text_gives_its_last_tenth(tmp_path):
     """Its hash alone would put one text in ten wholly into validation."""
     for seed in range(12):
-        path = write(tmp_path / f"{seed}/play.txt", ("To be or not. " * size)[:size])
+        path = write(tmp_path / f"{seed}/play.txt", ("To be or not. " * 30)[:400])
         write(tmp_path / f"{seed}/qa.jsonl", jsonl([dict(question="Who?", answer="I.")]))
         for place in (path, path.parent):
             sides = [side for record, side in split(place, split_seed=seed)[0] if record.is_plain]
             assert sides == ["both"]
-        found = parts(path, split_seed=seed)
-        assert len(found["val"]) == size // 10
+        assert len(parts(path, split_seed=seed)["val"]) == 40
     write(tmp_path / "0/second.txt", "Another text.")
     assert not [side for _, side in split(tmp_path / "0")[0] if side == "both"]
 
@@ -268,13 +262,8 @@ def test_no_validation_record_is_trained_on(tmp_path):
     assert not set(train) & set(val)
     assert sorted(train + val) == sorted(set(rows))
     assert 0.05 < len(val) / len(set(rows)) < 0.16
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.1, 0.5])
-def test_val_fraction(tmp_path, fraction):
-    write(tmp_path / "a.jsonl", jsonl({"text": f"text {i}"} for i in range(4000)))
-    share = len(texts(tmp_path, "val", val_fraction=fraction)) / 4000
-    assert abs(share - fraction) <= 4 * (fraction * (1 - fraction) / 4000) ** 0.5
+    assert 0.35 < len(texts(tmp_path, "val", val_fraction=0.5)) / len(set(rows)) < 0.65
+    assert not texts(tmp_path, "val", val_fraction=0.0)
 
 
 def test_adding_data_moves_no_record(tmp_path):
@@ -393,13 +382,10 @@ def test_one_part_of_a_split_keeps_its_role(tmp_path, layout):
 def test_a_name_that_stands_alone_does_not_count(tmp_path, name):
     write(tmp_path / "raw" / name, jsonl({"text": f"text {i}"} for i in range(100)))
     assert {side for _, side in split(tmp_path / "raw")[0]} == {"train", "val"}
-
-
-def test_a_training_file_beside_a_test_file_alone_validates_by_hash(tmp_path):
-    write(tmp_path / "train.jsonl", jsonl({"text": f"train {i}"} for i in range(100)))
-    write(tmp_path / "test.jsonl", jsonl({"text": f"test {i}"} for i in range(100)))
-    val = texts(tmp_path, "val")
-    assert val and all(t.startswith("train") for t in val + texts(tmp_path, "train"))
+    write(tmp_path / "raw/test_2.jsonl", jsonl({"text": f"other {i}"} for i in range(100)))
+    if name == "train.jsonl":  # beside a test file alone it validates by hash, too
+        assert all(t.startswith("text") for t in texts(tmp_path / "raw"))
+        assert texts(tmp_path / "raw", "val")
 
 
 # --- the toy corpus ---
@@ -412,6 +398,7 @@ def test_the_toy_corpus_is_for_the_default_folder_alone(tmp_path, monkeypatch):
     for _ in ("absent", "empty"):
         for name in ("./data/raw", "data/raw/", "data/../data/raw", str(tmp_path / "data/raw")):
             assert len(texts(name)) > 2000
+        assert "built-in toy corpus" in run("prepare", "--data_dir", "./data/raw").ok().err
         Path("data/raw").mkdir(parents=True, exist_ok=True)
     Path("other").mkdir()
     with pytest.raises(lp.UserError, match="no files"):
@@ -431,7 +418,6 @@ GOOD = jsonl([{"text": t} for t in PLAIN])
 @pytest.mark.parametrize(
     "name, content, word",
     [
-        ("a.json", '{\n"data": "a"}', "(data)"),
         ("a.json", "5", "list"),
         ("a.json", '[{"a":' * 100_000, "JSON"),
         ("a.json", "", "JSON"),
@@ -439,7 +425,6 @@ GOOD = jsonl([{"text": t} for t in PLAIN])
         ("a.json", '[{"text": "a"}, {"text": 5}]', "entry 2"),
         ("a.jsonl", GOOD + '{"text": \n' + GOOD, ":31"),
         ("a.jsonl", GOOD + "[" * 100_000, ":31"),
-        ("a.jsonl", GOOD + '{"instruction": "a", "output": null}', "output is null"),
         ("a.jsonl", GOOD + '{"instruction": "a"}', ":31"),
         ("a.jsonl", GOOD + '{"messages": [5]}', ":31"),
         ("SMSSpamCollection", "ham\tone\nham two\nham\tthree\n", ":2"),
@@ -449,7 +434,6 @@ GOOD = jsonl([{"text": t} for t in PLAIN])
         ("a.jsonl", b'{"text": "\xc3\x28"}', "byte 10"),
         ("a.txt", "Größe".encode("utf-16") + b"\0", "UTF-16 at byte 12"),
         ("a.txt", "Größe".encode("utf-16-le"), "UTF-8 at byte 4"),
-        ("a.txt", "Size".encode("utf-16-le"), "NULs"),
         ("a.csv", 'text\n"Size\0"\n', "NULs"),
         ("a.jsonl", '{"text": "\\u0000"}', "NULs"),
         ("a.txt.gz", b"not gzip", "a.txt.gz"),
@@ -457,7 +441,6 @@ GOOD = jsonl([{"text": t} for t in PLAIN])
         ("a.csv", 'id,text\n1,"a"b\n', "expected after"),
         ("a.csv", "id,text\n1,a,b\n", "more cells"),
         ("a.csv", "text,text\na,b\n", "two columns"),
-        ("a.jsonl", '{"text": null}', "is null"),
         ("a.parquet", b"PAR1 no table PAR1", "a.parquet"),
         ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\n", "not text"),
     ],

@@ -102,15 +102,6 @@ def test_a_file_and_a_data_set_and_its_stream_give_the_same_store(tmp_path, endi
     assert content(tmp_path / "local") == content(tmp_path / "hub") == content(tmp_path / "stream")
 
 
-def test_fineweb(tmp_path, data):
-    for ending in ("jsonl", "parquet"):
-        path = data / f"fineweb/fineweb_10rows.{ending}"
-        prepare(tmp_path / ending, "--data_dir", path, "--tokenizer", data / "gpt2_bpe").ok()
-    assert content(tmp_path / "jsonl") == content(tmp_path / "parquet")
-    wanted = (data / "fineweb/fineweb_10rows.jsonl").read_text("utf-8").splitlines()
-    assert texts(tmp_path / "jsonl") == sorted(json.loads(row)["text"] for row in wanted)
-
-
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "stream"])
 @pytest.mark.parametrize("kind", ["name", "broken", "column"])
 def test_a_data_set_that_cannot_be_read(tmp_path, kind, streaming, offline):
