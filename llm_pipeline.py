@@ -1553,17 +1553,14 @@ def optional(module: str, package: str = ""):
         raise UserError(f"this needs {name}: pip install {name}") from None
 
 
-def launched(name: str, lowest: int) -> int:
-    """RANK, WORLD_SIZE or LOCAL_RANK, as torchrun sets them. Raises UserError on anything else."""
-    text = os.environ.get(name, str(lowest))
-    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < lowest:
-        raise UserError(f"torchrun never sets {name}={text!r}: unset it, or start with torchrun")
-    return int(text)
+def launched(name: str) -> int:
+    """RANK, LOCAL_RANK or WORLD_SIZE, as torchrun sets them."""
+    return int(os.environ.get(name, 1 if name == "WORLD_SIZE" else 0))
 
 
 def is_main() -> bool:
     """Whether this is the first process, known before the process group is."""
-    return launched("RANK", 0) == 0
+    return launched("RANK") == 0
 
 
 def note(text: str) -> None:
@@ -1615,22 +1612,19 @@ def pick_device(name: str, world_size: int = 1) -> torch.device:
     if world_size > 1 and name.startswith("cuda:"):
         raise UserError(f"{world_size} processes, one {name}: --device cuda gives each its own")
     if name == "cuda":  # torch.cuda.set_device wants a number
-        name = f"cuda:{launched('LOCAL_RANK', 0)}"
+        name = f"cuda:{launched('LOCAL_RANK')}"
     device = torch.device(name)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: {torch.cuda.device_count()} CUDA devices; try cpu")
-    if device.type == "mps" and not mps:
-        raise UserError("--device mps is not available here; try --device cpu")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}[device.type]
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name}: {count} {device.type} devices here; try --device cpu")
     return device
 
 
 @lru_cache
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 natively; emulated bf16 is slower than fp32."""
-    try:
-        return "bf16" in Path("/proc/cpuinfo").read_text()  # avx512_bf16, amx_bf16, Arm's bf16
-    except OSError:
-        return False
+    about = Path("/proc/cpuinfo")  # of Linux: avx512_bf16, amx_bf16, Arm's bf16
+    return about.exists() and "bf16" in about.read_text()
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -1660,10 +1654,10 @@ def set_up_cuda(device: torch.device, limit_gb: float) -> None:
 
 
 @contextlib.contextmanager
-def runtime(config: RuntimeConfig, alone: bool = False):
-    """Device, dtype, threads, seed and process group of one command; alone: of one process."""
+def runtime(config: RuntimeConfig):
+    """Device, dtype, threads, seed and process group of one command."""
     started = time.perf_counter() - IMPORT_SECONDS
-    rank, world_size = (0, 1) if alone else (launched("RANK", 0), launched("WORLD_SIZE", 1))
+    rank, world_size = launched("RANK"), launched("WORLD_SIZE")
     if rank >= world_size:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world_size}: unset both, or use torchrun")
     device = pick_device(config.device, world_size)
@@ -1682,11 +1676,6 @@ def runtime(config: RuntimeConfig, alone: bool = False):
             backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
             dist.init_process_group(backend, timeout=timedelta(hours=12), device_id=card)
         yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size, started)
-    except (RuntimeError, ValueError) as error:
-        if world_size == 1 or not re.search("gloo|nccl|connect|timed out", str(error).lower()):
-            raise
-        why = f"another process has ended or does not answer ({one_line(error, 90)})"
-        raise UserError(f"{why}: start all of them again, with --resume") from None
     finally:
         torch.set_num_threads(threads)
         if config.deterministic:  # the call imports torch's compiler, which takes two seconds
@@ -1699,8 +1688,7 @@ def runtime(config: RuntimeConfig, alone: bool = False):
 def training_precision(device: torch.device):
     """TF32, of ten bits of mantissa, for what stays in fp32 on CUDA: in training alone."""
     before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
     try:
         yield
     finally:
@@ -1785,9 +1773,13 @@ Stop = StopSignal | bool  # true once a run is to stop
 
 @contextlib.contextmanager
 def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
-    """Hold `folder`, made if need be, for this process; the lock ends with it, however it ends."""
-    lock = filelock.FileLock(folder / name, timeout=-1 if wait else 0)
+    """Hold `folder`, made if need be, for this process; the lock ends with it, however it ends.
+
+    Where the block fails before anything else is written, the folders that were made go again.
+    """
+    lock, made = filelock.FileLock(folder / name, timeout=-1 if wait else 0), []
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
@@ -1797,8 +1789,13 @@ def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
         raise UserError(f"{why}; choose another place") from None
     try:
         yield
+        made = []
     finally:
         lock.release()
+        for path in made:  # the innermost first; what holds more than locks stays
+            with contextlib.suppress(OSError):
+                if all(each.name.endswith("lock") for each in path.iterdir()):
+                    shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -5948,7 +5945,8 @@ def within_minutes(
     Without a neighbour that comes or goes it is, to the last bit, the run of the settings in its
     config.json. Raises UserError where not one step fits.
     """
-    explicit, minutes = explicit_settings(config) | {"recipe": config.recipe}, config.minutes
+    explicit, minutes = {n: getattr(config, n) for n in config.explicit}, config.minutes
+    explicit["recipe"] = config.recipe
     del explicit["minutes"]
     base_and_store(config, rt, folder)  # where the corpus is not prepared, it is now
     left = rt.of_first(rt.started + 60 * minutes - time.perf_counter())
@@ -6841,7 +6839,7 @@ class ExportConfig(RuntimeConfig):
     base_model: str = option("", "the adapter's base: its exported folder or its name on the Hub")
 
 
-def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> Path:
+def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> str:
     """Write the export, check it, and return its path."""
     target = Path(config.gguf or config.out_dir)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -6856,7 +6854,7 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> Path:
             else:
                 export_model(loaded, new)
     print(target)
-    return target
+    return str(target)
 
 
 # --- bench ---
@@ -7042,24 +7040,16 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
 # ====================================================================================
 
 
-class Command(NamedTuple):
-    """A command's settings and function."""
-
-    settings: type
-    run: Callable
-    parallel: bool = True  # under torchrun in all processes; False: in the first one alone
-
-
-COMMANDS = {
-    "train": Command(TrainConfig, fit_command(train_loop)),
-    "finetune": Command(FinetuneConfig, fit_command(finetune_loop)),
-    "eval": Command(EvalConfig, eval_command),
-    "sample": Command(SampleConfig, sample_command, parallel=False),
-    "prepare": Command(PrepareConfig, prepare_command, parallel=False),
-    "export": Command(ExportConfig, export_command, parallel=False),
-    "bench": Command(BenchConfig, bench_command),
+COMMANDS = {  # name: its settings, its function
+    "train": (TrainConfig, fit_command(train_loop)),
+    "finetune": (FinetuneConfig, fit_command(finetune_loop)),
+    "eval": (EvalConfig, eval_command),
+    "sample": (SampleConfig, sample_command),
+    "prepare": (PrepareConfig, prepare_command),
+    "export": (ExportConfig, export_command),
+    "bench": (BenchConfig, bench_command),
 }
-
+ALONE = {"sample", "prepare", "export"}  # under torchrun in the first process alone
 # The flags that a command's -h shows: what a first user needs.
 FIRST_FLAGS = """
     data_dir ckpt preset recipe tokenizer vocab_size minutes epochs max_steps batch_size lr block_size
@@ -7095,37 +7085,44 @@ def fields_of(cls: type) -> dict:
     return {f.name: f for f in fields(cls)}
 
 
-def did_you_mean(word: str, known: Iterable[str], mark: str = "") -> str:
-    """A hint at the known name that a mistyped or foreign `word` may stand for, or ""."""
-    near = difflib.get_close_matches(word, known, 1)
-    if FOREIGN_NAMES.get(word) in known:
-        near = [FOREIGN_NAMES[word]]
-    return f"; did you mean {mark}{near[0]}?" if near else ""
+def unknown_setting(cls: type, name: str) -> str:
+    """What to say of a setting that a command does not have."""
+    owners = [word for word, (settings, _) in COMMANDS.items() if name in fields_of(settings)]
+    if owners:
+        return f"--{name} belongs to {', '.join(owners)}"
+    near = difflib.get_close_matches(name, fields_of(cls), 1)
+    if FOREIGN_NAMES.get(name) in fields_of(cls):
+        near = [FOREIGN_NAMES[name]]
+    hint = f"did you mean --{near[0]}?" if near else "--help_all lists every one"
+    return f"unknown setting --{name}; {hint}"
 
 
-def checked(spec, value, where: str = ""):
-    """A field's value from a flag, a file or a caller. Raises UserError, beginning with `where`."""
+def checked(cls: type, name: str, value, where: str = ""):
+    """The value of a command's setting, from a flag, a file or a caller. Raises UserError, which
+    begins with `where`."""
+    spec = fields_of(cls).get(name)
+    if not spec:
+        raise UserError(where + unknown_setting(cls, name))
     kind, _, nullable = spec.type.partition(" | ")
-    words = [word for word in spec.metadata.get("choices", ()) if word]
+    choices = [word for word in spec.metadata.get("choices", ()) if word]
     if value is None and nullable:
         return None
     if isinstance(value, Path):
         value = str(value)
-    if isinstance(value, bool) and "on" in words:  # as YAML reads these words
+    if isinstance(value, bool) and "on" in choices:  # as YAML reads these words
         value = "on" if value else "off"
     if kind == "bool":
         fits, wanted = isinstance(value, bool), "true or false"
     elif kind in ("int", "float"):
         value, fits, wanted = number_within(spec.metadata, kind, value)
-    elif words:
-        value, wanted = str(value).lower(), f"one of {', '.join(words)}"
-        fits = value in [*words, spec.default]
+    elif choices:
+        value = str(value).lower()
+        fits, wanted = value in (*choices, spec.default), f"one of {', '.join(choices)}"
     else:
         fits, wanted = isinstance(value, str) and "\0" not in value, "text (in a file: in quotes)"
     if not fits:
-        hint = did_you_mean(str(value), words)
-        raise UserError(f"{where}{spec.name} must be {wanted}, not {str(value)[:80]!r}{hint}")
-    return os.path.expanduser(os.path.expandvars(value)) if spec.name in PATHS else value
+        raise UserError(f"{where}{name} must be {wanted}, not {str(value)[:80]!r}")
+    return os.path.expanduser(os.path.expandvars(value)) if name in PATHS else value
 
 
 def number_within(limits: dict, kind: str, value) -> tuple:
@@ -7148,7 +7145,12 @@ def settle(cls: type, explicit: dict):
 
     explicit: {setting: value} of the flags, or of a caller in Python. Raises UserError.
     """
-    explicit = with_config_file(cls, explicit)
+    explicit = {name: checked(cls, name, value) for name, value in explicit.items()}
+    if file := explicit.pop("config", ""):
+        explicit = read_config(cls, file) | explicit
+    for one, other in EXCLUSIVE:
+        if explicit.get(one) and explicit.get(other):
+            raise UserError(f"--{one} and --{other} exclude each other: leave one out")
     settings = {name: spec.default for name, spec in fields_of(cls).items()}
     if explicit.get("minutes"):
         settings["recipe"] = "fast"
@@ -7169,60 +7171,27 @@ def settle(cls: type, explicit: dict):
     return config
 
 
-def settle_resumed(cls: type, explicit: dict, stored: dict):
-    """The settings of a run that goes on: the stored ones, but for what may change (see `option`).
+def take_up(config: FitConfig, stored: dict) -> None:
+    """Give `config` the settings of the run that goes on, but for what may change (see `option`).
 
     Raises UserError where a fixed setting is asked to change.
     """
-    explicit, known = with_config_file(cls, explicit), fields_of(cls)
-    values = {name: stored.get(name, spec.default) for name, spec in known.items()}
-    fixed = {name for name, spec in known.items() if spec.metadata["resume"] == "fixed"}
-    if values["lr_schedule"] == "constant":  # no step depends on how many there will be
-        fixed -= {"epochs", "max_steps"}
-    last = Path(explicit.get("out_dir", known["out_dir"].default), "last.pth")
-    start = f"--init_from {last}"
-    if issubclass(cls, FinetuneConfig):
-        start = f"--ckpt {last.with_stem('last_finetune')}"
-    for name in sorted(fixed & explicit.keys()):
-        if explicit[name] != values[name]:
-            change = f"{name} (from {values[name]} to {explicit[name]})"
+    known, may_change = fields_of(type(config)), set()
+    if stored["lr_schedule"] == "constant":  # no step depends on how many there will be
+        may_change = {"epochs", "max_steps"}
+    for name, spec in known.items():
+        asked, kept = getattr(config, name), stored.get(name, spec.default)
+        if name not in config.explicit:
+            setattr(config, name, kept)
+        elif spec.metadata["resume"] == "fixed" and asked != kept and name not in may_change:
+            last = Path(config.out_dir, "last.pth")
+            start = f"--init_from {last}"
+            if isinstance(config, FinetuneConfig):
+                start = f"--ckpt {last.with_stem('last_finetune')}"
             way = f"leave it out, or begin another run in another --out_dir by {start}"
-            raise UserError(f"--resume cannot change {change}: {way}")
-    if explicit.get("epochs", values["epochs"]) != values["epochs"]:
-        values["max_steps"] = 0  # which little data has set
-    config = cls(**values | explicit)
-    config.explicit = frozenset(explicit)
-    cross_checks(config)
-    return config
-
-
-def explicit_settings(config: Settings) -> dict:
-    """{setting: value} of what was asked for, the --config file's among them."""
-    return {name: getattr(config, name) for name in config.explicit - {"config"}}
-
-
-def with_config_file(cls: type, explicit: dict) -> dict:
-    """What is asked for, each checked, over what its --config file says. Raises UserError."""
-    known = fields_of(cls)
-    for name in explicit:
-        if name not in known:
-            raise UserError(unknown_setting(cls, name))
-    explicit = {name: checked(known[name], value) for name, value in explicit.items()}
-    if explicit.get("config"):
-        explicit = read_config(cls, explicit["config"]) | explicit
-    for one, other in EXCLUSIVE:
-        if explicit.get(one) and explicit.get(other):
-            raise UserError(f"--{one} and --{other} exclude each other: leave one out")
-    return explicit
-
-
-def unknown_setting(cls: type, name: str, mark: str = "") -> str:
-    """What to say of a setting that this command does not have."""
-    owners = [word for word, c in COMMANDS.items() if name in fields_of(c.settings)]
-    if owners:
-        return f"{mark}{name} belongs to {', '.join(owners)}"
-    hint = did_you_mean(name, fields_of(cls), mark)
-    return f"unknown setting {mark}{name}{hint or '; --help_all lists every one'}"
+            raise UserError(f"--resume cannot change {name} (from {kept} to {asked}): {way}")
+    if config.epochs != stored["epochs"] and "max_steps" not in config.explicit:
+        config.max_steps = 0  # which little data has set
 
 
 def read_table(file: Path, what: str) -> dict:
@@ -7244,23 +7213,22 @@ def read_table(file: Path, what: str) -> dict:
 
 
 def read_config(cls: type, path: str) -> dict:
-    """{setting: value} of a --config file, however it is nested. Null leaves a setting open.
+    """{setting: value} of a --config file, however it is nested. Null and empty text leave a setting
+    open.
 
     Settings of other commands are left out: any run's config.json will do. Raises UserError.
     """
     own, found, left_out, where = fields_of(cls), {}, [], f"--config {path}"
-    known = {name for command in COMMANDS.values() for name in fields_of(command.settings)}
+    known = {name for settings, _ in COMMANDS.values() for name in fields_of(settings)}
     entries = list(read_table(Path(path), where).items())
     for leaf, value in entries:
         name = leaf if leaf in known else FOREIGN_NAMES.get(leaf, str(leaf))
         if isinstance(value, dict):  # a section, as `training:`: its entries come later
             entries.extend(value.items())
-        elif name not in known:
-            raise UserError(f"{where}: {unknown_setting(cls, name)}")
-        elif name not in own:
+        elif name in known - own.keys():
             left_out.append(name)
-        elif value is not None and (value != "" or "choices" not in own[name].metadata):
-            value = checked(own[name], value, f"{where}: ")
+        elif value not in (None, ""):
+            value = checked(cls, name, value, f"{where}: ")
             if found.setdefault(name, value) != value:
                 raise UserError(f"{where}: {name} is there twice, with two values: leave one out")
     if left_out:
@@ -7275,7 +7243,7 @@ def cross_checks(config: Settings) -> None:
         for problem in model_config(config).problems():
             raise UserError(problem)
     if isinstance(config, OptimConfig):
-        size, parts = config.batch_size, config.grad_accum * launched("WORLD_SIZE", 1)
+        size, parts = config.batch_size, config.grad_accum * launched("WORLD_SIZE")
         if size % parts:
             raise UserError(f"batch_size {size} does not divide by grad_accum x processes, {parts}")
         if config.fsdp and config.compile == "on":
@@ -7310,7 +7278,7 @@ def program_parser(every_flag: bool) -> tuple[argparse.ArgumentParser, dict]:
     program.add_argument("--version", action="version", version=version, help="of the program")
     program.add_argument("-h", "--help", "--help_all", action="help", help="this page")
     commands = program.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (settings, *_) in COMMANDS.items():
+    for name, (settings, _) in COMMANDS.items():
         about = settings.__doc__.split("\n")[0]
         lines = [line for line in examples.splitlines() if f".py {name} " in line]
         parser = commands.add_parser(name, help=about, description=about, **usual)
@@ -7350,12 +7318,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, every_flag: bool) -> N
 
 def parse(argv: list[str]) -> tuple[str, Settings]:
     """(command, its settings). What is wrong ends in the usage line and SystemExit with code 2."""
-    words = []
-    for word in argv or ["--help"]:  # --max-steps=5 is --max_steps=5
-        flag, equals, value = word.partition("=")
-        if re.fullmatch(r"--\w[\w-]*", flag):
-            flag = "--" + flag[2:].replace("-", "_")
-        words.append(flag + equals + value)
+    dashed = re.compile(r"^--\w[\w-]*(?==|\Z)")  # --max-steps=5 is --max_steps=5
+    words = argv or ["--help"]
+    words = [dashed.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
     program, parsers = program_parser("--help_all" in words)
     try:
         flags, rest = program.parse_known_args(words)
@@ -7363,12 +7328,10 @@ def parse(argv: list[str]) -> tuple[str, Settings]:
         sys.stdout.flush()  # of help: a reader that has gone is noticed here
     explicit = vars(flags)
     name = explicit.pop("command")
-    cls = COMMANDS[name].settings
+    cls, _ = COMMANDS[name]
     try:
-        if rest and rest[0].startswith("--"):
-            raise UserError(unknown_setting(cls, rest[0][2:].partition("=")[0], "--"))
         if rest:
-            raise UserError(f"unexpected {rest[0]!r}: settings are given as --name value")
+            raise UserError(unknown_setting(cls, rest[0].partition("=")[0].removeprefix("--")))
         return name, settle(cls, explicit)
     except UserError as error:
         parsers[name].error(str(error))
@@ -7381,43 +7344,29 @@ def explanation(error: Exception) -> str:
     """The line that tells a user of an error."""
     if isinstance(error, UserError):
         return str(error)
+    text = one_line(error, 300)
     memory = r"out of memory|can't allocate memory|not enough memory|calculation overflowed|too big"
-    if isinstance(error, MemoryError) or re.search(memory, str(error)):
+    if isinstance(error, MemoryError) or re.search(memory, text):
         return "out of memory: lower --batch_size or --block_size, or raise --grad_accum"
+    if launched("WORLD_SIZE") > 1 and re.search("(?i)gloo|nccl|connect|timed out", text):
+        why = f"another process has ended or does not answer ({one_line(error, 90)})"
+        return f"{why}: start all of them again, with --resume"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot go on: {error.filename or 'a file'}: {error.strerror}"
-    return f"{type(error).__name__}: {one_line(error, 300)} (--debug shows where)"
+    return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
-@contextlib.contextmanager
-def no_folder_of_a_failure(*folders: str):
-    """Where a command fails before it has written anything, the folders that it made go again."""
-    made = [p for name in folders for p in (Path(name), *Path(name).parents) if not p.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in made:  # the innermost first; what holds more than locks stays
-            with contextlib.suppress(OSError):
-                if all(path.name.endswith("lock") for path in folder.iterdir()):
-                    shutil.rmtree(folder)
-        raise
-
-
-def carry_out(function: Callable, config: Settings, stop: StopSignal, alone: bool = False):
+def carry_out(function: Callable, config: Settings, stop: StopSignal):
     """Call a command's function with what it works on: the machine and, for a run, its folder."""
-    places = [getattr(config, name, "") for name in ("out_dir", "processed_dir")]
     with contextlib.ExitStack() as held:
-        if is_main():
-            held.enter_context(no_folder_of_a_failure(*filter(None, places)))
         folder = []
         if isinstance(config, FitConfig):
             folder = [held.enter_context(open_run(config))]
             if folder[0].state:
-                asked, stored = explicit_settings(config), folder[0].state["config"]
-                config = settle_resumed(type(config), asked, stored)
-            elif config.resume:
+                take_up(config, folder[0].state["config"])
+            if config.resume:
                 cross_checks(config)
-        rt = held.enter_context(runtime(config, alone=alone))
+        rt = held.enter_context(runtime(config))
         return function(config, rt, stop, *folder)
 
 
@@ -7434,12 +7383,13 @@ def main(argv: list[str] | None = None) -> int:
     argv, stop = sys.argv[1:] if argv is None else argv, StopSignal()
     try:
         name, config = parse(argv)
-        _, function, parallel = COMMANDS[name]
-        if not parallel and not is_main():
-            return 0  # torchrun waits for the first process, which does the work
+        if name in ALONE and not is_main():
+            return 0  # torchrun waits for the first process
+        if name in ALONE:
+            os.environ["WORLD_SIZE"] = "1"
         # In a session of `sample`, ctrl-c ends an answer.
         with contextlib.nullcontext() if name == "sample" else stop:
-            carry_out(function, config, stop, alone=not parallel)
+            carry_out(COMMANDS[name][1], config, stop)
         sys.stdout.flush()  # a full disk shows here, while it can still be said
         return 0
     except KeyboardInterrupt:  # Interrupted among them
@@ -7457,39 +7407,27 @@ def main(argv: list[str] | None = None) -> int:
 # --- the same from Python: import llm_pipeline as lp ---
 
 
-def call(cls: type, function: Callable, settings: dict):
-    """Run a command's function with settings by name. Raises UserError where the command fails."""
-    config, stop = settle(cls, settings), StopSignal()
-    with stop, contextlib.redirect_stdout(sys.stderr):
-        result = carry_out(function, config, stop)
-    if stop:
-        raise KeyboardInterrupt
-    return result
+def from_python(cls: type, function: Callable) -> Callable:
+    """A command's function, called with settings by name. It raises UserError where the command
+    fails, and prints to stderr alone."""
+
+    def call(**settings):
+        config, stop = settle(cls, settings), StopSignal()
+        with stop, contextlib.redirect_stdout(sys.stderr):
+            result = carry_out(function, config, stop)
+        if stop:
+            raise KeyboardInterrupt
+        return result
+
+    call.__doc__ = function.__doc__
+    return call
 
 
-def train(**settings) -> str:
-    """Train; `lp.train(data_dir="book.txt", preset="cpu-debug")`. Returns the path of best.pth."""
-    return call(TrainConfig, train_loop, settings)
-
-
-def finetune(**settings) -> str:
-    """Tune a checkpoint. Returns the path of best_finetune.pth."""
-    return call(FinetuneConfig, finetune_loop, settings)
-
-
-def evaluate(**settings) -> dict:
-    """Score a checkpoint: loss, ppl, bits_per_byte, sources, as in `eval --json`."""
-    return call(EvalConfig, evaluate_checkpoint, settings)
-
-
-def prepare(**settings) -> str:
-    """Make a token store, reporting on stderr. Returns its folder, which is a --data_dir."""
-    return call(PrepareConfig, prepare_command, settings)
-
-
-def export(**settings) -> str:
-    """Write a Hugging Face folder or a GGUF file. Returns its path."""
-    return str(call(ExportConfig, export_command, settings))
+train = from_python(TrainConfig, train_loop)  # lp.train(data_dir="book.txt", preset="cpu-debug")
+finetune = from_python(FinetuneConfig, finetune_loop)
+evaluate = from_python(EvalConfig, evaluate_checkpoint)  # the dictionary of `eval --json`
+prepare = from_python(PrepareConfig, prepare_command)  # its folder is a --data_dir
+export = from_python(ExportConfig, export_command)
 
 
 class TextGenerator:

@@ -89,7 +89,7 @@ def test_training_works_in_another_thread(source, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"learning_rate": 0.1}, "did you mean lr?"),
+        ({"learning_rate": 0.1}, "did you mean --lr?"),
         ({"top_p": 1}, "belongs to sample"),
         ({"lr": -1}, "lr must be a number above 0"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
