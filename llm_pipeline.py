@@ -1540,8 +1540,7 @@ class RuntimeConfig(Settings):
 
 def one_line(error: object, limit: int = 200) -> str:
     """An error's text on one line, for a message that names the cause."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def optional(module: str, package: str = ""):
@@ -1724,6 +1723,9 @@ def choose_threads(config: RuntimeConfig, rt: Runtime, shape: GPTConfig, rows: i
         note(f"--threads {config.threads} (measured: the quickest of {[*seconds]} at present)")
 
 
+HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
+
+
 class StopSignal:
     """Turns the first SIGINT, SIGTERM or SIGHUP into `Interrupted`; the next ends the process.
 
@@ -1736,17 +1738,15 @@ class StopSignal:
     def __enter__(self):
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # else Python allows no handler
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-                if number and signal.getsignal(number) != signal.SIG_IGN:
+            for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP)):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
                     self.previous[number] = signal.signal(number, self.handle)
         return self
 
     def handle(self, number: int, frame) -> None:
         self.number, name = number, signal.Signals(number).name
         for each in self.previous:  # a terminal that closes sends several hang-ups
-            hang_up = signal.Signals(each).name == "SIGHUP"
-            signal.signal(each, signal.SIG_IGN if hang_up else signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if each == HANG_UP else signal.SIG_DFL)
         with contextlib.suppress(OSError):  # past the stream, which may be in the midst of a write
             os.write(2, f"\n{name}: saving and stopping; again to exit at once\n".encode())
         if not self.holding:
@@ -2032,8 +2032,7 @@ def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Call
         torch._dynamo.config.suppress_errors = config.compile == "auto"
         net = torch.compile(net)
     if rt.world_size > 1:
-        ids = [rt.device.index] if rt.device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        net = nn.parallel.DistributedDataParallel(net)
     return net
 
 
@@ -2351,15 +2350,11 @@ KERNELS |= {
     ("dropout", "cpu"): dropout_by_bytes,
     ("attention_sdpa", "cpu"): attention_folded,
     ("attention_sdpa", "cuda"): attention_on_cuda,
-    ("head_loss", "cpu"): chunked_head_loss,
-    ("head_loss", "cuda"): chunked_head_loss,
-    ("head_loss", "mps"): chunked_head_loss,
-    ("next_logits", "cpu"): next_logits_in_a_graph,
-    ("next_logits", "cuda"): next_logits_in_a_graph,
-    ("next_logits", "mps"): next_logits_in_a_graph,
     ("newton_schulz", "cpu"): newton_schulz_in_bf16,
     ("newton_schulz", "cuda"): newton_schulz_in_bf16,
 }
+KERNELS |= {("head_loss", kind): chunked_head_loss for kind in ("cpu", "cuda", "mps")}
+KERNELS |= {("next_logits", kind): next_logits_in_a_graph for kind in ("cpu", "cuda", "mps")}
 
 
 # --- the self-test of a device ---
@@ -7103,10 +7098,8 @@ def checked(cls: type, name: str, value, where: str = ""):
     spec = fields_of(cls).get(name)
     if not spec:
         raise UserError(where + unknown_setting(cls, name))
-    kind, _, nullable = spec.type.partition(" | ")
+    kind = spec.type.split(" | ")[0]
     choices = [word for word in spec.metadata.get("choices", ()) if word]
-    if value is None and nullable:
-        return None
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, bool) and "on" in choices:  # as YAML reads these words
@@ -7143,9 +7136,10 @@ def number_within(limits: dict, kind: str, value) -> tuple:
 def settle(cls: type, explicit: dict):
     """A command's settings: defaults < arch < preset < recipe < --config FILE < flags.
 
-    explicit: {setting: value} of the flags, or of a caller in Python. Raises UserError.
+    explicit: {setting: value} of the flags, or of a caller in Python; None leaves a setting open.
+    Raises UserError.
     """
-    explicit = {name: checked(cls, name, value) for name, value in explicit.items()}
+    explicit = {n: checked(cls, n, value) for n, value in explicit.items() if value is not None}
     if file := explicit.pop("config", ""):
         explicit = read_config(cls, file) | explicit
     for one, other in EXCLUSIVE:
@@ -7441,10 +7435,6 @@ class TextGenerator:
             for_decoding(self.loaded.model, rt.device, rt.dtype, config.compile == "on")
         if config.threads:  # for all that is generated later, too
             torch.set_num_threads(config.threads)
-
-    def stream(self, prompt: str, **settings) -> Iterator[str]:
-        """Pieces of text as they are generated; of several samples, each whole."""
-        return stream_text(self.loaded, settle(SampleConfig, self.settings | settings), prompt)
 
     def generate(self, prompt: str, **settings) -> str | list[str]:
         """The text that follows `prompt`, or with num_samples=N > 1 a list of N texts.

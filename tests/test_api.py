@@ -23,7 +23,6 @@ def source(corpus) -> dict:
 def test_a_checkpoint_loads_and_generates(tiny_checkpoint, capfd):
     model = lp.load(tiny_checkpoint, device="cpu", max_new_tokens=9)
     text = model.generate("Repeat", temperature=0)
-    assert "".join(model.stream("Repeat", temperature=0)) == text
     assert model.generate("Repeat", temperature=0, num_samples=2) == [text, text]
     several = dict(num_samples=3, top_k=0)
     texts = model.generate("Repeat", **several)
@@ -90,8 +89,6 @@ def test_training_works_in_another_thread(source, tmp_path):
     ("settings", "word"),
     [
         ({"learning_rate": 0.1}, "did you mean --lr?"),
-        ({"top_p": 1}, "belongs to sample"),
-        ({"lr": -1}, "lr must be a number above 0"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"batch_size": [8]}, "batch_size must be a whole number"),
         ({"resume": "yes"}, "resume must be true or false"),

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -162,28 +163,22 @@ FAILURES = {
     "export --ckpt missing.pth --out_dir hf": "missing.pth",
     "train --tokenizer bpe --data_dir text.txt": "pip install tokenizers",
     "prepare --hf_dataset wikitext": "pip install datasets",
+    "train --data_dir text.txt --out_dir text.txt/x": "text.txt/x as a folder: Not a directory",
+    f"train --data_dir text.txt --out_dir {300 * 'x'}": "File name too long",
+    f"train --data_dir {300 * 'x'}": "File name too long",
+    f"sample --ckpt {300 * 'x'}": "File name too long",
 }
 
 
 @pytest.mark.parametrize("argv", FAILURES)
-def test_a_failed_command_says_why(argv, tmp_path, monkeypatch):
+def test_a_failed_command_says_why_and_leaves_no_folder(argv, tmp_path, monkeypatch):
     for package in ("tokenizers", "datasets"):  # as if they were not installed
         monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("Once upon a time. " * 300)
     result = run(*words(argv), cwd=tmp_path).fails(1, FAILURES[argv])
     assert len(result.errors) == 1
-
-
-@pytest.mark.parametrize("flag", ["train --out_dir", "train --data_dir", "sample --ckpt"])
-def test_names_that_cannot_be_are_one_line(flag, corpus, tmp_path):
-    (tmp_path / "file").write_text("x")
-    command, flag = words(flag)
-    for name in ("x" * 300, "file/x"):
-        base = [*corpus, *ONE] if command == "train" else []
-        result = run(command, *base, f"{flag}={name}", cwd=tmp_path)
-        assert len(result.fails(result.code or 1).errors) == 1, result.err
-        assert "Error:" not in result.err
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["empty", "text.txt"]
 
 
 def test_what_is_said_of_an_error_and_debug_shows_where(tmp_path):
@@ -464,42 +459,38 @@ def test_mutated_command_lines(command, corpus, tiny_checkpoint, tmp_path):
 # --- the fast recipe reads the corpus ---
 
 
+def fast(path: Path, *names: str, **flags) -> list:
+    """What it makes of the settings of these names."""
+    base = dict(recipe="fast", preset="cpu-debug", device="cpu", data_dir=str(path))
+    config = lp.settle(lp.TrainConfig, base | flags)
+    return [getattr(config, name) for name in names]
+
+
 def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
     """A vocabulary in proportion; passes over small text, dropout; what was asked for stands."""
     small, large = tmp_path / "small.txt", tmp_path / "large.txt"
     small.write_text("A line of a book.\n" * 40_000)  # 0.72 MB
     large.write_text("A line of a book.\n" * 200_000)  # 3.6 MB
-
-    def settings(path, **more):
-        config = lp.settle(
-            lp.TrainConfig, dict(recipe="fast", preset="cpu-debug", data_dir=str(path)) | more
-        )
-        drops = config.token_dropout, config.dropout
-        return config.tokenizer, config.vocab_size, config.epochs, drops
-
-    assert settings(small) == ("bpe", 700, 6, (0.1, 0.1))
-    assert settings(large) == ("bpe", 3300, 1, (0.0, 0.0))
-    assert settings(small, vocab_size=900)[:2] == ("bpe", 900)
-    assert settings(small, max_steps=100)[3] == (0.0, 0.0)  # a part of one pass
-    assert settings(small, max_steps=800)[3] == (0.1, 0.0)  # a token is some 2.4 bytes of it
-    assert settings(small, dropout=0.3)[3] == (0.1, 0.3)
+    plan, drops = words("tokenizer vocab_size epochs"), words("token_dropout dropout")
+    assert fast(small, *plan, *drops) == ["bpe", 700, 6, 0.1, 0.1]
+    assert fast(large, *plan, *drops) == ["bpe", 3300, 1, 0.0, 0.0]
+    assert fast(small, *plan, vocab_size=900) == ["bpe", 900, 6]
+    assert fast(small, *drops, max_steps=100) == [0.0, 0.0]  # a part of one pass
+    assert fast(small, *drops, max_steps=800) == [0.1, 0.0]  # a token is some 2.4 bytes of it
+    assert fast(small, *drops, dropout=0.3) == [0.1, 0.3]
 
 
 def test_the_fast_recipe_samples_large_softmaxes_and_slows_down_wide_models(tmp_path):
     needs("tokenizers")
     (tmp_path / "a.txt").write_text("A line of a book.\n" * 10_000)
-
-    def fast(**flags):
-        base = dict(recipe="fast", device="cpu", data_dir=str(tmp_path), n_head=2)
-        return lp.settle(lp.TrainConfig, base | flags)
-
-    assert fast(tokenizer="bpe", vocab_size=4000).sampled_softmax == 0
-    assert fast(tokenizer="bpe", vocab_size=8192).sampled_softmax == 2048
-    assert fast(tokenizer="gpt2").sampled_softmax == 4096
-    assert fast(tokenizer="gpt2", device="cuda").sampled_softmax == 0
+    large = partial(fast, tmp_path, "sampled_softmax")
+    assert large(tokenizer="bpe", vocab_size=4000) == [0]
+    assert large(tokenizer="bpe", vocab_size=8192) == [2048]
+    assert large(tokenizer="gpt2") == [4096]
+    assert large(tokenizer="gpt2", device="cuda") == [0]
     for width, steps, lr in ((128, 400, 0.02), (64, 9, 0.02), (256, 400, 0.01), (128, 1600, 0.01)):
-        config = fast(tokenizer="byte", n_embd=width, max_steps=steps)
-        assert (config.lr, config.muon_lr) == (lr, 0.6 * lr)
+        flags = dict(tokenizer="byte", n_embd=width, max_steps=steps)
+        assert fast(tmp_path, "lr", "muon_lr", **flags) == [lr, 0.6 * lr]
 
 
 def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
@@ -507,23 +498,8 @@ def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
     rows = [dict(instruction="Say it.", input=f"word {i}", output=f"{i}") for i in range(8_000)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))  # 0.5 MB
-
-    def settings(**more):
-        flags = dict(recipe="fast", preset="cpu-debug", data_dir=str(tmp_path)) | more
-        config = lp.settle(lp.TrainConfig, flags)
-        return config.answer_weight, config.epochs, config.dropout, config.batch_size
-
-    assert settings() == (30, 6, 0.3, 16)
-    assert settings(answer_weight=0) == (0, 6, 0.1, 8)
-    mixed = tmp_path / "mixed"
-    mixed.mkdir()
-    (mixed / "rows.jsonl").write_text(file.read_text())
-    (mixed / "text.txt").write_text("A line of a book.\n" * 9)
-    assert settings(data_dir=str(mixed)) == (0, 6, 0.1, 8)
-
-
-def test_a_command_that_fails_leaves_no_folder(tmp_path):
-    (tmp_path / "data").mkdir()
-    flags = ["--data_dir", tmp_path / "data", "--processed_dir", tmp_path / "stores"]
-    run("train", *flags, "--out_dir", tmp_path / "new/run").fails(1)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    plan = words("answer_weight epochs dropout batch_size")
+    assert fast(tmp_path, *plan) == [30, 6, 0.3, 16]
+    assert fast(tmp_path, *plan, answer_weight=0) == [0, 6, 0.1, 8]
+    (tmp_path / "text.txt").write_text("A line of a book.\n" * 9)
+    assert fast(tmp_path, *plan) == [0, 6, 0.1, 8]
