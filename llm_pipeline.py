@@ -6538,7 +6538,7 @@ class Chat:
         """Carry out a line that begins with a slash, but for /quit. Raises UserError."""
         word, _, text = line.removeprefix("/set ").removeprefix("/").partition(" ")
         if word in ("input", "system", "max_new_tokens", "stop", "seed", *SAMPLING):
-            value = checked(SampleConfig.__dataclass_fields__[word], text.strip())
+            value = checked(SampleConfig, word, text.strip())
             config = replace(self.config, **{word: value})
             if word in ("input", "system") and is_instruct(self.loaded, config):
                 config.template = "instruct"  # and so are the lines after it
