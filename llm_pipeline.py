@@ -3149,15 +3149,6 @@ def join_rows(records: Iterable[Record]) -> Iterator[Record]:
 MAX_LABELS = 10
 
 
-def label_in(row, text_field: str) -> str:
-    """The column that labels a row of plain text; "" where there is none, or another layout."""
-    others = (*QUESTIONS, *ANSWERS, *DIALOGUES, "chosen")
-    is_text = isinstance(row, dict) and isinstance(row.get(text_field), str)
-    if not is_text or any(row.get(name) is not None for name in others):
-        return ""
-    return next((name for name in LABELS if row.get(name) is not None), "")
-
-
 def label_column(sources: list[Source], config: DataConfig) -> str:
     """The column whose labels make texts a set for classification, or "".
 
@@ -3169,7 +3160,9 @@ def label_column(sources: list[Source], config: DataConfig) -> str:
         rows = source.rows() if source.table else ()
         # A stream shows its labels early, or never.
         for number, (_, row) in enumerate(islice(rows, 1000 if config.streaming else None)):
-            name = label_in(row, config.text_field)
+            is_text = isinstance(row, dict) and isinstance(row.get(config.text_field), str)
+            found = [name for name in LABELS if row.get(name) is not None] if is_text else []
+            name = found[0] if found else ""
             if name:
                 counts[name, str(row[name])] += 1
             if len(counts) > MAX_LABELS:
@@ -3294,10 +3287,12 @@ JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # of an object, or of
 
 
 def find_reader(path: Path) -> Callable | None:
-    """The reader of a file, by its name and a look inside; None where it is no text.
+    """The reader of a file, by its name and a look inside; None where it is no text, or no file.
 
     Raises UserError where it cannot be read, or stands for data that was not fetched.
     """
+    if not path.is_file():
+        return None
     with library_errors(f"cannot read {path}"):
         with open(path, "rb") as file:
             if file.read(99).startswith(b"version https://git-lfs.github.com/spec/"):
@@ -3376,63 +3371,56 @@ def dataset_rows(dataset, name: str) -> Iterator[tuple]:
 
 # --- files and roles ---
 
-
+# What says that a folder is a run, a model or a token store: no text.
 OURS = {"best.pth", "last.pth", "best_finetune.pth", "last_finetune.pth", "train.idx",
         "model.safetensors"}  # fmt: skip
 
 
-def walk(config: DataConfig) -> tuple[list[Path], dict[Path, str]]:
-    """(files under --data_dir in a stable order, {what is left out: why}). Raises UserError.
-
-    Links to folders are not followed; names that begin with a dot are passed over.
-    """
+def walk(config: DataConfig) -> list[Path]:
+    """All that lies under --data_dir, in a stable order. Raises UserError where it cannot be looked
+    into. Names that begin with a dot are passed over; links to folders, and folders of OURS, are
+    among the files, not what they hold."""
     root = Path(config.data_dir)
     if os.path.isfile(root):
-        return [root], {}
+        return [root]
     if not os.path.isdir(root):
-        if is_default_folder(root) and not os.path.lexists(root):
-            return [], {}
         raise UserError(f"--data_dir {root} does not exist as a folder or file with text")
-    found, left_out, errors = [], {}, []
-    stores = os.path.realpath(config.processed_dir)
+    found, errors, stores = [], [], os.path.realpath(config.processed_dir)
     for name, folders, files in os.walk(root, onerror=errors.append):
         folder = Path(name)
         if folder != root and (OURS & {*files} or os.path.realpath(name) == stores):
-            left_out[folder] = "runs, models and token stores are no texts"
+            found.append(folder)
             folders.clear()
             continue
         folders[:] = [n for n in folders if not n.startswith(".")]
-        for path in (folder / n for n in (*folders, *files) if not n.startswith(".")):
-            if path.is_file():
-                found.append(path)
-            elif path.is_symlink() or not path.is_dir():
-                left_out[path] = "a link to a folder, or not a file"
+        links = [n for n in folders if (folder / n).is_symlink()]
+        found += [folder / n for n in (*links, *files) if not n.startswith(".")]
     if errors:
         raise UserError(f"cannot read {errors[0].filename}: {errors[0].strerror}")
-    return sorted(found), left_out
+    return sorted(found)
+
+
+def uses_toy_corpus(config: DataConfig) -> bool:
+    """Whether data/raw, however it is spelled, is empty or absent: there alone the toy corpus
+    stands in."""
+    is_default = os.path.abspath(config.data_dir) == os.path.abspath(DataConfig.data_dir)
+    if config.hf_dataset or not is_default:
+        return False
+    return not os.path.lexists(config.data_dir) or walk(config) == []
 
 
 def find_files(config: DataConfig) -> list[Path]:
     """Every local file that the configured sources may read. UserError where there is no source."""
-    if not config.hf_dataset:
-        return walk(config)[0]
-    return sorted(path for path in Path(config.hf_dataset).rglob("*") if path.is_file())
+    if config.hf_dataset:
+        paths = sorted(Path(config.hf_dataset).rglob("*"))
+    else:
+        paths = [] if uses_toy_corpus(config) else walk(config)
+    return [path for path in paths if path.is_file()]
 
 
 def size_of_files(config: DataConfig) -> int:
     """Bytes of all files that the settings name."""
     return sum(path.stat().st_size for path in find_files(config))
-
-
-def is_default_folder(path: str | Path) -> bool:
-    """Whether this is data/raw, however it is spelled: only there the toy corpus stands in."""
-    return os.path.abspath(path) == os.path.abspath(DataConfig.data_dir)
-
-
-def uses_toy_corpus(config: DataConfig) -> bool:
-    """Whether the default folder is empty or absent, so that the built-in corpus is read."""
-    is_default = not config.hf_dataset and is_default_folder(config.data_dir)
-    return is_default and walk(config) == ([], {})
 
 
 ROLE_WORDS = {
@@ -3520,7 +3508,7 @@ ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.
 
 def file_sources(config: DataConfig, report: Report) -> list[Source]:
     """The files to read, each with its reader. Raises UserError where none can be read."""
-    files, left_out = walk(config)
+    files, left_out = walk(config), {}
     readers = {path: find_reader(path) for path in files}
     tables = [path for path, reader in readers.items() if reader not in (None, plain_rows)]
     with_tables = {folder for table in tables for folder in table.parents}

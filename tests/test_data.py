@@ -566,9 +566,7 @@ def test_links_to_folders_are_said_and_not_followed(tmp_path):
     (tmp_path / "raw/broken").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "raw/pipe")
     assert texts(tmp_path / "raw") == ["Text of A", "Text of B"]
-    left_out = skipped(tmp_path / "raw")
-    assert set(left_out) == {"far", "loop", "broken", "pipe"}
-    assert set(left_out.values()) == {"a link to a folder, or not a file"}
+    assert set(skipped(tmp_path / "raw")) == {"far", "loop", "broken", "pipe"}
 
 
 @pytest.mark.skipif(
