@@ -1,8 +1,6 @@
 """`prepare`: sources, limits, report, kills, streams, downloads, model check."""
 
 import contextlib
-import http.server
-import io
 import json
 import os
 import random
@@ -10,7 +8,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
 from functools import partial
@@ -19,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Child, differences, needs, run, wait_for
+from conftest import TINY, Child, differences, free_port, needs, run, wait_for
 
 import llm_pipeline as lp
 
@@ -436,66 +433,27 @@ def test_a_model_that_cannot_take_the_batch(store, small_gpt2, tmp_path, offline
 # --- downloads ---
 
 
-class Mirror:
-    """A small HTTP server on the loopback address that misbehaves as it is told."""
-
-    def __init__(self, files: dict[str, bytes]):
-        self.files, self.modes, self.asked = files, [], 0
-        mirror = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                mirror.answer(self)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
-
-    def answer(self, handler) -> None:
-        mode = self.modes.pop(0) if self.modes else "good"
-        self.asked += 1
-        body = self.files.get(handler.path.strip("/"))
-        if mode == "refuse" or body is None:
-            handler.send_error(503 if body is not None else 404)
-            return
-        if mode == "corrupt":
-            body = body[:100] + b"????" + body[104:]
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body[: len(body) // 2] if mode == "truncate" else body)
+def zipped(archive: Path, folder: Path, *names: str) -> None:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        file.writestr("readme", "Citation: see the paper.")
+        for name in names:
+            file.write(folder / name, f"{folder.name}/{name}")
 
 
 @pytest.fixture
-def mirror(data, monkeypatch):
-    """Every download's own file name, at an address of this machine."""
+def mirror(data, tmp_path, monkeypatch):
+    """The folder to which the addresses of all downloads lead."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    shutil.copy(data / "instruction-data.json", folder)
+    shutil.copy(data / "tinyshakespeare/input.txt", folder)
+    zipped(folder / "sms+spam+collection.zip", data / "sms_spam_collection", "SMSSpamCollection")
     parts = [f"wiki.{split}.tokens" for split in ("train", "valid", "test")]
-    files = {
-        "instruction-data.json": (data / "instruction-data.json").read_bytes(),
-        "sms+spam+collection.zip": zipped(data, "sms_spam_collection", "SMSSpamCollection"),
-        "wikitext-2-v1.zip": zipped(data, "wikitext-2", *parts),
-        "input.txt": (data / "tinyshakespeare/input.txt").read_bytes(),
-    }
-    served = Mirror(files)
-    for name in ("instructions", "sms_spam", "wikitext-2", "tinyshakespeare"):
-        address, digests = lp.DOWNLOADS[name]
-        there = f"{served.address}/{address.rsplit('/', 1)[1]}"
+    zipped(folder / "wikitext-2-v1.zip", data / "wikitext-2", *parts)
+    for name, (address, digests) in DOWNLOADS.items():
+        there = (folder / address.rsplit("/", 1)[1]).as_uri()
         monkeypatch.setitem(lp.DOWNLOADS, name, (there, digests))
-    yield served
-    served.server.shutdown()
-    served.server.server_close()
-
-
-def zipped(data: Path, folder: str, *names: str) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("readme", "Citation: see the paper.")
-        for name in names:
-            archive.write(data / folder / name, f"{folder}/{name}")
-    return buffer.getvalue()
+    return folder
 
 
 @pytest.fixture
@@ -507,19 +465,24 @@ def fetch(mirror, tmp_path):
     return go
 
 
+DOWNLOADS = {name: what for name, what in lp.DOWNLOADS.items() if isinstance(what, tuple)}
+
+
 def files_in(folder: Path) -> dict[str, bytes]:
     found = [p for p in folder.rglob("*") if p.is_file()]
     return {str(p.relative_to(folder)): p.read_bytes() for p in found}
 
 
-@pytest.mark.parametrize("name", ["instructions", "tinyshakespeare", "sms_spam", "wikitext-2"])
+@pytest.mark.parametrize("name", DOWNLOADS)
 def test_download(fetch, mirror, data, tmp_path, name):
     result = fetch(name).ok()
     files = files_in(tmp_path / "raw")
-    assert sorted(files) == sorted(lp.DOWNLOADS[name][1])
+    assert sorted(files) == sorted(DOWNLOADS[name][1])
     assert sorted(result.out.splitlines()) == sorted(str(tmp_path / "raw" / f) for f in files)
     assert all(content == (data / file).read_bytes() for file, content in files.items())
     assert not (tmp_path / "out").exists(), "nobody asked for tokens"
+    shutil.rmtree(mirror)
+    fetch(name).ok()  # what is there is not fetched again
     hint = result.err.splitlines()[-1].removeprefix("next: python llm_pipeline.py ").split()
     if name == "wikitext-2":  # to learn from it takes long
         return
@@ -529,42 +492,29 @@ def test_download(fetch, mirror, data, tmp_path, name):
     run(*hint[:-2], *TINY, "--max_steps", 1, "--eval_batches", 1, *places).ok()
     (made,) = (f for f in (tmp_path / "p").iterdir() if f.is_dir())
     assert "other.txt" not in lp.TokenStore(made).sources, "the hint names its own folder"
-    asked = mirror.asked
-    fetch(name).ok()
-    assert mirror.asked == asked, "what is there is not fetched again"
 
 
-@pytest.mark.parametrize("mode", ["truncate", "corrupt", "refuse"])
-def test_a_broken_download_is_one_line_and_then_made_good(fetch, mirror, data, tmp_path, mode):
-    mirror.modes = [mode]
-    result = fetch().fails(1, "instruction")
-    assert len(result.errors) == 1
-    assert "same command" in result.err
-    assert not files_in(tmp_path / "raw"), "no part is left"
-    fetch().ok()
-    content = (tmp_path / "raw/instruction-data.json").read_bytes()
-    assert content == (data / "instruction-data.json").read_bytes()
+@pytest.mark.parametrize("name", ["instruction-data.json", "sms+spam+collection.zip"])
+def test_a_broken_download_is_one_line_and_then_made_good(fetch, mirror, tmp_path, name):
+    file, kind = mirror / name, "sms_spam" if name.endswith("zip") else "instructions"
+    whole, middle = file.read_bytes(), file.stat().st_size // 2
+    for damaged in (whole[:middle], whole[:middle] + bytes(64) + whole[middle + 64 :], b"", None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        result = fetch(kind).fails(1, kind, "same command")
+        assert len(result.errors) == 1
+        assert not files_in(tmp_path / "raw"), "no part is left"
+    file.write_bytes(whole)
+    fetch(kind).ok()
     assert len(files_in(tmp_path / "raw")) == 1
 
 
-def test_a_damaged_archive(fetch, mirror, tmp_path):
-    name = "sms+spam+collection.zip"
-    whole, middle = mirror.files[name], len(mirror.files[name]) // 2
-    for damaged in (whole[:middle] + bytes(64) + whole[middle + 64 :], zipped(tmp_path, "."), b""):
-        mirror.files[name] = damaged
-        assert len(fetch("sms_spam").fails(1).errors) == 1
-    mirror.files[name] = whole
-    fetch("sms_spam").ok()
-    assert list(files_in(tmp_path / "raw")) == ["sms_spam_collection/SMSSpamCollection"]
-
-
-def test_no_network(fetch, mirror, monkeypatch):
-    mirror.server.shutdown()
-    mirror.server.server_close()
-    result = fetch().fails(1, "instructions", "Connection refused", "same command")
-    assert len(result.errors) == 1
-    monkeypatch.setitem(lp.DOWNLOADS, "instructions", ("not an address", {"a.json": "0"}))
-    fetch().fails(1, "not an address")
+def test_no_network(fetch, monkeypatch):
+    for address, word in (
+        (f"http://127.0.0.1:{free_port()}/a.json", "Connection refused"),
+        ("not an address", "not an address"),
+    ):
+        monkeypatch.setitem(lp.DOWNLOADS, "instructions", (address, {"a.json": "0"}))
+        fetch().fails(1, "instructions", word, "same command")
 
 
 def test_names_of_downloads(tmp_path):

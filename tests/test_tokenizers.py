@@ -349,26 +349,12 @@ WORD_STARTS = ["the cat sees the dog", "a dog and the other cat walks far away",
 @pytest.mark.parametrize("fallback", [False, True], ids=["metaspace", "byte fallback"])
 def test_a_stream_of_tokens_keeps_its_spaces(fallback, tmp_path):
     tokenizer = sentencepiece_like(tmp_path, fallback=fallback)
+    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert not tokenizer.cuts_safely
     for text in WORD_STARTS + (["the 你 dog 😀"] if fallback else []):
         ids = tokenizer.encode(text).tolist()
         for before, wanted in (([tokenizer.bos_id], text), (tokenizer.encode("the"), " " + text)):
             assert "".join(lp.text_pieces(ids, tokenizer, "", before)) == wanted
-
-
-def test_texts_have_the_ids_of_one_encode(tmp_path):
-    """However long a text is, and however many turns."""
-    always = sentencepiece_like(tmp_path)
-    assert (always.unk_id, always.bos_id, always.eos_id, always.cuts_safely) == (0, 1, 2, False)
-    (tmp_path / "raw").mkdir()
-    text = "the cat sees the dog and sings " * 9000
-    (tmp_path / "raw/a.txt").write_text(text)
-    store = lp.build_corpus_from_sources(tmp_path / "raw", always, folder=tmp_path / "store")
-    n_ids = sum((store.tokens[split] > 2).sum() for split in ("train", "val"))
-    assert abs(n_ids - len(always.encode(text))) <= 2  # cut once, for validation
-    rows = [{"instruction": f"the cat {n}", "output": "sings"} for n in range(40)]
-    (tmp_path / "raw/a.txt").unlink()
-    (tmp_path / "raw/a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    lp.build_corpus_from_sources(tmp_path / "raw", always, folder=tmp_path / "turns")
 
 
 # --- what cannot be used ---
