@@ -3688,28 +3688,32 @@ def safe_blocks(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def encode_records(records: list[Record], tokenizer: Tokenizer) -> Iterator[list[tuple]]:
-    """Of each record the ids of each turn, (prompt, response), (n,) each.
+def encode_records(
+    records: Iterable[tuple[Record, str]], tokenizer: Tokenizer, ahead: int
+) -> Iterator[tuple[Record, str, list[tuple]]]:
+    """Each record and its side with the ids of its turns: (prompt, response), (n,) each.
 
-    Raises UserError where a response behind it changes a prompt's ids: in a chat it stands alone.
+    ahead: characters that are encoded at a time. Raises UserError where a response behind it
+    changes a prompt's ids: in a chat it stands alone.
     """
-    whole, ids, end = not tokenizer.cuts_safely, [], 0
-    texts = [record_texts(record, whole) for record in records]
-    for batch in batched(chain.from_iterable(texts), 2**16, len, 128 * BLOCK):
-        ids += tokenizer.encode_batch(batch)
-    for record, each in zip(records, texts, strict=True):
-        found, end = ids[end : end + len(each)], end + len(each)
-        if record.is_plain:
-            yield [(found[0][:0], np.concatenate(found))]
-            continue
-        turns = list(zip(found[::2], found[1::2], strict=True))
-        for n, (prompt, both) in enumerate(turns):
-            if whole and record.turns[n].prompt:
+    whole = not tokenizer.cuts_safely
+    for batch in batched(records, 2**16, lambda item: item[0].n_characters, ahead):
+        texts = [record_texts(record, whole) for record, _ in batch]
+        ids, end = [], 0
+        for some in batched(chain.from_iterable(texts), 2**16, len, 128 * BLOCK):
+            ids += tokenizer.encode_batch(some)
+        for (record, side), each in zip(batch, texts, strict=True):
+            found, end = ids[end : end + len(each)], end + len(each)
+            if record.is_plain:
+                yield record, side, [(found[0][:0], np.concatenate(found))]
+                continue
+            turns = list(zip(found[::2], found[1::2], strict=True))
+            for n, (prompt, both) in enumerate(turns if whole else ()):
                 if not np.array_equal(both[: len(prompt)], prompt):
                     what = "this tokenizer reads a prompt and its answer otherwise apart"
                     raise UserError(f"{what}: choose another --tokenizer for instructions")
                 turns[n] = prompt, both[len(prompt) :]
-        yield turns
+            yield record, side, turns
 
 
 class TokenBlocks(IterableDataset):
@@ -3762,7 +3766,7 @@ class StoreWriter:
         self.files = {name: open(folder / name, "wb") for name in TOKEN_FILES}
 
     def write(self, record: Record, split: str, ids: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """ids: as `encode_records` gives them."""
+        """ids: of each turn, as `encode_records` gives them."""
         tokenizer, counts = self.tokenizer, self.report.rows[record.source]
         special, end = self.config.add_special_tokens or not record.is_plain, [tokenizer.sep_id]
         if record.is_plain:
@@ -3789,20 +3793,6 @@ class StoreWriter:
         self.lengths[length] += 1
         counts[split] += 1
         counts[f"{split}_tokens"] += length
-
-    def write_all(self, records: Iterable[tuple[Record, str]], pairs: bool, bar) -> None:
-        """Tokenize and write in batches, until --max_tokens or all that a run on a stream reads."""
-        limit, need = self.config.max_tokens, tokens_needed(self.config)
-        weight = BLOCK if limit or need else 64 * BLOCK  # with a limit, little is read past it
-        for batch in batched(records, 2**16, lambda item: item[0].n_characters, weight):
-            found = encode_records([record for record, _ in batch], self.tokenizer)
-            for (record, split), ids in zip(batch, found, strict=True):
-                self.write(record, split, ids)
-                full = 0 < limit <= sum(self.size.values()) or 0 < need <= self.size["train"]
-                if full and not (pairs and self.lengths.total() % 2):
-                    note("enough tokens: what was read ahead of them is left out")
-                    return
-            bar.update(sum(record.n_characters for record, _ in batch))
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -3939,35 +3929,26 @@ def build_corpus_from_sources(
         store = TokenStore(Path(config.data_dir))
         adopt(config, store, tokenizer, pairs)
     else:
-        store = store_of_sources(config, tokenizer, folder, pairs)
+        if uses_toy_corpus(config):
+            note(f"no data in {config.data_dir}: using the built-in toy corpus")
+        tokenizer = tokenizer or corpus_tokenizer(config, pairs)
+        key = store_key(config, tokenizer.spec(), pairs)
+        label = Path(config.hf_dataset or os.path.abspath(config.data_dir)).name[:40] or "data"
+        folder = folder or Path(config.processed_dir) / f"{label}-{key}"
+        with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
+            if is_store(folder):
+                note(f"{folder} was made before")
+            else:
+                with write_beside(folder) as new:
+                    write_store(config, tokenizer, new, key, pairs)
+        store = TokenStore(folder)
+        if store.meta.get("key") != key:
+            what = f"{folder} holds a store of other data or settings"
+            raise UserError(f"{what}: remove it, or choose another place")
     rows = store.meta["counts"].items()
     parts = [(name, row.get("train", 0), row.get("val", 0)) for name, row in rows]
     parts = [f"{name} ({n:,} + {m:,} val records)" for name, n, m in parts if n + m]
     note(f"{store.folder} holds {', '.join(parts)}")
-    return store
-
-
-def store_of_sources(
-    config: DataConfig, tokenizer: Tokenizer | None, named: Path | None, pairs: bool
-) -> TokenStore:
-    """The store of a raw corpus, written unless it was made before."""
-    if uses_toy_corpus(config):
-        note(f"no data in {config.data_dir}: using the built-in toy corpus")
-    tokenizer = tokenizer or corpus_tokenizer(config, pairs)
-    key = store_key(config, tokenizer.spec(), pairs)
-    label = Path(config.hf_dataset or os.path.abspath(config.data_dir)).name[:40] or "data"
-    folder = named or Path(config.processed_dir) / f"{label}-{key}"
-    with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
-        known = is_store(folder)
-        if not known:
-            with write_beside(folder) as new:
-                write_store(config, tokenizer, new, key, pairs)
-    store = TokenStore(folder)
-    if store.meta.get("key") != key:
-        what = f"{folder} holds a store of other data or settings"
-        raise UserError(f"{what}: remove it, or choose another place")
-    if known:
-        note("sources, settings and code are unchanged: the store was made before")
     return store
 
 
@@ -4011,9 +3992,17 @@ def write_store(
 ) -> None:
     """Read every record and write all of a store. Raises UserError if none is left to train on."""
     writer, spec, started = StoreWriter(folder, tokenizer, config), tokenizer.spec(), time.time()
-    total = size_of_files(config)
+    total, limit, need = size_of_files(config), config.max_tokens, tokens_needed(config)
+    ahead = BLOCK if limit or need else 64 * BLOCK  # with a limit, little is read past it
+    records = corpus_records(config, writer.report, pairs)
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True) as bar:
-        writer.write_all(corpus_records(config, writer.report, pairs), pairs, bar)
+        for record, split, ids in encode_records(records, tokenizer, ahead):
+            writer.write(record, split, ids)
+            bar.update(record.n_characters)
+            full = 0 < limit <= sum(writer.size.values()) or 0 < need <= writer.size["train"]
+            if full and not (pairs and writer.lengths.total() % 2):
+                note("enough tokens: what was read ahead of them is left out")
+                break
     for line in writer.report.lines():
         note(line)
     if not any(writer.size.values()):
