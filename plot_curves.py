@@ -18,7 +18,7 @@ import contextlib
 import csv
 import json
 import math
-import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,52 +27,54 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 WORDS = {"train": "training", "val": "validation"}
+X_AXES = {"steps": "optimizer steps", "minutes": "minutes of training"}  # --x: label
 PICTURES = {  # file name: (splits, what is drawn)
     "curves.png": (("train", "val"), "loss"),
     "train_loss.png": (("train",), "training loss"),
     "val_loss.png": (("val",), "validation loss"),
     "val_ppl.png": (("val",), "validation perplexity"),
 }
-LEGEND = dict(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)  # hides nothing
-STYLE = {
-    "font.size": 13,
-    "savefig.dpi": 120,
-    "savefig.bbox": "tight",
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-}
+LEGEND = dict(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize="small")  # hides nothing
+STYLE = {"font.size": 13, "savefig.dpi": 120, "savefig.bbox": "tight", "axes.grid": True}
 
 
 @dataclass
 class Curves:
-    """A run's rows, with step and loss as numbers, and x: their place on the axis."""
+    """A run's losses: {split: (places on the x axis, losses)}."""
 
-    rows: list[dict]
+    points: dict[str, tuple[list[float], list[float]]]
     unit: str  # of its losses: only those of one unit may share an axis
     weighted: bool  # whether the training loss weighs answers, which validation's does not
 
 
 def read_curves(path: Path, x: str) -> Curves:
     """A metrics.csv, and the config.json beside it. Raises ValueError saying what is wrong."""
+    rows = []
     with open(path, encoding="utf-8", newline="") as file:
-        reader, rows = csv.DictReader(file), []
+        reader = csv.DictReader(file)
         if missing := {"step", "split", "loss"} - set(reader.fieldnames or ()):
             raise ValueError(f"not a metrics.csv: no column {', '.join(sorted(missing))}")
         for row in reader:
             try:
                 if row["split"] in WORDS:
-                    rows.append(row | {"step": int(row["step"]), "loss": float(row["loss"])})
+                    rows.append(row | {"steps": int(row["step"]), "loss": float(row["loss"])})
             except (TypeError, ValueError):
                 raise ValueError(f"line {reader.line_num} lacks a step or a loss") from None
     if not rows:
         raise ValueError("no train or val rows yet")
+    if x == "minutes":
+        for row, minutes in zip(rows, minutes_of(rows), strict=True):
+            row["minutes"] = minutes
+    points = {}
+    for split in WORDS:
+        mine = [row for row in rows if row["split"] == split]
+        points[split] = [row[x] for row in mine], [row["loss"] for row in mine]
     config_file = path.with_name(path.stem.replace("metrics", "config") + ".json")
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-    places = by_minutes(rows) if x == "minutes" else [row["step"] for row in rows]
-    for row, place in zip(rows, places, strict=True):
-        row["x"] = place
-    return Curves(rows, unit_of(config), (config.get("answer_weight") or 0) > 1)
+    return Curves(points, unit_of(config), (config.get("answer_weight") or 0) > 1)
 
 
 def unit_of(config: dict) -> str:
@@ -85,7 +87,7 @@ def unit_of(config: dict) -> str:
     return f"nats per token of {size:,}" if size else "nats per token"
 
 
-def by_minutes(rows: list[dict]) -> list[float]:
+def minutes_of(rows: list[dict]) -> list[float]:
     """Since the first row. The pause before a resumed session counts as a usual gap does."""
     try:
         stamps = [datetime.fromisoformat(row["timestamp"].replace("Z", "+00:00")) for row in rows]
@@ -97,27 +99,34 @@ def by_minutes(rows: list[dict]) -> list[float]:
     return [total / 60 for total in accumulate(spent, initial=0.0)]
 
 
-X_AXES = {"steps": "optimizer steps", "minutes": "minutes of training"}  # --x: label
-
-
-def smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> np.ndarray:
     """The mean of the tenth of all points around each; of fewer near the steep beginning."""
-    n, sums, means = len(values), [0.0, *accumulate(values)], []
-    for i in range(n):
-        half = min(i, n // 20)
-        start, end = i - half, min(n, i + half + 1)
-        means.append((sums[end] - sums[start]) / (end - start))
-    return means
+    place = np.arange(len(values))
+    half = np.minimum(place, len(values) // 20)
+    start, end = place - half, np.minimum(place + half + 1, len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[end] - sums[start]) / (end - start)
 
 
-def short_names(files: list[Path]) -> list[str]:
-    """Names of the files' folders or, where these are not different, paths from a common one."""
-    names = [file.resolve().parent.name for file in files]
-    if len(set(names)) == len(names):
-        return names
-    paths = [file.resolve().with_suffix("") for file in files]
-    common = os.path.commonpath(path.parent for path in paths)
-    return [str(path.relative_to(common)) for path in paths]
+def read(path: Path, x: str) -> dict[Path, Curves | dict[int, int]]:
+    """Curves, or {length: documents}, of each file of a folder. Raises ValueError without any."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("metrics*.csv")) or list(path.glob("meta.json"))
+    if not files:
+        raise ValueError("holds no metrics.csv, and no meta.json of a token store")
+    if files[0].suffix != ".json":
+        return {file: read_curves(file, x) for file in files}
+    lengths = json.loads(files[0].read_text(encoding="utf-8")).get("lengths")
+    if not lengths:
+        raise ValueError("not the meta.json of a token store")
+    return {files[0]: {int(length): n for length, n in lengths.items()}}
+
+
+def name_of(file: Path) -> str:
+    """runs/a of runs/a/metrics.csv, runs/a_finetune of runs/a/metrics_finetune.csv."""
+    path = re.sub(r"[/\\](metrics|meta)(?=\w*$)", "", str(file.with_suffix("")))
+    return "/".join(Path(path).parts[-2:])
 
 
 @contextlib.contextmanager
@@ -137,10 +146,8 @@ def picture(path: Path, panels: int = 1) -> Iterator[list]:
     print(path)
 
 
-def draw_curves(out_dir: Path, runs: dict[str, Curves], args: argparse.Namespace) -> None:
+def draw_curves(out_dir: Path, runs: dict[Path, Curves], args: argparse.Namespace) -> None:
     """PICTURES, the runs laid over one another; a panel for each unit of their losses."""
-    if len(runs) == 1:  # one needs no name
-        runs = {"": next(iter(runs.values()))}
     for file, (splits, what) in PICTURES.items():
         units = sorted({run.unit for run in runs.values()})
         if "perplexity" in what:  # of what is not counted in nats there is none
@@ -149,69 +156,47 @@ def draw_curves(out_dir: Path, runs: dict[str, Curves], args: argparse.Namespace
             continue
         with picture(out_dir / file, len(units)) as panels:
             for unit, axes in zip(units, panels, strict=True):
-                mine = {name: run for name, run in runs.items() if run.unit == unit}
-                draw_panel(axes, mine, splits, f"{what} ({unit})", args)
+                scale, label = "log" if args.log else "linear", f"{what} ({unit})"
+                axes.set(xlabel=X_AXES[args.x], ylabel=label, xscale=scale, yscale=scale)
+                for number, (path, run) in enumerate(runs.items()):
+                    if run.unit == unit:
+                        name, colour = name_of(path), f"C{number}"
+                        draw_run(axes, run, splits, colour, name, "perplexity" in what)
+                if axes.lines:
+                    axes.legend(**LEGEND)
 
 
-def draw_panel(axes, runs: dict[str, Curves], splits: tuple, label: str, args) -> None:
-    """Curves of one unit. A training loss that weighs answers stands beside no validation loss."""
-    scale = "log" if args.log else "linear"
-    axes.set(xlabel=X_AXES[args.x], ylabel=label, xscale=scale, yscale=scale)
-    for number, (name, run) in enumerate(runs.items()):
-        for split in splits:
-            if run.weighted and split == "train" and len(splits) > 1:
+def draw_run(axes, run: Curves, splits, colour: str, name: str, perplexity: bool) -> None:
+    """Training: every row light, their running mean strong. Validation: its best point marked.
+
+    A training loss that weighs answers stands beside no validation loss.
+    """
+    for split in splits:
+        x, y = run.points[split]
+        label = f"{name}: {WORDS[split]}"
+        if perplexity:
+            y = [math.exp(min(20.0, loss)) for loss in y]
+        if split == "train":
+            if run.weighted and len(splits) > 1:
                 continue
-            rows = [row for row in run.rows if row["split"] == split]
-            losses = [row["loss"] for row in rows]
-            if "perplexity" in label:
-                losses = [math.exp(min(20.0, loss)) for loss in losses]
-            colour, words = f"C{number}", f"{name}: {WORDS[split]}"
-            if not name:
-                colour, words = f"C{list(WORDS).index(split)}", WORDS[split]
-            if run.weighted and split == "train":
-                words += ", answers weighing more"
-            draw_line(axes, split, [row["x"] for row in rows], losses, colour, words)
-    if axes.lines:
-        axes.legend(**LEGEND)
+            label += ", answers weighing more" if run.weighted else ""
+            axes.plot(x, y, color=colour, alpha=0.3, lw=1)
+            axes.plot(x, smooth(y), color=colour, lw=2.4, label=label)
+        elif y:
+            best = int(np.argmin(y))
+            label += f", best {y[best]:.5g}"
+            axes.plot(x, y, "--", marker="o" if len(y) < 30 else "", color=colour, ms=5)
+            axes.plot(x[best], y[best], "--*", color=colour, ms=17, mec="white", label=label)
 
 
-def draw_line(axes, split: str, x: list, y: list, colour: str, label: str) -> None:
-    """Training: every row light, their running mean strong. Validation: its best point marked."""
-    if split == "train":
-        axes.plot(x, y, color=colour, alpha=0.3, lw=1)
-        axes.plot(x, smooth(y), color=colour, lw=2.4, label=label)
-    elif y:
-        best = min(range(len(y)), key=y.__getitem__)
-        label = f"{label}, best {y[best]:.5g}"
-        axes.plot(x, y, "--", marker="o" if len(y) < 30 else "", color=colour, lw=1.8, ms=5)
-        axes.plot(x[best], y[best], "--*", color=colour, lw=1.8, ms=17, mec="white", label=label)
-
-
-def draw_lengths(out_dir: Path, stores: dict[str, dict], args: argparse.Namespace) -> None:
+def draw_lengths(out_dir: Path, stores: dict[Path, dict], args: argparse.Namespace) -> None:
     """token_lengths.png: how many documents have how many tokens."""
     with picture(out_dir / "token_lengths.png") as (axes,):
-        for name, lengths in stores.items():
-            words = f"{name}: {sum(lengths.values()):,} documents"
-            weights = list(lengths.values())
-            axes.hist(list(lengths), bins=50, weights=weights, alpha=0.6, label=words)
+        for path, lengths in stores.items():
+            words = f"{name_of(path)}: {sum(lengths.values()):,} documents"
+            axes.hist(lengths.keys(), 50, weights=list(lengths.values()), alpha=0.6, label=words)
         axes.set(xlabel="tokens in a document", ylabel="documents")
         axes.legend(**LEGEND)
-
-
-def read(path: Path, x: str) -> dict[Path, Curves | dict]:
-    """Curves, or {length: documents}, of each file of a folder. Raises ValueError without any."""
-    if path.is_dir():
-        files = sorted(path.glob("metrics*.csv")) or list(path.glob("meta.json"))
-        if not files:
-            raise ValueError("holds no metrics.csv, and no meta.json of a token store")
-    else:
-        files = [path]
-    if files[0].suffix != ".json":
-        return {file: read_curves(file, x) for file in files}
-    lengths = json.loads(files[0].read_text(encoding="utf-8")).get("lengths")
-    if not lengths:
-        raise ValueError("not the meta.json of a token store")
-    return {files[0]: {int(length): n for length, n in lengths.items()}}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,17 +221,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for kind, draw in {Curves: draw_curves, dict: draw_lengths}.items():
-            inputs = {file: content for file, content in found.items() if isinstance(content, kind)}
-            if inputs:
-                names = short_names(list(inputs))
-                draw(out_dir, dict(zip(names, inputs.values(), strict=True)), args)
+            mine = {file: content for file, content in found.items() if isinstance(content, kind)}
+            if mine:
+                draw(out_dir, mine, args)
     except ImportError:
         print("error: plotting needs matplotlib: pip install matplotlib", file=sys.stderr)
-        return 1
     except OSError as error:
         print(f"error: {out_dir}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+    else:
+        return 0
+    return 1
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_a_prompt_from_a_pipe_loses_the_newline_of_echo(tiny_checkpoint, monkeyp
     run(*flags).fails(1, "position 2")
 
 
-# --- what an answer looks like ---
+# --- text from tokens ---
 
 
 class Parrot(torch.nn.Module):
@@ -148,38 +148,55 @@ class Parrot(torch.nn.Module):
         return logits
 
 
-def parrot(text, template="auto", **settings):
-    loaded = lp.Loaded(Parrot(text), lp.ByteTokenizer(), {"command": "finetune"})
+def parrot(text, template="raw", **settings):
+    loaded = lp.Loaded(Parrot(text), lp.ByteTokenizer(), {})
     config = lp.SampleConfig(template=template, max_new_tokens=500, **settings)
     return list(lp.stream_text(loaded, config, "x"))
+
+
+@pytest.mark.parametrize("text", ["plain", "Größe 你好 👋🏽 e\u0301", "", "\n\n", "a\ufffdb"])
+def test_streamed_pieces_are_whole_characters_and_add_up(text):
+    found = parrot(text)
+    assert "".join(found) == text
+    if "\ufffd" not in text:
+        assert [p for p in found if p] == list(text)  # a character as soon as it is whole
+
+
+def test_bytes_that_are_no_character_do_not_hold_up_the_rest():
+    loaded = lp.Loaded(Parrot(""), lp.ByteTokenizer(), {})
+    loaded.model.script = [0xE4, 0xBD, *b"ok", 0xFF, 0xFF, *b"then more text", 0xE4, 258]
+    found = list(lp.stream_text(loaded, lp.SampleConfig(), "x"))
+    assert "".join(found) == "\ufffdok\ufffd\ufffdthen more text\ufffd"
+
+
+STOPS = [  # (text, stop, what is shown)
+    ("one two three", "two", "one "), ("one two three", "four", "one two three"),
+    ("one\ntwo", r"\n", "one"), ("aaab", "aab", "a"), ("abab abac", "abac", "abab "),
+    ("end of tex", "text", "end of tex"),  # the beginning of a stop is text in the end
+    ("stop", "stop", ""), ("你好吗", "好", "你"), ("x你", "你好", "x你"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "stop", "wanted"), STOPS)
+def test_stop_strings(text, stop, wanted):
+    """Bytes are tokens here, so that every stop string of two characters straddles tokens."""
+    assert "".join(parrot(text, stop=stop)) == wanted
+    assert parrot(text, stop=stop, num_samples=2) == [wanted, wanted]
 
 
 @pytest.mark.parametrize("answer", ["ham", "two\nlines", "", " indented", "ends\n", "\n"])
 def test_an_answer_loses_what_the_template_put_around_it(answer):
     text = lp.instruction_response(answer)
-    assert "".join(parrot(text)) == answer
-    assert parrot(text, num_samples=2) == [answer, answer]
-    assert "".join(parrot(text, template="raw")) == text
+    assert "".join(parrot(text, "instruct")) == answer
+    assert parrot(text, "instruct", num_samples=2) == [answer, answer]
+    assert "".join(parrot(text)) == text
 
 
 def test_an_answer_appears_as_it_is_made():
-    assert [p for p in parrot(" two\nlines\n") if p] == [*"two", "\nl", *"ines"]
+    assert [p for p in parrot(" two\nlines\n", "instruct") if p] == [*"two", "\nl", *"ines"]
 
 
 # --- conversations ---
-
-
-@pytest.mark.parametrize("shape", [{}, dict(pos="rope", n_kv_head=2)])
-def test_three_turns_equal_the_conversation_rendered_at_once(shape):
-    loaded = tuned(**shape)
-    chat, turns = lp.Chat(loaded, greedy(system="Be brief.")), []
-    for question in (("Name a bird.", ""), ("Which colour?", "a robin"), ("Another <|sep|>?", "")):
-        wanted = reply(loaded.model, rendered([*turns, (*question, None)], "Be brief."))
-        chat.command(f"/input {question[1]}")
-        assert "".join(chat.ask(question[0])) == wanted
-        turns.append((*question, wanted))
-        assert chat.turns == turns
-    assert len({answer for *_, answer in turns}) == 3
 
 
 def test_an_answer_that_was_broken_off_stays_in_the_conversation():
@@ -242,12 +259,13 @@ def test_a_session_has_fresh_seeds_and_can_be_repeated(session):
 
 def test_the_commands_of_a_session(session):
     lines = ["one", "/input some text", "two", "three", "/new", "/set max_new_tokens 5", "four",
-             "/system Be brief.", "five", "/help", "/nonsense", "/quit", "no"]  # fmt: skip
+             "/system Be brief.", "five", "Another <|sep|>?", "/help", "/nonsense", "/quit",
+             "no"]  # fmt: skip
     loaded, turns, wanted = tuned(), [], []
     result = session(loaded, *lines, flags=("--temperature", 0))
     for text, input, count, system in (
         ("one", "", 8, ""), ("two", "some text", 8, ""), ("three", "", 8, ""),
-        ("four", "", 5, ""), ("five", "", 5, "Be brief."),
+        ("four", "", 5, ""), ("five", "", 5, "Be brief."), ("Another <|sep|>?", "", 5, "Be brief."),
     ):  # fmt: skip
         turns = [] if text in ("four", "five") else turns
         wanted.append(reply(loaded.model, rendered([*turns, (text, input, None)], system), count))

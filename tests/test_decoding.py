@@ -1,7 +1,6 @@
 """Section 7 and `sample`: against a loop without a cache, and against transformers."""
 
 import copy
-import io
 import shutil
 
 import numpy as np
@@ -166,15 +165,10 @@ def support(logits, draws=400, **settings):
 
 
 WARPERS = [
-    dict(top_k=1),
-    dict(top_k=4),
-    dict(top_k=100),
-    dict(top_p=0.3),
-    dict(top_p=0.8),
-    dict(min_p=0.2),
-    dict(min_p=1.0),
+    *(dict(top_k=k) for k in (1, 4, 100)),
+    *(dict(top_p=p) for p in (0.3, 0.8)),
+    *(dict(min_p=p) for p in (0.2, 1.0)),
     dict(temperature=1.6, top_k=6, top_p=0.9, min_p=0.15),
-    dict(temperature=0.6, top_p=0.95, min_p=0.05),
     dict(repetition_penalty=1.8, top_k=5),
     dict(repetition_penalty=0.5, temperature=1.3, top_p=0.7),
 ]
@@ -193,12 +187,9 @@ def test_filters_are_those_of_transformers(settings):
         penalty = settings["repetition_penalty"]
         chain.append(theirs.RepetitionPenaltyLogitsProcessor(penalty))
     chain.append(theirs.TemperatureLogitsWarper(float(settings.get("temperature", 1.0))))
-    if "top_k" in settings:
-        chain.append(theirs.TopKLogitsWarper(settings["top_k"]))
-    if "top_p" in settings:
-        chain.append(theirs.TopPLogitsWarper(settings["top_p"]))
-    if "min_p" in settings:
-        chain.append(theirs.MinPLogitsWarper(settings["min_p"]))
+    for name, kind in dict(top_k="TopK", top_p="TopP", min_p="MinP").items():
+        if name in settings:
+            chain.append(getattr(theirs, f"{kind}LogitsWarper")(settings[name]))
     wanted = chain(ids, logits.clone()).softmax(-1)
     for row, drawn in enumerate(support(logits, **settings, seen=seen)):
         allowed = set((wanted[row] > 0).nonzero().flatten().tolist())
@@ -216,17 +207,8 @@ def test_filters_are_those_of_transformers(settings):
 # --- the command ---
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory, corpus, tiny_checkpoint):
-    """A base and its finetune."""
-    folder = tmp_path_factory.mktemp("tuned")
-    tune = ["--ckpt", tiny_checkpoint, "--out_dir", folder, "--report_samples", "0"]
-    flags = ["--device", "cpu", "--dtype", "float32", "--max_steps", "2", "--batch_size", "4"]
-    run("finetune", *corpus, *tune, *flags).ok()
-    return {"base": tiny_checkpoint, "tuned": folder / "best_finetune.pth"}
-
-
 def sample(ckpt, *flags):
+    flags = [*flags, "--temperature", 0, "--max_new_tokens", 40]
     return run("sample", "--ckpt", ckpt, "--device", "cpu", *flags).ok().out
 
 
@@ -240,99 +222,19 @@ def greedy_text(ckpt, text, count=40):
 
 
 @pytest.mark.parametrize("prompt", ["", "the quick brown fox " * 20])
-def test_prompts_of_any_length(prompt, checkpoints, monkeypatch):
-    """Also from standard input."""
-    wanted = greedy_text(checkpoints["base"], prompt) + "\n"
-    flags = ["--temperature", "0", "--max_new_tokens", "40"]
-    assert sample(checkpoints["base"], "--prompt", prompt, *flags) == wanted
-    monkeypatch.setattr("sys.stdin", io.StringIO(prompt))
-    assert sample(checkpoints["base"], *flags) == wanted
+def test_prompts_of_any_length(prompt, tiny_checkpoint):
+    assert (
+        sample(tiny_checkpoint, "--prompt", prompt) == greedy_text(tiny_checkpoint, prompt) + "\n"
+    )
 
 
-def test_sample_prints_the_text_alone(checkpoints):
+def test_sample_prints_the_text_alone(tiny_checkpoint):
+    wanted = greedy_text(tiny_checkpoint, "sun")
     flags = ["--prompt", "sun", "--temperature", "0", "--max_new_tokens", "40"]
-    wanted = greedy_text(checkpoints["base"], "sun")
-    result = run_process("sample", "--ckpt", checkpoints["base"], "--device", "cpu", *flags).ok()
+    result = run_process("sample", "--ckpt", tiny_checkpoint, "--device", "cpu", *flags).ok()
     assert result.out == wanted + "\n"
-    two = sample(checkpoints["base"], *flags, "--num_samples", "2")
+    two = sample(tiny_checkpoint, "--prompt", "sun", "--num_samples", "2")
     assert two == f"{wanted}\n{wanted}\n"
-
-
-@pytest.mark.parametrize("template", ["auto", "instruct"])
-@pytest.mark.parametrize("name", ["base", "tuned"])
-def test_prompt_template(checkpoints, name, template):
-    """--input means the template."""
-    wrapped = "### Instruction: Repeat 3.\n### Input: sun moon\n### Output:"
-    flags = ["--prompt", "Repeat 3.", "--input", "sun moon", "--template", template]
-    out = sample(checkpoints[name], *flags, "--temperature", "0", "--max_new_tokens", "12")
-    assert out == greedy_text(checkpoints[name], wrapped, 12) + "\n"
-
-
-# --- text from tokens: a model that says what we want ---
-
-
-class Parrot(torch.nn.Module):
-    """A model that goes on with `text`, one byte a step, whatever it is asked."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.config = lp.GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=4096)
-        self.tok_emb = torch.nn.Embedding(260, 2)
-        self.said = [*text.encode(), 258]
-        self.turn = 0
-
-    def hidden(self, idx, cache):
-        cache.length += idx.shape[1]
-        return torch.zeros(len(idx), idx.shape[1], 2)
-
-    def head(self, h):
-        logits = torch.full((len(h), 260), -1e9)
-        logits[:, self.said[self.turn]] = 0.0
-        self.turn += 1
-        return logits
-
-
-def pieces(text, stop="", num_samples=1):
-    loaded = lp.Loaded(Parrot(text), lp.ByteTokenizer(), {})
-    config = lp.SampleConfig(stop=stop, max_new_tokens=500, num_samples=num_samples)
-    return list(lp.stream_text(loaded, config, "x"))
-
-
-@pytest.mark.parametrize("text", ["plain", "Größe 你好 👋🏽 e\u0301", "", "\n\n", "a\ufffdb"])
-def test_streamed_pieces_are_whole_characters_and_add_up(text):
-    found = pieces(text)
-    assert "".join(found) == text
-    if "\ufffd" not in text:
-        assert [p for p in found if p] == list(text)  # a character as soon as it is whole
-
-
-def test_bytes_that_are_no_character_do_not_hold_up_the_rest():
-    loaded = lp.Loaded(Parrot(""), lp.ByteTokenizer(), {})
-    loaded.model.said = [0xE4, 0xBD, *b"ok", 0xFF, 0xFF, *b"then more text", 0xE4, 258]
-    found = list(lp.stream_text(loaded, lp.SampleConfig(), "x"))
-    assert "".join(found) == "\ufffdok\ufffd\ufffdthen more text\ufffd"
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "wanted"),
-    [
-        ("one two three", "two", "one "),
-        ("one two three", "four", "one two three"),
-        ("one\ntwo", r"\n", "one"),
-        ("aab", "ab", "a"),
-        ("aaab", "aab", "a"),
-        ("abab abac", "abac", "abab "),
-        ("end of tex", "text", "end of tex"),  # the beginning of a stop is text in the end
-        ("stop", "stop", ""),
-        ("你好吗", "好", "你"),
-        ("x你", "你好", "x你"),
-    ],
-)
-def test_stop_strings(text, stop, wanted):
-    """Bytes are tokens here, so that every stop string of two characters straddles tokens."""
-    assert "".join(pieces(text, stop)) == wanted
-    both = pieces(text, stop, num_samples=2)
-    assert both == [wanted, wanted]
 
 
 def test_no_top_p_leaves_the_likeliest():

@@ -153,10 +153,3 @@ def test_a_file_that_differs_does_not_appear(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf.quants, "quantize", lambda data, kind: quantize(data * 1.01, kind))
     to_gguf(tuned("modern", "bytes"), tmp_path / "m.gguf").fails(1, "failed its check")
     assert not list(tmp_path.iterdir())
-
-
-def test_replaces_nothing(tuned, tmp_path):
-    file = tmp_path / "model.gguf"
-    file.write_text("keep me")
-    to_gguf(tuned("gpt2", "bytes"), file).fails(1, "is there already")
-    assert file.read_text() == "keep me"

@@ -75,7 +75,8 @@ def test_images_beside_the_csv(metrics, figures, capsys):
     (both,) = figures["loss"]
     raw, _, validation, best = both.lines
     assert points(raw) == training and points(best) == [(2, 4.0)]
-    assert labels(both) == ["training", "validation, best 4"]
+    name = f"{metrics.parents[1].name}/run"
+    assert labels(both) == [f"{name}: training", f"{name}: validation, best 4"]
 
 
 def test_several_runs_have_names_of_their_own(metrics, figures, tmp_path):
@@ -86,12 +87,12 @@ def test_several_runs_have_names_of_their_own(metrics, figures, tmp_path):
     assert not list(metrics.parent.glob("*.png"))
     (axes,) = figures["training loss"]
     assert points(axes.lines[2]) == [(7, 2.5)]
-    assert labels(axes) == [f"{name}/metrics: training" for name in ("run", "deep/run")]
+    assert labels(axes) == [f"{name}/run: training" for name in (tmp_path.name, "deep")]
     assert axes.get_xscale() == axes.get_yscale() == "log"
     (metrics.parent / "metrics_finetune.csv").write_text(HEADER + ROWS, encoding="utf-8")
     assert plot(metrics.parent) == 0
-    names = [text.split(":")[0] for text in labels(figures["training loss"][0])]
-    assert names == ["metrics", "metrics_finetune"]
+    names = [text.removesuffix(": training") for text in labels(figures["training loss"][0])]
+    assert names == [f"{tmp_path.name}/run", f"{tmp_path.name}/run_finetune"]
 
 
 def test_what_holds_no_curve_is_passed_over(metrics, tmp_path, capsys):
@@ -118,7 +119,7 @@ def test_losses_of_different_units_have_panels_of_their_own(tmp_path, figures):
         one, two = figures[name]
         assert one.get_ylabel().endswith("(nats per byte)") and len(one.get_lines()) >= 4
         assert two.get_ylabel().endswith("(nats per token of 2,000)")
-        assert all(label.startswith("bpe: ") for label in labels(two))
+        assert all("/bpe: " in label for label in labels(two))
 
 
 def test_a_run_from_a_base_has_its_unit(tiny_checkpoint, corpus, tmp_path, figures):
@@ -146,13 +147,14 @@ def test_preferences_and_reward_have_no_perplexity(metrics, tmp_path, figures):
     assert sorted(p.name for p in tuned.parent.glob("*.png")) == NAMES[:3]
     assert plot(tuned, metrics, "--out_dir", tmp_path) == 0
     (axes,) = figures["validation perplexity"]
-    assert labels(axes)[0].startswith("run: validation")
+    assert labels(axes)[0].startswith(f"{tmp_path.name}/run: validation")
 
 
 def test_a_weighted_training_loss_stands_beside_no_validation_loss(tmp_path, figures):
     assert plot(a_run(tmp_path / "run", answer_weight=30)) == 0
-    assert labels(figures["loss"][0]) == ["validation, best 4"]
-    assert labels(figures["training loss"][0]) == ["training, answers weighing more"]
+    assert labels(figures["loss"][0]) == [f"{tmp_path.name}/run: validation, best 4"]
+    weighted = f"{tmp_path.name}/run: training, answers weighing more"
+    assert labels(figures["training loss"][0]) == [weighted]
 
 
 def test_minutes_leave_out_the_pause_between_sessions(tmp_path, figures, capsys):
@@ -184,7 +186,7 @@ def test_lengths_of_a_store(tmp_path, figures):
     assert [p.name for p in (tmp_path / "plots").iterdir()] == ["token_lengths.png"]
     (axes,) = figures["documents"]
     assert sum(bar.get_height() for bar in axes.patches) == 90
-    assert labels(axes)[0].startswith("store: 90 documents")
+    assert labels(axes)[0].endswith("store: 90 documents")
 
 
 @pytest.mark.parametrize(
