@@ -2289,10 +2289,9 @@ def for_decoding(
     plain_bf16 = device.type == "cpu" and dtype == torch.bfloat16 and not compiled
     packs = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if plain_bf16 and packs:
-        for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(module, name, PackedLinear(child))
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear:
+                model.set_submodule(name, PackedLinear(module))
     return model
 
 
@@ -7142,23 +7141,20 @@ def settle(cls: type, explicit: dict):
     return config
 
 
-def take_up(config: FitConfig, stored: dict) -> None:
+def take_up(config: FitConfig, folder: RunFolder) -> None:
     """Give `config` the settings of the run that goes on, but for what may change (see `option`).
 
     Raises UserError where a fixed setting is asked to change.
     """
-    known, may_change = fields_of(type(config)), set()
+    stored, may_change = folder.state["config"], set()
     if stored["lr_schedule"] == "constant":  # no step depends on how many there will be
         may_change = {"epochs", "max_steps"}
-    for name, spec in known.items():
+    for name, spec in fields_of(type(config)).items():
         asked, kept = getattr(config, name), stored.get(name, spec.default)
         if name not in config.explicit:
             setattr(config, name, kept)
         elif spec.metadata["resume"] == "fixed" and asked != kept and name not in may_change:
-            last = Path(config.out_dir, "last.pth")
-            start = f"--init_from {last}"
-            if isinstance(config, FinetuneConfig):
-                start = f"--ckpt {last.with_stem('last_finetune')}"
+            start = f"{folder.start_flag} {folder.file('last.pth')}"
             way = f"leave it out, or begin another run in another --out_dir by {start}"
             raise UserError(f"--resume cannot change {name} (from {kept} to {asked}): {way}")
     if config.epochs != stored["epochs"] and "max_steps" not in config.explicit:
@@ -7319,7 +7315,8 @@ def explanation(error: Exception) -> str:
     memory = r"out of memory|can't allocate memory|not enough memory|calculation overflowed|too big"
     if isinstance(error, MemoryError) or re.search(memory, text):
         return "out of memory: lower --batch_size or --block_size, or raise --grad_accum"
-    if launched("WORLD_SIZE") > 1 and re.search("(?i)gloo|nccl|connect|timed out", text):
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and re.search("(?i)gloo|nccl|connect|timed out", text):
         why = f"another process has ended or does not answer ({one_line(error, 90)})"
         return f"{why}: start all of them again, with --resume"
     if isinstance(error, OSError) and error.strerror:
@@ -7334,7 +7331,7 @@ def carry_out(function: Callable, config: Settings, stop: StopSignal):
         if isinstance(config, FitConfig):
             folder = [held.enter_context(open_run(config))]
             if folder[0].state:
-                take_up(config, folder[0].state["config"])
+                take_up(config, folder[0])
             if config.resume:
                 cross_checks(config)
         rt = held.enter_context(runtime(config))

@@ -288,6 +288,14 @@ def data() -> Path:
     return Path(os.environ["LLM_PIPELINE_DATA"])
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def count(request) -> int:
     """How many times over kills and signals are tried (--count N)."""

@@ -100,16 +100,11 @@ def test_a_wrong_setting_is_an_exception_that_says_so(settings, word, tmp_path, 
         lp.train(**settings)
 
 
-def test_threads_are_given_back_but_by_a_loaded_model(source, tiny_checkpoint):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        lp.evaluate(**source, ckpt=tiny_checkpoint, device="cpu", threads=1)
-        assert torch.get_num_threads() == 2
-        lp.load(tiny_checkpoint, device="cpu", threads=1)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+def test_threads_are_given_back_but_by_a_loaded_model(two_threads, source, tiny_checkpoint):
+    lp.evaluate(**source, ckpt=tiny_checkpoint, device="cpu", threads=1)
+    assert torch.get_num_threads() == 2
+    lp.load(tiny_checkpoint, device="cpu", threads=1)
+    assert torch.get_num_threads() == 1
 
 
 def test_a_missing_checkpoint_is_an_exception_that_says_so(tmp_path):

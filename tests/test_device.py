@@ -89,14 +89,6 @@ def test_fp16_with_lasting_nan_stops(corpus, tmp_path, monkeypatch):
 # --- threads ---
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("recipe", ["classic", "fast"])
 def test_powers_of_two_threads_give_the_same_bits(recipe, corpus, tmp_path):
     """Sizes at which PyTorch does share work out: with fewer numbers all run on one thread."""
