@@ -1,7 +1,6 @@
 """`sample`: prompts and their template, conversations, sessions at a terminal."""
 
 import io
-import json
 import re
 
 import pytest
@@ -58,23 +57,6 @@ def test_sample_text_is_what_the_model_generates():
     for wrong in ({"top_p": 0}, {"temprature": 1}, {"seed": "x"}):
         with pytest.raises(lp.UserError, match=next(iter(wrong))):
             lp.sample_text(model, tokenizer, "a", **wrong)
-
-
-@pytest.mark.parametrize("system", ["", "Be kind."])
-def test_the_ids_of_a_conversation_are_those_of_a_store(tmp_path, system):
-    turns = [("Größe?", "", "groß"), ("A literal <|sep|>", "", "yes\nno"), ("And", "", "so on")]
-    messages = [{"role": "system", "content": system}] if system else []
-    for question, _, answer in turns:
-        messages += [{"role": "user", "content": question},
-                     {"role": "assistant", "content": answer}]  # fmt: skip
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
-    store = lp.build_corpus_from_sources(data_dir=path, processed_dir=tmp_path / "p")
-    stored = [*store.tokens["train"], *store.tokens["val"]]
-    assert stored == rendered(turns, system)
-    turns[-1] = ("And", "", None)
-    found = lp.conversation_ids(lp.ByteTokenizer(), turns, system)
-    assert found == stored[: len(found)] == rendered(turns, system)
 
 
 @pytest.mark.parametrize(

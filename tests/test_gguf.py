@@ -28,6 +28,14 @@ HARD = [
 ]  # fmt: skip
 
 
+def post(url, request=None, within=60):
+    """The JSON answer."""
+    body = None if request is None else json.dumps(request).encode()
+    asked = Request(url, body, {"Content-Type": "application/json"})
+    with build_opener(ProxyHandler({})).open(asked, timeout=within) as answer:
+        return json.load(answer)
+
+
 def llama_server(file, n_ctx=256):
     """llama.cpp's server on the loopback address, exact: (path, request) -> its JSON answer."""
     params = llama.CommonParams()
@@ -37,13 +45,8 @@ def llama_server(file, n_ctx=256):
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server, opener = llama.Server(params), build_opener(ProxyHandler({}))
-
-    def ask(path, **request):
-        body, header = json.dumps(request).encode(), {"Content-Type": "application/json"}
-        return json.load(opener.open(Request(server.listening_address + path, body, header)))
-
-    return ask
+    server = llama.Server(params)
+    return lambda path, **request: post(server.listening_address + path, request)
 
 
 @pytest.fixture(scope="module")

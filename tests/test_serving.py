@@ -1,13 +1,11 @@
 """Exports answer chat requests: transformers and its server, llama.cpp's, as `sample` does."""
 
-import json
 import subprocess
 import sys
-import urllib.request
 
 import pytest
 from conftest import CPU, free_port, needs, run, wait_for, words
-from test_gguf import llama_server
+from test_gguf import llama_server, post
 
 import llm_pipeline as lp
 
@@ -63,15 +61,6 @@ def test_the_same_answers_everywhere(exported):
         out = model.generate(ids, do_sample=False, max_new_tokens=60)[0, ids.shape[1] :]
         assert tokenizer.decode(out, skip_special_tokens=True).strip() == wanted
     assert stopped >= 8  # by their separators
-
-
-def post(url, request=None, within=60):
-    """The JSON answer."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    headers = {"Content-Type": "application/json"}
-    body = None if request is None else json.dumps(request).encode()
-    with opener.open(urllib.request.Request(url, body, headers), timeout=within) as answer:
-        return json.load(answer)
 
 
 def is_up(url):
