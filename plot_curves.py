@@ -38,7 +38,7 @@ PICTURES = {  # file name: (splits, what is drawn)
     "val_ppl.png": (("val",), "validation perplexity"),
 }
 LEGEND = dict(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize="small")  # hides nothing
-STYLE = {"font.size": 13, "savefig.dpi": 120, "savefig.bbox": "tight", "axes.grid": True}
+STYLE = {"font.size": 13, "savefig.dpi": 120, "axes.grid": True, "grid.alpha": 0.3}
 
 
 @dataclass
