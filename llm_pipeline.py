@@ -325,14 +325,14 @@ class InstructionDataset(Dataset):
 
     loss_on: "all" tokens count, as in pretraining; or those of the "response" alone, and then each
     trained answer of a conversation is a sample, behind all that stands before it.
-    answer_weight: how many times as much an answer's tokens count as the others.
+    answer_weight: how many times as much an answer's tokens count as the others, in training.
     Raises UserError where the split holds no record, or plain text has no answer to weigh.
     """
 
     def __init__(self, store: TokenStore, split: str, block_size: int, loss_on="all",
                  answer_weight=1):  # fmt: skip
         self.store, self.split, self.block_size = store, split, block_size
-        self.loss_on, self.answer_weight = loss_on, answer_weight
+        self.loss_on, self.answer_weight = loss_on, answer_weight if split == "train" else 1
         self.index = index = store.index[split]
         trained = np.flatnonzero(index["trained"])
         self.rows = store.whole_records(split) if loss_on == "all" else trained  # of the index
@@ -1123,7 +1123,6 @@ class FitConfig(Settings):
     overwrite: bool = session_only(False, "replace a run that stands in out_dir")
     epochs: int = option(5, "passes over the training data", low=1, high=10**6)
     max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
-    max_minutes: float = changeable(0.0, "stop after this many minutes (0: never)", low=0.0)
     stop_after: int = session_only(0, "save and stop after N steps of this session", low=0)
     sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
     eval_interval: int = changeable(200, "steps between evaluations", low=1)
@@ -1145,6 +1144,7 @@ class Progress:
     best_step: int = 0
     evaluated: int = 0  # step of the last finished evaluation
     misses: int = 0  # evaluations since the best
+    base_loss: float | None = None  # validation loss before a finetune's first step
     grad_accum: int = 1  # may grow, and checkpointing come on, when memory runs out
     grad_checkpointing: bool = False
 
@@ -1290,9 +1290,9 @@ def assess(run: Run, loss: float) -> None:
 
 
 def fit(run: Run) -> str:
-    """The loop of train and finetune. Returns why it ended: done, early, time, stopped, signal."""
+    """The loop of train and finetune. Returns why it ended: done, early, stopped, signal."""
     config, p, first, saved, loss = run.config, run.progress, run.progress.step, -1, math.nan
-    steps_per_epoch, started = len(run.train), time.perf_counter()
+    steps_per_epoch = len(run.train)
     batches = steps(run.train, p.step)
     try:
         while True:
@@ -1303,13 +1303,11 @@ def fit(run: Run) -> str:
             look = p.step % config.eval_interval == 0 or epoch_ends or last
             if look and p.step > p.evaluated:
                 assess(run, loss)
-            late = 0 < config.max_minutes * 60 < time.perf_counter() - started
-            signalled, late = map(bool, run.rt.sum(bool(run.stop), late))  # all stop together
+            signalled = any(run.rt.sum(bool(run.stop)))  # all stop together
             reasons = {
                 "done": last,
                 "early": 0 < config.patience <= p.misses,
                 "signal": signalled,
-                "time": late,
                 "stopped": 0 < config.stop_after <= p.step - first,
             }
             ended = next((reason for reason, holds in reasons.items() if holds), "")
@@ -4047,25 +4045,13 @@ def write_store(
 # ====================================================================================
 
 CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.3"
-SEAL = b"sha256:"  # the archive's zip comment: this, and the digest of all before its length
+# PyTorch's archives may end in a comment: its length in two bytes, and it. Ours is a checksum.
+SEAL = (7 + 32).to_bytes(2, "little") + b"sha256:"
 
 
-def seal_of(file, length: int) -> bytes:
-    """What must follow the first `length` bytes of an open archive: its comment's size, and it."""
-    hasher = hashlib.sha256()
-    file.seek(0)
-    while length and (data := file.read(min(length, 1 << 22))):
-        hasher.update(data)
-        length -= len(data)
-    comment = SEAL + hasher.digest()
-    return len(comment).to_bytes(2, "little") + comment
-
-
-def is_sealed(path: Path) -> bool:
-    """Whether a file ends as a checkpoint of this program does, damaged or not."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - len(SEAL) - 32))
-        return file.read(len(SEAL)) == SEAL
+def sealed(content: np.ndarray) -> bytes:
+    """The seal that belongs behind these bytes."""
+    return SEAL + hashlib.sha256(content).digest()
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -4075,8 +4061,9 @@ def save_checkpoint(path: Path, state: dict) -> None:
             torch.save(state, file)
         except RuntimeError as error:  # torch hides a failed write behind its own error
             raise OSError(0, f"the disk may be full: {one_line(error, 80)}") from None
-        end = file.seek(-2, os.SEEK_END)  # an archive's last two bytes are its comment's size
-        file.write(seal_of(file, end))
+        seal = sealed(np.memmap(file, np.uint8, "r")[:-2])
+        file.seek(-2, os.SEEK_END)  # in the place of the length of no comment
+        file.write(seal)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -4085,10 +4072,9 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file():  # opening a pipe would block
         raise UserError(f"no checkpoint at {path}: train one, or name one by --ckpt")
     try:
-        with open(path, "rb") as file:
-            expected = seal_of(file, max(0, path.stat().st_size - 2 - len(SEAL) - 32))
-            if file.read() != expected:
-                raise ValueError("its checksum does not match: damaged, or not of this program")
+        content, size = np.memmap(path, np.uint8, "r"), len(SEAL) + 32
+        if content[-size:].tobytes() != sealed(content[:-size]):
+            raise ValueError("its checksum does not match: damaged, or not of this program")
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state["format"]
     except Exception as error:  # a damaged pickle fails in any way
@@ -4110,16 +4096,13 @@ def is_tied(config: GPTConfig, name: str) -> bool:
 
 
 class WithoutNumbers(TorchFunctionMode):
-    """Makes the initialisation of weights do nothing: on the meta device, which holds no numbers,
-    it would import torch's compiler, which takes two seconds."""
+    """Draws no weights: on the meta device, which holds no numbers, `normal_` would import torch's
+    compiler, which takes two seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_):
-            return args[0]
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs.get("tensor", *args[:1])
-        return func(*args, **kwargs)
+        if func.__name__ == "normal_":  # a tensor's, or torch.nn.init's
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def shape_of_model(config: GPTConfig) -> GPT:
@@ -4214,8 +4197,7 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
         "model_config": asdict(loaded.model.config),
         "tokenizer": loaded.tokenizer.spec(),
         **{name: loaded.state.get(name) for name in ("lora", "base")},
-        "data": {name: getattr(config, name) for name in SPLIT_SETTINGS}
-        | {"fingerprint": store.fingerprint},
+        "data": {"fingerprint": store.fingerprint},
         "versions": {
             "torch": str(torch.__version__),
             "numpy": np.__version__,
@@ -4231,9 +4213,8 @@ def check_drift(resumed: dict, about: dict) -> None:
     """Refuse to resume on other data; warn of what may change rounding."""
     if resumed["base"] != about["base"]:
         raise UserError("the run was begun with another base: name that one by --ckpt")
-    for name in (*SPLIT_SETTINGS, "fingerprint"):
-        if resumed["data"][name] != about["data"][name]:
-            raise UserError(f"the data differs ({name}): restore it, or use another --out_dir")
+    if resumed["data"] != about["data"]:
+        raise UserError("the data differs: restore it, or use another --out_dir")
     for name, value in about["versions"].items():
         if (before := resumed["versions"][name]) != value:
             note(f"warning: {name} was {before}, now {value}: results may differ in the last bits")
@@ -4269,13 +4250,10 @@ def state_to_resume(folder: RunFolder, config: FitConfig) -> dict | None:
     last = folder.file("last.pth")
     there = [folder.file(name) for name in RUN_FILES if folder.file(name).exists()]
     if config.resume and last.exists():
-        state = load_checkpoint(last)
-        if (state["command"] == "finetune") != bool(folder.suffix):
-            raise UserError(f"{last} belongs to {state['command']}: choose another --out_dir")
-        return state
+        return load_checkpoint(last)
     saved = [path for path in there if path.suffix == ".pth"]
     for path in saved:
-        if not is_sealed(path):
+        if SEAL not in path.read_bytes()[-len(SEAL) - 32 :]:
             raise UserError(f"{path} was not written by a run: use another --out_dir")
     if saved and config.resume:
         ways = f"use {folder.start_flag} {saved[0]} and another --out_dir, or --overwrite"
@@ -4566,8 +4544,7 @@ class Loaded:
         """INHERITED settings: with these this model has never seen the validation records."""
         usual = {name: getattr(DataConfig, name) for name in INHERITED}
         stored = self.state.get("config") or {}  # a model from elsewhere has none
-        stored = {name: stored.get(name, value) for name, value in usual.items()}
-        return stored | self.state.get("data", {})
+        return {name: stored.get(name, value) for name, value in usual.items()}
 
     @property
     def prefix(self) -> list[int]:
@@ -4923,6 +4900,24 @@ def evaluate_perplexity(
     return {"loss": nll / tokens, "ppl": math.exp(min(20.0, nll / tokens)), "tokens": int(tokens)}
 
 
+def rows_of(store: TokenStore, split: str, source: str = "") -> np.ndarray:
+    """Rows of the index, of one source or of all."""
+    rows = store.index[split]
+    return rows[rows["source"] == store.sources.index(source)] if source else rows
+
+
+def answer_rows(store: TokenStore, split: str, source: str = "") -> np.ndarray:
+    """Those that stand for trained answers."""
+    rows = rows_of(store, split, source)
+    return rows[(rows["prompt"] > 1) & (rows["trained"] == 1)]  # plain text has a bos at most
+
+
+def prompt_and_answer(store: TokenStore, split: str, row) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all that precedes an answer, and of the answer."""
+    ids = store.ids(split, int(row["start"]), int(row["length"]))
+    return ids[: row["prompt"]], ids[row["prompt"] :]
+
+
 class RecordWindows(Dataset):
     """A source's records, each by itself, cut so that each token is a target once: ds[i] -> (x, y).
 
@@ -4933,9 +4928,8 @@ class RecordWindows(Dataset):
 
     def __init__(self, store: TokenStore, split: str, source: str, block_size: int):
         self.store, self.split, self.block_size = store, split, block_size
-        self.masked, index = store.masked(split), store.index[split]
-        mine = index["source"] == store.sources.index(source)
-        rows = index[mine & (index["last"] == 1)]
+        self.masked, rows = store.masked(split), rows_of(store, split, source)
+        untrained, rows = rows[rows["trained"] == 0], rows[rows["last"] == 1]
         start, length = (rows[name].astype(np.int64) for name in ("start", "length"))
         joined = store.tokens[split][start + length - 1] == store.tokenizer.eos_id
         n_targets = length - 1 - (joined & (rows["prompt"] <= 1))  # of each record
@@ -4946,7 +4940,6 @@ class RecordWindows(Dataset):
                 begin = max(0, end - block_size)
                 self.windows.append((place + begin, end - begin, first - begin))
         self.lengths = np.array([n for _, n, _ in self.windows])
-        untrained = index[mine & (index["trained"] == 0)]
         self.n_targets = int(n_targets.sum() - (untrained["length"] - untrained["prompt"]).sum())
         self.n_records = len(rows)
 
@@ -4958,25 +4951,11 @@ class RecordWindows(Dataset):
         window = LMDataset(self.store.tokens[self.split], n, masked=self.masked)
         window.shift = place
         x, y = window[0]
-        return x, y.index_fill(0, torch.arange(scored_before), IGNORE)
+        y[:scored_before] = IGNORE
+        return x, y
 
     def collate(self, samples: list[tuple]) -> Batch:
         return pad(samples, self.store.tokenizer.pad_id, self.block_size)
-
-
-def answer_rows(store: TokenStore, split: str, source: str = "") -> np.ndarray:
-    """Rows of the index that stand for trained answers, of one source or of all."""
-    index = store.index[split]
-    mine = (index["prompt"] > 1) & (index["trained"] == 1)  # plain text has a bos at most
-    if source:
-        mine &= index["source"] == store.sources.index(source)
-    return index[mine]
-
-
-def prompt_and_answer(store: TokenStore, split: str, row) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of all that precedes an answer, and of the answer."""
-    ids = store.ids(split, int(row["start"]), int(row["length"]))
-    return ids[: row["prompt"]], ids[row["prompt"] :]
 
 
 def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
@@ -5169,15 +5148,9 @@ def report(
     return result | {"examples": asked.examples(splits[-1])}
 
 
-def report_lines(after: dict, before: dict | None = None, most_sources: int = 0) -> list[str]:
-    """A report as a table for people; with a `before`, its figures stand beside those of `after`.
-
-    most_sources: of more than so many (0: any number) the total alone is shown.
-    """
-    sources = after["sources"]
-    if 0 < most_sources < len(sources):
-        sources = {}
-    rows = {**sources, "total": after} | ({"total, before": before} if before else {})
+def report_lines(after: dict, before: dict | None = None) -> list[str]:
+    """A report as a table for people; with a `before`, its figures stand beside those of `after`."""
+    rows = {**after["sources"], "total": after} | ({"total, before": before} if before else {})
     titles = f"{'loss':>9}{'ppl':>16}{'bits/byte':>11}{'tokens':>14}{'records':>12}"
     lines = [f"{'source':<24}{titles}"]
     for name, row in rows.items():
@@ -5194,7 +5167,7 @@ def report_lines(after: dict, before: dict | None = None, most_sources: int = 0)
             loss = " -> ".join(f"{each['loss']:.4f}" for each in shown)
             count = f"{shown[-1]['records']:,} {name} answers"
             lines.append(f"{count}: exactly right {exact}, loss {loss} nats a token")
-    for name, row in sources.items():
+    for name, row in after["sources"].items():
         if "accuracy" in row:
             lines += ["", *class_lines(name, row)]
     for number, example in enumerate(after["examples"]):
@@ -5227,17 +5200,18 @@ def shortened(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-def example_prompt(store: TokenStore, split: str) -> tuple[str, str]:
-    """(instruction, input) of a split's short record; of plain text some of its words, and ""."""
+def example_flags(store: TokenStore, split: str) -> list[str]:
+    """`sample`'s flags for a split's short record; of plain text, for some of its words."""
     rows = answer_rows(store, split)
     if not len(rows):
         text = store.tokenizer.decode(store.ids(split, 0, min(60, len(store.tokens[split]))))
-        return " ".join(text.split()[1:7]), ""  # the first may be cut
+        return ["--prompt", " ".join(text.split()[1:7])]  # the first may be cut
     prompt, _ = prompt_and_answer(store, split, rows[np.argmin(rows["prompt"])])
     text = store.tokenizer.decode(prompt)
     pattern = r"(?:### System: .*\n)?### Instruction: (.*)\n### Input: (.*)\n### Output:"
     found = re.fullmatch(pattern, text, re.DOTALL)
-    return (found[1], found[2]) if found else (text, "")
+    instruction, given = found.groups() if found else (text, "")
+    return ["--prompt", instruction, *(["--input", given] if given else [])]
 
 
 # ====================================================================================
@@ -5256,9 +5230,7 @@ class TrainConfig(
     init_from: str = changeable("", "start from a checkpoint or a Hugging Face folder or name")
     answer_weight: int = option(0, "whole records, answers counting N-fold (0: windows)", low=0)
     stride: int = option(0, "distance between windows (0: block_size)", low=0)
-    minutes: float = session_only(
-        0.0, "fill N minutes: sets steps, size, recipe fast", low=0.0, high=1e6
-    )
+    minutes: float = session_only(0.0, "fill N minutes, recipe fast", low=0.0, high=1e6)
 
 
 def model_config(settings: ModelSettings, vocab_size: int = GPTConfig.vocab_size) -> GPTConfig:
@@ -5267,47 +5239,57 @@ def model_config(settings: ModelSettings, vocab_size: int = GPTConfig.vocab_size
     return GPTConfig(vocab_size=vocab_size, **shape)
 
 
-# --- the fast recipe: what it makes of the text at hand ---
+# --- the recipes: what they make of the text at hand ---
 
-# The measured quickest rates, of 128 wide and 400 steps. Only AdamW's differs in finetuning.
-FAST_RATES = dict(
-    optimizer="muon", muon_lr=0.012, muon_momentum=0.85, head_lr_scale=0.4, beta2=0.95,
-    grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
-)  # fmt: skip
+SMALL = 100_000  # bytes: little data is learned by heart, each record whole
 
 
 @dataclass
 class CorpusFacts:
-    """What is known of the text before it is tokenized; zeros: nothing."""
+    """What is known of the text before it is tokenized; nothing, as it stands here."""
 
     n_bytes: int = 0
-    longest: int = 0  # bytes of all but its longest records, where every record has an answer
+    sizes: Sequence[float] = ()  # bytes of each record, where every one has an answer
     stored: dict = field(default_factory=dict)  # tokenizer and vocab_size of a prepared store
 
+    @property
+    def all_answers(self) -> bool:
+        return len(self.sizes) > 0
 
-def corpus_facts(settings: dict) -> CorpusFacts:
-    """Of the folder, file or store that settings name; nothing of datasets and toy exercises."""
-    data = {f.name: settings[f.name] for f in fields(DataConfig)}
-    config = DataConfig(**data)
-    try:
-        if config.hf_dataset:
-            return CorpusFacts()
-        if is_store(config.data_dir):
-            return facts_of_store(TokenStore(Path(config.data_dir)))
-        return facts_of_files(store_key(config, {}, False), **data)
-    except (UserError, OSError, TypeError):  # it will be said when the corpus is built
+    def block_size(self, tokenizer: str, vocab_size: int) -> int:
+        """A block that holds all but the longest records, of little data all of them, with their
+        special tokens; in steps of 16 up to 1,024."""
+        longest = int(np.quantile(self.sizes, 1.0 if self.n_bytes < SMALL else 0.95))
+        _, bytes_a_token = likely_tokens(tokenizer, vocab_size)
+        return min(-(-int(longest / bytes_a_token) // 16) * 16 + 16, 1024)
+
+
+def corpus_facts(settings: dict, most_bytes: float = math.inf) -> CorpusFacts:
+    """Of the folder, file or store that settings name, where it is no larger than `most_bytes`;
+    nothing of datasets, of toy exercises and of a command without data."""
+    if "data_dir" not in settings or settings["hf_dataset"]:
         return CorpusFacts()
+    config = DataConfig(**{f.name: settings[f.name] for f in fields(DataConfig)})
+    try:
+        if is_store(config.data_dir):
+            facts = facts_of_store(TokenStore(Path(config.data_dir)))
+        elif size_of_files(config) >= most_bytes:  # all of it would be read once more
+            return CorpusFacts()
+        else:
+            facts = facts_of_files(store_key(config, {}, False), **vars(config))
+    except (UserError, OSError):  # it will be said when the corpus is built
+        return CorpusFacts()
+    return facts if facts.n_bytes < most_bytes else CorpusFacts()
 
 
 def facts_of_store(store: TokenStore) -> CorpusFacts:
-    meta, index, longest = store.meta, store.index["train"], 0
+    meta, index, sizes = store.meta, store.index["train"], ()
     n_bytes = meta["source_bytes"] or sum(row.get("bytes", 0) for row in meta["counts"].values())
-    if len(index) and all((rows["prompt"] > 1).all() for rows in store.index.values()):
-        bytes_a_token = n_bytes / sum(map(len, store.tokens.values()))
-        longest = int(longest_of(index["length"], n_bytes) * bytes_a_token)
+    if all((rows["prompt"] > 1).all() for rows in store.index.values()):
+        sizes = index["length"] * (n_bytes / sum(map(len, store.tokens.values())))
     stored = {"tokenizer": meta["tokenizer"]["kind"], "vocab_size": store.tokenizer.vocab_size}
     stored = {name: meta["settings"].get(name, known) for name, known in stored.items()}
-    return CorpusFacts(n_bytes, longest, stored)
+    return CorpusFacts(n_bytes, sizes, stored)
 
 
 @lru_cache
@@ -5319,20 +5301,7 @@ def facts_of_files(fingerprint: str, **data) -> CorpusFacts:
         if record.is_plain:  # it may be long: no more is read
             return CorpusFacts(n_bytes)
         sizes.append(sum(len(encoded(turn.prompt + turn.response)) for turn in record.turns))
-    return CorpusFacts(n_bytes, longest_of(sizes, n_bytes) if sizes else 0)
-
-
-SMALL = 100_000  # bytes: little data is learned by heart, each record whole
-
-
-def longest_of(sizes: Sequence[int], n_bytes: int) -> int:
-    """The size that all but the longest records keep to; of little data, all of them."""
-    return int(np.quantile(sizes, 1.0 if n_bytes < SMALL else 0.95))
-
-
-def block_for(facts: CorpusFacts, bytes_a_token: float) -> int:
-    """A block that holds such a record and its special tokens, in steps of 16 up to 1,024."""
-    return min(-(-int(facts.longest / bytes_a_token) // 16) * 16 + 16, 1024)
+    return CorpusFacts(n_bytes, sizes)
 
 
 def likely_tokens(tokenizer: str, vocab_size: int) -> tuple[int, float]:
@@ -5342,58 +5311,59 @@ def likely_tokens(tokenizer: str, vocab_size: int) -> tuple[int, float]:
     return ids, 1.0 if tokenizer == "byte" else math.log2(ids) / 4
 
 
+def classic_recipe(settings: dict, explicit: dict) -> dict:
+    """What the preset says. But where little data is all answers, unless told otherwise: whole
+    records, whose answers count tenfold, in blocks that hold them."""
+    asked = explicit.keys() & {"answer_weight", "stride", "max_steps"}
+    if asked or "answer_weight" not in settings:  # which only `train` has
+        return {}
+    facts = corpus_facts(settings, SMALL)
+    if not facts.all_answers:
+        return {}
+    plan = {"answer_weight": 10}
+    if not settings["init_from"]:
+        block_size = facts.block_size(settings["tokenizer"], settings["vocab_size"])
+        plan["block_size"] = max(settings["block_size"], block_size)
+    return plan
+
+
+# The measured quickest rates, of 128 wide and 400 steps. Only AdamW's differs in finetuning.
+FAST_RATES = dict(
+    optimizer="muon", muon_lr=0.012, muon_momentum=0.85, head_lr_scale=0.4, beta2=0.95,
+    grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
+)  # fmt: skip
+
+
 def fast_recipe(settings: dict, explicit: dict) -> dict:
-    """Tuned for the fewest steps to a given loss; tests/bench/README.md has the tables."""
-    facts = corpus_facts(settings) if "data_dir" in settings else CorpusFacts()
-    plan, steps = plan_for_text(settings, facts.stored | explicit, facts)
-    n_head, block_size = settings["n_head"], plan.get("block_size", settings["block_size"])
-    rate = min(1, 128 / settings["n_embd"]) * min(1, math.sqrt(400 / max(steps, 1)))
-    return FAST_RATES | plan | dict(
-        arch="modern", tie_weights=False, zero_init=True, n_inner=2 * settings["n_embd"],
-        n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head, rope_theta=3.0 * block_size,
-        lr=float(f"{0.02 * rate:.2g}"), muon_lr=float(f"{0.012 * rate:.2g}"),
-    ) | facts.stored  # fmt: skip
-
-
-class Reading(NamedTuple):
-    """How much of a text is read, and for how large a vocabulary it is large enough: what did best
-    on the texts of tests/bench/README.md."""
-
-    most_bytes: float  # in all passes together
-    most_passes: int
-    bytes_per_id: int  # of the text, for each id of the vocabulary
-
-
-PLAIN_TEXT, WITH_ANSWERS = Reading(4e6, 6, 1100), Reading(3e6, 10, 340)
-
-
-def plan_for_text(settings: dict, explicit: dict, facts: CorpusFacts) -> tuple[dict, float]:
-    """Settings for the text at hand, and about how many steps they take (0: not known).
+    """Tuned for the fewest steps to a given loss; tests/bench/README.md has the tables.
 
     Small text is read several times, and then with hidden tokens. Where every record has an answer,
     whole records whose answers weigh more make the better classifier.
     """
-    n_bytes, steps = facts.n_bytes, explicit.get("max_steps", 0)
-    bpe = (
-        n_bytes >= 1e5 and importlib.util.find_spec("tokenizers") and not settings.get("init_from")
-    )
+    facts = corpus_facts(settings)
+    n_bytes, explicit = facts.n_bytes, facts.stored | explicit
+    as_windows = explicit.get("answer_weight") == 0 or explicit.get("stride", 0) > 0
+    weighed = facts.all_answers and not as_windows
+    has_library = importlib.util.find_spec("tokenizers") and not settings.get("init_from")
+    bpe = n_bytes >= 1e5 and has_library
     plan = dict(tokenizer="bpe" if bpe else "byte", dropout=0.0, token_dropout=0.0)
-    windows = explicit.get("answer_weight") == 0 or explicit.get("stride", 0) > 0
-    weighed = facts.longest > 0 and not windows
     if weighed:
         plan |= dict(answer_weight=30, batch_size=2 * settings["batch_size"])
     if n_bytes:
-        read = WITH_ANSWERS if weighed else PLAIN_TEXT
-        passes = min(read.most_passes, round(read.most_bytes / n_bytes))
-        plan["epochs"] = max(passes, settings["epochs"])
-        vocab_size = 100 * round(n_bytes / read.bytes_per_id / 100)
+        # What did best on the texts of tests/bench/README.md: bytes to read in all, passes at most,
+        # bytes of the text for each id of the vocabulary.
+        most, most_passes, bytes_an_id = (3e6, 10, 340) if weighed else (4e6, 6, 1100)
+        plan["epochs"] = max(min(most_passes, round(most / n_bytes)), settings["epochs"])
+        vocab_size = 100 * round(n_bytes / bytes_an_id / 100)
         plan["vocab_size"] = min(max(vocab_size, 300), 8192)
     chosen = settings | plan | explicit
-    vocab_size, bytes_a_token = likely_tokens(chosen["tokenizer"], chosen["vocab_size"])
+    tokens = chosen["tokenizer"], chosen["vocab_size"]
     if weighed:
-        plan["block_size"] = max(settings["block_size"], block_for(facts, bytes_a_token))
+        plan["block_size"] = max(settings["block_size"], facts.block_size(*tokens))
+    vocab_size, bytes_a_token = likely_tokens(*tokens)
+    steps = explicit.get("max_steps", 0)
     if n_bytes:
-        block_size = explicit.get("block_size", plan.get("block_size", settings["block_size"]))
+        block_size = (settings | plan | explicit)["block_size"]
         batch_bytes = block_size * chosen["batch_size"] * bytes_a_token
         steps = steps or chosen["epochs"] * n_bytes / batch_bytes
         passes = steps * batch_bytes / n_bytes
@@ -5404,12 +5374,18 @@ def plan_for_text(settings: dict, explicit: dict, facts: CorpusFacts) -> tuple[d
     device = settings["device"]
     on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
     large = on_cpu and vocab_size >= 8000
-    plan["sampled_softmax"] = min(vocab_size // 4, 4096) if large else 0
-    return plan, steps
+    n_head, block_size = settings["n_head"], plan.get("block_size", settings["block_size"])
+    rate = min(1, 128 / settings["n_embd"]) * min(1, math.sqrt(400 / max(steps, 1)))
+    return FAST_RATES | plan | dict(
+        sampled_softmax=min(vocab_size // 4, 4096) if large else 0,
+        arch="modern", tie_weights=False, zero_init=True, n_inner=2 * settings["n_embd"],
+        n_kv_head=n_head // 2 if n_head % 2 == 0 else n_head, rope_theta=3.0 * block_size,
+        lr=float(f"{0.02 * rate:.2g}"), muon_lr=float(f"{0.012 * rate:.2g}"),
+    ) | facts.stored  # fmt: skip
 
 
 # A recipe is a function of the settings so far and of those asked for; it outranks arch and preset.
-RECIPES = {"classic": lambda settings, explicit: {}, "fast": fast_recipe}
+RECIPES = {"classic": classic_recipe, "fast": fast_recipe}
 
 
 # --- train and finetune ---
@@ -5436,12 +5412,8 @@ class CheckpointConfig(DataConfig):
 class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
     """Tune a checkpoint, or a Hugging Face model, on instruction records or preferences."""
 
-    preset: str = option(
-        "", "batch_size and grad_accum of a training preset", choices=tuple(PRESETS)
-    )
-    recipe: str = option(
-        "classic", "classic: AdamW; fast: Muon at tuned rates", choices=("classic", "fast")
-    )
+    preset: str = option("", "batch_size and grad_accum of a preset", choices=tuple(PRESETS))
+    recipe: str = option("classic", "AdamW, or fast: Muon", choices=("classic", "fast"))
     epochs: int = option(3, "passes over the training data", low=1, high=10**6)
     lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
     seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
@@ -5454,11 +5426,7 @@ class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
     lora_dropout: float = option(0.0, "dropout before the adapters", low=0.0, high=0.95)
     lora_targets: str = option("qkv,proj,up,down", "layers that get adapters, by comma")
     loss_on: str = option("all", "tokens that count", choices=("all", "response"))
-    objective: str = option(
-        "ntp",
-        "next token, preferences (dpo, orpo), reward (grpo)",
-        choices=OBJECTIVES,
-    )
+    objective: str = option("ntp", "next token, preferences or reward", choices=OBJECTIVES)
     dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
     orpo_lambda: float = option(0.1, "ORPO: weight of the odds ratio", low=0.0, high=100.0)
     reward: str = option("exact", "GRPO: exact, number, contains, or FILE.py:function")
@@ -5467,9 +5435,7 @@ class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
     temperature: float = option(1.0, "GRPO: of the answers", above=0.0, high=100.0)
     grpo_normalize: bool = option(False, "GRPO: divide advantages by their group's deviation")
     kl_beta: float = option(0.0, "GRPO: strength of the tie to the base", low=0.0, high=100.0)
-    report_samples: int = changeable(
-        50, "records of the reports before and after, at least (0: none)", low=0
-    )
+    report_samples: int = changeable(50, "records of the reports, at least (0: none)", low=0)
 
 
 # Settings that one objective alone reads.
@@ -5484,15 +5450,14 @@ GRPO_SETTINGS = dict(
 )  # fmt: skip
 
 
-# The checkpoint brings the shape; a tuned model takes smaller steps.
-TUNING_RATES = {"classic": {}, "fast": FAST_RATES | dict(lr=0.008)}
-
-
 def tuning_recipe(settings: dict, explicit: dict) -> dict:
-    return GRPO_SETTINGS if settings["objective"] == "grpo" else TUNING_RATES[settings["recipe"]]
+    """The checkpoint brings the shape; a tuned model takes smaller steps."""
+    if settings["objective"] == "grpo":
+        return GRPO_SETTINGS
+    return FAST_RATES | dict(lr=0.008) if settings["recipe"] == "fast" else {}
 
 
-FINETUNE_RECIPES = dict.fromkeys(TUNING_RATES, tuning_recipe)
+FINETUNE_RECIPES = dict.fromkeys(("classic", "fast"), tuning_recipe)
 
 # What --overfit_batch sets, unless told otherwise.
 OVERFIT = dict(dropout=0.0, token_dropout=0.0, lr_schedule="constant", max_steps=300,
@@ -5531,31 +5496,23 @@ def open_store(
     return store
 
 
-# Of a run whose length nobody has set: fewer steps teach little, however small the data.
-FEWEST_STEPS = 300
-
-
 def dataset_of(config: FitConfig) -> Callable[[TokenStore, str, int], Dataset]:
     """What makes a split's data set, as the settings say."""
     if isinstance(config, FinetuneConfig):
         prompts = partial(PromptDataset, max_new_tokens=config.max_new_tokens)
         kinds = {"grpo": prompts, "dpo": PreferenceDataset, "orpo": PreferenceDataset}
         return kinds.get(config.objective, partial(InstructionDataset, loss_on=config.loss_on))
-    if not config.answer_weight:
-        return LMDataset.from_store
-
-    def weighed(store: TokenStore, split: str, block_size: int) -> InstructionDataset:
-        weight = config.answer_weight if split == "train" else 1
-        return InstructionDataset(store, split, block_size, answer_weight=weight)
-
-    return weighed
+    if config.answer_weight:
+        return partial(InstructionDataset, answer_weight=config.answer_weight)
+    return LMDataset.from_store
 
 
 def open_loaders(config: FitConfig, rt: Runtime, store: TokenStore, block_size: int) -> tuple:
     """(training loader, validation loader or None), with a word on what they leave out."""
     train, val = create_dataloaders(
         store, block_size, config.batch_size, config.seed, dataset=dataset_of(config),
-        stride=getattr(config, "stride", 0), eval_batches=config.eval_batches, grad_accum=config.grad_accum, rt=rt,
+        stride=getattr(config, "stride", 0), eval_batches=config.eval_batches,
+        grad_accum=config.grad_accum, rt=rt,
     )  # fmt: skip
     if not val:
         note("the validation split is empty: best.pth will follow the training loss")
@@ -5565,24 +5522,28 @@ def open_loaders(config: FitConfig, rt: Runtime, store: TokenStore, block_size: 
     return train, val
 
 
-def steps_to_take(config: FitConfig, train: DataLoader) -> tuple[int, dict]:
-    """(steps of a new run, settings to change for that): little data is read more often, unless
-    the user has said how often. Says so, and where so few steps were asked for that little is
-    learned."""
-    steps_per_epoch = len(train)
-    total = config.max_steps or config.epochs * steps_per_epoch
+# Of a run whose length nobody has set: fewer steps teach little, however small the data.
+FEWEST_STEPS = 300
+
+
+def steps_to_take(config: FitConfig, train: DataLoader) -> int:
+    """Steps of a new run. Little data is read more often, as `config` then says, unless the user has
+    said how often; where that is so few times that little is learned, a note says so."""
+    total = config.max_steps or config.epochs * len(train)
     if total >= FEWEST_STEPS or config.overfit_batch or config.resume:
-        return total, {}
+        return total
     if config.max_steps or "epochs" in config.explicit:
         if total < 100 and not getattr(config, "minutes", 0):
-            enough = f"--epochs {-(-FEWEST_STEPS // steps_per_epoch)} or --max_steps {FEWEST_STEPS}"
+            enough = f"--epochs {-(-FEWEST_STEPS // len(train))} or --max_steps {FEWEST_STEPS}"
             note(f"only {total} steps: {enough} teaches more")
-        return total, {}
+        return total
     passes = FEWEST_STEPS * train.batch_sampler.batch_size / len(train.dataset)
     passes = f"{passes:.0f} passes over little data"
     note(f"{FEWEST_STEPS} steps, {passes}; --epochs or --max_steps sets another number")
-    changes = {"max_steps": FEWEST_STEPS, "eval_interval": FEWEST_STEPS // 10}
-    return FEWEST_STEPS, {n: v for n, v in changes.items() if n not in config.explicit}
+    config.max_steps = FEWEST_STEPS
+    if "eval_interval" not in config.explicit:
+        config.eval_interval = FEWEST_STEPS // 10
+    return FEWEST_STEPS
 
 
 def make_run(
@@ -5594,9 +5555,7 @@ def make_run(
     choose_threads(config, rt, loaded.model.config, config.batch_size // config.grad_accum)
     model, resumed = loaded.model.to(rt.device).train(), folder.state
     train, val = open_loaders(config, rt, store, model.config.block_size)
-    total, changes = steps_to_take(config, train)
-    for name, value in changes.items():  # before they are written down
-        setattr(config, name, value)
+    total = steps_to_take(config, train)  # before the settings are written down
     folder.about = describe_run(config, rt, loaded, store)
     p = Progress(
         total=total,
@@ -5613,11 +5572,10 @@ def make_run(
     sampled = over_sampled_ids(losses, config.sampled_softmax, model.config.vocab_size)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    if resumed and resumed["scaler"]:
-        scaler.load_state_dict(resumed["scaler"])
-    # In fp16 every step so far may have been skipped: then there are no moments.
-    if resumed and p.step and (resumed["optimizer"] or not resumed["scaler"]):
+    if resumed:
         load_optimizer_state(model, optimizers, resumed["optimizer"])
+        if resumed["scaler"]:
+            scaler.load_state_dict(resumed["scaler"])
     objective = OBJECTIVES[getattr(config, "objective", "ntp")]
     run = Run(
         config, rt, model, sampled, objective, optimizers, train, val, store, p, scaler, stop,
@@ -5628,8 +5586,8 @@ def make_run(
 
 
 def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, new: Progress) -> Progress:
-    """Where the run goes on. What running out of memory has changed stays, unless the number of
-    processes is another or the flag was given."""
+    """Where the run goes on. What running out of memory has changed stays, unless the flag was
+    given."""
     progress = Progress(**resumed["progress"])
     if config.explicit & {"max_steps", "epochs"}:  # else --minutes may have moved the end
         progress.total = new.total
@@ -5637,10 +5595,55 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, new: Progres
         raise UserError(f"the run is at step {progress.step} already: --max_steps ends before it")
     if rt.sum(progress.step)[0] != progress.step * rt.world_size:
         raise UserError("the processes read different checkpoints: give one --out_dir to them all")
-    for name in ("grad_accum", "grad_checkpointing"):
-        if rt.world_size != resumed["versions"]["world_size"] or name in config.explicit:
-            setattr(progress, name, getattr(new, name))
+    for name in config.explicit & {"grad_accum", "grad_checkpointing"}:
+        setattr(progress, name, getattr(new, name))
     return progress
+
+
+def run_fit(run: Run, folder: RunFolder, before: dict | None = None) -> str:
+    """Call `fit`, then say how it ended and what came of it.
+
+    before: the report on the base. Returns best.pth's path, which is printed; "" if the run was
+    stopped by its settings. Raises Interrupted if a signal did it.
+    """
+    config, p, shape = run.config, run.progress, run.model.config
+    if run.rt.is_main:
+        if config.overwrite and not folder.state:
+            for name in RUN_FILES:
+                folder.file(name).unlink(missing_ok=True)
+        write_json(folder.file("config.json"), folder.about["config"] | vocabulary(folder.about))
+    model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
+    steps = f"{p.total:,} steps of {run.train.batch_sampler.batch_size} x {shape.block_size} tokens"
+    note(f"{model}, {run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {steps}")
+    with (
+        run.stop.held(),
+        contextlib.closing(Recorder(run, folder.file("metrics.csv"))) as run.recorder,
+        training_precision(run.rt.device),
+    ):
+        try:
+            if isinstance(config, FinetuneConfig) and run.val and p.base_loss is None:
+                how = run.objective, config, run.rt, run.stop
+                p.base_loss, stats = estimate_loss(run.model, run.val, *how)
+                run.recorder.validation(p.base_loss, stats)
+            ended = fit(run)
+        except Diverged as error:
+            last = folder.file("last.pth")
+            way = f"go on by {folder.start_flag} {last}" if last.exists() else "start again"
+            raise UserError(f"{error}; {way} with a lower --lr and another --out_dir") from None
+    finished = ended in ("done", "early")
+    note(how_it_ended(run, folder, finished))
+    if ended == "signal":  # it may have come to another process
+        run.stop.number = run.stop.number or signal.SIGTERM
+    if run.stop:
+        raise Interrupted
+    if not finished or config.overfit_batch:
+        return ""
+    best = str(folder.file("best.pth"))
+    if getattr(config, "report_samples", 1):
+        say_result(run, folder, best, before)
+    if run.rt.is_main:
+        print(best)
+    return best
 
 
 def vocabulary(about: dict) -> dict:
@@ -5653,44 +5656,10 @@ def vocabulary(about: dict) -> dict:
     return {"tokenizer": "bpe" if name == "byte" else name, "vocab_size": size}
 
 
-def run_fit(run: Run, folder: RunFolder) -> str:
-    """Call `fit` and say how it ended. Returns best.pth's path; "" if it was stopped."""
-    config, p, shape, about = run.config, run.progress, run.model.config, folder.about
-    if run.rt.is_main:
-        if config.overwrite and not folder.state:
-            for name in RUN_FILES:
-                folder.file(name).unlink(missing_ok=True)
-        write_json(folder.file("config.json"), about["config"] | vocabulary(about))
-    model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
-    steps = f"{p.total:,} steps of {run.train.batch_sampler.batch_size} x {shape.block_size} tokens"
-    note(f"{model}, {run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {steps}")
-    about["base_loss"] = (folder.state or {}).get("base_loss")
-    with (
-        run.stop.held(),
-        contextlib.closing(Recorder(run, folder.file("metrics.csv"))) as run.recorder,
-        training_precision(run.rt.device),
-    ):
-        try:
-            if isinstance(config, FinetuneConfig) and run.val and not folder.state:
-                how = run.objective, config, run.rt, run.stop
-                about["base_loss"], stats = estimate_loss(run.model, run.val, *how)
-                run.recorder.validation(about["base_loss"], stats)
-            ended = fit(run)
-        except Diverged as error:
-            last = folder.file("last.pth")
-            way = f"go on by {folder.start_flag} {last}" if last.exists() else "start again"
-            raise UserError(f"{error}; {way} with a lower --lr and another --out_dir") from None
-    if ended == "signal":  # it may have come to another process
-        run.stop.number = run.stop.number or signal.SIGTERM
-    finished = ended in ("done", "early")
-    note(how_it_ended(run, folder, finished))
-    return str(folder.file("best.pth")) if finished and not config.overfit_batch else ""
-
-
 def how_it_ended(run: Run, folder: RunFolder, finished: bool) -> str:
     """One line on a run that has ended. Raises UserError where --overfit_batch has not learned its
     batch by heart."""
-    p, base = run.progress, folder.about["base_loss"]
+    p, base = run.progress, run.progress.base_loss
     best = f"{p.best:.4f} at step {p.best_step}"
     if run.config.overfit_batch:
         if not finished:
@@ -5709,61 +5678,60 @@ def how_it_ended(run: Run, folder: RunFolder, finished: bool) -> str:
     return f"{how}: best {kind} {best}"
 
 
+def report_shape(config: FitConfig, store: TokenStore) -> tuple[str, int, int]:
+    """(split, batch size, batches of each source) of the reports of train and finetune."""
+    split = "val" if len(store.tokens["val"]) > 1 else "train"
+    n = getattr(config, "report_samples", 256) / (config.batch_size * len(store.sources))
+    return split, config.batch_size, math.ceil(n)
+
+
+def say_result(run: Run, folder: RunFolder, best: str, before: dict | None) -> None:
+    """Report on the best checkpoint, compare it with the last where that knows more of what it was
+    trained on, and say what to type next."""
+    config, store, p = run.config, run.store, run.progress
+    how = store, run.rt, *report_shape(config, store)
+    after, knows_more = report(load_model(best), *how), False
+    note("\n".join(report_lines(after, before)))
+    last = str(folder.file("last.pth"))
+    if "answers" in after and p.best_step < p.step:
+        known, exact = (each["answers"]["train"]["exact"]
+                        for each in (after, report(load_model(last), *how)))  # fmt: skip
+        knows_more = exact > known + 0.05
+    if knows_more:
+        note(f"{last} answers {exact:.0%} of the trained questions exactly, {best}, of the lowest "
+             f"loss on what was held out, {known:.0%}: to ask what it was trained on, take {last}")  # fmt: skip
+    data = ["--data_dir", str(store.folder)]
+    if store.meta["pairs"]:  # of use to no other command
+        name = "hf_dataset" if config.hf_dataset else "data_dir"
+        data = [f"--{name}", getattr(config, name)]
+    hints = [["eval", best, *data, *([] if run.val else ["--split", "train"])]]
+    hints += [["sample", best, *example_flags(store, "val" if run.val else "train")]]
+    hints += [["export", best]]
+    if knows_more:
+        hints += [["sample", last, *example_flags(store, "train")]]
+    note("next:")
+    for command, file, *flags in hints:
+        note(f"  python llm_pipeline.py {shlex.join([command, '--ckpt', file, *flags])}")
+
+
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
     """Train from scratch, from --init_from, or on from last.pth. Returns the path of best.pth."""
-    clock = None
-    if config.minutes and folder.state:
+    if config.minutes and not folder.state:
+        return train_within_minutes(config, rt, stop, folder)
+    if config.minutes:
         note("--resume goes on to the steps that the run began with, whatever --minutes says")
-    elif config.minutes:
-        config, clock = within_minutes(config, rt, stop, folder)
-    if config.recipe == "fast" and not folder.state:
-        chosen = ["tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "block_size", "lr",
-                  "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
-        note("recipe fast: " + ", ".join(f"{name} {getattr(config, name)}" for name in chosen))
-    if not folder.state:
-        fit_few_questions(config)
-    run, planned = new_run(config, rt, stop, folder), config.max_steps
-    if clock:
-        clock.run, run.after_step = run, clock
-    best = run_fit(run, folder)
-    if clock and rt.is_main:
-        again, moved = folder.file("config.json"), ""
-        if config.max_steps != planned:
-            write_json(again, read_table(again, str(again)) | {"max_steps": config.max_steps})
-            moved = f" (the clock has moved its end from step {planned}, its schedule with it)"
-        note(f"the same {config.max_steps} steps: --config {again} --out_dir ANOTHER{moved}")
-    if best and not stop:
-        say_result(run, folder, best)
-    return best
-
-
-def fit_few_questions(config: TrainConfig) -> None:
-    """Where little data is all answers, unless told otherwise: whole records, whose answers count
-    tenfold, in blocks that hold them."""
-    if config.answer_weight or config.explicit & {"answer_weight", "stride", "max_steps"}:
-        return
-    # Much data is not read for this: that would be all of it, once more.
-    little = config.hf_dataset or is_store(config.data_dir) or size_of_files(config) < SMALL
-    facts = corpus_facts(vars(config)) if little else CorpusFacts()
-    if not facts.longest or facts.n_bytes >= SMALL:
-        return
-    config.answer_weight = 10
-    if not (config.init_from or "block_size" in config.explicit):
-        _, bytes_a_token = likely_tokens(config.tokenizer, config.vocab_size)
-        config.block_size = max(config.block_size, block_for(facts, bytes_a_token))
-    what = f"whole records in blocks of {config.block_size}, whose answers count tenfold"
-    note(f"a few questions with answers: {what}")
-
-
-def base_and_store(config: TrainConfig, rt: Runtime, folder: RunFolder):
-    """(--init_from's model or None, the corpus in the tokens of the run)"""
-    base = pretrained(config) if config.init_from else None
-    return base, open_store(config, rt, base, bool(folder.state))
+    return run_fit(new_run(config, rt, stop, folder), folder)
 
 
 def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> Run:
     """A run of `train`, ready for its next step."""
-    loaded, store = base_and_store(config, rt, folder)
+    if not folder.state:
+        chosen = ["tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "block_size", "lr",
+                  "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
+        values = ", ".join(f"{name} {getattr(config, name)}" for name in chosen)
+        note(f"recipe {config.recipe}: {values}")
+    loaded = pretrained(config) if config.init_from else None
+    store = open_store(config, rt, loaded, bool(folder.state))
     if not loaded:
         set_seed(config.seed)  # whatever was measured before
         model = GPT(model_config(config, store.tokenizer.vocab_size))
@@ -5833,38 +5801,65 @@ def training_speed(rt: Runtime) -> float:
     neighbour's bad moment makes no toy of the plan."""
     model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=4, n_embd=256, dropout=0.0))
     x = torch.zeros(16 if rt.device.type == "cpu" else 256, 128, dtype=torch.int64)
-    model, x, took = model.to(rt.device), x.to(rt.device), []
-    for _ in range(6):
-        began = time.perf_counter()
+    model, x = model.to(rt.device), x.to(rt.device)
+
+    def step() -> None:
         with rt.autocast():
             loss = model.losses(x, x, "sum")
         loss.backward()
         float(model.tok_emb.weight.grad[0, 0])  # on a GPU: it is done
-        took.append(time.perf_counter() - began)
-    return rt.of_first(6 * model.n_params() * x.numel() / min(took))
+
+    least = min(seconds_of(step) for _ in range(6))
+    return rt.of_first(6 * model.n_params() * x.numel() / least)
 
 
-@dataclass
+def seconds_of(work: Callable, *args) -> float:
+    began = time.perf_counter()
+    work(*args)
+    return time.perf_counter() - began
+
+
 class Clock:
     """Keeps a run within its minutes. Called after each step, it moves the run's end, and with it
     the end of the schedule, where the machine has become slower or faster than it was."""
 
-    rt: Runtime
-    minutes: float
-    step_seconds: float
-    beside: float  # its share of evaluations and saves
-    end: float  # seconds of the last evaluation, the last saves, the report
-    most: int  # steps that the text is good for
-    recent: list = field(default_factory=list)  # seconds of the last steps
-    run: Run | None = None
+    def __init__(
+        self, config: TrainConfig, rt: Runtime, stop: Stop, folder: RunFolder, minutes: float
+    ):
+        """Measures what a run takes by one that is thrown away after a fiftieth of the time, four
+        steps at least, one batch of validation and a save."""
+        self.rt, self.minutes = rt, minutes
+        self.recent: list[float] = []  # seconds of the last steps
+        with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
+            run = new_run(config, rt, stop, folder)
+        batches, took, look, per_epoch = steps(run.train, 0), [], 0.0, len(run.train)
+        with training_precision(rt.device):
+            while len(took) < 4 or (len(took) < 50 and rt.of_first(sum(took)) < 1.2 * minutes):
+                took.append(seconds_of(lambda: train_step(run, next(batches).to(rt.device))))
+            if run.val:
+                how = islice(run.val, 1), run.objective, config, rt, stop
+                look = seconds_of(estimate_loss, run.model, *how) * len(run.val)
+        scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `open_run` sweeps
+        save = seconds_of(save_run, run, folder.about, scratch)
+        if rt.is_main:
+            scratch.unlink()
+        step, look, save = map(rt.of_first, (float(np.median(took[1:])), look, save))
+        looks = 1 / config.eval_interval + 1 / per_epoch  # a step
+        self.step_seconds = step
+        self.beside = (look + save) * looks + save / config.save_interval  # a step's share of these
+        self.end = (
+            2 * (look + save) + 1
+        )  # seconds of the last evaluation, the last saves, the report
+        passes = config.epochs if "epochs" in config.explicit else PASSES
+        self.most = max(passes * per_epoch, FEWEST_STEPS)  # steps that the text is good for
 
     def steps(self, slowed: float = 1.0) -> int:
         """How many more end in time, where all takes `slowed` times as long as measured."""
         left = self.rt.of_first(self.rt.started + 58.5 * self.minutes - time.perf_counter())
         return int((left / slowed - self.end) / (self.step_seconds + self.beside))
 
-    def __call__(self, seconds: float) -> None:
-        p = self.run.progress
+    def after_step(self, run: Run, seconds: float) -> None:
+        p = run.progress
         self.recent = [*self.recent, seconds][-max(10, p.total // 10) :]
         if p.step % 10 or p.step == p.total:
             return
@@ -5872,46 +5867,13 @@ class Clock:
         total = min(p.step + max(1, self.steps(slowed)), self.most)
         moved = abs(total - p.total) * slowed * (self.step_seconds + self.beside)  # seconds
         if moved > 0.04 * 60 * self.minutes:
-            p.total = self.run.recorder.bar.total = self.run.config.max_steps = total
+            p.total = run.recorder.bar.total = run.config.max_steps = total
 
 
-def measured_clock(
-    config: TrainConfig, rt: Runtime, stop: Stop, folder: RunFolder, minutes: float
-) -> Clock:
-    """What a run takes, by one that is thrown away after a fiftieth of the time, four steps at
-    least, one batch of validation and a save."""
-    with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
-        run = new_run(config, rt, stop, folder)
-    batches, took, per_epoch = steps(run.train, 0), [], len(run.train)
-
-    def seconds(work: Callable, *args) -> float:
-        began = time.perf_counter()
-        work(*args)
-        return time.perf_counter() - began
-
-    with training_precision(rt.device):
-        while len(took) < 4 or (len(took) < 50 and rt.of_first(sum(took)) < 1.2 * minutes):
-            took.append(seconds(lambda: train_step(run, next(batches).to(rt.device))))
-        look = 0.0
-        if run.val:
-            how = islice(run.val, 1), run.objective, config, rt, stop
-            look = seconds(estimate_loss, run.model, *how) * len(run.val)
-    scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `open_run` sweeps
-    save = seconds(save_run, run, folder.about, scratch)
-    if rt.is_main:
-        scratch.unlink()
-    step, look, save = map(rt.of_first, (float(np.median(took[1:])), look, save))
-    looks = 1 / config.eval_interval + 1 / per_epoch  # a step
-    beside = (look + save) * looks + save / config.save_interval
-    passes = config.epochs if "epochs" in config.explicit else PASSES
-    most = max(passes * per_epoch, FEWEST_STEPS)
-    return Clock(rt, minutes, step, beside, 2 * (look + save) + 1, most)
-
-
-def within_minutes(
+def train_within_minutes(
     config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
-) -> tuple[TrainConfig, Clock]:
-    """The settings of a run that ends with its minutes, and the clock that keeps it to them.
+) -> str:
+    """Train a model of the size and for the steps that fit into --minutes.
 
     Without a neighbour that comes or goes it is, to the last bit, the run of the settings in its
     config.json. Raises UserError where not one step fits.
@@ -5919,21 +5881,31 @@ def within_minutes(
     explicit, minutes = {n: getattr(config, n) for n in config.explicit}, config.minutes
     explicit["recipe"] = config.recipe
     del explicit["minutes"]
-    base_and_store(config, rt, folder)  # where the corpus is not prepared, it is now
+    base = pretrained(config) if config.init_from else None
+    open_store(config, rt, base)  # where the corpus is not prepared, it is now
     left = rt.of_first(rt.started + 60 * minutes - time.perf_counter())
     explicit = choose_size(explicit, corpus_facts(vars(config)).n_bytes, rt, left) | explicit
     trial = settle(TrainConfig, explicit | {"self_test": False})
-    clock = measured_clock(trial, rt, stop, folder, minutes)
-    steps = min(clock.steps(), clock.most)
-    if steps < 1:
+    clock = Clock(trial, rt, stop, folder, minutes)
+    planned = min(clock.steps(), clock.most)
+    if planned < 1:
         raise UserError(f"--minutes {minutes:g} is over before the first step: evaluating and saving "
                         f"take {clock.end:.1f} s: give more")  # fmt: skip
-    planned = settle(TrainConfig, explicit | {"max_steps": steps, "threads": trial.threads})
-    planned.minutes = minutes
-    speed = planned.batch_size * planned.block_size / clock.step_seconds
-    why = ", as more of them teach little" if steps == clock.most else ""
-    note(f"minutes {minutes:g}: {steps:,} steps{why}, {speed:,.0f} tokens a second")
-    return planned, clock
+    config = settle(TrainConfig, explicit | {"max_steps": planned, "threads": trial.threads})
+    config.minutes = minutes
+    speed = config.batch_size * config.block_size / clock.step_seconds
+    why = ", as more of them teach little" if planned == clock.most else ""
+    note(f"minutes {minutes:g}: {planned:,} steps{why}, {speed:,.0f} tokens a second")
+    run = new_run(config, rt, stop, folder)
+    run.after_step = partial(clock.after_step, run)
+    best = run_fit(run, folder)
+    if rt.is_main:
+        again, moved = folder.file("config.json"), ""
+        if config.max_steps != planned:
+            write_json(again, read_table(again, str(again)) | {"max_steps": config.max_steps})
+            moved = f" (the clock has moved its end from step {planned}, its schedule with it)"
+        note(f"the same {config.max_steps} steps: --config {again} --out_dir ANOTHER{moved}")
+    return best
 
 
 # --- preferences: DPO and ORPO ---
@@ -5943,10 +5915,11 @@ class PreferenceDataset(Dataset):
     """Pairs of responses to one prompt: records two by two, chosen then rejected. A sample is the
     two records' samples.
 
-    reference: (pairs, 2) log-probabilities of the responses under the base model, for DPO.
+    run: the one that trains on them. base: `losses` of the base model, for DPO.
     """
 
-    reference: Tensor | None = None
+    run: Run | None = None
+    base: Callable | None = None
 
     def __init__(self, store: TokenStore, split: str, block_size: int):
         self.answers = InstructionDataset(store, split, block_size, "response")
@@ -5957,18 +5930,20 @@ class PreferenceDataset(Dataset):
 
     def __getitem__(self, i: int) -> tuple:
         first = 2 * range(len(self))[i]
-        reference = None if self.reference is None else self.reference[i]
-        return self.answers[first], self.answers[first + 1], reference
+        return self.answers[first], self.answers[first + 1]
 
     def collate(self, samples: list[tuple]) -> Batch:
         """A batch of pairs, (B, 2, T)."""
-        batch = self.answers.collate([one for pair in samples for one in pair[:2]])
+        batch = self.answers.collate(list(chain.from_iterable(samples)))
         if not samples:  # one row that counts for nothing becomes a pair
             batch = Batch(batch.x.expand(2, -1), batch.y.expand(2, -1))
         x, y = (t.unflatten(0, (-1, 2)) for t in batch)
-        known = bool(samples) and samples[0][2] is not None
-        reference = torch.stack([sample[2] for sample in samples]) if known else None
-        return Batch(x, y, reference=reference, n_targets=float(len(samples)))
+        batch = Batch(x, y, n_targets=float(len(samples)))
+        if self.base:
+            rt = self.run.rt
+            with torch.no_grad(), rt.autocast():
+                batch.reference = pair_log_probs(self.base, batch.to(rt.device)).cpu()
+        return batch
 
 
 def pair_log_probs(losses: Callable, batch: Batch) -> Tensor:
@@ -5992,17 +5967,6 @@ def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dic
         "chosen_loss": (-log_probs[:, 0] / (batch.y[:, 0] != IGNORE).sum(-1)).sum(),
     }
     return -F.logsigmoid(margin).sum(), stats
-
-
-@torch.no_grad()
-def refer_to_base(data: PreferenceDataset, model: GPT, config, rt: Runtime) -> None:
-    """Fill in `reference`, with the base model on the device."""
-    data.reference = torch.zeros(len(data), 2)
-    groups = ValidationSampler(data, config.batch_size)
-    for ids in tqdm(groups, desc="reference", delay=1, disable=not rt.is_main):
-        batch = data.collate([data[i] for i in ids]).to(rt.device)
-        with rt.autocast():
-            data.reference[ids] = pair_log_probs(model.losses, batch).float().cpu()
 
 
 def orpo_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dict]:
@@ -6078,7 +6042,7 @@ def grpo_loss(losses: Callable, batch: AnswerBatch, config) -> tuple[Tensor, dic
     return loss, stats
 
 
-class PromptDataset(InstructionDataset):
+class PromptDataset(Dataset):
     """Prompts that the model answers when they are gathered into a batch, for GRPO.
 
     The weight of an answer's tokens is its advantage: its reward minus the mean of those to the same
@@ -6093,22 +6057,23 @@ class PromptDataset(InstructionDataset):
     base: Callable | None = None
 
     def __init__(self, store: TokenStore, split: str, block_size: int, max_new_tokens=64):
-        super().__init__(store, split, block_size, "response")
-        prompts = store.index[split]["prompt"][self.rows].astype(np.int64)
-        self.rows, prompts = self.rows[prompts > 1], prompts[prompts > 1]  # 1: plain text
+        self.store, self.split, self.block_size = store, split, block_size
+        self.max_new_tokens, self.rows = max_new_tokens, answer_rows(store, split)
         if not len(self.rows):
             raise UserError(f"the {split} split holds no prompts: GRPO needs instruction records")
-        self.max_new_tokens = max_new_tokens
         self.longest = max(block_size + 1 - max_new_tokens, -(-block_size // 2))  # prompt
-        self.lengths, self.n_cut = np.minimum(prompts, self.longest), 0
+        prompts = self.rows["prompt"].astype(np.int64)
+        self.lengths = np.minimum(prompts, self.longest)
         if n_cut := int((prompts > self.longest).sum()):
             note(f"{n_cut:,} of {len(prompts):,} prompts are longer than {self.longest} tokens and "
                  "lose their middle: raise --block_size, or lower --max_new_tokens")  # fmt: skip
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(prompt, true answer), ids each; the model sees the prompt alone."""
-        row = self.index[self.rows[range(len(self))[i]]]
-        prompt, truth = prompt_and_answer(self.store, self.split, row)
+        prompt, truth = prompt_and_answer(self.store, self.split, self.rows[i])
         return fit_record(prompt, truth[:0], self.longest)[0], truth
 
     @torch.no_grad()
@@ -6133,55 +6098,54 @@ class PromptDataset(InstructionDataset):
 
     def rewards(self, samples: list, answers: list[list]) -> np.ndarray:
         """(prompts, answers to each). Raises UserError where the user's function fails."""
-
-        def text(ids) -> str:
-            return self.store.tokenizer.decode(list(map(int, ids))).strip()
-
+        decode, table = self.store.tokenizer.decode, []
         try:
-            table = [[self.judge(text(prompt), text(ids), text(truth)) for ids in group]
-                     for (prompt, truth), group in zip(samples, answers, strict=True)]  # fmt: skip
+            for (prompt, truth), group in zip(samples, answers, strict=True):
+                asked, wanted = decode(prompt).strip(), decode(truth).strip()
+                table.append([self.judge(asked, decode(ids).strip(), wanted) for ids in group])
             return np.asarray_chkfinite(table, float)
         except Exception as error:
             raise UserError(f"--reward failed: {one_line(error)}") from error
 
     def collate(self, samples: list[tuple]) -> AnswerBatch:
-        config, training = self.run.config, self.split == "train"
+        config, rt, training = self.run.config, self.run.rt, self.split == "train"
         n, temperature = (config.num_generations, config.temperature) if training else (1, 0.0)
         answers = self.answers(samples, n, temperature)
         rewards = self.rewards(samples, answers)
         tokens = float(sum(len(ids) for group in answers for ids in group))
+        advantages = rewards - rewards.mean(1, keepdims=True) if training else rewards
+        if training and config.grpo_normalize:
+            advantages /= rewards.std(1, keepdims=True) + 1e-4
+        rows = self.weighted_rows(samples, answers, advantages) if training else []
+        batch = pad(rows, self.store.tokenizer.pad_id, self.block_size)
         if not training:
             stats = torch.tensor([[rewards.sum(), tokens]])
-            return AnswerBatch(*super().collate([]), n_targets=float(len(samples)), stats=stats)
-        advantages = rewards - rewards.mean(1, keepdims=True)
-        if config.grpo_normalize:
-            advantages /= rewards.std(1, keepdims=True) + 1e-4
-        batch = super().collate(self.weighted_rows(samples, answers, advantages))
+            return AnswerBatch(*batch, n_targets=float(len(samples)), stats=stats)
         # Means over all processes' answers, spread evenly over the rows. Times this process's
         # tokens, since the loop adds up all processes' rows and divides by all their tokens.
-        *sums, n = self.run.rt.sum(rewards.sum(), tokens, rewards.size)
+        *sums, n = rt.sum(rewards.sum(), tokens, rewards.size)
         stats = torch.tensor([sums]).expand(len(batch.x), 2) / n * tokens / len(batch.x)
         batch = AnswerBatch(*batch, batch.weight, n_targets=tokens, stats=stats)
         if self.base:
-            with torch.no_grad(), self.run.rt.autocast():
-                batch.reference = -self.base(*batch.to(self.run.rt.device)).cpu()
+            with torch.no_grad(), rt.autocast():
+                batch.reference = -self.base(*batch.to(rt.device)).cpu()
         return batch
 
     def weighted_rows(self, samples: list, answers: list[list], advantages: np.ndarray) -> list:
         """(x, y, weight) of each answer that weighs something. Equal ones to a prompt are one
         with the sum of their weights; --kl_beta needs each."""
-        weights, rows = Counter(), []
-        for i, group in enumerate(answers):
-            for k, ids in enumerate(group):
-                weights[i, tuple(ids), k if self.base else 0] += advantages[i, k]
-        kept = {key: weight for key, weight in weights.items() if weight or self.base}
-        for i, answer, k in kept or list(weights)[:1]:  # a batch has a row
-            prompt = samples[i][0].tolist()
-            ids = torch.tensor([*prompt, *answer])
-            answered = torch.arange(1, len(ids)) >= len(prompt)
-            y = ids[1:].masked_fill(~answered, IGNORE)
-            rows.append((ids[:-1], y, answered * float(weights[i, answer, k])))
-        return rows
+        rows = []
+        for (prompt, _), group, gains in zip(samples, answers, advantages, strict=True):
+            weights = Counter()
+            for k, (answer, gain) in enumerate(zip(group, gains, strict=True)):
+                weights[tuple(answer), k if self.base else 0] += gain
+            for (answer, _), weight in weights.items():
+                ids = torch.tensor([*prompt.tolist(), *answer])
+                answered = torch.arange(1, len(ids)) >= len(prompt)
+                y = ids[1:].masked_fill(~answered, IGNORE)
+                rows.append((ids[:-1], y, answered * float(weight)))
+        kept = [row for row in rows if self.base or row[2].any()]
+        return kept or rows[:1]  # a batch has a row
 
 
 OBJECTIVES |= {"dpo": preference_loss, "orpo": orpo_loss, "grpo": grpo_loss}
@@ -6190,13 +6154,14 @@ OBJECTIVES |= {"dpo": preference_loss, "orpo": orpo_loss, "grpo": grpo_loss}
 def tuned_from(config: FinetuneConfig, base: Loaded, folder: RunFolder) -> Loaded:
     """The model to train: the base's weights under the settings of this run, or the folder's."""
     lora, usual = lora_settings(config), {}
+    needs_base = config.objective == "dpo" or config.kl_beta > 0  # it is part of what is minimised
     if config.objective != "ntp":  # as answers and the base's likelihoods are computed
         usual = dict(dropout=0.0, token_dropout=0.0)
     if folder.state:
         model = restored(folder.state).model
     else:
         model = with_settings(base.model, config, **usual)
-        if config.kl_beta:  # until here they share their weights, and the base's must stay
+        if needs_base:  # until here they share their weights, and the base's must stay
             model = copy.deepcopy(model)
         if lora:
             add_lora(model, lora)
@@ -6204,7 +6169,8 @@ def tuned_from(config: FinetuneConfig, base: Loaded, folder: RunFolder) -> Loade
         p.requires_grad = not lora or "lora_" in name
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     note(f"training {trained:,} of {model.n_params():,} parameters")
-    return Loaded(model, base.tokenizer, {"lora": lora})
+    digest = weights_digest(base.model) if needs_base else None
+    return Loaded(model, base.tokenizer, {"lora": lora, "base": digest})
 
 
 def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
@@ -6216,74 +6182,15 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     pairs = dataset_of(config) is PreferenceDataset
     store = open_store(config, rt, base, bool(folder.state), pairs)
     base.model.to(rt.device).eval().requires_grad_(False)
-    before = {}
+    before = None
     if config.report_samples and not config.overfit_batch:
         before = report(base, store, rt, *report_shape(config, store))
     tuned = tuned_from(config, base, folder)
-    if config.objective == "dpo" or config.kl_beta:  # the base is part of what is minimised
-        tuned.state["base"] = weights_digest(base.model)
     run = make_run(config, rt, stop, folder, tuned, store)
     for loader in filter(None, (run.train, run.val)):
-        if config.objective == "dpo":
-            refer_to_base(loader.dataset, base.model, config, rt)
-        elif config.objective == "grpo":
-            loader.dataset.run, loader.dataset.judge = run, judge
-            loader.dataset.base = base.model.losses if config.kl_beta else None
-    best = run_fit(run, folder)
-    if best and not stop and config.report_samples:
-        say_result(run, folder, best, before)
-    return best
-
-
-def report_shape(config: FitConfig, store: TokenStore) -> tuple[str, int, int]:
-    """(split, batch size, batches of each source) of the reports of train and finetune."""
-    split = "val" if len(store.tokens["val"]) > 1 else "train"
-    n = getattr(config, "report_samples", 256) / (config.batch_size * len(store.sources))
-    return split, config.batch_size, math.ceil(n)
-
-
-def say_result(run: Run, folder: RunFolder, best: str, before: dict | None = None) -> None:
-    """Report on the best checkpoint, compare it with the last where that knows more of what it was
-    trained on, and say what to type next."""
-    how, p = (run.store, run.rt, *report_shape(run.config, run.store)), run.progress
-    after = report(load_model(best), *how)
-    note("\n".join(report_lines(after, before, most_sources=12)))
-    files, last = [best], str(folder.file("last.pth"))
-    known = after.get("answers", {}).get("train", {"records": 0})
-    if known["records"] and p.best_step < p.step:
-        answers = report(load_model(last), *how)["answers"]["train"]
-        if answers["exact"] > known["exact"] + 0.05:
-            files.append(last)
-            note(f"{last} answers {answers['exact']:.0%} of the trained questions exactly, {best}, of "
-                 f"the lowest loss on what was held out, {known['exact']:.0%}: to ask what it was "
-                 f"trained on, take {last}")  # fmt: skip
-    data = ["--data_dir", str(run.store.folder)]
-    if run.store.meta["pairs"]:  # of use to no other command
-        name = "hf_dataset" if run.config.hf_dataset else "data_dir"
-        data = [f"--{name}", getattr(run.config, name)]
-    data += [] if run.val else ["--split", "train"]
-    note("next:")
-    for file in files:  # the last file is asked what it was trained on
-        split = "val" if run.val and file == best else "train"
-        instruction, text = example_prompt(run.store, split)
-        prompt = ["--prompt", instruction, *(["--input", text] if text else [])]
-        usual = {"eval": data, "sample": prompt, "export": []}
-        for command, flags in (usual if file == best else {"sample": prompt}).items():
-            note(f"  python llm_pipeline.py {shlex.join([command, '--ckpt', file, *flags])}")
-
-
-def fit_command(loop: Callable) -> Callable:
-    """The command of a loop: it prints the path of the best checkpoint."""
-
-    @wraps(loop)
-    def command(config: FitConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> None:
-        result = loop(config, rt, stop, folder)
-        if stop:
-            raise Interrupted
-        if result and rt.is_main:
-            print(result)
-
-    return command
+        loader.dataset.run, loader.dataset.judge = run, judge
+        loader.dataset.base = base.model.losses if tuned.state["base"] else None
+    return run_fit(run, folder, before)
 
 
 # --- eval ---
@@ -7012,8 +6919,8 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
 
 
 COMMANDS = {  # name: its settings, its function
-    "train": (TrainConfig, fit_command(train_loop)),
-    "finetune": (FinetuneConfig, fit_command(finetune_loop)),
+    "train": (TrainConfig, train_loop),
+    "finetune": (FinetuneConfig, finetune_loop),
     "eval": (EvalConfig, eval_command),
     "sample": (SampleConfig, sample_command),
     "prepare": (PrepareConfig, prepare_command),

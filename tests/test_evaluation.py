@@ -402,12 +402,12 @@ def test_exact_answers_are_those_that_greedy_decoding_writes(learned, tmp_path):
 
 def test_an_example_prompt_is_of_a_held_out_record(learned, tmp_path):
     store = open_store(learned[1][1], tmp_path, val_fraction=0.25)
-    instruction, given = lp.example_prompt(store, "val")
+    _, instruction = lp.example_flags(store, "val")
     held_out = store.tokenizer.decode(store.tokens["val"])
-    assert lp.instruction_prompt(instruction, given) in held_out
+    assert lp.instruction_prompt(instruction) in held_out
     (tmp_path / "a.txt").write_text("Once upon a time there was a river. " * 9, encoding="utf-8")
-    first, nothing = lp.example_prompt(open_store(tmp_path / "a.txt", tmp_path), "val")
-    assert len(first.split()) == 6 and nothing == ""
+    _, first = lp.example_flags(open_store(tmp_path / "a.txt", tmp_path), "val")
+    assert len(first.split()) == 6
 
 
 def test_two_reports_stand_beside_each_other(learned, checkpoint, tmp_path):
@@ -460,17 +460,16 @@ def test_a_report_has_at_least_the_samples_asked_for(samples, batches):
     assert lp.report_shape(config, store) == ("val", 32, batches)
 
 
-def test_the_end_of_training_is_short_and_safe_to_show(tmp_path):
-    """Of many files it shows the total alone; what a model writes steers no terminal."""
+def test_the_end_of_training_is_safe_to_show(tmp_path):
+    """What a model writes steers no terminal."""
     (tmp_path / "raw").mkdir()
-    for number in range(40):
+    for number in range(4):
         text = f"{number}: \x1b[31mred\x07" * 9
         (tmp_path / "raw" / f"{number}.txt").write_text(text)
     flags = ["--data_dir", tmp_path / "raw", "--processed_dir", tmp_path / "p", *MODEL]
     few = ["--val_fraction", "0.5", "--max_steps", 2]
     result = run("train", *flags, *few, "--out_dir", tmp_path / "run").ok()
     ending = result.err.split("done: ")[1].split("next:")[0]
-    assert "\ntotal " in ending and ".txt" not in ending
     assert "\ufffd[31mred\ufffd" in ending
     assert not [c for c in ending.replace("\n", "") if unicodedata.category(c) == "Cc"]
 

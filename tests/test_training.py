@@ -173,14 +173,6 @@ def test_resume_of_a_mistyped_folder_begins_no_run_of_defaults(tmp_path):
     assert not (tmp_path / "typo/config.json").exists()
 
 
-def test_time_limit_stops_and_resumes(whole, corpus, tmp_path):
-    flags = ["--out_dir", tmp_path, "--max_minutes"]
-    run("train", *corpus, *SHORT, *flags, "1e-6").ok()
-    assert progress(tmp_path / "last.pth")["step"] < 10
-    run("train", *corpus, *SHORT, *flags, "0", "--resume").ok()
-    assert differences(whole / "last.pth", tmp_path / "last.pth") == []
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, corpus) -> Path:
     """The folder of a run stopped at step 4; not to be written to."""
