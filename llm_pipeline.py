@@ -5249,12 +5249,8 @@ class CorpusFacts:
     """What is known of the text before it is tokenized; nothing, as it stands here."""
 
     n_bytes: int = 0
-    sizes: Sequence[float] = ()  # bytes of each record, where every one has an answer
+    sizes: list[float] = field(default_factory=list)  # bytes of each record, if all have answers
     stored: dict = field(default_factory=dict)  # tokenizer and vocab_size of a prepared store
-
-    @property
-    def all_answers(self) -> bool:
-        return len(self.sizes) > 0
 
     def block_size(self, tokenizer: str, vocab_size: int) -> int:
         """A block that holds all but the longest records, of little data all of them, with their
@@ -5265,39 +5261,36 @@ class CorpusFacts:
 
 
 def corpus_facts(settings: dict, most_bytes: float = math.inf) -> CorpusFacts:
-    """Of the folder, file or store that settings name, where it is no larger than `most_bytes`;
-    nothing of datasets, of toy exercises and of a command without data."""
+    """Of the folder, file or store that settings name; of files larger than `most_bytes` without
+    sizes, which would be read once more; nothing of datasets and of a command without data."""
     if "data_dir" not in settings or settings["hf_dataset"]:
         return CorpusFacts()
     config = DataConfig(**{f.name: settings[f.name] for f in fields(DataConfig)})
     try:
         if is_store(config.data_dir):
-            facts = facts_of_store(TokenStore(Path(config.data_dir)))
-        elif size_of_files(config) >= most_bytes:  # all of it would be read once more
-            return CorpusFacts()
-        else:
-            facts = facts_of_files(store_key(config, {}, False), **vars(config))
+            return facts_of_store(TokenStore(Path(config.data_dir)))
+        return facts_of_files(store_key(config, {}, False), most_bytes, **vars(config))
     except (UserError, OSError):  # it will be said when the corpus is built
         return CorpusFacts()
-    return facts if facts.n_bytes < most_bytes else CorpusFacts()
 
 
 def facts_of_store(store: TokenStore) -> CorpusFacts:
-    meta, index, sizes = store.meta, store.index["train"], ()
+    meta, sizes = store.meta, []
     n_bytes = meta["source_bytes"] or sum(row.get("bytes", 0) for row in meta["counts"].values())
     if all((rows["prompt"] > 1).all() for rows in store.index.values()):
-        sizes = index["length"] * (n_bytes / sum(map(len, store.tokens.values())))
+        bytes_a_token = n_bytes / sum(map(len, store.tokens.values()))
+        sizes = (store.index["train"]["length"] * bytes_a_token).tolist()
     stored = {"tokenizer": meta["tokenizer"]["kind"], "vocab_size": store.tokenizer.vocab_size}
     stored = {name: meta["settings"].get(name, known) for name, known in stored.items()}
     return CorpusFacts(n_bytes, sizes, stored)
 
 
 @lru_cache
-def facts_of_files(fingerprint: str, **data) -> CorpusFacts:
+def facts_of_files(fingerprint: str, most_bytes: float, **data) -> CorpusFacts:
     """Each reading of the files, by `fingerprint`, is done once."""
     config, sizes = DataConfig(**data), []
     n_bytes = size_of_files(config)
-    for record in read_records(config, Report()) if n_bytes else ():
+    for record in read_records(config, Report()) if 0 < n_bytes < most_bytes else ():
         if record.is_plain:  # it may be long: no more is read
             return CorpusFacts(n_bytes)
         sizes.append(sum(len(encoded(turn.prompt + turn.response)) for turn in record.turns))
@@ -5318,7 +5311,7 @@ def classic_recipe(settings: dict, explicit: dict) -> dict:
     if asked or "answer_weight" not in settings:  # which only `train` has
         return {}
     facts = corpus_facts(settings, SMALL)
-    if not facts.all_answers:
+    if not facts.sizes or facts.n_bytes >= SMALL:
         return {}
     plan = {"answer_weight": 10}
     if not settings["init_from"]:
@@ -5343,7 +5336,7 @@ def fast_recipe(settings: dict, explicit: dict) -> dict:
     facts = corpus_facts(settings)
     n_bytes, explicit = facts.n_bytes, facts.stored | explicit
     as_windows = explicit.get("answer_weight") == 0 or explicit.get("stride", 0) > 0
-    weighed = facts.all_answers and not as_windows
+    weighed = bool(facts.sizes) and not as_windows
     has_library = importlib.util.find_spec("tokenizers") and not settings.get("init_from")
     bpe = n_bytes >= 1e5 and has_library
     plan = dict(tokenizer="bpe" if bpe else "byte", dropout=0.0, token_dropout=0.0)
@@ -5507,21 +5500,6 @@ def dataset_of(config: FitConfig) -> Callable[[TokenStore, str, int], Dataset]:
     return LMDataset.from_store
 
 
-def open_loaders(config: FitConfig, rt: Runtime, store: TokenStore, block_size: int) -> tuple:
-    """(training loader, validation loader or None), with a word on what they leave out."""
-    train, val = create_dataloaders(
-        store, block_size, config.batch_size, config.seed, dataset=dataset_of(config),
-        stride=getattr(config, "stride", 0), eval_batches=config.eval_batches,
-        grad_accum=config.grad_accum, rt=rt,
-    )  # fmt: skip
-    if not val:
-        note("the validation split is empty: best.pth will follow the training loss")
-    if n_cut := getattr(train.dataset, "n_cut", 0):
-        note(f"{n_cut:,} of {len(train.dataset):,} records are longer than {block_size} tokens and "
-             "lose the middle of their prompt or the end of their answer: raise --block_size")  # fmt: skip
-    return train, val
-
-
 # Of a run whose length nobody has set: fewer steps teach little, however small the data.
 FEWEST_STEPS = 300
 
@@ -5554,7 +5532,17 @@ def make_run(
         self_test(loaded.model.config, rt)
     choose_threads(config, rt, loaded.model.config, config.batch_size // config.grad_accum)
     model, resumed = loaded.model.to(rt.device).train(), folder.state
-    train, val = open_loaders(config, rt, store, model.config.block_size)
+    block_size, dataset = model.config.block_size, dataset_of(config)
+    train, val = create_dataloaders(
+        store, block_size, config.batch_size, config.seed, dataset=dataset,
+        stride=getattr(config, "stride", 0), eval_batches=config.eval_batches,
+        grad_accum=config.grad_accum, rt=rt,
+    )  # fmt: skip
+    if not val:
+        note("the validation split is empty: best.pth will follow the training loss")
+    if n_cut := getattr(train.dataset, "n_cut", 0):
+        note(f"{n_cut:,} of {len(train.dataset):,} records are longer than {block_size} tokens and "
+             "lose the middle of their prompt or the end of their answer: raise --block_size")  # fmt: skip
     total = steps_to_take(config, train)  # before the settings are written down
     folder.about = describe_run(config, rt, loaded, store)
     p = Progress(

@@ -4,7 +4,6 @@ import json
 import math
 import random
 import unicodedata
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -451,13 +450,6 @@ def test_training_ends_with_the_report(texts, tmp_path):
         assert rows[name] in ending, name
     for word in ("given", "truth", "model"):
         assert sum(line.startswith(f"  {word}") for line in ending) == 3
-
-
-@pytest.mark.parametrize(("samples", "batches"), [(50, 2), (64, 2), (1, 1)])
-def test_a_report_has_at_least_the_samples_asked_for(samples, batches):
-    config = lp.FinetuneConfig(report_samples=samples, batch_size=32)
-    store = SimpleNamespace(tokens={"val": range(9)}, sources=["one"])
-    assert lp.report_shape(config, store) == ("val", 32, batches)
 
 
 def test_the_end_of_training_is_safe_to_show(tmp_path):
