@@ -1246,21 +1246,20 @@ def train_step(run: Run, batch: Batch) -> tuple[float, float, dict]:
 
 
 @torch.no_grad()
-def estimate_loss(
-    model: GPT, loader: DataLoader, objective: Objective, config, rt: Runtime, stop: Stop = False
-) -> tuple[float, dict]:
+def estimate_loss(run: Run, loader: Iterable[Batch]) -> tuple[float, dict]:
     """Mean loss and statistics per target over a loader. Draws no random number.
 
     Raises Interrupted when a stop signal comes.
     """
-    sums, training = Counter(), model.training
+    model, rt, sums = run.model, run.rt, Counter()
+    training = model.training
     model.eval()
     try:
         for batch in loader:
-            if any(rt.sum(bool(stop))):
+            if any(rt.sum(bool(run.stop))):
                 raise Interrupted
             with rt.autocast():
-                loss, stats = objective(model.losses, batch.to(rt.device), config)
+                loss, stats = run.objective(model.losses, batch.to(rt.device), run.config)
             if n_targets := batch.n_targets:  # else it stands in for none, see ValidationSampler
                 sums.update({"loss": float(loss), "targets": n_targets})
                 sums.update({name: float(value) for name, value in stats.items()})
@@ -1278,8 +1277,7 @@ def assess(run: Run, loss: float) -> None:
     """Evaluate, record, and keep the best. Without validation data the training loss stands in."""
     p = run.progress
     if run.val:
-        how = run.objective, run.config, run.rt, run.stop
-        loss, stats = estimate_loss(run.model, run.val, *how)
+        loss, stats = estimate_loss(run, run.val)
         run.recorder.validation(loss, stats)
     elif math.isnan(loss):  # resumed here: no step has been taken yet whose loss could be judged
         return
@@ -4906,18 +4904,6 @@ def rows_of(store: TokenStore, split: str, source: str = "") -> np.ndarray:
     return rows[rows["source"] == store.sources.index(source)] if source else rows
 
 
-def answer_rows(store: TokenStore, split: str, source: str = "") -> np.ndarray:
-    """Those that stand for trained answers."""
-    rows = rows_of(store, split, source)
-    return rows[(rows["prompt"] > 1) & (rows["trained"] == 1)]  # plain text has a bos at most
-
-
-def prompt_and_answer(store: TokenStore, split: str, row) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of all that precedes an answer, and of the answer."""
-    ids = store.ids(split, int(row["start"]), int(row["length"]))
-    return ids[: row["prompt"]], ids[row["prompt"] :]
-
-
 class RecordWindows(Dataset):
     """A source's records, each by itself, cut so that each token is a target once: ds[i] -> (x, y).
 
@@ -4958,17 +4944,33 @@ class RecordWindows(Dataset):
         return pad(samples, self.store.tokenizer.pad_id, self.block_size)
 
 
+class Answers(Dataset):
+    """The trained answers of a split, of one source or of all: ds[i] -> ids of all that precedes an
+    answer, and of the answer."""
+
+    def __init__(self, store: TokenStore, split: str, source: str = ""):
+        self.store, self.split, rows = store, split, rows_of(store, split, source)
+        self.rows = rows[(rows["prompt"] > 1) & (rows["trained"] == 1)]  # plain text: a bos at most
+        self.lengths = self.rows["length"].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        start, length, prompt = (int(self.rows[name][i]) for name in ("start", "length", "prompt"))
+        ids = self.store.ids(self.split, start, length)
+        return ids[:prompt], ids[prompt:]
+
+
 def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
     """The distinct answers of a source where they are few and repeat, else an empty list."""
     labels: dict[bytes, np.ndarray] = {}
     total = 0
-    for split in ("train", "val"):
-        for row in answer_rows(store, split, source):
-            answer = prompt_and_answer(store, split, row)[1]
-            labels[answer.tobytes()] = answer
-            total += 1
-            if len(answer) > 64 or len(labels) > 10:
-                return []
+    for _, answer in chain(Answers(store, "train", source), Answers(store, "val", source)):
+        labels[answer.tobytes()] = answer
+        total += 1
+        if len(answer) > 64 or len(labels) > 10:
+            return []
     few = 1 < len(labels) <= total // 10
     return [labels[key] for key in sorted(labels)] if few else []
 
@@ -4987,6 +4989,10 @@ class Evaluation:
         self.model = self.loaded.model.to(self.rt.device).eval()
         self.block_size = self.model.config.block_size
 
+    def sampler(self, data: Dataset, limit: int) -> ValidationSampler:
+        """This process's batches of up to `limit` samples."""
+        return ValidationSampler(data, self.batch_size, limit, self.rt.rank, self.rt.world_size)
+
     def text(self, source: str, split: str) -> dict:
         """Sums over a source's text, for `figures`; {} where it has none.
 
@@ -4996,9 +5002,7 @@ class Evaluation:
         data = RecordWindows(self.store, split, source, self.block_size)
         if not data.n_targets:
             return {}
-        rank, world_size = self.rt.rank, self.rt.world_size
-        sampler = ValidationSampler(data, self.batch_size, self.limit, rank, world_size)
-        loader = make_loader(data, sampler)
+        loader = make_loader(data, self.sampler(data, self.limit))
         shown = tqdm(loader, desc=source, delay=1, leave=False, disable=not self.rt.is_main)
         found = evaluate_perplexity(self.model, shown, rt=self.rt)
         share = found["tokens"] / data.n_targets
@@ -5009,25 +5013,17 @@ class Evaluation:
             "records": share * data.n_records,
         }
 
-    def rows(self, split: str, limit: int, source: str = "") -> np.ndarray:
-        """This process's share of the answers, those of like length together."""
-        rows = answer_rows(self.store, split, source)
-        rows = rows[evenly_spaced(len(rows), limit)]
-        rows = rows[np.argsort(rows["length"], kind="stable")]
-        return rows[self.rt.rank :: self.rt.world_size]
-
     @torch.no_grad()
-    def score(self, split: str, rows: np.ndarray, answer: np.ndarray | None = None) -> tuple:
+    def score(self, data: Answers, limit: int, answer: np.ndarray | None = None) -> tuple:
         """Of each answer, or of another one in its place: its loss in nats, and whether greedy
         decoding writes exactly it; and how many tokens they have.
 
         It does where each token is the likeliest behind the ones before it: one forward pass tells.
         """
         nlls, exact, tokens = [], [], 0
-        for i in range(0, len(rows), self.batch_size):
+        for numbers in filter(None, self.sampler(data, limit)):
             samples = []
-            for row in rows[i : i + self.batch_size]:
-                prompt, truth = prompt_and_answer(self.store, split, row)
+            for prompt, truth in (data[i] for i in numbers):
                 response = truth if answer is None else answer
                 ids, first = fit_record(prompt, response, self.block_size + 1)
                 ids = torch.from_numpy(ids)
@@ -5045,7 +5041,7 @@ class Evaluation:
 
     def answers(self, split: str, limit: int) -> dict:
         """Loss of the answers in nats a token, and the share that greedy decoding writes exactly."""
-        nlls, exact, tokens = self.score(split, self.rows(split, limit))
+        nlls, exact, tokens = self.score(Answers(self.store, split), limit)
         n, nll, exact, tokens = self.rt.sum(len(nlls), sum(nlls), sum(exact), tokens)
         return {"records": int(n), "loss": nll / max(tokens, 1), "exact": exact / max(n, 1)}
 
@@ -5057,11 +5053,11 @@ class Evaluation:
         numbers = {label.tobytes(): number for number, label in enumerate(labels)}
         table = np.zeros((len(labels), len(labels)), int)  # [true, predicted]
         for split in splits:
-            rows = self.rows(split, self.limit, source)
-            nlls = [self.score(split, rows, label)[0] for label in labels]
-            for row, guess in zip(rows, np.argmin(nlls, 0), strict=True):
-                answer = prompt_and_answer(self.store, split, row)[1]
-                table[numbers[answer.tobytes()], guess] += 1
+            data = Answers(self.store, split, source)
+            nlls = [self.score(data, self.limit, label)[0] for label in labels]
+            order = chain.from_iterable(self.sampler(data, self.limit))
+            for i, guess in zip(order, np.argmin(nlls, 0), strict=True):
+                table[numbers[data[i][1].tobytes()], guess] += 1
         table = np.reshape(self.rt.sum(*table.ravel().tolist()), table.shape).astype(int)
         right, true, predicted = table.diagonal(), table.sum(1), table.sum(0)
         scores = {
@@ -5157,9 +5153,7 @@ def report_lines(after: dict, before: dict | None = None) -> list[str]:
         scores = f"{row['loss']:>9.4f}{row['ppl']:>16,.3f}{row['bits_per_byte']:>11.4f}"
         lines.append(f"{name[:23]:<24}{scores}{row['tokens']:>14,}{row['records']:>12,}")
     if after["unknown_tokens"]:
-        lines.append(
-            f"{after['unknown_tokens']:,} tokens of this data are unknown to the vocabulary"
-        )
+        lines.append(f"{after['unknown_tokens']:,} tokens are unknown to the vocabulary")
     for split, name in {"val": "held-out", "train": "training"}.items():
         shown = [each["answers"][split] for each in (before, after) if each and "answers" in each]
         if shown and shown[-1]["records"]:
@@ -5202,11 +5196,11 @@ def shortened(text: str) -> str:
 
 def example_flags(store: TokenStore, split: str) -> list[str]:
     """`sample`'s flags for a split's short record; of plain text, for some of its words."""
-    rows = answer_rows(store, split)
-    if not len(rows):
+    answers = Answers(store, split)
+    if not len(answers):
         text = store.tokenizer.decode(store.ids(split, 0, min(60, len(store.tokens[split]))))
         return ["--prompt", " ".join(text.split()[1:7])]  # the first may be cut
-    prompt, _ = prompt_and_answer(store, split, rows[np.argmin(rows["prompt"])])
+    prompt, _ = answers[np.argmin(answers.rows["prompt"])]
     text = store.tokenizer.decode(prompt)
     pattern = r"(?:### System: .*\n)?### Instruction: (.*)\n### Input: (.*)\n### Output:"
     found = re.fullmatch(pattern, text, re.DOTALL)
@@ -5541,7 +5535,7 @@ def make_run(
     if not val:
         note("the validation split is empty: best.pth will follow the training loss")
     if n_cut := getattr(train.dataset, "n_cut", 0):
-        note(f"{n_cut:,} of {len(train.dataset):,} records are longer than {block_size} tokens and "
+        note(f"{n_cut:,} training records do not fit into {block_size} tokens and "
              "lose the middle of their prompt or the end of their answer: raise --block_size")  # fmt: skip
     total = steps_to_take(config, train)  # before the settings are written down
     folder.about = describe_run(config, rt, loaded, store)
@@ -5552,7 +5546,7 @@ def make_run(
     )
     if resumed:
         check_drift(resumed, folder.about)
-        p = resumed_progress(config, rt, resumed, p)
+        p = resumed_progress(config, resumed, p)
     if config.overfit_batch:
         train.batch_sampler.first_batch_only, val = True, None
     model.grad_checkpointing = p.grad_checkpointing
@@ -5573,7 +5567,7 @@ def make_run(
     return run
 
 
-def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, new: Progress) -> Progress:
+def resumed_progress(config: FitConfig, resumed: dict, new: Progress) -> Progress:
     """Where the run goes on. What running out of memory has changed stays, unless the flag was
     given."""
     progress = Progress(**resumed["progress"])
@@ -5581,8 +5575,6 @@ def resumed_progress(config: FitConfig, rt: Runtime, resumed: dict, new: Progres
         progress.total = new.total
     if progress.step > progress.total:
         raise UserError(f"the run is at step {progress.step} already: --max_steps ends before it")
-    if rt.sum(progress.step)[0] != progress.step * rt.world_size:
-        raise UserError("the processes read different checkpoints: give one --out_dir to them all")
     for name in config.explicit & {"grad_accum", "grad_checkpointing"}:
         setattr(progress, name, getattr(new, name))
     return progress
@@ -5610,8 +5602,7 @@ def run_fit(run: Run, folder: RunFolder, before: dict | None = None) -> str:
     ):
         try:
             if isinstance(config, FinetuneConfig) and run.val and p.base_loss is None:
-                how = run.objective, config, run.rt, run.stop
-                p.base_loss, stats = estimate_loss(run.model, run.val, *how)
+                p.base_loss, stats = estimate_loss(run, run.val)
                 run.recorder.validation(p.base_loss, stats)
             ended = fit(run)
         except Diverged as error:
@@ -5825,8 +5816,7 @@ class Clock:
             while len(took) < 4 or (len(took) < 50 and rt.of_first(sum(took)) < 1.2 * minutes):
                 took.append(seconds_of(lambda: train_step(run, next(batches).to(rt.device))))
             if run.val:
-                how = islice(run.val, 1), run.objective, config, rt, stop
-                look = seconds_of(estimate_loss, run.model, *how) * len(run.val)
+                look = seconds_of(estimate_loss, run, islice(run.val, 1)) * len(run.val)
         scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `open_run` sweeps
         save = seconds_of(save_run, run, folder.about, scratch)
         if rt.is_main:
@@ -6030,7 +6020,7 @@ def grpo_loss(losses: Callable, batch: AnswerBatch, config) -> tuple[Tensor, dic
     return loss, stats
 
 
-class PromptDataset(Dataset):
+class PromptDataset(Answers):
     """Prompts that the model answers when they are gathered into a batch, for GRPO.
 
     The weight of an answer's tokens is its advantage: its reward minus the mean of those to the same
@@ -6045,23 +6035,18 @@ class PromptDataset(Dataset):
     base: Callable | None = None
 
     def __init__(self, store: TokenStore, split: str, block_size: int, max_new_tokens=64):
-        self.store, self.split, self.block_size = store, split, block_size
-        self.max_new_tokens, self.rows = max_new_tokens, answer_rows(store, split)
-        if not len(self.rows):
+        super().__init__(store, split)
+        self.block_size, self.max_new_tokens = block_size, max_new_tokens
+        if not len(self):
             raise UserError(f"the {split} split holds no prompts: GRPO needs instruction records")
         self.longest = max(block_size + 1 - max_new_tokens, -(-block_size // 2))  # prompt
         prompts = self.rows["prompt"].astype(np.int64)
         self.lengths = np.minimum(prompts, self.longest)
-        if n_cut := int((prompts > self.longest).sum()):
-            note(f"{n_cut:,} of {len(prompts):,} prompts are longer than {self.longest} tokens and "
-                 "lose their middle: raise --block_size, or lower --max_new_tokens")  # fmt: skip
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.n_cut = int((prompts > self.longest).sum())
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(prompt, true answer), ids each; the model sees the prompt alone."""
-        prompt, truth = prompt_and_answer(self.store, self.split, self.rows[i])
+        prompt, truth = super().__getitem__(i)
         return fit_record(prompt, truth[:0], self.longest)[0], truth
 
     @torch.no_grad()

@@ -108,10 +108,10 @@ def test_the_context_holds_the_records(tmp_path):
     flags = [*CPU, "--data_dir", tmp_path / "long.jsonl", "--processed_dir", tmp_path / "stores",
              *words("--preset cpu-debug --n_layer 1 --n_embd 32 --max_steps 1")]  # fmt: skip
     fast = run("train", *flags, "--recipe", "fast", "--out_dir", tmp_path / "fast").ok()
-    assert "longer than" not in fast.err
+    assert "do not fit" not in fast.err
     assert lp.load_model(str(tmp_path / "fast/last.pth")).model.config.block_size > 200
     named = ["--recipe", "fast", "--block_size", 64, "--out_dir", tmp_path / "named"]
-    assert "records are longer than 64 tokens" in run("train", *flags, *named).ok().err
+    assert "records do not fit into 64 tokens" in run("train", *flags, *named).ok().err
     assert lp.load_model(str(tmp_path / "named/last.pth")).model.config.block_size == 64
 
 
