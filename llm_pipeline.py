@@ -3931,9 +3931,7 @@ def build_corpus_from_sources(
         label = Path(config.hf_dataset or os.path.abspath(config.data_dir)).name[:40] or "data"
         folder = folder or Path(config.processed_dir) / f"{label}-{key}"
         with run_lock(folder.parent, f".{folder.name}.lock", wait=True):
-            if is_store(folder):
-                note(f"{folder} was made before")
-            else:
+            if not is_store(folder):
                 with write_beside(folder) as new:
                     write_store(config, tokenizer, new, key, pairs)
         store = TokenStore(folder)
