@@ -69,7 +69,8 @@ def main() -> None:
                 for tokenizer in ("byte", "bpe"):
                     flags = ["--data_dir", text, "--tokenizer", tokenizer, "--vocab_size", 8192]
                     flags += ["--doc_delimiter", r"\n"] if kind == "lines" else []
-                    seconds, peak = run("prepare", *flags, "--out_dir", folder / "store")
+                    flags += ["--processed_dir", folder / f"{kind}-{size}-{tokenizer}"]
+                    seconds, peak = run("prepare", *flags)
                     print(f"prepare {size:>5} MB {kind:<8}{tokenizer:<6}"
                           f"{peak:>8.0f} MB peak{seconds:>8.1f} s", flush=True)  # fmt: skip
                 text.unlink()
