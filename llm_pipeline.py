@@ -4553,7 +4553,10 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
     path = Path(name)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or path.is_file():
         state = load_checkpoint(path)
-        loaded = restored(state)
+        try:
+            loaded = restored(state)
+        except UserError as error:
+            raise UserError(f"{path} is not a usable checkpoint: {error}") from None
         if state.get("lora") and merge:
             loaded.model.float()  # frozen weights may be bf16, too coarse to add small changes to
             merge_lora(loaded.model)
