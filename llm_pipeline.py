@@ -339,7 +339,7 @@ class InstructionDataset(Dataset):
         if not len(self.rows):
             raise UserError(f"the {split} split holds no records")
         length, prompt = (index[name][self.rows].astype(np.int64) for name in ("length", "prompt"))
-        if answer_weight > 1 and (prompt <= 1).any():
+        if self.answer_weight > 1 and (prompt <= 1).any():
             raise UserError("plain text has no answers to weigh: leave out --answer_weight")
         response = np.minimum(length - prompt, block_size)
         self.lengths = np.minimum(prompt, block_size + 1 - response) + response  # once cut
@@ -986,7 +986,8 @@ def next_token_loss(losses: Callable, batch: Batch, config=None) -> tuple[Tensor
 # choice of --objective. If it wants
 #  - settings of its own: fields of FinetuneConfig, each with a row in OBJECTIVE_OF;
 #  - pairs, prompts or other batches than of whole records: its data set in `dataset_of`;
-#  - more than a batch holds, such as the base: `finetune_loop` gives it to the data set.
+#  - more than a batch holds, such as the base: `tuned_from` says that it does, and `finetune_loop`
+#    gives it to the data set.
 # Section 15 adds preference and reward.
 OBJECTIVES: dict[str, Objective] = {"ntp": next_token_loss}
 
@@ -1497,7 +1498,7 @@ class PresetConfig(Settings):
 
     preset: str = option("tiny-8g", "sizes that fit a machine", choices=tuple(PRESETS))
     recipe: str = option(
-        "classic", "classic: what the preset says; fast: measured quickest",
+        "classic", "classic: the preset as it stands; fast: measured quickest",
         choices=("classic", "fast"),
     )  # fmt: skip
     arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)", choices=tuple(ARCHS))
@@ -1778,6 +1779,7 @@ def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        folder.mkdir(parents=True, exist_ok=True)  # who held it may have taken it away
     except filelock.Timeout:
         raise UserError(f"another run uses {folder}: wait, or name another --out_dir") from None
     except OSError as error:
@@ -1788,10 +1790,11 @@ def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
         made = []
     finally:
         lock.release()
-        for path in made:  # the innermost first; what holds more than locks stays
-            with contextlib.suppress(OSError):
-                if all(each.name.endswith("lock") for each in path.iterdir()):
-                    shutil.rmtree(path)
+        with contextlib.suppress(OSError):  # a folder that holds more than the lock stays
+            if made:
+                (folder / name).unlink(missing_ok=True)
+            for path in made:  # the innermost first
+                path.rmdir()
 
 
 @contextlib.contextmanager
@@ -2904,7 +2907,10 @@ def present(row: dict, names: Iterable[str], empty: tuple = (None,)) -> str:
 
 def text_from(value, name: str) -> str:
     """The text of a column or field. Numbers, lists and objects are written as JSON."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        raise ValueError(f"{name!r} must be text, not {type(value).__name__}") from None
     if "\0" in text:
         raise ValueError(f"{name!r} holds NULs, which text does not")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -2924,6 +2930,17 @@ def take_masks(row: dict, names: Iterable[str] = MASKS) -> bool:
         if value.strip().lower() not in FLAGS:
             raise ValueError(f"{name!r} is {value}, not 0 or 1 as masks and KTO's labels are")
     return all(FLAGS[value.strip().lower()] for value in masks.values())
+
+
+def take_liking(row: dict, columns: Iterable[str]) -> bool:
+    """Whether people liked the answer, as KTO's label says, which is taken out; True where a label
+    says nothing of the kind. Numbers count beside KTO's own columns alone: elsewhere they may be
+    those of classes. Raises ValueError on others than 0 and 1 there."""
+    label = str(row.get("label")).strip().lower()
+    is_number = re.fullmatch(r"[-.\d]+", label) is not None
+    if label in ("true", "false") or (is_number and {"prompt", "completion"} <= {*columns}):
+        return take_masks(row, ("label",))
+    return True
 
 
 def left_over(row: dict, place: str, unsupported: set[str]) -> list[str]:
@@ -2996,18 +3013,13 @@ def record_from_row(row: dict, text_field: str = "text", labels: str = "") -> Re
     by_name = text_field != "text" and row.get(text_field) is not None
     if by_name or not (is_pair or talk or (asked and answer)):
         return plain_record(row, text_field, labels, "" if by_name else asked or answer)
-    columns = {asked: "user", talk: "", answer: "assistant"}  # and the role of a text in each
-    columns.pop("", None)
-    return dialogue_record(row, columns, is_pair)
+    roles = ((asked, "user"), (talk, ""), (answer, "assistant"))  # of a text in each
+    return dialogue_record(row, {name: role for name, role in roles if name}, is_pair)
 
 
 def dialogue_record(row: dict, columns: dict[str, str], is_pair: bool) -> Record:
     """A Record of questions and answers, taken out of these columns of the row."""
-    label = str(row.get("label")).strip().lower()  # KTO's: whether people liked the answer
-    # Numbers count beside KTO's own columns alone, elsewhere they may be those of classes.
-    is_number = re.fullmatch(r"[-.\d]+", label) and {"prompt", "completion"} <= columns.keys()
-    is_liking = is_number or label in ("true", "false")
-    trained, unused = take_masks(row, (*MASKS, "label") if is_liking else MASKS), []
+    trained, liked, unused = take_masks(row), take_liking(row, columns), []
     body: list[Message] = []
     for name, role in columns.items():
         part = take_messages(row, name, role, unused)
@@ -3028,6 +3040,7 @@ def dialogue_record(row: dict, columns: dict[str, str], is_pair: bool) -> Record
         rejected = instruction_response(last.text)
     extra = take_text(row, INPUTS) if columns.keys() & {*QUESTIONS} else ""
     turns = turns_of(body, take_text(row, SYSTEMS), extra)
+    turns[-1].trained = turns[-1].trained and liked
     for turn in turns:
         turn.trained = turn.trained and trained
     return Record(turns, rejected, unused=unused + left_over(row, "the row", UNSUPPORTED))
@@ -3064,7 +3077,7 @@ def plain_record(row: dict, text_field: str, labels: str, half: str) -> Record:
 
     half: a question without its answer, or the other way round.
     """
-    text, role, trained = row.get(text_field), row.get("role"), take_masks(row)
+    text, role = row.get(text_field), row.get("role")
     if half and text is not None:
         raise ValueError(f"{half!r} beside 'text' is half a pair: name one by --text_field")
     if (isinstance(role, str) and role in ROLES) or {"message_id", "parent_id"} <= row.keys():
@@ -3076,7 +3089,8 @@ def plain_record(row: dict, text_field: str, labels: str, half: str) -> Record:
         raise ValueError(f"{what}; {way}, or use {LAYOUTS}")
     if not isinstance(text, str):
         raise ValueError(f"{text_field!r} must be text, not {type(text).__name__}")
-    turn, source = Turn("", text_from(row.pop(text_field), text_field), trained), ""
+    trained, source = take_masks(row), ""
+    turn = Turn("", text_from(row.pop(text_field), text_field), trained)
     if labels and row.get(labels) is not None:
         prompt = instruction_prompt(f"classify the text by {labels}", turn.response)
         answer = instruction_response(text_from(row.pop(labels), labels))
@@ -3102,7 +3116,7 @@ def records_of(source: Source, labels: str, config: DataConfig, report: Report) 
     for where, row in source.rows():
         try:
             record = record_from_row(row, config.text_field, labels if source.table else "")
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             why = one_line(error, 400)
             if config.bad_records == "error":
                 raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip") from None
@@ -3156,8 +3170,10 @@ def label_column(sources: list[Source], config: DataConfig) -> str:
         # A stream shows its labels early, or never.
         for number, (_, row) in enumerate(islice(rows, 1000 if config.streaming else None)):
             is_text = isinstance(row, dict) and isinstance(row.get(config.text_field), str)
-            found = [name for name in LABELS if row.get(name) is not None] if is_text else []
-            name = found[0] if found else ""
+            filled = {name for name in row if row[name] is not None} if is_text else set()
+            name = next((name for name in LABELS if name in filled), "")
+            if filled & {*QUESTIONS, *ANSWERS, *DIALOGUES, "chosen"}:  # no plain text
+                name = ""
             if name:
                 counts[name, str(row[name])] += 1
             if len(counts) > MAX_LABELS:
@@ -3444,9 +3460,13 @@ def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
     roles = {file: role_in_name(part.name) if part else "" for file, part in named.items()}
     validated = {named[file].parent for file, role in roles.items() if role == "val"}
     some = set(roles.values())
-    alone = {"val": not some & {"train", ""}, "test": some == {"test"}}
+    nothing_trains, all_is_test = not some & {"train", ""}, some == {"test"}
     for file, role in roles.items():
-        if alone.get(role) or (role == "train" and named[file].parent not in validated):
+        if role == "train":
+            stands_alone = named[file].parent not in validated
+        else:
+            stands_alone = nothing_trains if role == "val" else all_is_test
+        if stands_alone:
             roles[file] = ""
     return roles
 
@@ -3987,7 +4007,7 @@ def write_store(
     writer, spec, started = StoreWriter(folder, tokenizer, config), tokenizer.spec(), time.time()
     total, limit, need = size_of_files(config), config.max_tokens, tokens_needed(config)
     ahead = BLOCK if limit or need else 64 * BLOCK  # with a limit, little is read past it
-    records = corpus_records(config, writer.report, pairs)
+    records, full = corpus_records(config, writer.report, pairs), False
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True) as bar:
         for record, split, ids in encode_records(records, tokenizer, ahead):
             writer.write(record, split, ids)
@@ -4002,9 +4022,12 @@ def write_store(
         hint = " (preferences need chosen and rejected)" if pairs else ""
         raise UserError(f"no usable records in {config.hf_dataset or config.data_dir}{hint}")
     if config.val_fraction and 0 in writer.size.values() and not data_role(config):
-        what = "by their hashes all records are on one side of the split, and so none "
-        what += "validates" if writer.size["train"] else "trains"
-        note(f"{what}: add data, name files train or valid, or, of one prompt, --split_by content")
+        what, way = "by their hashes all records are on one side of the split", "add data, name "
+        way += "files train or valid, or, of one prompt, --split_by content"
+        if full:
+            what, way = "little text was read", "raise --max_tokens"
+        missing = "validates" if writer.size["train"] else "trains"
+        note(f"{what}, and so none {missing}: {way}")
     files = {}
     for name, file in writer.files.items():
         file.close()
@@ -4040,7 +4063,7 @@ def write_store(
 #     >>> lp.load_checkpoint("ckpts/last.pth")["progress"]["step"]
 # ====================================================================================
 
-CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.3"
+CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.4"
 # PyTorch's archives may end in a comment: its length in two bytes, and it. Ours is a checksum.
 SEAL = (7 + 32).to_bytes(2, "little") + b"sha256:"
 
@@ -4057,6 +4080,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
             torch.save(state, file)
         except RuntimeError as error:  # torch hides a failed write behind its own error
             raise OSError(0, f"the disk may be full: {one_line(error, 80)}") from None
+        file.flush()
         seal = sealed(np.memmap(file, np.uint8, "r")[:-2])
         file.seek(-2, os.SEEK_END)  # in the place of the length of no comment
         file.write(seal)
@@ -4246,11 +4270,16 @@ def state_to_resume(folder: RunFolder, config: FitConfig) -> dict | None:
     last = folder.file("last.pth")
     there = [folder.file(name) for name in RUN_FILES if folder.file(name).exists()]
     if config.resume and last.exists():
-        return load_checkpoint(last)
+        state = load_checkpoint(last)
+        if (state["command"] == "finetune") != bool(folder.suffix):
+            raise UserError(f"{last} belongs to {state['command']}: choose another --out_dir")
+        return state
     saved = [path for path in there if path.suffix == ".pth"]
     for path in saved:
-        if SEAL not in path.read_bytes()[-len(SEAL) - 32 :]:
-            raise UserError(f"{path} was not written by a run: use another --out_dir")
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - len(SEAL) - 32))
+            if not file.read().startswith(SEAL):
+                raise UserError(f"{path} was not written by a run: use another --out_dir")
     if saved and config.resume:
         ways = f"use {folder.start_flag} {saved[0]} and another --out_dir, or --overwrite"
         raise UserError(f"there is no {last.name} to resume: {ways}")
@@ -4848,12 +4877,12 @@ def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        for written in gguf.GGUFReader(file.name).tensors:
-            tensor = tensors[written.name]
-            data = gguf.quants.dequantize(written.data, written.tensor_type).reshape(tensor.shape)
-            error = np.abs(data - tensor).max()
+        written = {tensor.name: tensor for tensor in gguf.GGUFReader(file.name).tensors}
+        for name, tensor in tensors.items():
+            data = gguf.quants.dequantize(written[name].data, written[name].tensor_type)
+            error = np.abs(data.reshape(tensor.shape) - tensor).max()
             if not error <= GGUF_TYPES[dtype][1] * np.abs(tensor).max() + 2**-24:
-                what = f"export failed its check: {written.name} differs by {error:.1e}"
+                what = f"export failed its check: {name} differs by {error:.1e}"
                 raise UserError(f"{what}; try --gguf_type f32")
 
 
@@ -5225,7 +5254,7 @@ class TrainConfig(
     init_from: str = changeable("", "start from a checkpoint or a Hugging Face folder or name")
     answer_weight: int = option(0, "whole records, answers counting N-fold (0: windows)", low=0)
     stride: int = option(0, "distance between windows (0: block_size)", low=0)
-    minutes: float = session_only(0.0, "fill N minutes, recipe fast", low=0.0, high=1e6)
+    minutes: float = session_only(0.0, "fill N minutes: sets size and steps", low=0.0, high=1e6)
 
 
 def model_config(settings: ModelSettings, vocab_size: int = GPTConfig.vocab_size) -> GPTConfig:
@@ -5536,8 +5565,11 @@ def make_run(
     if not val:
         note("the validation split is empty: best.pth will follow the training loss")
     if n_cut := getattr(train.dataset, "n_cut", 0):
-        note(f"{n_cut:,} training records do not fit into {block_size} tokens and "
-             "lose the middle of their prompt or the end of their answer: raise --block_size")  # fmt: skip
+        room, way = block_size, "raise --block_size"
+        if isinstance(train.dataset, PromptDataset):
+            room, way = train.dataset.longest, "raise --block_size, or lower --max_new_tokens"
+        what = "the middle of their prompt or the end of their answer"
+        note(f"{n_cut:,} training records do not fit into {room} tokens and lose {what}: {way}")
     total = steps_to_take(config, train)  # before the settings are written down
     folder.about = describe_run(config, rt, loaded, store)
     p = Progress(
@@ -5548,6 +5580,8 @@ def make_run(
     if resumed:
         check_drift(resumed, folder.about)
         p = resumed_progress(config, resumed, p)
+    if rt.sum(p.step)[0] != p.step * rt.world_size:
+        raise UserError("the processes read different checkpoints: give one --out_dir to them all")
     if config.overfit_batch:
         train.batch_sampler.first_batch_only, val = True, None
     model.grad_checkpointing = p.grad_checkpointing
@@ -5669,13 +5703,15 @@ def say_result(run: Run, folder: RunFolder, best: str, before: dict | None) -> N
     """Report on the best checkpoint, compare it with the last where that knows more of what it was
     trained on, and say what to type next."""
     config, store, p = run.config, run.store, run.progress
-    how = store, run.rt, *report_shape(config, store)
-    after, knows_more = report(load_model(best), *how), False
+    split, batch_size, max_batches = report_shape(config, store)
+    after = report(load_model(best), store, run.rt, split, batch_size, max_batches)
     note("\n".join(report_lines(after, before)))
-    last = str(folder.file("last.pth"))
+    last, knows_more = str(folder.file("last.pth")), False
     if "answers" in after and p.best_step < p.step:
-        known, exact = (each["answers"]["train"]["exact"]
-                        for each in (after, report(load_model(last), *how)))  # fmt: skip
+        known = after["answers"]["train"]["exact"]
+        limit = max_batches * batch_size * len(store.sources)
+        asked = Evaluation(load_model(last), store, run.rt, batch_size)
+        exact = asked.answers("train", limit)["exact"]
         knows_more = exact > known + 0.05
     if knows_more:
         note(f"{last} answers {exact:.0%} of the trained questions exactly, {best}, of the lowest "
@@ -5826,9 +5862,8 @@ class Clock:
         looks = 1 / config.eval_interval + 1 / per_epoch  # a step
         self.step_seconds = step
         self.beside = (look + save) * looks + save / config.save_interval  # a step's share of these
-        self.end = (
-            2 * (look + save) + 1
-        )  # seconds of the last evaluation, the last saves, the report
+        # Seconds of the last evaluation, the last saves, the report.
+        self.end = 2 * (look + save) + 1
         passes = config.epochs if "epochs" in config.explicit else PASSES
         self.most = max(passes * per_epoch, FEWEST_STEPS)  # steps that the text is good for
 
@@ -6950,11 +6985,13 @@ def unknown_setting(cls: type, name: str) -> str:
 
 
 def checked(cls: type, name: str, value, where: str = ""):
-    """The value of a command's setting, from a flag, a file or a caller. Raises UserError, which
-    begins with `where`."""
+    """The value of a command's setting, from a flag, a file or a caller; None leaves it open. Raises
+    UserError, which begins with `where`."""
     spec = fields_of(cls).get(name)
     if not spec:
         raise UserError(where + unknown_setting(cls, name))
+    if value is None:
+        return None
     kind = spec.type.split(" | ")[0]
     choices = [word for word in spec.metadata.get("choices", ()) if word]
     if isinstance(value, Path):
@@ -6996,7 +7033,8 @@ def settle(cls: type, explicit: dict):
     explicit: {setting: value} of the flags, or of a caller in Python; None leaves a setting open.
     Raises UserError.
     """
-    explicit = {n: checked(cls, n, value) for n, value in explicit.items() if value is not None}
+    explicit = {name: checked(cls, name, value) for name, value in explicit.items()}
+    explicit = {name: value for name, value in explicit.items() if value is not None}
     if file := explicit.pop("config", ""):
         explicit = read_config(cls, file) | explicit
     for one, other in EXCLUSIVE:
@@ -7075,9 +7113,9 @@ def read_config(cls: type, path: str) -> dict:
             entries.extend(value.items())
         elif name in known - own.keys():
             left_out.append(name)
-        elif value not in (None, ""):
-            value = checked(cls, name, value, f"{where}: ")
-            if found.setdefault(name, value) != value:
+        else:
+            value = checked(cls, name, None if value == "" else value, f"{where}: ")
+            if value is not None and found.setdefault(name, value) != value:
                 raise UserError(f"{where}: {name} is there twice, with two values: leave one out")
     if left_out:
         some = ", ".join(left_out[:4])
@@ -7178,6 +7216,9 @@ def parse(argv: list[str]) -> tuple[str, Settings]:
     name = explicit.pop("command")
     cls, _ = COMMANDS[name]
     try:
+        if rest and not rest[0].startswith("--"):
+            way = "settings are given as --name value, text with spaces in quotes"
+            raise UserError(f"unexpected {rest[0]!r}: {way}")
         if rest:
             raise UserError(unknown_setting(cls, rest[0].partition("=")[0].removeprefix("--")))
         return name, settle(cls, explicit)
@@ -7256,8 +7297,8 @@ def main(argv: list[str] | None = None) -> int:
 # --- the same from Python: import llm_pipeline as lp ---
 
 
-def from_python(cls: type, function: Callable) -> Callable:
-    """A command's function, called with settings by name. It raises UserError where the command
+def from_python(name: str, cls: type, function: Callable) -> Callable:
+    """A command's function under a name, called with settings by name. It raises UserError where the command
     fails, and prints to stderr alone."""
 
     def call(**settings):
@@ -7268,15 +7309,16 @@ def from_python(cls: type, function: Callable) -> Callable:
             raise KeyboardInterrupt
         return result
 
-    call.__doc__ = function.__doc__
+    call.__name__, call.__qualname__, call.__doc__ = name, name, function.__doc__
     return call
 
 
-train = from_python(TrainConfig, train_loop)  # lp.train(data_dir="book.txt", preset="cpu-debug")
-finetune = from_python(FinetuneConfig, finetune_loop)
-evaluate = from_python(EvalConfig, evaluate_checkpoint)  # the dictionary of `eval --json`
-prepare = from_python(PrepareConfig, prepare_command)  # its folder is a --data_dir
-export = from_python(ExportConfig, export_command)
+# lp.train(data_dir="book.txt", preset="cpu-debug")
+train = from_python("train", TrainConfig, train_loop)
+finetune = from_python("finetune", FinetuneConfig, finetune_loop)
+evaluate = from_python("evaluate", EvalConfig, evaluate_checkpoint)  # as `eval --json`
+prepare = from_python("prepare", PrepareConfig, prepare_command)  # its folder is a --data_dir
+export = from_python("export", ExportConfig, export_command)
 
 
 class TextGenerator:
