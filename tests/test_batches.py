@@ -136,6 +136,16 @@ def test_three_records_are_one_pass_an_epoch(tmp_path):
     assert [len(batch.x) for batch in train] == [3] and val is None
 
 
+def test_answers_are_weighed_where_plain_text_validates(tmp_path):
+    rows = "".join(json.dumps(dict(prompt=f"p{i}", completion="yes")) + "\n" for i in range(9))
+    (tmp_path / "train.jsonl").write_text(rows)
+    (tmp_path / "valid.txt").write_text("Once upon a time there was a river.")
+    store = lp.build_corpus_from_sources(tmp_path, processed_dir=str(tmp_path / "out"))
+    weights = lp.InstructionDataset(store, "train", 64, answer_weight=5)[0][2]
+    assert set(weights.tolist()) == {1.0, 5.0}
+    assert len(lp.InstructionDataset(store, "val", 64, answer_weight=5)[0]) == 2
+
+
 # --- a batch is a function of seed and step ---
 
 

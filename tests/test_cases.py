@@ -1,6 +1,7 @@
 """What people's files hold, one row a case: what is read of it, or what its refusal says."""
 
 import bz2
+import datetime
 import gzip
 import json
 import lzma
@@ -113,6 +114,16 @@ CASES = {
     "kto beside messages": Case({"a.jsonl": jsonl(chat("q", "a") | dict(label=True),
                                                   chat("r", "b") | dict(label=False))},
                                 ["q > a"], ("no answer to train: 1",)),
+    "a dislike is of the last answer": Case({"a.jsonl": jsonl(
+        dict(prompt=chat("q", "a", "r")["messages"], completion="bad", label=False),
+        chat("s", "b", "t", "worse") | dict(label=False),
+    )}, ["q > a", "s > b"]),
+    "a weight that is no mask": Case({"people.csv": b"name,weight,bio\nAda,70,Wrote programs\n"},
+                                     None, ("no 'text'", "--text_field")),
+    "labels beside another layout": Case(
+        {"a.jsonl": jsonl(*(PAIR | dict(prompt=f"q{i}", text="t", label=f"topic {i}")
+                            for i in range(12))),
+         "spam.jsonl": jsonl(*SPAM)}, [*(f"q{i} > a" for i in range(12)), *CLASSES]),
     "numbers of classes beside an answer": Case(
         {"a.jsonl": jsonl(*(row | dict(label=i % 2) for i, row in enumerate(QA)))}, READ,
         ("not used: label: 3",)),
@@ -333,6 +344,14 @@ def test_layouts(tmp_path, layout):
     row, wanted = LAYOUTS[layout]
     (tmp_path / "a.jsonl").write_bytes(jsonl(row))
     assert [text for text, _ in read(tmp_path)[0]] == [wanted]
+
+
+def test_a_column_that_is_no_text_is_named(tmp_path):
+    pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
+    row = dict(question="q", context=datetime.date(2020, 1, 1), answer="a")
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    with pytest.raises(lp.UserError, match="row 1: 'context' must be text, not date"):
+        read(tmp_path)
 
 
 def test_layouts_side_by_side_in_a_table(tmp_path):

@@ -189,6 +189,13 @@ def test_resume_where_nothing_is_says_that_it_starts(corpus, tmp_path):
     assert "from step 0" in result.err
 
 
+def test_a_run_of_another_command_is_not_gone_on_with(corpus, tiny_checkpoint, tmp_path):
+    flags = ["--ckpt", tiny_checkpoint, *CPU, "--max_steps", 1, "--report_samples", 0]
+    run("finetune", *corpus, *flags, "--out_dir", tmp_path).ok()
+    (tmp_path / "last_finetune.pth").rename(tmp_path / "last.pth")
+    run("train", "--resume", "--out_dir", tmp_path).fails(1, "belongs to finetune")
+
+
 def test_a_folder_resumes_where_it_is_now_and_needs_no_other_flags(corpus, tmp_path):
     """Not where it was, which its settings might say: `ckpts` is the default folder."""
     run("train", *corpus, *SHORT, "--out_dir", tmp_path / "old", "--stop_after", 4).ok()

@@ -126,7 +126,8 @@ PROBLEMS = {
     "train --n-embed 64": "did you mean --n_embd?",
     "train --learning_rate 1e-3": "did you mean --lr?",
     "train --top_p 1": "--top_p belongs to sample",
-    "train stray": "unknown setting --stray",
+    "train stray": "unexpected 'stray': settings are given as --name value",
+    "train resume": "unexpected 'resume'",
     "trian": "invalid choice: 'trian' (choose from",
     "--lr 3": "llm_pipeline.py: error",
     "sample --template jinja": "template must be one of",
@@ -179,6 +180,16 @@ def test_a_failed_command_says_why_and_leaves_no_folder(argv, tmp_path, monkeypa
     result = run(*words(argv), cwd=tmp_path).fails(1, FAILURES[argv])
     assert len(result.errors) == 1
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["empty", "text.txt"]
+
+
+def test_a_failed_run_takes_only_its_own_folder_away(tmp_path):
+    """Another run of the same parent may have a name that ends as a lock's does."""
+    with pytest.raises(ZeroDivisionError), lp.run_lock(tmp_path / "runs/a"):
+        (tmp_path / "runs/block").mkdir()
+        (tmp_path / "runs/block/last.pth").write_bytes(b"weights")
+        1 / 0  # noqa: B018
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["block"]
+    assert (tmp_path / "runs/block/last.pth").exists()
 
 
 def test_what_is_said_of_an_error_and_debug_shows_where(tmp_path):
@@ -332,6 +343,7 @@ BAD_CONFIGS = {
     "broken.yaml": (b"lr: [1, 2", "broken.yaml"),
     "python.yaml": (b"lr: !!python/object/apply:os.system ['touch pwned']", "python.yaml"),
     "number.yaml": (b"3: 4\nlr: 0.1", "unknown setting --3"),
+    "null.json": (b'{"optimiser": null}', "did you mean --optimizer?"),
 }
 
 
