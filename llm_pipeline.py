@@ -1684,7 +1684,8 @@ def runtime(config: RuntimeConfig):
 def training_precision(device: torch.device):
     """TF32, of ten bits of mantissa, for what stays in fp32 on CUDA: in training alone."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
@@ -1823,6 +1824,12 @@ def atomic_write(path: Path):
             temporary.unlink()
 
 
+def refuse_to_replace(target: Path) -> None:
+    """Raise UserError where `target` is a file, or a folder that holds anything."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError(f"{target} is there already: remove it, or choose another place")
+
+
 @contextlib.contextmanager
 def write_beside(target: Path) -> Iterator[Path]:
     """An empty folder for the block to fill, beside `target`, which it then becomes.
@@ -1831,8 +1838,7 @@ def write_beside(target: Path) -> Iterator[Path]:
     Raises UserError where `target` holds anything: nothing is ever replaced.
     """
     target = Path(os.path.realpath(target))  # the folder that a link leads to, not the link
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError(f"{target} is there already: remove it, or choose another place")
+    refuse_to_replace(target)
     work = target.with_name(f".{target.name}.writing")
     try:
         with run_lock(work):
@@ -4725,13 +4731,12 @@ def check_tokenizer(loaded: Loaded, theirs) -> None:
         raise UserError(f"export failed its check: {what}; train with another tokenizer")
 
 
-def save_folder(loaded: Loaded, peer, folder: Path, **options) -> None:
-    """Write weights and tokenizer. Raises UserError unless, loaded again, they give our ids and
-    logits."""
-    theirs = to_hf_tokenizer(loaded)
+def save_folder(loaded: Loaded, peer, tokenizer, folder: Path, **options) -> None:
+    """Write transformers' model and tokenizer. Raises UserError unless, loaded again, they give our
+    ids and logits."""
     with library_errors(f"cannot write {folder.name}"):
         peer.save_pretrained(folder, **options)
-        theirs.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # the library shuts others out
         shutil.copymode(next(folder.glob("*config.json")), file)
     check_tokenizer(loaded, transformers_library().AutoTokenizer.from_pretrained(folder))
@@ -4740,13 +4745,13 @@ def save_folder(loaded: Loaded, peer, folder: Path, **options) -> None:
 
 def export_model(loaded: Loaded, folder: Path) -> None:
     """Write a Hugging Face folder. Raises UserError unless it computes what our model does."""
-    peer, theirs = to_peer(loaded.model.float()), to_hf_tokenizer(loaded)
-    ids = {f"{role}_token_id": getattr(theirs, f"{role}_token_id") for role in ("bos", "pad")}
+    peer, tokenizer = to_peer(loaded.model.float()), to_hf_tokenizer(loaded)
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "pad")}
     ids["eos_token_id"] = list(loaded.tokenizer.end_ids)
     peer.config.update(ids)
     sampling = dict(do_sample=True, temperature=0.9, top_k=30)
     peer.generation_config = transformers_library().GenerationConfig(**ids, **sampling)
-    save_folder(loaded, peer, folder)
+    save_folder(loaded, peer, tokenizer, folder)
 
 
 # --- adapters: LoRA, as peft has it ---
@@ -4804,7 +4809,7 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
             adapters |= {f"{name}lora_A.weight": a, f"{name}lora_B.weight": part}
     peft.set_peft_model_state_dict(peer, adapters)
     settings.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
-    save_folder(loaded, peer, folder, save_embedding_layers=False)
+    save_folder(loaded, peer, to_hf_tokenizer(loaded), folder, save_embedding_layers=False)
 
 
 # --- GGUF, the format of llama.cpp ---
@@ -6729,8 +6734,7 @@ class ExportConfig(RuntimeConfig):
 def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> str:
     """Write the export, check it, and return its path."""
     target = Path(config.gguf or config.out_dir)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError(f"{target} is there already: remove it, or choose another place")
+    refuse_to_replace(target)  # before a model is loaded
     loaded = load_model(config.ckpt, merge=not config.adapter)
     if config.gguf:
         export_gguf(loaded, target, config.gguf_type)
@@ -7237,7 +7241,7 @@ def explanation(error: Exception) -> str:
     memory = r"out of memory|can't allocate memory|not enough memory|calculation overflowed|too big"
     if isinstance(error, MemoryError) or re.search(memory, text):
         return "out of memory: lower --batch_size or --block_size, or raise --grad_accum"
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    several = os.environ.get("WORLD_SIZE", "1") != "1"  # as text: it may be what the error is of
     if several and re.search("(?i)gloo|nccl|connect|timed out", text):
         why = f"another process has ended or does not answer ({one_line(error, 90)})"
         return f"{why}: start all of them again, with --resume"
