@@ -5749,6 +5749,8 @@ def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolde
     if not folder.state:
         chosen = ["tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "block_size", "lr",
                   "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
+        if config.tokenizer != "bpe":  # which alone is trained to a size
+            chosen.remove("vocab_size")
         values = ", ".join(f"{name} {getattr(config, name)}" for name in chosen)
         note(f"recipe {config.recipe}: {values}")
     loaded = pretrained(config) if config.init_from else None
