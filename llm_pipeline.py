@@ -22,7 +22,7 @@
 parts. Part I is the course, to be read from the top in one sitting:
 
      1 Tokens          text as bytes, special tokens, the prompt template
-     2 Batches         windows and whole records; the batch of a step, and nothing random about it
+     2 Batches         windows and whole records; each step's batch, reproducible
      3 Model           positions, attention, MLP, block, GPT
      4 Optimisation    objectives, AdamW and Muon, schedules
      5 Training        gradients, the step, validation, the loop
@@ -76,9 +76,8 @@ from typing import NamedTuple
 
 if __name__ == "__main__":  # ctrl-c during the slow imports below: no traceback, exit code 130
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-# OpenMP's threads spin while they wait for each other; beside other work that takes the time of the
-# thread they wait for (tests/bench/beside.py). Read when torch loads: where a program has imported
-# it already, nothing can be done. Changes no result.
+# OpenMP's threads spin while they wait, which on a busy machine slows the thread they wait for
+# (tests/bench/beside.py). Read when torch is first imported. Changes no result.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import filelock
@@ -100,8 +99,8 @@ class UserError(Exception):
 
 
 def option(default, help: str, resume="fixed", **limits):
-    """A dataclass field that is also a flag. Limits: low, high, above (exclusive), choices: names,
-    or the table whose rows they are.
+    """A dataclass field that is also a flag. Limits: low, high, above (exclusive), and choices: names,
+    or the table they are the rows of.
 
     resume: a resumed run keeps its own value and refuses another ("fixed"), keeps it unless
     another is given ("changeable"), or never stored it ("session_only").
@@ -114,7 +113,7 @@ session_only = partial(option, resume="session_only")
 
 
 class Settings:
-    """What a command is told. `explicit` names what was asked for, rather than left at a default."""
+    """A command's settings. `explicit` names those the user gave rather than left at a default."""
 
     explicit: frozenset[str] = frozenset()
 
@@ -151,7 +150,7 @@ class ByteTokenizer:
     cuts_safely = True  # encoded in pieces, a text has the same ids
 
     def encode(self, text: str) -> np.ndarray:
-        """The text's UTF-8 bytes, (n,) uint16. Lone surrogates, which UTF-8 lacks, survive too."""
+        """The text's UTF-8 bytes, (n,) uint16. Even lone surrogates, illegal in UTF-8, survive."""
         return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint16)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -160,8 +159,8 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int], before: Sequence[int] = ()) -> str:
         """Text of the ids, special tokens left out; bytes that are not UTF-8 become U+FFFD.
 
-        before: the ids that precede. Bytes mean the same everywhere; words of other vocabularies
-        begin with a space unless they begin the text.
+        before: the ids that precede these. Bytes ignore them; a vocabulary of words needs them to
+        know whether a leading space belongs to the text.
         """
         data = bytes(i for i in map(int, ids) if i < 256)
         try:
@@ -194,26 +193,25 @@ def instruction_response(output: str) -> str:
 # loaders are PyTorch's. What is special is the sampler: the batch of step s is a function of
 # (seed, s) alone, so that resuming costs nothing, and one process or four see the same batches.
 #
-# Masks: a target that is not to be learned is IGNORE in y. `LMDataset` masks answers that the data
-# says not to train, `InstructionDataset` these and, with loss_on "response", all but the answer,
-# `pad` the padding.
+# A target that is not to be learned is IGNORE in y: answers that the data says not to train on, the
+# prompt under loss_on "response", and padding.
 #
 #     >>> x, y = lp.LMDataset(range(17), block_size=8)[1]
 #     >>> x.tolist(), y.tolist()
 #     ([8, 9, 10, 11, 12, 13, 14, 15], [9, 10, 11, 12, 13, 14, 15, 16])
 #     >>> train, val = lp.create_dataloaders(lp.build_corpus_from_sources(), 64, batch_size=4)
-#     >>> [x.shape for x, y in train][0]
+#     >>> next(iter(train)).x.shape
 #     torch.Size([4, 64])
 # ====================================================================================
 
-IGNORE = -100  # a target that does not count; F.cross_entropy knows the same number
+IGNORE = -100  # a target that does not count; F.cross_entropy skips it by default
 
 
 def set_seed(seed: int = 1337) -> None:
     """Seed Python, NumPy and PyTorch, on every device."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Without a GPU, torch.manual_seed takes half a millisecond to note whom to seed if one came.
+    # Without a GPU, torch.manual_seed spends half a millisecond preparing to seed one.
     (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(seed)
 
 
@@ -232,14 +230,14 @@ def evenly_spaced(n: int, limit: int) -> np.ndarray:
 class Batch:
     """Inputs and targets, (B, T) int64 each; of preference pairs (B, 2, T), chosen and rejected.
 
-    `x, y = batch` takes it apart.
+    Unpacks as `x, y = batch`.
     """
 
     x: Tensor
     y: Tensor  # IGNORE where nothing is to be learned
     weight: Tensor | None = None  # (B, T) how much each target counts; None: all alike
     reference: Tensor | None = None  # (B, 2) log-probabilities of a pair under the base model
-    n_targets: float | None = None  # what its summed loss is divided by: targets, weights or pairs
+    n_targets: float | None = None  # divides its summed loss: a count of targets, weights or pairs
 
     def __post_init__(self):
         if self.n_targets is None and self.x.ndim == 3:
@@ -248,7 +246,7 @@ class Batch:
             counted = self.y != IGNORE if self.weight is None else self.weight
             self.n_targets = float(counted.sum())
 
-    def __getitem__(self, i: int) -> Tensor:  # which is how it is taken apart, too
+    def __getitem__(self, i: int) -> Tensor:  # unpacking uses it
         return (self.x, self.y)[i]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -258,20 +256,20 @@ class Batch:
         return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
 
     def split(self, parts: int) -> list[Batch]:
-        """Micro-batches, fewer than `parts` where there are fewer rows; their targets, which would
-        make a GPU wait, are not counted."""
-        columns = {name: t.chunk(parts) for name, t in self.tensors().items()}
-        rows = zip(*columns.values(), strict=True)
-        kind = type(self)
-        return [kind(**dict(zip(columns, row, strict=True)), n_targets=math.nan) for row in rows]
+        """Up to `parts` micro-batches of whole rows. Their targets stay uncounted: counting would
+        make the CPU wait for a GPU."""
+        tensors = self.tensors()
+        rows = zip(*(t.chunk(parts) for t in tensors.values()), strict=True)
+        micro = [dict(zip(tensors, row, strict=True)) for row in rows]
+        return [replace(self, **each, n_targets=math.nan) for each in micro]
 
 
 class LMDataset(Dataset):
     """Windows of `block_size` ids, `stride` apart; targets are the inputs, one token ahead.
 
-    tokens: (N,) ids of any kind, memory-mapped ones too. Where they are too few for one window,
-    it is as long as they allow. masked: (n, 2) positions [start, end) that are never targets.
-    Raises UserError for fewer than two tokens.
+    tokens: (N,) ids of any integer type, possibly memory-mapped. If they are too few for a window,
+    it shrinks to fit. masked: (n, 2) positions [start, end) that are never targets. Raises UserError
+    for fewer than two tokens.
     """
 
     def __init__(self, tokens, block_size: int, stride: int = 0, masked=None):
@@ -281,8 +279,8 @@ class LMDataset(Dataset):
         self.tokens, self.block_size = tokens, min(block_size, len(tokens) - 1)
         self.stride = stride or self.block_size
         self.masked = np.empty((0, 2), np.int64) if masked is None else masked
-        self.slack = (len(tokens) - 1 - self.block_size) % self.stride  # tokens behind the last
-        self.shift = 0  # of all windows, at most `slack`; another in each epoch of training
+        self.slack = (len(tokens) - 1 - self.block_size) % self.stride  # tokens left at the end
+        self.shift = 0  # moves all windows by up to slack; StepSampler draws it for each epoch
 
     @classmethod
     def from_store(cls, store: TokenStore, split: str, block_size: int, stride: int = 0):
@@ -297,6 +295,7 @@ class LMDataset(Dataset):
         end = start + self.block_size + 1
         ids = torch.from_numpy(np.array(self.tokens[start:end], np.int64))
         x, y = ids[:-1], ids[1:].clone()
+        # y[j] is token start + 1 + j, so a masked [a, b) is y[a - start - 1 : b - start - 1].
         for a, b in self.masked[np.searchsorted(self.masked[:, 1], start + 1, "right") :]:
             if a >= end:
                 break
@@ -308,9 +307,9 @@ class LMDataset(Dataset):
 
 
 def fit_record(prompt: np.ndarray, response: np.ndarray, limit: int) -> tuple[np.ndarray, int]:
-    """A record cut to `limit` ids, and how many of them are prompt.
+    """A record cut to `limit` ids, and how many of those are prompt.
 
-    The response is kept as far as it fits beside one token of prompt; the prompt loses its middle,
+    The response is kept as far as it fits after one token of prompt; the prompt loses its middle,
     since its beginning says what to do and its end asks for the answer.
     """
     response = response[: limit - 1]
@@ -323,10 +322,10 @@ def fit_record(prompt: np.ndarray, response: np.ndarray, limit: int) -> tuple[np
 class InstructionDataset(Dataset):
     """Whole records of a store. A sample is (x, y) or, with weights, (x, y, weight), unpadded.
 
-    loss_on: "all" tokens count, as in pretraining; or those of the "response" alone, and then each
-    trained answer of a conversation is a sample, behind all that stands before it.
-    answer_weight: how many times as much an answer's tokens count as the others, in training.
-    Raises UserError where the split holds no record, or plain text has no answer to weigh.
+    loss_on: with "all", every token is a target, as in pretraining. With "response", only answers
+    are: each trained answer of a conversation is a sample, with all that precedes it as its prompt.
+    answer_weight: how much more than other tokens an answer's tokens count in training.
+    Raises UserError if the split holds no record, or plain text with no answer to weigh.
     """
 
     def __init__(self, store: TokenStore, split: str, block_size: int, loss_on="all",
@@ -348,8 +347,8 @@ class InstructionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def record(self, i: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """(ids, how much each counts as a target, tokens of prompt) of sample i, cut to the block."""
+    def record(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, how much each counts as a target) of sample i, cut to the block."""
         # The index has a row for each answer: the record begins at start, this answer is
         # [start + prompt, start + length). Rows of one record share start; the last is the longest.
         index, row = self.index, int(self.rows[i])
@@ -362,11 +361,12 @@ class InstructionDataset(Dataset):
             answer = slice(int(index["prompt"][row]), int(index["length"][row]))
             weight[answer] = self.answer_weight if index["trained"][row] else 0.0
         limit = self.block_size + 1
-        ids, n_prompt = fit_record(ids[:prompt], ids[prompt:], limit)
-        return ids, fit_record(weight[:prompt], weight[prompt:], limit)[0], n_prompt
+        ids, _ = fit_record(ids[:prompt], ids[prompt:], limit)
+        weight, _ = fit_record(weight[:prompt], weight[prompt:], limit)
+        return ids, weight
 
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
-        ids, weight, _ = self.record(range(len(self))[i])
+        ids, weight = self.record(range(len(self))[i])
         y = np.where(weight[1:] > 0, ids[1:], IGNORE)
         sample = torch.from_numpy(ids[:-1]), torch.from_numpy(y)
         return (*sample, torch.from_numpy(weight[1:])) if self.answer_weight > 1 else sample
@@ -376,10 +376,10 @@ class InstructionDataset(Dataset):
 
 
 def pad(samples: list[tuple[Tensor, ...]], pad_id: int, block_size: int) -> Batch:
-    """Samples of unequal length side by side: padding is `pad_id` in x, IGNORE in y, weight 0.
+    """Samples of unequal length as one batch: padding is `pad_id` in x, IGNORE in y, weight 0.
 
-    In few different widths, multiples of 16, since kernels are made for each shape. Of no samples
-    it makes a batch in which nothing counts: what a process computes that is left without a share.
+    Widths are multiples of 16, since kernels are built for each shape. With no samples it makes a
+    batch in which nothing counts, for a process that is left without a share.
     """
     if not samples:
         x = torch.full((1, min(16, block_size)), pad_id)
@@ -394,12 +394,12 @@ def pad(samples: list[tuple[Tensor, ...]], pad_id: int, block_size: int) -> Batc
 
 
 class StepSampler(Sampler):
-    """Sample numbers of one step's batch after the other, a function of (seed, step).
+    """The sample indices of each step's batch, a function of (seed, step).
 
-    Each epoch has an order of its own; what does not fill its last batch is left out of it. A data
-    set smaller than a batch is one batch. Iterated again, the next epoch follows. Micro-batch k of
-    a step holds rows [k m, (k + 1) m) of the batch; process r of w takes micro-batches r, w + r, ...
-    so that any number of processes sees the same ones.
+    Every epoch is shuffled anew and drops what does not fill its last batch; a data set smaller
+    than a batch is one batch. Iterating again continues with the next epoch. Micro-batch k of a step
+    holds rows [k m, (k + 1) m) of the batch; process r of w takes micro-batches r, w + r, ..., so
+    that any number of processes sees the same ones.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, seed=1337, grad_accum=1, rank=0,
@@ -421,7 +421,7 @@ class StepSampler(Sampler):
         return self.steps_per_epoch
 
     def begin_epoch(self, epoch: int) -> None:
-        """Records of like length share a batch, which keeps padding low: pools of 64 batches are
+        """Records of similar length share a batch, which keeps padding low: pools of 64 batches are
         sorted, then the batches shuffled. In batches of 2, lengths 9 2 8 3 become 2 3 | 8 9."""
         rng = np.random.default_rng((self.seed, epoch))
         self.epoch, order = epoch, rng.permutation(len(self.dataset))
@@ -448,8 +448,8 @@ class StepSampler(Sampler):
 class ValidationSampler(Sampler):
     """Up to `limit` (0: all) samples, evenly spaced, in batches that are the same every time.
 
-    They go to the processes in turns. Every process has as many: gathering sharded weights is work
-    that all do together, so one that is left without a share gets an empty batch.
+    Processes take batches in turn, equally many each: gathering sharded weights needs all of them,
+    so a process without a share gets an empty batch.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, limit: int = 0, rank=0, world_size=1):
@@ -468,7 +468,7 @@ class ValidationSampler(Sampler):
 
 
 def make_loader(dataset: Dataset, sampler: Sampler) -> DataLoader:
-    """Without worker processes: they took ten times as long as they saved. A generator of its own
+    """A loader without worker processes, which cost ten times what they save. Its own generator
     keeps `iter(loader)` from drawing a number that dropout would have drawn."""
     own = torch.Generator()
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate, generator=own)
@@ -479,11 +479,12 @@ def create_dataloaders(
     dataset: Callable[[TokenStore, str, int], Dataset] = LMDataset.from_store, stride: int = 0,
     eval_batches: int = 0, grad_accum: int = 1, rt: Runtime | None = None,
 ) -> tuple[DataLoader, DataLoader | None]:  # fmt: skip
-    """Loaders of training and validation batches; no second one where the split is empty.
+    """Loaders of training and validation batches; the second is None if its split is empty.
 
-    `for x, y in train` is an epoch: (batch_size, block_size) int64 each. dataset: makes the data
-    set of a split. stride: between training windows (0: block_size). eval_batches: how many
-    batches validate (0: all). rt (section 8): which process this is. Raises UserError without data.
+    `for x, y in train` is an epoch: (batch_size, block_size) int64 each. dataset: makes a split's
+    data set. stride: tokens from one training window to the next (0: block_size). eval_batches: how
+    many batches validate (0: all). rt (section 8): which process this is. Raises UserError if there
+    is no data.
     """
     rank, world_size = (rt.rank, rt.world_size) if rt else (0, 1)
     more = {"stride": stride} if stride else {}
@@ -507,9 +508,9 @@ def steps(loader: DataLoader, first: int, end: int = sys.maxsize) -> Iterator[Ba
 # ====================================================================================
 # 3. Model
 #
-# A decoder-only Transformer, as GPT-2 or as Qwen3, by its settings. Shapes: B sequences, T tokens,
-# C = n_embd, H query heads, K key/value heads, D = head_dim, V = vocab_size. Operations are plain
-# PyTorch; section 9 lends some of them faster twins.
+# A decoder-only Transformer, like GPT-2 or Qwen3 depending on its settings. Shapes: B sequences, T
+# tokens, C = n_embd, H query heads, K key/value heads, D = head_dim, V = vocab_size. Operations are
+# plain PyTorch; section 9 gives some of them faster twins.
 #
 #     >>> model = lp.GPT(lp.GPTConfig(block_size=64, n_layer=2, n_head=4, n_embd=64))
 #     >>> logits, loss = model(torch.randint(256, (2, 8)), torch.randint(256, (2, 8)))
@@ -518,8 +519,7 @@ def steps(loader: DataLoader, first: int, end: int = sys.maxsize) -> Iterator[Ba
 # ====================================================================================
 
 
-# What settings choose between; filled below, where the code of the rows stands. A new row is a new
-# value of the flag.
+# What settings choose from; filled below, next to the code. A new row is a new value of the flag.
 NORMS: dict[str, Callable] = {}
 ACTIVATIONS: dict[str, Callable] = {}
 ATTENTION: dict[str, Callable] = {}
@@ -527,7 +527,7 @@ ATTENTION: dict[str, Callable] = {}
 
 @dataclass
 class ModelSettings(Settings):
-    """Model: its shape, where zeros stand for the usual proportions."""
+    """Model: its shape; a zero means the usual proportion."""
 
     block_size: int = option(256, "longest context, in tokens", low=2, high=2**20)
     n_layer: int = option(6, "transformer blocks", low=1, high=1024)
@@ -553,7 +553,7 @@ class ModelSettings(Settings):
 
 @dataclass
 class GPTConfig(ModelSettings):
-    """The shape of one model, every zero filled in. `ARCHS` has those of GPT-2 and Qwen3."""
+    """The shape of one model, every zero filled in. `ARCHS` (section 7) sets its style."""
 
     vocab_size: int = option(260, "number of token ids", low=2, high=2**24)
 
@@ -584,10 +584,7 @@ KERNELS: dict[tuple[str, str], Callable] = {}  # (operation, device type) -> its
 
 
 def operation(plain: Callable) -> Callable:
-    """An operation written for the reader. Section 9 may register a faster twin for a device.
-
-    Tests hold each twin equal to its `plain` form.
-    """
+    """An operation written for the reader; section 9 may register a faster twin for a device."""
 
     @wraps(plain)
     def dispatch(x: Tensor, *args):
@@ -620,7 +617,7 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
 
-    def forward(self, x: Tensor) -> Tensor:  # F.rms_norm warns of a weight of another dtype
+    def forward(self, x: Tensor) -> Tensor:  # F.rms_norm warns if weight has another dtype
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 
@@ -648,8 +645,8 @@ ACTIVATIONS |= {
 def rotary(config: GPTConfig, pos: Tensor) -> tuple[Tensor, Tensor] | None:
     """cos and signed sin that turn queries and keys at the positions `pos`, (T, 1, D) each.
 
-    Pair (i, i + D/2) of a head turns by the angle pos * theta^(-2i/D) (Su et al., 2021), so that a
-    query and a key are compared by their distance, wherever the two stand.
+    Pair (i, i + D/2) of a head turns by the angle pos * theta^(-2i/D) (Su et al., 2021; these pairs:
+    GPT-NeoX), so that a query and a key are compared by their distance, wherever they are.
     """
     if config.pos != "rope":
         return None
@@ -673,13 +670,13 @@ def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 def alibi(config: GPTConfig, q_pos: Tensor, k_pos: Tensor) -> Tensor | None:
     """What is added to attention scores, (H, Tq, Tk): they fall linearly with distance.
 
-    Each head has a slope of its own, so that some look near and some far; no position is ever
-    beyond what was trained (Press et al., 2022).
+    Each head has its own slope, so that some look near and some far; there is no position embedding
+    to outgrow (Press et al., 2022).
     """
     if config.pos != "alibi":
         return None
     H = config.n_head
-    n = 2 ** math.floor(math.log2(H))  # the paper's rule where H is not a power of two
+    n = 2 ** math.floor(math.log2(H))  # where H is no power of two, the rule of the authors' code
     head = torch.arange(H, device=q_pos.device)
     exponents = torch.where(head < n, -8 * (head + 1) / n, -4 * (2 * (head - n) + 1) / n)
     return exponents.exp2()[:, None, None] * (k_pos - q_pos[:, None])
@@ -701,7 +698,7 @@ def attention_manual(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_dro
     """softmax(Q K^T / sqrt(D) + mask) V (Vaswani et al., 2017), step by step.
 
     q: (B, H, Tq, D); k, v: (B, K, Tk, D), each key head serving H / K query heads;
-    mask broadcasts to (B, H, Tq, Tk). None means causal, the last query standing at the last key.
+    mask broadcasts to (B, H, Tq, Tk). None means causal, with the last query at the last key.
     """
     (H, Tq, D), (K, Tk) = q.shape[1:], k.shape[1:3]
     k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # (B, H, Tk, D)
@@ -715,7 +712,8 @@ def attention_manual(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_dro
 
 @operation
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
-    """The same through PyTorch's fused kernels, which never hold the (Tq, Tk) scores."""
+    """The same by PyTorch's fused kernels, which never hold the scores. Without a mask, Tq is 1 or
+    Tk."""
     causal = False
     if mask is None and q.shape[-2] > 1:  # as a branch: compiled, lengths may be symbols
         causal = True
@@ -755,23 +753,23 @@ class CausalSelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        # (B, heads, T, D); rotation and norm are in fp32, the products in what v is in.
+        # (B, heads, T, D); rotation and norm are in fp32, the products in v's dtype.
         q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         if mask is not None:
-            mask = mask.to(q.dtype)  # as fused kernels want it
+            mask = mask.to(q.dtype)  # fused kernels require it
         y = ATTENTION[c.attn](q, k, v, mask, c.dropout if self.training else 0.0)
         return self.drop(self.proj(y.transpose(1, 2).reshape(B, T, -1)))  # (B, T, C)
 
 
 class MLP(nn.Module):
-    """Up, activation, down: where a token is worked on by itself."""
+    """Up, activation, down: each token processed on its own."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp]
-        halves = 2 if config.mlp == "swiglu" else 1  # gate and value stand in one matrix
+        halves = 2 if config.mlp == "swiglu" else 1  # gate and value share one matrix
         self.up = nn.Linear(config.n_embd, halves * config.n_inner, bias=config.bias)
         self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.drop = Dropout(config.dropout)
@@ -783,8 +781,8 @@ class MLP(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + MLP(norm(x)).
 
-    The norms stand beside the residual stream, not on it, so that gradients reach the first block
-    undiminished (Xiong et al., 2020).
+    The norms are on the branches, not on the residual stream, so that gradients reach the first
+    block undiminished (Xiong et al., 2020).
     """
 
     def __init__(self, config: GPTConfig, layer: int = 0):
@@ -833,8 +831,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, init_std). Matrices that write to the residual stream, of which there are two
-        a block, shrink with its depth (Radford et al., 2019), or start at zero."""
+        """Normal(0, init_std). Matrices that write to the residual stream, two in each block, start
+        smaller the deeper the model (Radford et al., 2019), or at zero."""
         std = self.config.init_std
         small = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
@@ -849,7 +847,7 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C) after the final norm. A cache holds what came before idx.
 
-        Raises ValueError when T exceeds a block that positions are learned for.
+        Raises ValueError if positions are learned and these go beyond block_size.
         """
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
@@ -863,24 +861,25 @@ class GPT(nn.Module):
         return h
 
     def trunk(self, idx: Tensor, pos: Tensor, mask: Tensor | None, cache=None) -> Tensor:
-        """`hidden` of tokens that stand at the positions `pos`, (T,)."""
+        """`hidden` for tokens at the positions `pos`, (T,)."""
         rotation = rotary(self.config, pos)
         x = self.tok_emb(idx)
-        if self.training and (p := self.config.token_dropout):  # the others must tell what it was
-            x = x * dropout(x.new_ones(x.shape[:2]), p)[..., None]  # (Gal and Ghahramani, 2016)
+        if self.training and (p := self.config.token_dropout):
+            # A hidden token must be told from the others (Gal and Ghahramani, 2016, hide words).
+            x = x * dropout(x.new_ones(x.shape[:2]), p)[..., None]
         if self.config.pos == "learned":
             x = x + self.positions(pos)
         x = self.drop(x)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:  # activations are computed again
+            if self.grad_checkpointing and self.training:  # recomputed in the backward pass
                 x = checkpoint(block, x, rotation, mask, use_reentrant=False)
             else:
                 x = block(x, rotation, mask, cache)
         return self.norm_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, T) ids -> logits (B, T, V), in fp32, of the token after each; and the mean cross
-        entropy with the targets, (B, T), those equal to IGNORE left out; None without targets."""
+        """(B, T) ids -> fp32 logits (B, T, V) for the token after each, and their mean cross
+        entropy with the targets (B, T), IGNORE left out; the loss is None without targets."""
         logits = self.head(self.hidden(idx)).float()
         if targets is None:
             return logits, None
@@ -888,11 +887,11 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(*flat, ignore_index=IGNORE)
 
     def losses(self, idx: Tensor, targets: Tensor, reduction="none", among=None) -> Tensor:
-        """The same cross entropy of each target, (B, T) and 0 where it is IGNORE, or their "sum".
+        """The same cross entropy for each target, (B, T), 0 where it is IGNORE; or their "sum".
 
         For training and scoring: a large vocabulary's (B, T, V) logits need never exist (section
-        9). among: ids (M,) and a bias (M,), see `over_sampled_ids`: softmax over these; targets
-        are places in them.
+        9). among: (ids (M,), bias (M,)) for a softmax over these ids alone, with targets as indices
+        into them; for `over_sampled_ids` (section 8).
         """
         h = self.hidden(idx).flatten(0, 1)  # (B T, C)
         ids, bias = among or (None, None)
@@ -903,7 +902,7 @@ class GPT(nn.Module):
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k=0, seed=None, **sampling
     ) -> Tensor:
-        """(B, T) ids -> (B, T + max_new_tokens): each row with what the model writes behind it.
+        """(B, T) ids -> (B, T + max_new_tokens): each row followed by its continuation.
 
         seed: None draws one from PyTorch's generator. sampling: see `sample_next` (section 6).
         """
@@ -919,7 +918,7 @@ class GPT(nn.Module):
 
 
 def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
-    """How the rows of a fused weight divide into the matrices it stands for."""
+    """How the rows of a fused weight divide into the matrices it combines."""
     q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     halves = [config.n_inner] * (2 if config.mlp == "swiglu" else 1)
     return {"attn.qkv": [q, kv, kv], "mlp.up": halves}
@@ -937,7 +936,7 @@ def fused_rows(config: GPTConfig) -> dict[str, list[int]]:
 # ====================================================================================
 
 
-# Share of the way from min_lr_ratio to 1, at `progress` from 0 to 1 after the warm-up.
+# How far from min_lr_ratio to 1 the rate is, at `progress` from 0 to 1 after the warm-up.
 SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {
     "constant": lambda progress, config: 1.0,
     "linear": lambda progress, config: 1 - progress,
@@ -957,18 +956,18 @@ class OptimConfig(Settings):
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "muon"))
     muon_lr: float = option(0.02, "learning rate of Muon", above=0.0, high=10.0)
     muon_momentum: float = option(0.95, "momentum of Muon", low=0.0, high=0.9999)
-    head_lr_scale: float = option(1.0, "rate of an untied head, over lr", above=0.0, high=1e3)
+    head_lr_scale: float = option(1.0, "factor on lr for an untied head", above=0.0, high=1e3)
     weight_decay: float = option(0.01, "on matrices only", low=0.0, high=10.0)
     beta2: float = option(0.99, "AdamW's second-moment decay", above=0.0, high=0.99999)
     grad_clip: float = option(1.0, "largest gradient norm (0: none)", low=0.0)
     lr_schedule: str = option("cosine", "schedule", choices=SCHEDULES)
     warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
-    decay_fraction: float = option(0.5, "share of steps in wsd's decay", low=0.0, high=1.0)
-    min_lr_ratio: float = option(0.1, "final learning rate, over lr", low=0.0, high=1.0)
+    decay_fraction: float = option(0.5, "wsd: share of the steps after warm-up", low=0.0, high=1.0)
+    min_lr_ratio: float = option(0.1, "final learning rate, as a share of lr", low=0.0, high=1.0)
     compile: str = changeable("auto", "torch.compile", choices=("auto", "on", "off"))
     grad_checkpointing: bool = changeable(False, "recompute activations to save memory")
     fsdp: bool = changeable(False, "shard parameters over processes instead of copying them")
-    self_test: bool = session_only(True, "hold the device against the CPU before the first step")
+    self_test: bool = session_only(True, "compare the device with the CPU before the first step")
 
 
 Objective = Callable[[Callable, Batch, Settings], tuple[Tensor, dict[str, Tensor]]]
@@ -981,14 +980,12 @@ def next_token_loss(losses: Callable, batch: Batch, config=None) -> tuple[Tensor
     return losses(batch.x, batch.y, "sum"), {}
 
 
-# An objective: (model.losses or its like, batch, settings) -> (summed loss, sums to report). Both
-# are divided by the batch's n_targets. A new one needs its function and a row here, which makes it a
-# choice of --objective. If it wants
+# An objective: (model.losses or its like, batch, settings) -> (summed loss, sums to report), both
+# divided later by the batch's n_targets. Section 15 adds preferences and reward. A new one needs its
+# function and a row here, which makes it a choice of --objective. If it needs
 #  - settings of its own: fields of FinetuneConfig, each with a row in OBJECTIVE_OF;
-#  - pairs, prompts or other batches than of whole records: its data set in `dataset_of`;
-#  - more than a batch holds, such as the base: `tuned_from` says that it does, and `finetune_loop`
-#    gives it to the data set.
-# Section 15 adds preference and reward.
+#  - batches of pairs, prompts or the like: its data set in `dataset_of`;
+#  - the base model: `tuned_from` says so, and `finetune_loop` gives it to the data set.
 OBJECTIVES: dict[str, Objective] = {"ntp": next_token_loss}
 
 
@@ -997,10 +994,11 @@ def newton_schulz(X: Tensor) -> Tensor:
     """Pull the singular values of a matrix, or of a stack of them, towards 1.
 
     X = U S V^T, rows <= columns. A polynomial in X X^T leaves U and V and changes S alone: each
-    round maps a singular value s to a s + b s^3 + c s^5 (Jordan, 2024), a few of which end near 1.
+    round maps a singular value s to a s + b s^3 + c s^5, and five of them bring nearly all within
+    about 0.3 of 1 (Jordan, 2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # all of them under 1
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # none above 1
     for _ in range(5):
         G = X @ X.mT
         X = a * X + (b * G + c * G @ G) @ X
@@ -1008,11 +1006,11 @@ def newton_schulz(X: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every update is made orthogonal (Jordan, 2024).
+    """Momentum with orthogonalised updates (Jordan, 2024).
 
-    The gradient of a weight matrix is dominated by a few directions. Setting all singular values
-    of an update to the same size lets the rare ones learn as fast as those. A fused weight is
-    orthogonalised matrix by matrix, as `rows` divides it.
+    The gradient of a weight matrix is dominated by a few directions. Setting all singular values of
+    an update to the same size lets the rare directions learn as fast as the dominant ones. A fused
+    weight is orthogonalised matrix by matrix, as `rows` divides it.
     """
 
     def __init__(self, params, rows: dict[nn.Parameter, list[int]], lr: float, momentum=0.95,
@@ -1037,7 +1035,7 @@ class Muon(torch.optim.Optimizer):
     def orthogonalised(self, params: list, updates: list[Tensor]) -> list[Tensor]:
         """Each update with its matrices' singular values near 0.2 sqrt(max(rows, columns)).
 
-        That makes an update's root mean square the same as AdamW's (Liu et al., 2025).
+        That makes an update's root mean square about that of AdamW's, 0.2 (Liu et al., 2025).
         """
         results = []
         for p, update in zip(params, updates, strict=True):
@@ -1060,7 +1058,7 @@ def make_optimizers(
     """AdamW for all parameters that train, or Muon for the hidden matrices and AdamW for the rest.
 
     Weight decay is on matrices alone. Each group keeps its `initial_lr`, which schedules scale.
-    kinds: the classes to use. Raises UserError where Muon does not suit the parameters.
+    kinds: the classes to use.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     hidden = [p for n, p in trained.items() if n.startswith("blocks.") and p.ndim == 2]
@@ -1076,8 +1074,6 @@ def make_optimizers(
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
-        if any("lora" in n for n in trained):
-            raise UserError("--optimizer muon does not suit LoRA's thin matrices; use adamw")
         rows = {model.get_parameter(f"blocks.{i}.{name}.weight"): sizes
                 for name, sizes in fused_rows(model.config).items()
                 for i in range(model.config.n_layer)}  # fmt: skip
@@ -1095,7 +1091,7 @@ def make_optimizers(
 
 
 def lr_multiplier(step: int, total: int, config: OptimConfig) -> float:
-    """What every group's initial_lr is multiplied by at a step: a pure function of the step."""
+    """The factor on every group's initial_lr at a step: a pure function of the step."""
     warmup = min(config.warmup_steps, total // 10)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -1111,17 +1107,17 @@ def lr_multiplier(step: int, total: int, config: OptimConfig) -> float:
 #
 #     $ python llm_pipeline.py train --preset cpu-debug --recipe fast
 #
-# does all of this; a loop of one's own over `create_dataloaders`, `GPT` and any optimizer works too.
+# does all of this; so does your own loop over `create_dataloaders`, `GPT` and any optimizer.
 # ====================================================================================
 
 
 @dataclass
 class FitConfig(Settings):
-    """Run: how long it goes on, what it looks at and what it keeps."""
+    """Run: how long it lasts, what it evaluates and what it keeps."""
 
     out_dir: str = session_only("ckpts", "folder of the run")
     resume: bool = session_only(False, "continue last.pth of out_dir, bit for bit")
-    overwrite: bool = session_only(False, "replace a run that stands in out_dir")
+    overwrite: bool = session_only(False, "replace the run in out_dir")
     epochs: int = option(5, "passes over the training data", low=1, high=10**6)
     max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
     stop_after: int = session_only(0, "save and stop after N steps of this session", low=0)
@@ -1141,7 +1137,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     total: int = 0  # optimizer steps to do
-    best: float = option(math.inf, "best validation loss", high=math.inf)
+    best: float = math.inf  # lowest validation loss
     best_step: int = 0
     evaluated: int = 0  # step of the last finished evaluation
     misses: int = 0  # evaluations since the best
@@ -1165,8 +1161,8 @@ class Run:
     store: TokenStore | None  # what they read
     progress: Progress
     scaler: torch.amp.GradScaler  # keeps fp16 gradients from vanishing; disabled otherwise
-    # Lent by the workshop. All but the recorder may stay as they are here.
-    stop: Stop = False  # becomes true when a signal asks to stop
+    # The workshop fills these in. Only the recorder has no default that works.
+    stop: Stop = False  # true once a signal has asked to stop (section 8)
     save: Callable[[str], None] = lambda name: None  # writes "best" or "last"
     recorder: Recorder | None = None  # metrics.csv, the progress bar; `run_fit` opens it
     gradients: Callable | None = None  # `gradients`, perhaps one that survives a full memory
@@ -1175,7 +1171,7 @@ class Run:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A stop signal came in the middle of a step or an evaluation."""
+    """A stop signal came in the middle of a step or of an evaluation."""
 
 
 class Diverged(UserError):
@@ -1183,7 +1179,7 @@ class Diverged(UserError):
 
 
 def trained_parameters(run: Run) -> list[nn.Parameter]:
-    """As the optimizers hold them: after an evaluation, FSDP's model shows gathered ones instead."""
+    """As the optimizers hold them; after an evaluation FSDP's model shows gathered copies."""
     return [p for each in run.optimizers for group in each.param_groups for p in group["params"]]
 
 
@@ -1207,7 +1203,7 @@ def gradients(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict]:
         set_seed(derive_seed(run.config.seed, step, index * rt.world_size + rt.rank))  # dropout
         with run.grad_sync(index == len(micro_batches) - 1), rt.autocast():
             loss, sums = run.objective(run.losses, micro, run.config)
-            # Processes average their gradients: undo that, the targets of all are counted.
+            # DDP averages gradients over processes; n_targets counts all, so we want their sum.
             run.scaler.scale(loss * (rt.world_size / n_targets)).backward()
         loss_sum = loss_sum + loss.detach()
         stats.update({name: value.detach() for name, value in sums.items()})
@@ -1225,16 +1221,14 @@ def train_step(run: Run, batch: Batch) -> tuple[float, float, dict]:
     for optimizer in run.optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(trained_parameters(run), config.grad_clip or math.inf)
-    norm = float(gather(norm))  # here one process waits for its device, several for each other
+    norm = float(gather(norm))  # (section 8: as one piece on the CPU) this waits for the device
     loss_sum, *sums = rt.sum(float(loss_sum), *map(float, stats.values()))
     loss = loss_sum / n_targets
-    # In fp16 a step that overflows only lowers the scale, which cannot save lasting NaN.
+    # fp16: an overflow skips the update and lowers the scale. At a scale below 1 it is real NaN.
     overflowed = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() >= 1
     if not (math.isfinite(loss) and (math.isfinite(norm) or overflowed)):
-        raise Diverged(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the weights are not "
-            "updated"
-        )
+        found = f"loss {loss}, gradient norm {norm}"
+        raise Diverged(f"step {step + 1}: {found}: not finite, the weights are not updated")
     scale = lr_multiplier(step, run.progress.total, config)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -1261,11 +1255,9 @@ def estimate_loss(run: Run, loader: Iterable[Batch]) -> tuple[float, dict]:
                 raise Interrupted
             with rt.autocast():
                 loss, stats = run.objective(model.losses, batch.to(rt.device), run.config)
-            if n_targets := batch.n_targets:  # else it stands in for none, see ValidationSampler
-                sums.update({"loss": float(loss), "targets": n_targets})
-                sums.update({name: float(value) for name, value in stats.items()})
-            else:
-                sums.update(dict.fromkeys(["loss", "targets", *stats], 0.0))
+            found = {"loss": loss, "targets": batch.n_targets} | stats
+            real = batch.n_targets > 0  # else an empty stand-in, see ValidationSampler
+            sums.update({name: float(value) if real else 0.0 for name, value in found.items()})
     finally:
         model.train(training)
     sums = dict(zip(sums, rt.sum(*sums.values()), strict=True))
@@ -1275,12 +1267,12 @@ def estimate_loss(run: Run, loader: Iterable[Batch]) -> tuple[float, dict]:
 
 
 def assess(run: Run, loss: float) -> None:
-    """Evaluate, record, and keep the best. Without validation data the training loss stands in."""
+    """Evaluate, record, and keep the best. Without validation data the training loss is used."""
     p = run.progress
     if run.val:
         loss, stats = estimate_loss(run, run.val)
         run.recorder.validation(loss, stats)
-    elif math.isnan(loss):  # resumed here: no step has been taken yet whose loss could be judged
+    elif math.isnan(loss):  # resumed here: there is no training loss to judge yet
         return
     p.evaluated, p.misses = p.step, p.misses + 1
     if loss < p.best:
@@ -1290,14 +1282,16 @@ def assess(run: Run, loss: float) -> None:
 
 def fit(run: Run) -> str:
     """The loop of train and finetune. Returns why it ended: done, early, stopped, signal."""
-    config, p, first, saved, loss = run.config, run.progress, run.progress.step, -1, math.nan
+    config, p = run.config, run.progress
+    first, saved = p.step, -1  # where this session began; the step last saved
+    loss = math.nan  # of the last step; none has been taken yet
     steps_per_epoch = len(run.train)
     batches = steps(run.train, p.step)
     try:
         while True:
-            # --- before the step: the model is looked at, never changed ---
+            # --- before the step: evaluate and save; the model stays as it is ---
             last = p.step == p.total
-            # Where epochs are many and short, the interval alone decides.
+            # With many short epochs, the interval alone decides.
             epoch_ends = p.step % steps_per_epoch == 0 and p.total <= 50 * steps_per_epoch
             look = p.step % config.eval_interval == 0 or epoch_ends or last
             if look and p.step > p.evaluated:
@@ -1332,8 +1326,8 @@ def fit(run: Run) -> str:
 # ====================================================================================
 # 6. Sampling
 #
-# One token after the other. The cache keeps keys and values, so that a new token costs one
-# position's work; `sample_next` chooses it; `generate` joins the two.
+# One token at a time. The cache keeps keys and values, so that a new token costs one position's
+# work; `sample_next` chooses it; `generate` combines the two.
 #
 #     >>> lp.load("ckpts/best.pth").generate("Once upon a time", temperature=0.8, seed=1)
 # ====================================================================================
@@ -1342,11 +1336,12 @@ def fit(run: Run) -> str:
 class KVCache:
     """Keys and values of the tokens so far, in buffers allocated once: (B, K, size, D) a layer.
 
-    They hold block_size tokens, after which `generate` starts again from the last half.
+    They hold block_size tokens, or fewer if `limit` says so; at block_size `generate` starts again
+    from the last half.
     """
 
     def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, limit=2**40):
-        """limit: how many tokens will be stored at most. In powers of two: few shapes to compile."""
+        """limit: most tokens to be stored; rounded up to a power of two: few shapes to compile."""
         self.size = min(config.block_size, 1 << (limit - 1).bit_length())
         shape = (2, config.n_layer, batch, config.n_kv_head, self.size, config.head_dim)
         self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
@@ -1375,16 +1370,16 @@ def sample_next(
 ) -> Tensor:  # fmt: skip
     """Draw the next token of each sequence: logits (B, V) -> (B,) ids.
 
-    The filters apply in this order, as in transformers: repetition penalty (Keskar et al., 2019)
-    on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen et
-    al., 2024). Temperature 0 takes the likeliest. Several generators share the sequences evenly.
+    The filters apply in this order, as in transformers: repetition penalty (after Keskar et al.,
+    2019) on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen
+    et al., 2024). Temperature 0 takes the likeliest. Several generators share the sequences evenly.
     """
     if repetition_penalty != 1.0:
         scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, scaled, logits)
     if temperature == 0.0:
         return logits.argmax(-1)
-    # The likeliest at 0, and a temperature that fp32 can hold: nothing overflows to NaN.
+    # Shifted so that the largest is 0, and divided by what fp32 can hold: no overflow to NaN.
     logits = (logits - logits.max(-1, keepdim=True).values) / max(temperature, 1e-30)
     if 0 < top_k < logits.shape[-1]:
         floor = logits.topk(top_k).values[:, -1:]
@@ -1421,10 +1416,10 @@ def generate(
 ) -> Iterator[list[int]]:  # fmt: skip
     """Yield the next id of each of B * num_samples samples, step by step; -1 once one has stopped.
 
-    idx: (B, T) ids; the samples of one row stand side by side and are drawn from one prefill.
-    seed: of all draws, or one for each row of idx, which then does not depend on the others.
+    idx: (B, T) ids; the samples of one row are adjacent and share one prefill.
+    seed: for all draws, or one for each row of idx, which then does not depend on the others.
     sampling: the keyword arguments of `sample_next`.
-    When the cache is full, decoding goes on from the last half of the block.
+    When the cache is full, decoding continues from the last half of the block.
     """
     device, config, (B, T) = idx.device, model.config, idx.shape
     n, dtype = B * num_samples, model.tok_emb.weight.dtype
@@ -1438,7 +1433,7 @@ def generate(
     cache.repeat(num_samples)
     logits = model.head(h).float().repeat_interleave(num_samples, 0)  # (n, V)
     alive = [True] * n
-    keep = max(1, config.block_size // 2)  # what decoding goes on from when the cache is full
+    keep = max(1, config.block_size // 2)  # what decoding continues from when the cache is full
     recent = deque(history.unbind(1), maxlen=keep)  # (n,) each
     for step in range(1, max_new_tokens + 1):
         token = sample_next(logits, seen=seen, generator=generators, **sampling)  # (n,)
@@ -1461,16 +1456,16 @@ def generate(
 # ====================================================================================
 # 7. Presets
 #
-# Names that set many settings at once. Every setting is stated once, in a typed field of a
-# dataclass that stands where it is first needed and carries its default, help and limits; flags,
-# --config files and config.json are generated from these fields (section 16).
+# Names that set many settings at once. Settings are typed fields of dataclasses, each defined where
+# it is first needed, with its default, help and limits; flags, --config files and config.json are
+# generated from these fields (section 16).
 #
 #     $ python llm_pipeline.py train -h            # what a first user needs
 #     $ python llm_pipeline.py train --help_all    # every field, by topic
 # ====================================================================================
 
 
-# Sized for an RTX 4060 with 8 or 16 GB, but for the last two: a laptop, and GPT-2's smallest.
+# Sized for an RTX 4060 (8 GB) or 4060 Ti (16 GB); the last two: for a laptop, and GPT-2's smallest.
 PRESETS = {
     "tiny-8g": dict(block_size=256, n_layer=6, n_head=8, n_embd=512,
                     batch_size=32, grad_accum=1, lr=3e-4, epochs=5),
@@ -1485,6 +1480,7 @@ PRESETS = {
 }  # fmt: skip
 
 ARCHS = {
+    # GPT-2 itself has gelu_tanh; here, as in nanoGPT, GELU is exact.
     "gpt2": dict(pos="learned", norm="layernorm", norm_eps=1e-5, mlp="gelu", qk_norm=False,
                  bias=True),
     "modern": dict(pos="rope", norm="rmsnorm", norm_eps=1e-6, mlp="swiglu", qk_norm=True,
@@ -1494,11 +1490,11 @@ ARCHS = {
 
 @dataclass
 class PresetConfig(Settings):
-    """Presets: names that set many others at once."""
+    """Presets: names that set many settings at once."""
 
     preset: str = option("tiny-8g", "sizes that fit a machine", choices=tuple(PRESETS))
     recipe: str = option(
-        "classic", "classic: the preset as it stands; fast: measured quickest",
+        "classic", "classic: the preset as is; fast: the quickest measured",
         choices=("classic", "fast"),
     )  # fmt: skip
     arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)", choices=tuple(ARCHS))
@@ -6696,7 +6692,7 @@ def preview(store: TokenStore, block_size: int, n: int) -> None:
     """Print samples of training token by token: position, id, whether it is trained, text."""
     data = InstructionDataset(store, "train", block_size, loss_on="response")
     for i in evenly_spaced(len(data), n):
-        ids, weight, _ = data.record(i)
+        ids, weight = data.record(i)
         print(f"sample {i} of --loss_on response: {len(ids)} tokens")
         for place, token in enumerate(ids.tolist()):
             state = "trained" if weight[place] else "masked"
@@ -7145,6 +7141,8 @@ def cross_checks(config: Settings) -> None:
             raise UserError(
                 f"--{name} belongs to --objective {objective}: leave one out, or give both"
             )
+    if getattr(config, "method", "full") == "lora" and config.optimizer == "muon":
+        raise UserError("--optimizer muon does not suit LoRA's thin matrices: use adamw")
     if getattr(config, "objective", "ntp") != "ntp" and config.sampled_softmax:
         raise UserError(f"{config.objective} needs whole likelihoods: leave --sampled_softmax out")
     if getattr(config, "streaming", False) and not config.hf_dataset:

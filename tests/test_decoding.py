@@ -1,4 +1,4 @@
-"""Section 7 and `sample`: against a loop without a cache, and against transformers."""
+"""Section 6 and `sample`: against a loop without a cache, and against transformers."""
 
 import copy
 import shutil

@@ -1,4 +1,4 @@
-"""Sections 4 and 9: the model against references written here, and against transformers."""
+"""Sections 3 and 9: the model against references written here, and against transformers."""
 
 import math
 import os
