@@ -64,6 +64,7 @@ import tempfile
 import threading
 import time
 import warnings
+from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1852,6 +1853,7 @@ def write_beside(target: Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(Path(path)) as file:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         file.write(text.encode("utf-8", "replace"))
@@ -2540,6 +2542,12 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     special = re.findall(r"[^,\s]+", config.special_tokens) or list(SPECIAL_TOKENS)
     extra = re.findall(r"[^,\s]+", config.extra_special_tokens)
     extra = [name for name in extra if name not in special]
+    declared = {
+        role: next((name for name in names if name in special), None)
+        for role, names in USUAL_NAMES.items()
+    }
+    if not declared["eos"]:
+        raise UserError("--special_tokens names no end of a text, such as <|endoftext|> or </s>")
     library = optional("tokenizers").ByteLevelBPETokenizer()
     texts = (SURROGATE.sub("\ufffd", text) for text in texts)
     if extra:
@@ -2552,7 +2560,7 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     saved = json.loads(library.to_str()) | {"post_processor": None}
     for token in saved["added_tokens"]:
         token["special"] = token["content"] not in extra  # the library looks for others in texts
-    ids = special_ids(library, {})
+    ids = special_ids(library, declared)
     if config.special_tokens:
         token = {number: name for name, number in library.get_vocab().items()} | {None: "none"}
         roles = [f"{role} is {token[ids[f'{role}_id']]}" for role in USUAL_NAMES]
@@ -2647,7 +2655,7 @@ def hf_tokenizer(folder: Path) -> Tokenizer:
     for file in (folder / "generation_config.json", folder / "config.json"):
         stated = read_table(file, file.name).get("eos_token_id") if file.is_file() else None
         ends += stated if isinstance(stated, list) else [stated]
-    ends = [number for number in ends if type(number) is int]
+    ends = [number for number in ends if type(number) is int and number >= 0]
     return bpe_tokenizer(library.to_str(), **special_ids(library, declared, ends))
 
 
@@ -2656,16 +2664,17 @@ def cuts_as_gpt2(library: dict) -> bool:
 
     Then a piece begins at every space that follows a letter and precedes one.
     """
-    model, cut = library["model"], library.get("pre_tokenizer") or {}
+    model, pre = library["model"], library.get("pre_tokenizer") or {}
     odd = any(model.get(name) for name in ("ignore_merges", "byte_fallback", "dropout"))
     if model["type"] != "BPE" or odd or library.get("normalizer"):
         return False
     for token in library.get("added_tokens", []):  # those that are looked for in texts
         loose = token["lstrip"] or token["rstrip"] or token["single_word"]
-        if not token["special"] and (loose or re.search(r"\s", token["content"])):
+        cut = re.search(r"\s", token["content"]) or SAFE_CUT.search(token["content"])
+        if not token["special"] and (loose or cut):
             return False
-    plain = cut.get("use_regex", True) and not cut.get("add_prefix_space")
-    return cut.get("type") == "ByteLevel" and plain
+    plain = pre.get("use_regex", True) and not pre.get("add_prefix_space")
+    return pre.get("type") == "ByteLevel" and plain
 
 
 def tiktoken_twin(library: dict):
@@ -2915,7 +2924,7 @@ def text_from(value, name: str) -> str:
         raise ValueError(f"{name!r} must be text, not {type(value).__name__}") from None
     if "\0" in text:
         raise ValueError(f"{name!r} holds NULs, which text does not")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def take_text(row: dict, names: Iterable[str]) -> str:
@@ -3002,7 +3011,7 @@ def record_from_row(row: dict, text_field: str = "text", labels: str = "") -> Re
     labels: the column that makes instructions of plain texts, or "".
     """
     if isinstance(row, Exception):
-        raise ValueError(one_line(row, 400))
+        raise row
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
     if None in row:  # csv's name for cells beyond the last column
@@ -3093,7 +3102,7 @@ def plain_record(row: dict, text_field: str, labels: str, half: str) -> Record:
         raise ValueError(f"{text_field!r} must be text, not {type(text).__name__}")
     trained, source = take_masks(row), ""
     turn = Turn("", text_from(row.pop(text_field), text_field), trained)
-    if labels and row.get(labels) is not None:
+    if labels and row.get(labels) not in EMPTY:
         prompt = instruction_prompt(f"classify the text by {labels}", turn.response)
         answer = instruction_response(text_from(row.pop(labels), labels))
         turn, source = Turn(prompt, answer, trained), labels
@@ -3122,7 +3131,8 @@ def records_of(source: Source, labels: str, config: DataConfig, report: Report) 
             why = one_line(error, 400)
             if config.bad_records == "error":
                 raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip") from None
-            report.skip(source.name, why, where)
+            # JSON's errors name a column: by that each would be a reason of its own.
+            report.skip(source.name, getattr(error, "msg", why), where)
             continue
         unused.update(record.unused)
         record.where, record.split = where, source.split
@@ -3172,7 +3182,7 @@ def label_column(sources: list[Source], config: DataConfig) -> str:
         # A stream shows its labels early, or never.
         for number, (_, row) in enumerate(islice(rows, 1000 if config.streaming else None)):
             is_text = isinstance(row, dict) and isinstance(row.get(config.text_field), str)
-            filled = {name for name in row if row[name] is not None} if is_text else set()
+            filled = {name for name in row if row[name] not in EMPTY} if is_text else set()
             name = next((name for name in LABELS if name in filled), "")
             if filled & {*QUESTIONS, *ANSWERS, *DIALOGUES, "chosen"}:  # no plain text
                 name = ""
@@ -3241,7 +3251,7 @@ def csv_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     csv.field_size_limit(2**31 - 1)
     lines, before = read_text(path), 0
     header = next(lines, "")
-    delimiter = max(",;\t", key=header.count)
+    delimiter = max("\t,;" if ending(path) == ".tsv" else ",;\t", key=header.count)
     if said := re.fullmatch(r"sep=(.)\n?", header):  # Excel's line
         delimiter, header, before = said[1], next(lines, ""), 1
     spaced, number = f"{delimiter} " in header, before + 1
@@ -3275,10 +3285,12 @@ def plain_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
 
     Under --max_tokens they are short, so that little more of a file is read than is needed.
     """
-    part, texts = "part", read_text(path, 2 * LONG_TEXT if config.max_tokens else PIECE)
+    size = 2 * LONG_TEXT if config.max_tokens else PIECE
+    part, blocks = "part", read_text(path, BLOCK)  # blocks stay in the CPU's caches
+    texts = map("".join, batched(blocks, size // BLOCK))
     if config.doc_delimiter:
         delimiter = text_from(unescape(config.doc_delimiter), "--doc_delimiter")
-        part, texts = "document", documents_in(read_text(path, BLOCK), delimiter)
+        part, texts = "document", documents_in(blocks, delimiter)
     first = next(texts, "")  # an empty file is a record, too, and skipped later
     for number, text in enumerate(chain([first], texts), 1):
         yield f"{path}: {part} {number}", {config.text_field: text}
@@ -3565,8 +3577,9 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
     else:
         sources = file_sources(config, report)
     labels = label_column(sources, config)
-    found = (records_of(source, labels, config, report) for source in sources)
-    yield from chain.from_iterable(map(join_rows, found) if config.join_rows else found)
+    for source in sources:
+        found = records_of(source, labels, config, report)
+        yield from join_rows(found) if config.join_rows and source.table else found
 
 
 # --- duplicates and the split ---
@@ -3574,6 +3587,12 @@ def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
 
 def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
+
+
+def utf8_blocks(text: str) -> Iterator[bytes]:
+    """The bytes of a text in blocks: of a long one at once they would leave the CPU's caches."""
+    for start in range(0, len(text), BLOCK):
+        yield encoded(text[start : start + BLOCK])
 
 
 def identify(record: Record, config: DataConfig) -> tuple[int, str, int]:
@@ -3586,9 +3605,10 @@ def identify(record: Record, config: DataConfig) -> tuple[int, str, int]:
     for number, turn in enumerate(record.turns):
         if number or not turn.trained:
             hasher.update(b"\0\1" if turn.trained else b"\0\2")
-        data = encoded(f"{turn.prompt}\0{turn.response}")
-        hasher.update(data)
-        size += len(data) - 1
+        for data in chain(utf8_blocks(turn.prompt), [b"\0"], utf8_blocks(turn.response)):
+            hasher.update(data)
+            size += len(data)
+        size -= 1  # the NUL
     hasher.update(b"\0" + encoded(record.rejected))
     digest = hasher.digest()
     identity, place, side = int.from_bytes(digest[:8], "little"), digest[8:], record.split
@@ -3658,9 +3678,9 @@ def corpus_records(
     found = split_records(read_records(config, report), config, report, pairs)
     for record, side, size in islice(found, config.max_docs or None):
         if side == "both":
-            text, n_bytes = record.turns[0].response, size - math.ceil(size * config.val_fraction)
-            head = np.frombuffer(encoded(text)[: max(0, n_bytes)], np.uint8)
-            cut = int((head & 0xC0 != 0x80).sum())  # characters that begin there
+            text, n_bytes = record.turns[0].response, math.ceil(size * config.val_fraction)
+            tail = np.frombuffer(encoded(text[-n_bytes:])[-n_bytes:], np.uint8)
+            cut = len(text) - np.count_nonzero(tail & 0xC0 != 0x80)  # characters that begin there
             # What validates comes first: --max_tokens may end behind it.
             for split, part in (("val", text[cut:]), ("train", text[:cut])):
                 if part:
@@ -3708,7 +3728,8 @@ def safe_blocks(text: str) -> Iterator[str]:
 def encode_records(
     records: Iterable[tuple[Record, str]], tokenizer: Tokenizer, ahead: int
 ) -> Iterator[tuple[Record, str, list[tuple]]]:
-    """Each record and its side with the ids of its turns: (prompt, response), (n,) each.
+    """Each record and its side with the ids of its turns: (prompt, response), (n,) each; of plain
+    text with those of its blocks, (empty, block, block, ...).
 
     ahead: characters that are encoded at a time. Raises UserError where a response behind it
     changes a prompt's ids: in a chat it stands alone.
@@ -3722,7 +3743,7 @@ def encode_records(
         for (record, side), each in zip(batch, texts, strict=True):
             found, end = ids[end : end + len(each)], end + len(each)
             if record.is_plain:
-                yield record, side, [(found[0][:0], np.concatenate(found))]
+                yield record, side, [(found[0][:0], *found)]
                 continue
             turns = list(zip(found[::2], found[1::2], strict=True))
             for n, (prompt, both) in enumerate(turns if whole else ()):
@@ -3782,7 +3803,7 @@ class StoreWriter:
         self.lengths = Counter()  # {tokens: records}
         self.files = {name: open(folder / name, "wb") for name in TOKEN_FILES}
 
-    def write(self, record: Record, split: str, ids: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    def write(self, record: Record, split: str, ids: list[tuple[np.ndarray, ...]]) -> None:
         """ids: of each turn, as `encode_records` gives them."""
         tokenizer, counts = self.tokenizer, self.report.rows[record.source]
         special, end = self.config.add_special_tokens or not record.is_plain, [tokenizer.sep_id]
@@ -3791,18 +3812,20 @@ class StoreWriter:
         parts, rows = [tokenizer.prefix if special else []], []
         number = self.sources.setdefault(record.source, len(self.sources))
         length = len(parts[0])
-        for turn, (prompt, response) in zip(record.turns, ids, strict=True):
-            parts += [prompt, response, end]
+        for turn, (prompt, *response) in zip(record.turns, ids, strict=True):
+            parts += [prompt, *response, end]
             before = length + len(prompt)
-            length = before + len(response) + len(end)
+            length = before + sum(map(len, response)) + len(end)
             last = turn is record.turns[-1]
             rows.append((self.size[split], length, before, number, turn.trained, last))
-            size, answer = len(encoded(turn.prompt)), len(encoded(turn.response))
+            size, answer = (sum(map(len, utf8_blocks(t))) for t in (turn.prompt, turn.response))
             counts["bytes"] += size + answer
             counts[f"{split}_bytes"] += size + (answer if turn.trained else 0)
             if tokenizer.unk_id is not None:
-                unknown = [np.sum(part == tokenizer.unk_id) for part in (prompt, response)]
-                counts["unknown_tokens"] += int(sum(unknown))
+                unknown = [
+                    np.count_nonzero(part == tokenizer.unk_id) for part in (prompt, *response)
+                ]
+                counts.update({"unknown_tokens": sum(unknown)} if any(unknown) else {})
         data = np.concatenate(parts, dtype=id_dtype(tokenizer), casting="unsafe")
         self.files[f"{split}.bin"].write(data)
         self.files[f"{split}.idx"].write(np.array(rows, INDEX))
@@ -3817,8 +3840,10 @@ def id_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def tokens_needed(config: DataConfig) -> int:
-    """Training tokens that a run reads of a stream (0: all there are)."""
-    steps = getattr(config, "max_steps", 0) if config.streaming else 0
+    """Training tokens that a run reads of a stream (0: all there are, or to the limits that were
+    set)."""
+    limited = config.max_tokens or config.max_docs or not config.streaming
+    steps = 0 if limited else getattr(config, "max_steps", 0)
     return steps and steps * config.batch_size * (config.block_size or 1024) + 1
 
 
@@ -3979,10 +4004,19 @@ def corpus_tokenizer(config: DataConfig, pairs: bool) -> Tokenizer:
             texts = (
                 t for record, split in records if split == "train" for t in record_texts(record)
             )
-            if need := tokens_needed(config):  # of a stream: about as much as will be read
-                texts = chain.from_iterable(islice(batched(texts, 2**16, len, 4 * need), 1))
+            if need := tokens_needed(config) or config.max_tokens:
+                texts = first_characters(texts, 4 * need)  # about as much as will be read
             write_json(file, train_bpe(texts, config).spec())
     return tokenizer_from_spec(read_table(file, str(file)))
+
+
+def first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Texts until they have `limit` characters between them."""
+    for text in texts:
+        yield text
+        limit -= len(text)
+        if limit <= 0:
+            return
 
 
 def adopt(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pairs: bool) -> None:
@@ -4935,6 +4969,14 @@ def rows_of(store: TokenStore, split: str, source: str = "") -> np.ndarray:
     return rows[rows["source"] == store.sources.index(source)] if source else rows
 
 
+def trained_rows(store: TokenStore, split: str, source: str = "") -> np.ndarray:
+    """Rows of plain texts and of the answers that are trained; of preference pairs, which stand
+    chosen by rejected, those that were chosen."""
+    rows = rows_of(store, split, source)
+    rows = rows[rows["trained"] == 1]
+    return rows[::2] if store.meta["pairs"] else rows
+
+
 class RecordWindows(Dataset):
     """A source's records, each by itself, cut so that each token is a target once: ds[i] -> (x, y).
 
@@ -4980,8 +5022,9 @@ class Answers(Dataset):
     answer, and of the answer."""
 
     def __init__(self, store: TokenStore, split: str, source: str = ""):
-        self.store, self.split, rows = store, split, rows_of(store, split, source)
-        self.rows = rows[(rows["prompt"] > 1) & (rows["trained"] == 1)]  # plain text: a bos at most
+        self.store, self.split = store, split
+        rows = trained_rows(store, split, source)
+        self.rows = rows[rows["prompt"] > 1]  # plain text: a bos at most
         self.lengths = self.rows["length"].astype(np.int64)
 
     def __len__(self) -> int:
@@ -5097,7 +5140,8 @@ class Evaluation:
             "f1": 2 * right / np.maximum(predicted + true, 1),
             "support": true,
         }
-        names = [self.store.tokenizer.decode(label).strip() for label in labels]
+        texts = [self.store.tokenizer.decode(label) for label in labels]
+        names = [text.removeprefix(" ").removesuffix("\n") for text in texts]
         return {
             "accuracy": float(right.sum() / max(table.sum(), 1)),
             "classes": {
@@ -5109,9 +5153,8 @@ class Evaluation:
 
     def examples(self, split: str) -> list[dict]:
         """Texts of three records: given, truth, and what the model writes there."""
-        index, tokenizer, found = self.store.index[split], self.store.tokenizer, []
+        rows, tokenizer, found = trained_rows(self.store, split), self.store.tokenizer, []
         width = 120 if isinstance(tokenizer, ByteTokenizer) else 40  # tokens of a line, about
-        rows = index[index["trained"] == 1]
         for row in rows[evenly_spaced(len(rows), 3)]:
             start, length, prompt = (int(row[name]) for name in ("start", "length", "prompt"))
             first, temperature = prompt, 0.0
@@ -5274,7 +5317,7 @@ class CorpusFacts:
     """What is known of the text before it is tokenized; nothing, as it stands here."""
 
     n_bytes: int = 0
-    sizes: list[float] = field(default_factory=list)  # bytes of each record, if all have answers
+    sizes: Sequence[float] = ()  # bytes of each record, if all have answers
     stored: dict = field(default_factory=dict)  # tokenizer and vocab_size of a prepared store
 
     def block_size(self, tokenizer: str, vocab_size: int) -> int:
@@ -5313,7 +5356,7 @@ def facts_of_store(store: TokenStore) -> CorpusFacts:
 @lru_cache
 def facts_of_files(fingerprint: str, most_bytes: float, **data) -> CorpusFacts:
     """Each reading of the files, by `fingerprint`, is done once."""
-    config, sizes = DataConfig(**data), []
+    config, sizes = DataConfig(**data), array("q")  # there may be millions
     n_bytes = size_of_files(config)
     for record in read_records(config, Report()) if 0 < n_bytes < most_bytes else ():
         if record.is_plain:  # it may be long: no more is read
@@ -5471,7 +5514,7 @@ GRPO_SETTINGS = dict(
 def tuning_recipe(settings: dict, explicit: dict) -> dict:
     """The checkpoint brings the shape; a tuned model takes smaller steps."""
     if settings["objective"] == "grpo":
-        return GRPO_SETTINGS
+        return GRPO_SETTINGS | ({"max_steps": 0} if "epochs" in explicit else {})
     return FAST_RATES | dict(lr=0.008) if settings["recipe"] == "fast" else {}
 
 
@@ -5533,7 +5576,7 @@ def steps_to_take(config: FitConfig, train: DataLoader) -> int:
     """Steps of a new run. Little data is read more often, as `config` then says, unless the user has
     said how often; where that is so few times that little is learned, a note says so."""
     total = config.max_steps or config.epochs * len(train)
-    if total >= FEWEST_STEPS or config.overfit_batch or config.resume:
+    if total >= FEWEST_STEPS or config.overfit_batch:
         return total
     if config.max_steps or "epochs" in config.explicit:
         if total < 100 and not getattr(config, "minutes", 0):
@@ -5571,7 +5614,9 @@ def make_run(
             room, way = train.dataset.longest, "raise --block_size, or lower --max_new_tokens"
         what = "the middle of their prompt or the end of their answer"
         note(f"{n_cut:,} training records do not fit into {room} tokens and lose {what}: {way}")
-    total = steps_to_take(config, train)  # before the settings are written down
+    total = resumed["progress"]["total"] if resumed else steps_to_take(config, train)
+    if config.max_steps:  # --minutes may have moved the end of a run that is resumed
+        config.max_steps = total
     folder.about = describe_run(config, rt, loaded, store)
     p = Progress(
         total=total,
@@ -5607,10 +5652,6 @@ def resumed_progress(config: FitConfig, resumed: dict, new: Progress) -> Progres
     """Where the run goes on. What running out of memory has changed stays, unless the flag was
     given."""
     progress = Progress(**resumed["progress"])
-    if config.explicit & {"max_steps", "epochs"}:  # else --minutes may have moved the end
-        progress.total = new.total
-    if progress.step > progress.total:
-        raise UserError(f"the run is at step {progress.step} already: --max_steps ends before it")
     for name in config.explicit & {"grad_accum", "grad_checkpointing"}:
         setattr(progress, name, getattr(new, name))
     return progress
@@ -5627,7 +5668,10 @@ def run_fit(run: Run, folder: RunFolder, before: dict | None = None) -> str:
         if config.overwrite and not folder.state:
             for name in RUN_FILES:
                 folder.file(name).unlink(missing_ok=True)
-        write_json(folder.file("config.json"), folder.about["config"] | vocabulary(folder.about))
+        about = folder.about
+        size = about["model_config"]["vocab_size"]
+        counted = {"kind": about["tokenizer"]["kind"], "size": size}  # for plot_curves.py
+        write_json(folder.file("config.json"), about["config"] | {"vocabulary": counted})
     model = f"{run.model.n_params():,} parameters, {shape.n_layer} layers x {shape.n_embd}"
     steps = f"{p.total:,} steps of {run.train.batch_sampler.batch_size} x {shape.block_size} tokens"
     note(f"{model}, {run.rt.device} {str(run.rt.dtype).removeprefix('torch.')}, {steps}")
@@ -5661,16 +5705,6 @@ def run_fit(run: Run, folder: RunFolder, before: dict | None = None) -> str:
     return best
 
 
-def vocabulary(about: dict) -> dict:
-    """What config.json says of the tokens, in which plot_curves.py counts losses: those of a base or
-    of a prepared store, too, whatever the settings are."""
-    if about["tokenizer"]["kind"] == "byte":
-        return {"tokenizer": "byte"}
-    name = about["config"].get("tokenizer", "byte")
-    size = max(260, about["model_config"]["vocab_size"])  # --vocab_size takes no less
-    return {"tokenizer": "bpe" if name == "byte" else name, "vocab_size": size}
-
-
 def how_it_ended(run: Run, folder: RunFolder, finished: bool) -> str:
     """One line on a run that has ended. Raises UserError where --overfit_batch has not learned its
     batch by heart."""
@@ -5696,8 +5730,9 @@ def how_it_ended(run: Run, folder: RunFolder, finished: bool) -> str:
 def report_shape(config: FitConfig, store: TokenStore) -> tuple[str, int, int]:
     """(split, batch size, batches of each source) of the reports of train and finetune."""
     split = "val" if len(store.tokens["val"]) > 1 else "train"
-    n = getattr(config, "report_samples", 256) / (config.batch_size * len(store.sources))
-    return split, config.batch_size, math.ceil(n)
+    rows = max(1, config.batch_size // (config.grad_accum * launched("WORLD_SIZE")))  # what fits
+    n = getattr(config, "report_samples", 256) / (rows * len(store.sources))
+    return split, rows, math.ceil(n)
 
 
 def say_result(run: Run, folder: RunFolder, best: str, before: dict | None) -> None:
@@ -5801,7 +5836,7 @@ def choose_size(explicit: dict, n_bytes: int, rt: Runtime, seconds: float) -> di
     """The largest of RUNGS that sees enough tokens of the text in so many seconds."""
     if explicit.keys() & SIZES:
         return {}
-    speed, chosen, used_up = training_speed(rt), {}, False
+    speed, chosen, used_up = rt.world_size * training_speed(rt), {}, False
     for rung in RUNGS:
         size = settle(TrainConfig, rung | explicit)
         vocab_size, bytes_a_token = likely_tokens(size.tokenizer, size.vocab_size)
@@ -5859,6 +5894,7 @@ class Clock:
                 look = seconds_of(estimate_loss, run, islice(run.val, 1)) * len(run.val)
         scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `open_run` sweeps
         save = seconds_of(save_run, run, folder.about, scratch)
+        del run.save  # which holds the run in a cycle: its memory is needed now
         if rt.is_main:
             scratch.unlink()
         step, look, save = map(rt.of_first, (float(np.median(took[1:])), look, save))
@@ -6229,7 +6265,10 @@ def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> di
         note(f"scoring {place}: {n_records:,} {split} records, {n_tokens:,} tokens")
     note(what_it_was_trained_on(config, loaded, store))
     choose_threads(config, rt, loaded.model.config, config.batch_size)
-    return report(loaded, store, rt, config.split, config.batch_size, config.max_batches)
+    result = report(loaded, store, rt, config.split, config.batch_size, config.max_batches)
+    if rt.is_main and config.json:
+        write_json(config.json, result)
+    return result
 
 
 def what_it_was_trained_on(config: EvalConfig, loaded: Loaded, store: TokenStore) -> str:
@@ -6251,8 +6290,6 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
     result = evaluate_checkpoint(config, rt, stop)
     if rt.is_main:
         print("\n".join(report_lines(result)))
-        if config.json:
-            write_json(Path(config.json), result)
 
 
 # --- sample and chat ---
@@ -6462,10 +6499,10 @@ def chat_session(loaded: Loaded, config: SampleConfig) -> None:
         import readline  # noqa: F401
     if "seed" not in config.explicit:
         config.seed = int.from_bytes(os.urandom(4), "little")
-    chat, instruct = Chat(loaded, config), is_instruct(loaded, config)
-    if instruct and config.num_samples > 1:
-        raise UserError("--num_samples needs --prompt: a conversation goes on from one answer")
-    kind = "a conversation" if instruct else "text to continue"
+    if config.num_samples > 1:
+        raise UserError("--num_samples needs --prompt: a session continues from one answer")
+    chat = Chat(loaded, config)
+    kind = "a conversation" if is_instruct(loaded, config) else "text to continue"
     note(f"{kind}; /help lists the commands; --seed {config.seed} repeats this session")
     with contextlib.suppress(EOFError):
         while (line := input("> ")) and line.strip() != "/quit":
@@ -6605,6 +6642,8 @@ def saved_raw(config: PrepareConfig) -> PrepareConfig:
                 room -= file.write(line.encode("utf-8", "replace"))
                 if room < 0:
                     break
+        if room < 0:  # a split of one row would validate alone
+            break
     note(f"{config.hf_dataset}: its rows are in {folder}")
     return replace(config, data_dir=str(folder), hf_dataset="", streaming=False)
 
@@ -6796,13 +6835,14 @@ def flops_per_token(model: GPT, T: int) -> float:
 
 
 def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
-    """Speed of the very step of `train`, its share of what matrix products reach (MFU), and peak
-    memory."""
+    """Speed of the very step of `train` (over the whole vocabulary), its share of what matrix products
+    reach (MFU), and peak memory."""
     total = 10**9  # a long run: compiling pays, the learning rate stays in its warm-up
     model.grad_checkpointing = config.grad_checkpointing
+    losses = distribute(model, config, rt, total)
     run = Run(
-        config=config, rt=rt, model=model, losses=distribute(model, config, rt, total),
-        objective=next_token_loss, optimizers=make_optimizers(model, config),
+        config=config, rt=rt, model=model, losses=losses,
+        grad_sync=partial(grad_sync_context, model, losses), objective=next_token_loss, optimizers=make_optimizers(model, config),
         train=None, val=None, store=None, gradients=retry_on_oom,
         progress=Progress(total=total, grad_accum=config.grad_accum,
                           grad_checkpointing=config.grad_checkpointing),
@@ -6826,11 +6866,11 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     a, b = (torch.randn(n, n, device=rt.device, dtype=rt.dtype) for _ in range(2))
     sides = {"": step, "product": lambda: a @ b}
     if config.vs:
-        sides["hf_"] = hf_step(config, rt, model, batch)
+        sides["hf_"] = hf_step(run, batch)
     tokens = config.batch_size * config.block_size
     result, seconds = measure("train", sides, tokens, rt, config.rounds)
     speed = result["train_tokens_per_s"]
-    reached = speed * flops_per_token(model, config.block_size)
+    reached = speed * flops_per_token(model, config.block_size) / rt.world_size
     peak = max(2 * n**3 / seconds, reached)  # a neighbour may have disturbed the products
     return result | {
         "step_ms": 1e3 * tokens / speed, "matmul_peak_flops": peak, "mfu": reached / peak,
@@ -6839,15 +6879,16 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     }  # fmt: skip
 
 
-def hf_step(config: BenchConfig, rt: Runtime, model: GPT, batch: Batch) -> Callable:
+def hf_step(run: Run, batch: Batch) -> Callable:
     """A training step of transformers' model as people write it: autocast, fused AdamW, clipping."""
-    peer = to_peer(GPT(model.config)).to(rt.device).train()
+    config, n_micro = run.config, run.progress.grad_accum
+    peer = to_peer(GPT(run.model.config)).to(run.rt.device).train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=config.lr, fused=True)
 
     def step() -> None:
-        for micro in batch.split(config.grad_accum):
-            with rt.autocast():
-                loss = peer(input_ids=micro.x, labels=micro.x).loss / config.grad_accum
+        for micro in batch.split(n_micro):
+            with run.rt.autocast():
+                loss = peer(input_ids=micro.x, labels=micro.x).loss / n_micro
             loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), config.grad_clip or math.inf)
         optimizer.step()
@@ -6869,7 +6910,7 @@ def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
         "product": lambda: a @ b,
     }
     if config.vs:
-        peer = to_peer(GPT(model.config)).to(rt.device).eval()
+        peer = to_peer(GPT(model.config)).to(rt.device, rt.dtype).eval()
         peer.generation_config.eos_token_id = None
         ids = idx.expand(batch, -1)
         how = dict(max_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(ids))
@@ -6915,7 +6956,7 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
         for name, value in result.items():
             print(f"{name:<28}{value:,.6g}" if isinstance(value, float) else f"{name:<28}{value}")
         if config.json:
-            write_json(Path(config.json), result)
+            write_json(config.json, result)
 
 
 # ====================================================================================
@@ -7067,19 +7108,15 @@ def take_up(config: FitConfig, folder: RunFolder) -> None:
 
     Raises UserError where a fixed setting is asked to change.
     """
-    stored, may_change = folder.state["config"], set()
-    if stored["lr_schedule"] == "constant":  # no step depends on how many there will be
-        may_change = {"epochs", "max_steps"}
+    stored = folder.state["config"]
     for name, spec in fields_of(type(config)).items():
         asked, kept = getattr(config, name), stored.get(name, spec.default)
         if name not in config.explicit:
             setattr(config, name, kept)
-        elif spec.metadata["resume"] == "fixed" and asked != kept and name not in may_change:
+        elif spec.metadata["resume"] == "fixed" and asked != kept:
             start = f"{folder.start_flag} {folder.file('last.pth')}"
             way = f"leave it out, or begin another run in another --out_dir by {start}"
             raise UserError(f"--resume cannot change {name} (from {kept} to {asked}): {way}")
-    if config.epochs != stored["epochs"] and "max_steps" not in config.explicit:
-        config.max_steps = 0  # which little data has set
 
 
 def read_table(file: Path, what: str) -> dict:
@@ -7111,6 +7148,10 @@ def read_config(cls: type, path: str) -> dict:
     entries = list(read_table(Path(path), where).items())
     for leaf, value in entries:
         name = leaf if leaf in known else FOREIGN_NAMES.get(leaf, str(leaf))
+        if name == "config":
+            raise UserError(f"{where}: a file cannot name another by config: put them into one")
+        if name == "vocabulary":  # what a run's config.json says of its tokens
+            continue
         if isinstance(value, dict):  # a section, as `training:`: its entries come later
             entries.extend(value.items())
         elif name in known - own.keys():

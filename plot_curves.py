@@ -81,10 +81,10 @@ def unit_of(config: dict) -> str:
     """What a loss is counted in: nats per byte and per token of some vocabulary are not alike."""
     if config.get("objective", "ntp") != "ntp":
         return config["objective"]
-    if config.get("tokenizer") == "byte":
+    tokens = config.get("vocabulary") or {}
+    if tokens.get("kind") == "byte":
         return "nats per byte"
-    size = config.get("vocab_size")
-    return f"nats per token of {size:,}" if size else "nats per token"
+    return f"nats per token of {tokens['size']:,}" if tokens else "nats per token"
 
 
 def minutes_of(rows: list[dict]) -> list[float]:

@@ -110,10 +110,10 @@ def test_what_holds_no_curve_is_passed_over(metrics, tmp_path, capsys):
 
 def test_losses_of_different_units_have_panels_of_their_own(tmp_path, figures):
     runs = [
-        a_run(tmp_path / "bytes", tokenizer="byte"),
-        a_run(tmp_path / "other", tokenizer="byte"),
+        a_run(tmp_path / "bytes", vocabulary={"kind": "byte", "size": 260}),
+        a_run(tmp_path / "other", vocabulary={"kind": "byte", "size": 260}),
     ]
-    runs += [a_run(tmp_path / "bpe", tokenizer="bpe", vocab_size=2000)]
+    runs += [a_run(tmp_path / "bpe", vocabulary={"kind": "bpe", "size": 2000})]
     assert plot(*runs) == 0
     for name in ("loss", "training loss", "validation perplexity"):
         one, two = figures[name]
@@ -142,7 +142,7 @@ def test_a_run_from_a_base_has_its_unit(tiny_checkpoint, corpus, tmp_path, figur
 
 
 def test_preferences_and_reward_have_no_perplexity(metrics, tmp_path, figures):
-    tuned = a_run(tmp_path / "dpo", objective="dpo", tokenizer="byte")
+    tuned = a_run(tmp_path / "dpo", objective="dpo")
     assert plot(tuned) == 0
     assert sorted(p.name for p in tuned.parent.glob("*.png")) == NAMES[:3]
     assert plot(tuned, metrics, "--out_dir", tmp_path) == 0
