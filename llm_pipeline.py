@@ -1853,7 +1853,6 @@ def write_beside(target: Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(Path(path)) as file:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         file.write(text.encode("utf-8", "replace"))
@@ -2547,7 +2546,7 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
         for role, names in USUAL_NAMES.items()
     }
     if not declared["eos"]:
-        raise UserError("--special_tokens names no end of a text, such as <|endoftext|> or </s>")
+        raise UserError("--special_tokens has no end-of-text token such as <|endoftext|> or </s>")
     library = optional("tokenizers").ByteLevelBPETokenizer()
     texts = (SURROGATE.sub("\ufffd", text) for text in texts)
     if extra:
@@ -6255,8 +6254,8 @@ class EvalConfig(CheckpointConfig, RuntimeConfig):
     json: str = option("", "write the figures to this file")
 
 
-def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> dict:
-    """The report of section 14 on --ckpt and the data at hand."""
+def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> dict:
+    """The report of section 14 on --ckpt and the data at hand, printed and returned."""
     loaded = load_model(config.ckpt, block_size=config.block_size)
     store = open_store(config, rt, loaded)
     for split in ("train", "val") if config.split == "all" else (config.split,):
@@ -6266,8 +6265,10 @@ def evaluate_checkpoint(config: EvalConfig, rt: Runtime, stop: StopSignal) -> di
     note(what_it_was_trained_on(config, loaded, store))
     choose_threads(config, rt, loaded.model.config, config.batch_size)
     result = report(loaded, store, rt, config.split, config.batch_size, config.max_batches)
-    if rt.is_main and config.json:
-        write_json(config.json, result)
+    if rt.is_main:
+        print("\n".join(report_lines(result)))
+        if config.json:
+            write_json(config.json, result)
     return result
 
 
@@ -6284,12 +6285,6 @@ def what_it_was_trained_on(config: EvalConfig, loaded: Loaded, store: TokenStore
         return f"warning: {what}, and it is split otherwise: it may have been trained on any of it"
     keeps = "a record in both keeps its side of the split, but for a lone text, one over 64 KiB"
     return f"{what}; {keeps} and files named train, valid or test"
-
-
-def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> None:
-    result = evaluate_checkpoint(config, rt, stop)
-    if rt.is_main:
-        print("\n".join(report_lines(result)))
 
 
 # --- sample and chat ---
@@ -7361,7 +7356,7 @@ def from_python(name: str, cls: type, function: Callable) -> Callable:
 # lp.train(data_dir="book.txt", preset="cpu-debug")
 train = from_python("train", TrainConfig, train_loop)
 finetune = from_python("finetune", FinetuneConfig, finetune_loop)
-evaluate = from_python("evaluate", EvalConfig, evaluate_checkpoint)  # as `eval --json`
+evaluate = from_python("evaluate", EvalConfig, eval_command)  # as `eval --json`
 prepare = from_python("prepare", PrepareConfig, prepare_command)  # its folder is a --data_dir
 export = from_python("export", ExportConfig, export_command)
 

@@ -148,6 +148,8 @@ CASES = {
     "numbers beside a text": Case({"a.jsonl": jsonl(*(dict(text=f"t{i}", topic=i % 2)
                                                       for i in range(4)))},
                                   [f"t{i}" for i in range(4)], ("not used: topic: 4",)),
+    "an empty label": Case({"a.csv": b"label,text\n" + b"".join(
+        f"{row['label']},{row['text']}\n".encode() for row in SPAM) + b",x\n"}, [*CLASSES, "x"]),
     "a text without its label": Case({"a.jsonl": jsonl(*SPAM, dict(text="x", label=None))},
                                      [*CLASSES, "x"]),
     # encodings
@@ -234,10 +236,13 @@ CASES = {
     "spaces around names": Case({"a.csv": b" instruction ;output \nq0;a0\n"}, ["q0 > a0"]),
     "a column of texts": Case({"a.csv": b'id,body\n1,"One, two"\n2,Three\n'},
                               ["One, two", "Three"], settings=dict(text_field="body")),
+    "a table of one column": Case({"a.tsv": b"text\nHello, world\n"}, ["Hello, world"]),
     "a table without names": Case({"a.tsv": b"positive\tWhat a film\nnegative\tWhat a bore\n"},
                                   None, ("no known layout",)),
     "a row that is short": Case({"a.csv": b"instruction,output\nq0\n"}, None,
                                 (":2", "output is null")),
+    "errors of one kind": Case({"a.jsonl": b'{"a" 1}\n{"bbb" 1}\n' + jsonl(*QA)}, READ,
+                               ("Expecting ':' delimiter: 2",), dict(bad_records="skip")),
     "an open quote": Case({"a.csv": b'text,n\n"two\nlines",1\n"open,2\nb,3\n'}, None,
                           (":4", "close the quote"), dict(bad_records="skip")),
     # packed
@@ -258,6 +263,8 @@ CASES = {
     "rows that are lines": Case(
         {"a.jsonl": jsonl(*(dict(text=line) for line in ("", " = Title = \n", "", "One.")))},
         ["\n = Title = \n\nOne.\n"], settings=dict(join_rows=True)),
+    "documents are no lines": Case({"a.txt": b"One.\n\nTwo."}, ["One.", "Two."],
+                                   settings=dict(join_rows=True, doc_delimiter=r"\n\n")),
 }  # fmt: skip
 
 

@@ -282,6 +282,8 @@ def test_an_input_means_the_template_in_a_session_too(session):
 
 def test_several_samples_of_a_conversation_are_refused(session):
     session(tuned(), "hello", flags=("--num_samples", 2)).fails(1, "--num_samples")
+    raw = ("--num_samples", 2, "--template", "raw")
+    session(tuned(), "hello", flags=raw).fails(1, "--num_samples")
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_session(session, monkeypatch):

@@ -187,6 +187,8 @@ def test_resume_where_nothing_is_says_that_it_starts(corpus, tmp_path):
     result = run("train", *corpus, *SHORT, "--resume", "--out_dir", tmp_path / "mistyped").ok()
     assert "mistyped holds no run" in result.err
     assert "from step 0" in result.err
+    flags = [*CPU, *SHAPE, "--resume", "--stop_after", 1, "--out_dir", tmp_path / "other"]
+    assert "300 steps" in run("train", *corpus, *flags).ok().err  # as without --resume
 
 
 def test_a_run_of_another_command_is_not_gone_on_with(corpus, tiny_checkpoint, tmp_path):

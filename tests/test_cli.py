@@ -323,6 +323,18 @@ def test_a_snapshot_is_a_config_for_every_command(command, suffix, a_run):
             assert name in config.explicit
 
 
+def test_a_snapshot_of_a_run_on_a_store_is_a_config(corpus, tmp_path):
+    """Whose vocabulary came out smaller than it was asked for."""
+    needs("tokenizers")
+    bpe = words("--tokenizer bpe --vocab_size 4000")
+    store = run("prepare", *corpus, *bpe, "--out_dir", tmp_path / "st").ok().out.split()[-1]
+    flags = ["--data_dir", store, *TINY, "--max_steps", 2, "--out_dir"]
+    run("train", *flags, tmp_path / "a").ok()
+    assert snapshot(tmp_path / "a")["vocabulary"]["size"] < 4000
+    run("train", "--config", tmp_path / "a/config.json", "--out_dir", tmp_path / "b").ok()
+    assert differences(tmp_path / "a/last.pth", tmp_path / "b/last.pth") == []
+
+
 def test_a_snapshot_holds_nothing_of_its_session(a_run, tmp_path):
     """Else its --overwrite would destroy the run that it is the snapshot of."""
     assert not {"overwrite", "resume", "out_dir", "config"} & set(snapshot(a_run))
@@ -340,6 +352,7 @@ BAD_CONFIGS = {
     "unknown.json": (b'{"model": {"n_layerz": 2}}', "did you mean --n_layer?"),
     "twice.json": (b'{"lr": 0.1, "training": {"learning_rate": 0.2}}', "lr is there twice"),
     "empty.json": (b"", "empty.json"),
+    "other.json": (b'{"config": "more.json"}', "cannot name another"),
     "broken.yaml": (b"lr: [1, 2", "broken.yaml"),
     "python.yaml": (b"lr: !!python/object/apply:os.system ['touch pwned']", "python.yaml"),
     "number.yaml": (b"3: 4\nlr: 0.1", "unknown setting --3"),
@@ -372,7 +385,14 @@ def test_a_resumed_run_keeps_its_settings_but_for_what_may_change(corpus, tmp_pa
     base = ["train", *corpus, *TINY, "--max_steps", 4, "--out_dir", tmp_path]
     run(*base, "--stop_after", 2).ok()
     again = ["train", "--resume", "--out_dir", tmp_path, *corpus]
-    for flags in ("--lr 0.5", "--max_steps 9", "--n_layer 2", "--seed 3", "--preset cpu-debug"):
+    for flags in (
+        "--lr 0.5",
+        "--max_steps 9",
+        "--epochs 9",
+        "--n_layer 2",
+        "--seed 3",
+        "--preset cpu-debug",
+    ):
         name, init = words(flags)[0][2:], f"--init_from {tmp_path / 'last.pth'}"
         run(*again, *words(flags)).fails(1, f"--resume cannot change {name}", init)
     run(*again, *words("--lr 1e-3 --log_interval 1 --save_interval 7")).ok()

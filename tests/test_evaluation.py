@@ -356,6 +356,18 @@ def test_classes_equal_scikit_learn(texts, tmp_path, block):
         assert f"{value:.4f}" in out
 
 
+def test_classes_that_differ_by_a_space_are_two(checkpoint, tmp_path):
+    answers = ["yes", "yes ", "no"]
+    rows = [dict(question=f"q{n}", answer=answers[n % 3]) for n in range(60)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "qa.jsonl").write_text(lines, encoding="utf-8")
+    flags = ["--data_dir", tmp_path / "qa.jsonl", "--processed_dir", tmp_path / "p"]
+    result = evaluate(checkpoint, flags, tmp_path, "--split", "all")
+    [source] = result["sources"].values()
+    assert source["classes"].keys() == {*answers}
+    assert [found["support"] for found in source["classes"].values()] == [20, 20, 20]
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """Twelve questions, and a model that has learned those that were not held out."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -268,6 +269,11 @@ def test_a_prompt_makes_room_for_the_answer_not_for_the_truth(tmp_path):
     assert {len(truth) for _, truth in (data[i] for i in range(len(data)))} == {93}
 
 
+def test_passes_may_be_asked_for_instead_of_steps():
+    assert lp.settle(lp.FinetuneConfig, dict(objective="grpo")).max_steps == 400
+    assert lp.settle(lp.FinetuneConfig, dict(objective="grpo", epochs=1)).max_steps == 0
+
+
 def test_settings_of_an_objective_that_is_not_chosen(prompts, base, tmp_path):
     """GRPO has its own whatever the recipe; what another objective reads is refused."""
     tuned = [lp.settle(lp.FinetuneConfig, {"objective": "grpo", "recipe": recipe})
@@ -295,6 +301,11 @@ def test_what_a_run_on_preferences_names_next_can_be_typed(base, tmp_path):
     flags = ["--data_dir", tmp_path / "pairs.jsonl", "--processed_dir", tmp_path / "stores", *CPU]
     tune = words("--objective dpo --max_steps 2 --batch_size 4")
     result = run("finetune", "--ckpt", base, *flags, *tune, "--out_dir", tmp_path).ok()
+    # A rejected answer is no truth.
+    counts = [re.findall(rf"(\d+) {name} answers", result.err) for name in ("held-out", "training")]
+    assert sum(int(found[-1]) for found in counts) == 40
+    truths = re.findall(r"^  truth +(.*)$", result.err, re.MULTILINE)
+    assert len(truths) == 3 and all(truth.isdigit() for truth in truths)
     [hint] = [line for line in result.err.splitlines() if "llm_pipeline.py eval" in line]
     [store] = [path for path in (tmp_path / "stores").iterdir() if path.is_dir()]
     scores = run(*words(hint)[2:], "--processed_dir", tmp_path / "stores").ok()

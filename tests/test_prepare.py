@@ -322,6 +322,25 @@ def test_a_vocabulary_of_a_stream(tmp_path):
     assert 3000 <= sum(map(len, lp.TokenStore(tmp_path / "st").tokens.values())) < 3300
 
 
+def test_a_vocabulary_is_of_what_is_read(tmp_path):
+    """Of a stream whose end may be far away."""
+    late = [dict(text=f"zqzqzq zqzqzq {n}") for n in range(300)]
+    path = write_rows(tmp_path / "set/a.jsonl", rows(100) + late)
+    flags = stream_flags(path, "--tokenizer", "bpe", "--vocab_size", 400)
+    prepare(tmp_path / "all", *flags, "--max_docs", 400).ok()
+    prepare(tmp_path / "st", *flags, "--max_tokens", 300).ok()
+    words = [(tmp_path / name / "tokenizer.json").read_text("utf-8") for name in ("all", "st")]
+    assert ["zqzq" in text for text in words] == [True, False]
+
+
+def test_a_split_that_is_not_reached_is_not_kept(tmp_path):
+    path = write_rows(tmp_path / "set/train.jsonl", rows(400))
+    write_rows(tmp_path / "set/validation.jsonl", rows(9))
+    flags = ["--hf_dataset", path.parent, "--data_dir", tmp_path / "raw", "--max_tokens", 200]
+    prepare(tmp_path / "st", *flags, "--save_raw").ok()
+    assert [file.name for file in (tmp_path / "raw/set").iterdir()] == ["train.jsonl"]
+
+
 def test_rows_of_the_hub_are_kept_when_asked(tmp_path):
     path = write_rows(tmp_path / "set/a.jsonl", rows(40))
     flags = ["--hf_dataset", path.parent, "--data_dir", tmp_path / "raw", "--max_docs", 30]

@@ -266,6 +266,17 @@ def test_tokens_of_the_user_are_made_from_text(tmp_path):
     assert not any("user" in token for token in library.get_vocab() if token != "<|user|>")
 
 
+def test_a_token_of_the_user_is_never_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(lp, "BLOCK", 100)
+    text = "".join(f"<user:name>hi {n} <user:name>\n" for n in range(200))
+    more = dict(
+        extra_special_tokens="<user:name>", vocab_size=300, doc_delimiter="", val_fraction=0
+    )
+    store = trained_on(tmp_path, text, **more)
+    library = tokenizers.Tokenizer.from_str(store.tokenizer.json)
+    assert store.tokens["train"][1:-1].tolist() == library.encode(text).ids
+
+
 def test_special_tokens_by_our_names_and_others(trained, tmp_path, capsys):
     library = tokenizers.Tokenizer.from_str(trained.json)
     ids = [getattr(trained, f"{role}_id") for role in ROLES]
@@ -283,6 +294,9 @@ def test_special_tokens_by_our_names_and_others(trained, tmp_path, capsys):
     capsys.readouterr()
     trained_on(tmp_path / "c", special_tokens="<pad>,<begin>,</s>,<turn>")
     assert "pad is <pad>, bos is none, eos is </s>, sep is </s>" in capsys.readouterr().err
+    # What texts can make has no role.
+    trained_on(tmp_path / "d", special_tokens="</s>", extra_special_tokens="<sep>")
+    assert "eos is </s>, sep is </s>" in capsys.readouterr().err
 
 
 def test_size_and_frequency_are_limits(tmp_path):
