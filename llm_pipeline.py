@@ -1343,8 +1343,8 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch: int, device, dtype: torch.dtype, limit=2**40):
         """limit: most tokens to be stored; rounded up to a power of two: few shapes to compile."""
-        self.size = min(config.block_size, 1 << (limit - 1).bit_length())
-        shape = (2, config.n_layer, batch, config.n_kv_head, self.size, config.head_dim)
+        size = min(config.block_size, 1 << (limit - 1).bit_length())
+        shape = (2, config.n_layer, batch, config.n_kv_head, size, config.head_dim)
         self.keys, self.values = (list(t) for t in torch.zeros(shape, device=device, dtype=dtype))
         self.length = 0  # tokens stored so far
         self.step: Callable | None = None  # section 9's, for these buffers
@@ -1949,7 +1949,7 @@ def retry_on_oom(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict
 
     Nothing is updated yet then: the step is repeated on the same global batch. Raises UserError.
     """
-    p, rows = run.progress, run.config.batch_size
+    p = run.progress
     while True:
         try:
             return gradients(run, batch, n_targets)
@@ -1957,9 +1957,8 @@ def retry_on_oom(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict
             drop_gradients(run)
         if run.rt.world_size > 1:  # the others are waiting inside a collective
             raise UserError("out of memory: --resume with --grad_checkpointing or --grad_accum N")
-        finer = [n for n in range(2 * p.grad_accum, rows + 1) if rows % n == 0]
-        if finer:
-            p.grad_accum = finer[0]
+        if p.grad_accum < len(batch.x):
+            p.grad_accum *= 2
         elif not p.grad_checkpointing:
             p.grad_checkpointing = run.model.grad_checkpointing = True
         else:
@@ -2239,6 +2238,27 @@ def static_logits(model: GPT, keys: list, values: list, token: Tensor, pos: Tens
     return model.head(h[:, -1]).float()
 
 
+class StepGraph:
+    """A step of decoding as a CUDA graph, which keeps its inputs and copies later ones into them.
+    (torch.cuda.make_graphed_callables leaves cycles that hold the memory of each graph.)"""
+
+    def __init__(self, step: Callable, *inputs: Tensor):
+        self.inputs, here, side = inputs, torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):  # warm-up: the token's keys go to where they will go again
+            step(*self.inputs)
+        here.wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = step(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for mine, new in zip(self.inputs, inputs, strict=True):
+            mine.copy_(new)
+        self.graph.replay()
+        return self.logits
+
+
 def next_logits_in_a_graph(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
     """One graph instead of hundreds of kernels, each launched more slowly than it runs: compiled,
     a CUDA graph, or both. It is made of a cache's first token and repeated for the others."""
@@ -2249,10 +2269,7 @@ def next_logits_in_a_graph(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
     try:
         if cache.step is None:
             step = partial(compiled or partial(static_logits, model), cache.keys, cache.values)
-            if token.is_cuda:  # it keeps its inputs, and copies later ones into them; its warm-up
-                inputs = token.clone(), pos.clone()  # repeats a token: the same into one slot
-                step = torch.cuda.make_graphed_callables(step, inputs)
-            cache.step = step
+            cache.step = StepGraph(step, token.clone(), pos.clone()) if token.is_cuda else step
         logits = cache.step(token, pos)
     except Exception as error:  # a compiler's may be anything
         note(f"going on without a graph, which takes longer: {one_line(error)}")
@@ -2380,8 +2397,12 @@ def self_test(shape: GPTConfig, rt: Runtime) -> None:
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     twins = dict(KERNELS)
     KERNELS.clear()
-    loss, gradient = loss_and_gradient(model, batch, Runtime(torch.device("cpu"), torch.float32))
-    KERNELS.update(twins)
+    try:
+        loss, gradient = loss_and_gradient(
+            model, batch, Runtime(torch.device("cpu"), torch.float32)
+        )
+    finally:
+        KERNELS.update(twins)
     for dtype, tolerance in {rt.dtype: 0.05, torch.float32: 1e-3}.items():
         found, estimate = loss_and_gradient(model, batch, replace(rt, dtype=dtype))
         error = ((estimate - gradient).norm() / gradient.norm()).item()
@@ -4125,7 +4146,7 @@ def load_checkpoint(path: str | Path) -> dict:
     """The checksum, then the safe load. Raises UserError where the file is not ours, or damaged."""
     path = Path(path)
     if not path.is_file():  # opening a pipe would block
-        raise UserError(f"no checkpoint at {path}: train one, or name one by --ckpt")
+        raise UserError(f"no checkpoint at {path}: train one, or name another")
     try:
         content, size = np.memmap(path, np.uint8, "r"), len(SEAL) + 32
         if content[-size:].tobytes() != sealed(content[:-size]):
@@ -4143,11 +4164,6 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 # --- the model in it ---
-
-
-def is_tied(config: GPTConfig, name: str) -> bool:
-    """Whether this entry of a state dict is another name of the token embedding."""
-    return config.tie_weights and name == "head.weight"
 
 
 class WithoutNumbers(TorchFunctionMode):
@@ -4192,8 +4208,8 @@ def restored(state: dict) -> Loaded:
 
 def model_weights(model: GPT) -> dict[str, Tensor]:
     """Every weight once, by name, whole and on the CPU."""
-    state = model.state_dict()
-    return {n: gather(t) for n, t in state.items() if not is_tied(model.config, n)}
+    state = model.state_dict()  # puts FSDP's shards back in place
+    return {name: gather(state[name]) for name, _ in model.named_parameters()}
 
 
 def weights_digest(model: GPT) -> str:
@@ -4341,8 +4357,9 @@ def open_run(config: FitConfig) -> Iterator[RunFolder]:
     folder = RunFolder(Path(config.out_dir), suffix)
     with run_lock(folder.path) if is_main() else contextlib.nullcontext():
         if is_main():
-            for path in folder.path.glob(".*.*.[0-9]*.tmp"):  # `atomic_write`'s, of a killed run
-                path.unlink(missing_ok=True)
+            for name in RUN_FILES:  # what `atomic_write` left of a killed run
+                for path in folder.path.glob(f"*.{folder.file(name).name}.[0-9]*.tmp"):
+                    path.unlink(missing_ok=True)
         folder.state = state_to_resume(folder, config)
         yield folder
 
@@ -4460,9 +4477,7 @@ class TensorRow:
 def tensor_rows(c: GPTConfig) -> Iterator[TensorRow]:
     """Every tensor of a model of this shape, under both names."""
     modules, is_gpt2 = HF_MODULES[hf_kind(c)], hf_kind(c) == "gpt2"
-    for ours, tensor in shape_of_model(c).state_dict().items():
-        if is_tied(c, ours):
-            continue
+    for ours, tensor in shape_of_model(c).named_parameters():
         i, module, end = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", ours).groups()
         start = f"{modules['blocks']}.{i}." if i else ""
         theirs = [f"{start}{name}{end or '.weight'}" for name in modules[module].split()]
@@ -4481,9 +4496,7 @@ def to_hf(weights: dict[str, Tensor], c: GPTConfig, conv1d: bool = True) -> dict
 
 def to_peer(model: GPT):
     """transformers' model with our weights. Raises UserError if none has them."""
-    config = hf_config(model.config)
-    with torch.random.fork_rng(devices=[]):  # it begins with random weights
-        peer = transformers_library().AutoModelForCausalLM.from_config(config)
+    peer = transformers_library().AutoModelForCausalLM.from_config(hf_config(model.config))
     weights = to_hf(model_weights(model), model.config)
     peer.load_state_dict(weights, strict=False, assign=True)
     peer.tie_weights()
@@ -4788,9 +4801,9 @@ def export_model(loaded: Loaded, folder: Path) -> None:
 LORA_LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "up": "mlp.up", "down": "mlp.down"}
 
 
-def lora_settings(config: FitConfig) -> dict | None:
+def lora_settings(config: FinetuneConfig) -> dict | None:
     """What --method lora asks for, as peft.LoraConfig takes it. Raises UserError."""
-    if getattr(config, "method", "full") != "lora":
+    if config.method != "lora":
         return None
     targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
     if None in targets:
@@ -5517,8 +5530,6 @@ def tuning_recipe(settings: dict, explicit: dict) -> dict:
     return FAST_RATES | dict(lr=0.008) if settings["recipe"] == "fast" else {}
 
 
-FINETUNE_RECIPES = dict.fromkeys(("classic", "fast"), tuning_recipe)
-
 # What --overfit_batch sets, unless told otherwise.
 OVERFIT = dict(dropout=0.0, token_dropout=0.0, lr_schedule="constant", max_steps=300,
                log_interval=1, eval_interval=10**9, save_interval=10**9)  # fmt: skip
@@ -5624,7 +5635,10 @@ def make_run(
     )
     if resumed:
         check_drift(resumed, folder.about)
-        p = resumed_progress(config, resumed, p)
+        asked = config.explicit & {"grad_accum", "grad_checkpointing"}  # else what memory allowed
+        p = Progress(**resumed["progress"] | {name: getattr(config, name) for name in asked})
+        if not folder.file("best.pth").exists():  # last.pth alone was copied
+            p.best = math.inf
     if rt.sum(p.step)[0] != p.step * rt.world_size:
         raise UserError("the processes read different checkpoints: give one --out_dir to them all")
     if config.overfit_batch:
@@ -5645,15 +5659,6 @@ def make_run(
     )  # fmt: skip
     run.save = lambda name: save_run(run, folder.about, folder.file(f"{name}.pth"))
     return run
-
-
-def resumed_progress(config: FitConfig, resumed: dict, new: Progress) -> Progress:
-    """Where the run goes on. What running out of memory has changed stays, unless the flag was
-    given."""
-    progress = Progress(**resumed["progress"])
-    for name in config.explicit & {"grad_accum", "grad_checkpointing"}:
-        setattr(progress, name, getattr(new, name))
-    return progress
 
 
 def run_fit(run: Run, folder: RunFolder, before: dict | None = None) -> str:
@@ -5684,6 +5689,9 @@ def run_fit(run: Run, folder: RunFolder, before: dict | None = None) -> str:
                 p.base_loss, stats = estimate_loss(run, run.val)
                 run.recorder.validation(p.base_loss, stats)
             ended = fit(run)
+        except Interrupted:  # while the base was evaluated
+            run.save("last")
+            ended = "signal"
         except Diverged as error:
             last = folder.file("last.pth")
             way = f"go on by {folder.start_flag} {last}" if last.exists() else "start again"
@@ -5783,7 +5791,10 @@ def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolde
             chosen.remove("vocab_size")
         values = ", ".join(f"{name} {getattr(config, name)}" for name in chosen)
         note(f"recipe {config.recipe}: {values}")
-    loaded = pretrained(config) if config.init_from else None
+    if folder.state:
+        loaded = restored(folder.state)
+    else:
+        loaded = pretrained(config) if config.init_from else None
     store = open_store(config, rt, loaded, bool(folder.state))
     if not loaded:
         set_seed(config.seed)  # whatever was measured before
@@ -5791,8 +5802,6 @@ def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolde
         loaded = Loaded(model, store.tokenizer, {})
     for f in fields(ModelSettings):
         setattr(config, f.name, getattr(loaded.model.config, f.name))
-    if folder.state:
-        loaded.model = restored(folder.state).model
     return make_run(config, rt, stop, folder, loaded, store)
 
 
@@ -5807,6 +5816,7 @@ def pretrained(config: TrainConfig) -> Loaded:
     if "block_size" in config.explicit or config.block_size < own["block_size"]:
         resize_block(loaded.model, config.block_size)
     loaded.model = with_settings(loaded.model, config)
+    loaded.state = loaded.state | {"lora": None, "base": None}  # its own, not of the run to come
     return loaded
 
 
@@ -6166,12 +6176,13 @@ class PromptDataset(Answers):
         rows = self.weighted_rows(samples, answers, advantages) if training else []
         batch = pad(rows, self.store.tokenizer.pad_id, self.block_size)
         if not training:
-            stats = torch.tensor([[rewards.sum(), tokens]])
+            stats = torch.tensor([[rewards.sum(), tokens]], dtype=torch.float32)
             return AnswerBatch(*batch, n_targets=float(len(samples)), stats=stats)
         # Means over all processes' answers, spread evenly over the rows. Times this process's
         # tokens, since the loop adds up all processes' rows and divides by all their tokens.
         *sums, n = rt.sum(rewards.sum(), tokens, rewards.size)
-        stats = torch.tensor([sums]).expand(len(batch.x), 2) / n * tokens / len(batch.x)
+        stats = torch.tensor([sums], dtype=torch.float32).expand(len(batch.x), 2)
+        stats = stats / n * tokens / len(batch.x)
         batch = AnswerBatch(*batch, batch.weight, n_targets=tokens, stats=stats)
         if self.base:
             with torch.no_grad(), rt.autocast():
@@ -6233,6 +6244,8 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
     if config.report_samples and not config.overfit_batch:
         before = report(base, store, rt, *report_shape(config, store))
     tuned = tuned_from(config, base, folder)
+    if not tuned.state["base"]:
+        base.model.cpu()  # a GPU needs the room; on a CPU they share their weights
     run = make_run(config, rt, stop, folder, tuned, store)
     for loader in filter(None, (run.train, run.val)):
         loader.dataset.run, loader.dataset.judge = run, judge
@@ -7083,11 +7096,12 @@ def settle(cls: type, explicit: dict):
         settings["recipe"] = "fast"
     chosen = settings | explicit
     # A recipe may name an arch, so it is asked first; the order of precedence is the one of `values`.
-    preset, recipes = PRESETS.get(chosen.get("preset"), {}), RECIPES
+    preset = PRESETS.get(chosen.get("preset"), {})
+    recipe_of = RECIPES[chosen.get("recipe", "classic")]
     if issubclass(cls, FinetuneConfig):  # the model is the checkpoint's, the rates are finetuning's
         preset = {n: v for n, v in preset.items() if n in ("batch_size", "grad_accum")}
-        recipes = FINETUNE_RECIPES
-    recipe = recipes[chosen.get("recipe", "classic")](settings | preset | explicit, explicit)
+        recipe_of = tuning_recipe
+    recipe = recipe_of(settings | preset | explicit, explicit)
     arch = ARCHS.get((chosen | recipe | explicit).get("arch"), {})
     overfit = OVERFIT if explicit.get("overfit_batch") else {}
     values = settings | arch | preset | recipe | overfit | explicit

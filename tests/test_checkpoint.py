@@ -6,16 +6,18 @@ import errno
 import functools
 import io
 import json
+import math
 import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, PROGRAM, SHAPE, curve, run, words
+from conftest import CPU, PROGRAM, SHAPE, curve, differences, run, words
 
 import llm_pipeline as lp
 
@@ -205,6 +207,46 @@ def test_a_folder_resumes_where_it_is_now_and_needs_no_other_flags(corpus, tmp_p
     run("train", "--resume", cwd=tmp_path).ok()
     assert lp.load_checkpoint(tmp_path / "ckpts/last.pth")["progress"]["step"] == 10
     assert not (tmp_path / "old").exists()
+
+
+def test_a_run_goes_on_without_the_files_that_it_began_with(corpus, tiny_checkpoint, tmp_path):
+    """Of a base, and of its own folder but last.pth."""
+    base = tmp_path / "base.pth"
+    shutil.copy(tiny_checkpoint, base)
+    flags = [*corpus, *CPU, *words("--batch_size 4 --max_steps 6 --eval_interval 2 --lr 1e-9")]
+    command = ["train", *flags, "--init_from", base, "--out_dir"]
+    run(*command, tmp_path / "whole").ok()
+    run(*command, tmp_path / "parts", "--stop_after", 4).ok()
+    base.unlink()
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "parts/last.pth", tmp_path / "copy")
+    for folder in (tmp_path / "parts", tmp_path / "copy"):
+        best = run("train", "--resume", "--out_dir", folder).ok().out.split()[-1]
+        assert differences(tmp_path / "whole/last.pth", folder / "last.pth") == []
+        assert stored(Path(best))["progress"]["best"] < math.inf
+
+
+def test_a_run_cleans_up_what_a_killed_one_left_and_no_more(corpus, tmp_path):
+    for name in (".last.pth.77.tmp", "..last.pth.77.tmp.77.tmp", ".m.gguf.77.tmp", ".x.json.8.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    run("train", *corpus, *SHORT, "--max_steps", 1, "--out_dir", tmp_path).ok()
+    assert {file.name for file in tmp_path.glob("*.tmp")} == {".m.gguf.77.tmp", ".x.json.8.tmp"}
+
+
+def test_a_signal_while_the_base_is_evaluated(corpus, tiny_checkpoint, tmp_path, monkeypatch):
+    real, calls = lp.estimate_loss, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(lp, "estimate_loss", interrupted)
+    flags = [*corpus, *CPU, *words("--batch_size 4 --max_steps 2 --report_samples 0")]
+    command = ["finetune", *flags, "--ckpt", tiny_checkpoint, "--out_dir", tmp_path]
+    assert run(*command).code == 143
+    run(*command, "--resume").ok()
 
 
 @pytest.mark.parametrize(

@@ -517,6 +517,12 @@ def test_lora_merged_equals_unmerged(lora, tmp_path):
     assert_same_logits(adapted, load_peer(export(tuned, tmp_path / "hf")))
 
 
+def test_a_run_from_merged_adapters(lora, corpus, tmp_path):
+    flags = [*corpus[:4], *CPU, "--max_steps", 1, "--batch_size", 4, "--out_dir", tmp_path]
+    best = run("train", "--init_from", lora[1], *flags).ok().out.split()[-1]
+    assert not any("lora" in name for name in lp.load_model(best).model.state_dict())
+
+
 def test_lora_in_bf16_leaves_the_base_as_it_was(bases, corpus, tmp_path):
     needs("peft")
     flags = [*corpus, *TUNE, *LORA, "--dtype", "bfloat16", "--ckpt", bases["gpt2"]]
