@@ -1509,8 +1509,8 @@ class PresetConfig(Settings):
 # ====================================================================================
 # 8. Runtime
 #
-# Devices, processes, signals, locks, logging. Look at `StopSignal` and `atomic_write`: with the
-# batch being a function of (seed, step), they are why a run that was killed ends in the same bits.
+# Devices, processes, signals, locks, logging. Look at `StopSignal` and `atomic_write`: because a
+# batch depends only on (seed, step), they let a killed run resume and end with the same bits.
 #
 #     CSVLogger("m.csv").log(1, 0, "train", 2.5)    # a row: step, epoch, split, loss, timestamp
 # ====================================================================================
@@ -1522,18 +1522,18 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class RuntimeConfig(Settings):
     """Machine: where a command runs."""
 
-    seed: int = option(1337, "of initialisation, order, dropout and sampling", low=0, high=2**32)
+    seed: int = option(1337, "for initialisation, order, dropout and sampling", low=0, high=2**32)
     device: str = changeable("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = option("auto", "of products (float32 trains in TF32 on CUDA)", choices=DTYPES)
+    dtype: str = option("auto", "for matmuls (float32 trains in TF32 on CUDA)", choices=DTYPES)
     threads: int = changeable(0, "CPU threads (0: measured at the start)", low=0, high=1024)
     vram_limit_gb: float = changeable(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
-    deterministic: bool = option(False, "same command, same bits on CUDA too (a CPU always)")
+    deterministic: bool = option(False, "same command, same bits on CUDA too (always on a CPU)")
     config: str = session_only("", "settings from a json, toml or yaml file")
     debug: bool = session_only(False, "show tracebacks")
 
 
 def one_line(error: object, limit: int = 200) -> str:
-    """An error's text on one line, for a message that names the cause."""
+    """An error's text on one line, to name the cause in a message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
@@ -1552,17 +1552,17 @@ def launched(name: str) -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the first process, known before the process group is."""
+    """Whether this is the first process; works before the process group exists."""
     return launched("RANK") == 0
 
 
 def note(text: str) -> None:
-    """A line on stderr, once however many processes there are, above any progress bar."""
+    """Print a line on stderr, above any progress bar, from the first process only."""
     if is_main():
         tqdm.write(text, file=sys.stderr)
 
 
-# As a program, what its imports took is time of the command too.
+# When this runs as a program, a command's time includes the imports.
 IMPORT_SECONDS = time.process_time() if __name__ == "__main__" else 0.0
 
 
@@ -1581,7 +1581,7 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self):
-        """Matrix products in `dtype`; what needs the precision stays in fp32."""
+        """Matrix products in `dtype`; operations that need the precision stay in fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype.itemsize == 2)
 
     def sum(self, *values: float) -> list[float]:
@@ -1593,37 +1593,37 @@ class Runtime:
         return total.tolist()
 
     def of_first(self, value: float) -> float:
-        """The first process's value, in all of them."""
+        """The first process's value, on every process."""
         return self.sum(value if self.is_main else 0.0)[0]
 
 
 def pick_device(name: str, world_size: int = 1) -> torch.device:
-    """The device of that name; "auto" is the fastest. Raises UserError where it is not there."""
+    """The device called `name`; "auto" is the fastest here. Raises UserError if it is missing."""
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if world_size > 1 and name.startswith("cuda:"):
-        raise UserError(f"{world_size} processes, one {name}: --device cuda gives each its own")
-    if name == "cuda":  # torch.cuda.set_device wants a number
+        raise UserError(f"{world_size} processes cannot share {name}: use --device cuda")
+    if name == "cuda":  # torch.cuda.set_device needs a number
         name = f"cuda:{launched('LOCAL_RANK')}"
     device = torch.device(name)
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}[device.type]
     if (device.index or 0) >= count:
-        raise UserError(f"--device {name}: {count} {device.type} devices here; try --device cpu")
+        raise UserError(f"--device {name}: found {count} {device.type} devices; try --device cpu")
     return device
 
 
 @lru_cache
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 natively; emulated bf16 is slower than fp32."""
-    about = Path("/proc/cpuinfo")  # of Linux: avx512_bf16, amx_bf16, Arm's bf16
+    about = Path("/proc/cpuinfo")  # Linux only: avx512_bf16, amx_bf16, Arm's bf16
     return about.exists() and "bf16" in about.read_text()
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """bf16 where the hardware has it natively, else fp16 on CUDA, else fp32."""
     if name == "float16" and device.type == "cpu":
-        raise UserError("--dtype float16 is for GPUs; on a CPU use bfloat16 or float32")
+        raise UserError("--dtype float16 needs a GPU; on a CPU use bfloat16 or float32")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -1632,15 +1632,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def set_up_cuda(device: torch.device, limit_gb: float) -> None:
-    """Choose the card, the memory that this process may take, and how attention is computed."""
+    """Choose the card, cap this process's memory on it, and choose how attention is computed."""
     torch.cuda.set_device(device)
     free, total = torch.cuda.mem_get_info(device)
-    # Drivers of Windows, under WSL2 too, go on in system memory, at a crawl, on a full GPU.
+    # When the GPU is full, Windows drivers, under WSL2 too, spill to system memory and crawl.
     spills = os.name == "nt" or "microsoft" in platform.release().lower()
     limit = limit_gb * 2**30 or (free if spills else total)
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-    # Flash attention is for Ampere or newer, and for builds that have it. Decided here: asking the
-    # driver inside a compiled function would break its graph.
+    # Flash attention needs Ampere or newer, and a build that includes it. Decided here, because
+    # asking the driver inside a compiled function would break its graph.
     built = torch.backends.cuda.is_flash_attention_available()
     flash = built and torch.cuda.get_device_capability(device)[0] >= 8
     KERNELS["attention_sdpa", "cuda"] = partial(attention_on_cuda, flash=flash)
@@ -1665,13 +1665,13 @@ def runtime(config: RuntimeConfig):
         torch.use_deterministic_algorithms(True)
     set_seed(config.seed)
     try:
-        if world_size > 1:  # hours: the others wait while the first makes a large token store
+        if world_size > 1:  # hours, since the first may keep the others waiting for a large store
             backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
             dist.init_process_group(backend, timeout=timedelta(hours=12), device_id=card)
         yield Runtime(device, pick_dtype(config.dtype, device), rank, world_size, started)
     finally:
         torch.set_num_threads(threads)
-        if config.deterministic:  # the call imports torch's compiler, which takes two seconds
+        if config.deterministic:  # importing torch's compiler for this call takes two seconds
             torch.use_deterministic_algorithms(was_deterministic)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1679,7 +1679,7 @@ def runtime(config: RuntimeConfig):
 
 @contextlib.contextmanager
 def training_precision(device: torch.device):
-    """TF32, of ten bits of mantissa, for what stays in fp32 on CUDA: in training alone."""
+    """In training only: TF32, with a ten-bit mantissa, for fp32 matrix products on CUDA."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -1690,19 +1690,19 @@ def training_precision(device: torch.device):
 
 
 def choose_threads(config: RuntimeConfig, rt: Runtime, shape: GPTConfig, rows: int) -> None:
-    """Set config.threads, unless it was given, to what this machine does best with at present.
+    """Set config.threads, unless given, to the number that is fastest on this machine right now.
 
-    Threads wait for each other: beside other work more of them may be slower. A block of the model
-    is timed with each power of two, in turns. Results are the same to the last bit with any of these,
-    but not with 3, 6 or 12, for which MKL cuts products otherwise (tests/test_device.py).
+    Threads wait for each other, so on a busy machine more of them may be slower. This times a block
+    of the model with each power of two in turn. All of these give the same bits, but 3, 6 or 12
+    would not, because MKL then splits products differently (tests/test_device.py).
     """
     if rt.device.type != "cpu" or rt.world_size > 1 or config.threads:
         return
     most = torch.get_num_threads()
     seconds = {2**k: 0.0 for k in range(most.bit_length())}
     T = min(shape.block_size, 128)
-    rows = max(1, min(rows, int(1.5e9 / (72 * shape.n_embd**2 * T))))  # about 20 ms of one core
-    with torch.random.fork_rng(devices=[]):  # what is drawn later stays as it is
+    rows = max(1, min(rows, int(1.5e9 / (72 * shape.n_embd**2 * T))))  # about 20 ms on one core
+    with torch.random.fork_rng(devices=[]):  # later draws stay the same
         block, x = TransformerBlock(shape), torch.randn(rows, T, shape.n_embd)
         for turn in range(6 if len(seconds) > 1 else 0):
             for n in seconds:
@@ -1710,39 +1710,39 @@ def choose_threads(config: RuntimeConfig, rt: Runtime, shape: GPTConfig, rows: i
                 start = time.perf_counter()
                 with rt.autocast():
                     block(x).float().sum().backward()
-                if turn:  # the first warms up
+                if turn:  # turn 0 warms up
                     seconds[n] += time.perf_counter() - start
     config.threads = min(seconds, key=seconds.get)
     torch.set_num_threads(config.threads)
     if len(seconds) > 1:
-        note(f"--threads {config.threads} (measured: the quickest of {[*seconds]} at present)")
+        note(f"--threads {config.threads} (measured: the fastest of {[*seconds]} right now)")
 
 
 HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class StopSignal:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into `Interrupted`; the next ends the process.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into `Interrupted`; a second one ends the process.
 
-    Inside `held()` the first only sets the flag, which the work there looks at where it can stop.
+    Inside `held()` the first only sets the flag, and the code there checks it where it can stop.
     """
 
-    number = 0  # of the first signal that came
+    number = 0  # of the first signal
     holding = False
 
     def __enter__(self):
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # else Python allows no handler
             for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANG_UP)):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup sets this
                     self.previous[number] = signal.signal(number, self.handle)
         return self
 
     def handle(self, number: int, frame) -> None:
         self.number, name = number, signal.Signals(number).name
-        for each in self.previous:  # a terminal that closes sends several hang-ups
+        for each in self.previous:  # a closing terminal sends several SIGHUPs
             signal.signal(each, signal.SIG_IGN if each == HANG_UP else signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # past the stream, which may be in the midst of a write
+        with contextlib.suppress(OSError):  # bypasses the stream, which may be mid-write
             os.write(2, f"\n{name}: saving and stopping; again to exit at once\n".encode())
         if not self.holding:
             raise Interrupted
@@ -1763,23 +1763,23 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-Stop = StopSignal | bool  # true once a run is to stop
+Stop = StopSignal | bool  # true once a run must stop
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
-    """Hold `folder`, made if need be, for this process; the lock ends with it, however it ends.
+    """Lock `folder`, created if missing, for this process; the lock ends with it, however it ends.
 
-    Where the block fails before anything else is written, the folders that were made go again.
+    If the block fails before it writes anything else, the folders created here are removed again.
     """
     lock, made = filelock.FileLock(folder / name, timeout=-1 if wait else 0), []
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        folder.mkdir(parents=True, exist_ok=True)  # who held it may have taken it away
+        folder.mkdir(parents=True, exist_ok=True)  # its last holder may have removed it
     except filelock.Timeout:
-        raise UserError(f"another run uses {folder}: wait, or name another --out_dir") from None
+        raise UserError(f"another run is using {folder}: wait, or pass another --out_dir") from None
     except OSError as error:
         why = f"cannot use {folder} as a folder: {error.strerror}"
         raise UserError(f"{why}; choose another place") from None
@@ -1788,19 +1788,19 @@ def run_lock(folder: Path, name: str = ".lock", wait: bool = False):
         made = []
     finally:
         lock.release()
-        with contextlib.suppress(OSError):  # a folder that holds more than the lock stays
+        with contextlib.suppress(OSError):  # a folder with anything but the lock stays
             if made:
                 (folder / name).unlink(missing_ok=True)
-            for path in made:  # the innermost first
+            for path in made:  # innermost first
                 path.rmdir()
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
-    """Write a binary file that appears under `path` whole or not at all. Raises UserError.
+    """Write a binary file that appears at `path` complete or not at all. Raises UserError.
 
-    A temporary file in the same folder is synced, then renamed; then the folder is synced, so that
-    the new name survives a power cut.
+    A temporary file in the same folder is synced, then renamed; syncing the folder then makes the
+    new name survive a power cut.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1814,7 +1814,7 @@ def atomic_write(path: Path):
             os.fsync(folder)
             os.close(folder)
     except OSError as error:
-        why = f"{error.strerror or error}; an older file there stands"
+        why = f"{error.strerror or error}; any older file there is intact"
         raise UserError(f"cannot write {path}: {why}") from None
     finally:
         with contextlib.suppress(OSError):
@@ -1822,19 +1822,19 @@ def atomic_write(path: Path):
 
 
 def refuse_to_replace(target: Path) -> None:
-    """Raise UserError where `target` is a file, or a folder that holds anything."""
+    """Raise UserError if `target` is a file or a folder that is not empty."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError(f"{target} is there already: remove it, or choose another place")
+        raise UserError(f"{target} already exists: remove it, or choose another place")
 
 
 @contextlib.contextmanager
 def write_beside(target: Path) -> Iterator[Path]:
-    """An empty folder for the block to fill, beside `target`, which it then becomes.
+    """An empty folder next to `target` for the block to fill; it then becomes `target`.
 
-    A block that fails leaves all as it was; what a killed process left is removed by the next.
-    Raises UserError where `target` holds anything: nothing is ever replaced.
+    If the block fails, nothing changes; the next call removes what a killed process left behind.
+    Raises UserError if `target` is not empty: nothing is ever replaced.
     """
-    target = Path(os.path.realpath(target))  # the folder that a link leads to, not the link
+    target = Path(os.path.realpath(target))  # a link's destination, not the link
     refuse_to_replace(target)
     work = target.with_name(f".{target.name}.writing")
     try:
@@ -1861,8 +1861,8 @@ def write_json(path: str | Path, value) -> None:
 class CSVLogger:
     """Rows of a CSV file: step, epoch, split, loss, timestamp (ISO 8601, in UTC), and more.
 
-    An existing log is continued: rows after `step` are dropped, as is what a crash left of the
-    last one. Raises UserError where the file is no log.
+    Continues an existing log: drops the rows after `step`, and a last row that a crash cut short.
+    Raises UserError if the file is not a log.
     """
 
     COLUMNS = ("step", "epoch", "split", "loss", "timestamp")
@@ -1872,13 +1872,13 @@ class CSVLogger:
         self.rewrite(step)
 
     def rewrite(self, step: float = math.inf, new: Sequence[str] = ()) -> None:
-        """The file again, of its rows up to `step`, with `new` columns behind the others."""
+        """Write the file anew: its rows up to `step`, with the `new` columns added at the end."""
         text = self.path.read_bytes().decode("utf-8", "replace") if self.path.exists() else ""
-        whole_lines = text[: text.rfind("\n") + 1].replace("\0", "")  # which a crash may leave
+        whole_lines = text[: text.rfind("\n") + 1].replace("\0", "")  # a crash may leave NULs
         rows = csv.DictReader(io.StringIO(whole_lines))
         self.columns = [*(rows.fieldnames or self.COLUMNS), *new]
         if tuple(self.columns[: len(self.COLUMNS)]) != self.COLUMNS:
-            raise UserError(f"{self.path} is not a log of this program: name another file")
+            raise UserError(f"{self.path} is not a log of this program: move it away")
         kept = io.StringIO()
         writer = csv.DictWriter(kept, self.columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -1896,7 +1896,7 @@ class CSVLogger:
 
 
 class Recorder:
-    """Where the first process's numbers go: metrics.csv, progress bar, Weights & Biases if asked."""
+    """Where the first process's numbers go: metrics.csv, the bar, Weights & Biases if asked."""
 
     def __init__(self, run: Run, path: Path):
         p, config, main = run.progress, run.config, run.rt.is_main
@@ -1945,9 +1945,9 @@ class Recorder:
 
 
 def retry_on_oom(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict]:
-    """`gradients`, with smaller micro-batches, then checkpointing, when CUDA memory runs out.
+    """`gradients`, retried with smaller micro-batches, then checkpointing, if CUDA memory runs out.
 
-    Nothing is updated yet then: the step is repeated on the same global batch. Raises UserError.
+    Nothing has been updated by then: the step repeats on the same global batch. Raises UserError.
     """
     p = run.progress
     while True:
@@ -1955,7 +1955,7 @@ def retry_on_oom(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict
             return gradients(run, batch, n_targets)
         except torch.OutOfMemoryError:
             drop_gradients(run)
-        if run.rt.world_size > 1:  # the others are waiting inside a collective
+        if run.rt.world_size > 1:  # the others wait in a collective
             raise UserError("out of memory: --resume with --grad_checkpointing or --grad_accum N")
         if p.grad_accum < len(batch.x):
             p.grad_accum *= 2
@@ -1964,7 +1964,7 @@ def retry_on_oom(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict
         else:
             raise UserError("one sequence fills the GPU: lower --block_size, or shrink the model")
         now = f"grad_accum {p.grad_accum}, grad_checkpointing {p.grad_checkpointing}"
-        note(f"out of memory at step {p.step + 1}: going on with {now}")
+        note(f"out of memory at step {p.step + 1}: continuing with {now}")
         torch.cuda.empty_cache()
 
 
@@ -1977,10 +1977,10 @@ def grad_sync_context(model: GPT, losses: Callable, last: bool):
 
 
 def over_sampled_ids(losses: Callable, n: int, vocab_size: int) -> Callable:
-    """`losses` by a softmax over a batch's targets and n other ids, drawn anew each time (0: all).
+    """`losses` with a softmax over a batch's targets and n other ids, redrawn each time (0: all).
 
-    Each of these n stands for (V - T) / n of the V - T ids that are no targets, whose logarithm is
-    added to its logit (Jean et al., 2015).
+    Each of the n represents (V - T) / n of the V - T ids that are not targets; the logarithm of
+    that ratio is added to its logit (Jean et al., 2015).
     """
     if not 0 < n < vocab_size:
         return losses
@@ -1989,7 +1989,7 @@ def over_sampled_ids(losses: Callable, n: int, vocab_size: int) -> Callable:
         counted = targets != IGNORE
         present = targets[counted].unique()  # (T,), sorted
         draw = torch.rand(vocab_size, device=idx.device)
-        draw[present] = -1.0  # behind all others
+        draw[present] = -1.0  # never drawn
         drawn = draw.topk(min(n, vocab_size - len(present))).indices
         ids = torch.cat([present, drawn])
         bias = torch.zeros(len(ids), device=idx.device)
@@ -2001,7 +2001,7 @@ def over_sampled_ids(losses: Callable, n: int, vocab_size: int) -> Callable:
 
 
 class Losses(nn.Module):
-    """`model.losses` as a module's forward, which is what PyTorch compiles and distributes."""
+    """`model.losses` as a module's forward, the form that PyTorch compiles and distributes."""
 
     def __init__(self, model: GPT):
         super().__init__()
@@ -2012,7 +2012,7 @@ class Losses(nn.Module):
 
 
 def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Callable:
-    """`model.losses` as it is trained: compiled where that pays, copied or sharded over processes."""
+    """`model.losses` as training uses it: compiled if it pays, copied or sharded over processes."""
     if config.fsdp:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -2024,12 +2024,12 @@ def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Call
         register_fsdp_forward_method(model, "losses")
         return model.losses
     net: nn.Module = Losses(model)
-    # A short run ends before compilation has paid for itself.
+    # A short run ends before compilation pays off.
     auto = config.compile == "auto" and rt.device.type == "cuda" and total >= 1000
     if (auto or config.compile == "on") and can_compile(rt.device, config.compile == "on"):
-        if model.config.vocab_size > 4096:  # its loop would be unrolled anew for each padded width
+        if model.config.vocab_size > 4096:  # each padded width would unroll its loop anew
             KERNELS["head_loss", rt.device.type] = torch.compiler.disable(chunked_head_loss)
-        # What cannot be compiled after all runs as it stands, unless asked for.
+        # Unless --compile is on, code that turns out not to compile runs as is.
         torch._dynamo.config.suppress_errors = config.compile == "auto"
         net = torch.compile(net)
     if rt.world_size > 1:
@@ -2038,26 +2038,26 @@ def distribute(model: GPT, config: OptimConfig, rt: Runtime, total: int) -> Call
 
 
 def can_compile(device: torch.device, required: bool) -> bool:
-    """Whether torch.compile works here, which may lack a compiler, Triton or Python's headers."""
+    """Whether torch.compile works here: it may lack a compiler, Triton or Python's headers."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:
         reason = f"torch.compile does not work here: {one_line(error)}"
         if required:
-            raise UserError(f"--compile on: {reason}; --compile off does without") from None
-        note(f"going on without compiling, which takes longer: {reason}")
+            raise UserError(f"--compile on: {reason}; use --compile off") from None
+        note(f"continuing without compiling, which is slower: {reason}")
         return False
     return True
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """A tensor as one piece on the CPU, gathered where FSDP shards it."""
+    """The full tensor on the CPU, gathered if FSDP shards it."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return tensor.detach().cpu()
 
 
 def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor sharded as FSDP shards `like`; every process holds the same whole."""
+    """A full tensor, the same on every process, sharded as FSDP shards `like`."""
     if not hasattr(like, "placements"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -2066,7 +2066,7 @@ def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def batched(items: Iterable, size: int, weight=lambda _: 0, limit=math.inf) -> Iterator[list]:
-    """Lists of up to `size` items; ended sooner once the sum of their weights reaches `limit`."""
+    """Lists of up to `size` items, ended early once the sum of their weights reaches `limit`."""
     batch, total = [], 0
     for item in items:
         batch.append(item)
@@ -2079,13 +2079,13 @@ def batched(items: Iterable, size: int, weight=lambda _: 0, limit=math.inf) -> I
 
 
 def unescape(text: str) -> str:
-    r"""`\n`, `\t` and `\\` as a shell user types them."""
+    r"""Turn `\n`, `\t` and `\\`, as typed in a shell, into the characters they name."""
     table = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
     return re.sub(r"\\[nt\\]", lambda m: table[m.group()], text)
 
 
 def short_hash(value, size: int = 4) -> str:
-    """Hexadecimal digest, of `size` bytes, of plain data."""
+    """A hexadecimal digest of plain data, `size` bytes long."""
     text = json.dumps(value, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
@@ -2093,27 +2093,26 @@ def short_hash(value, size: int = 4) -> str:
 # ====================================================================================
 # 9. The same, faster
 #
-# Twins of Part I's operations for a CPU or a GPU, each kept because a measurement says so
+# Twins of Part I's operations for a CPU or a GPU, each kept because a measurement justifies it
 # (tests/bench/README.md); a self-test of the device; decoding in one graph. Look at KERNELS.
 #
-#     attention_sdpa.plain(q, k, v, None, 0.0)      # what the twin of a device is held to
+#     attention_sdpa.plain(q, k, v, None, 0.0)      # the reference for each device's twin
 # ====================================================================================
 
 
 def dropout_by_bytes(x: Tensor, p: float) -> Tensor:
-    """Dropout that draws a byte for each element, eight to a random word: p is rounded to a multiple
-    of 1/256. PyTorch's CPU kernel draws elements singly, at the price of the matrix products."""
-    kept = 256 - max(1, round(256 * p))  # a byte is never 256
+    """Dropout that draws one byte per element, eight to a random word, so that p is rounded to a
+    multiple of 1/256. PyTorch's CPU kernel draws singly, which costs as much as the matmuls."""
+    kept = 256 - max(1, round(256 * p))  # 256 does not fit in a byte
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
-    keep = torch.lt(drawn, kept, out=torch.empty_like(x))  # 1 or 0, without a pass to convert it
+    keep = torch.lt(drawn, kept, out=torch.empty_like(x))  # 1 or 0 in x's dtype, with no extra pass
     return x * keep.mul_(256 / kept)
 
 
 def attention_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float) -> Tensor:
-    """`attention_manual` with few, large products: on CPUs the fused kernels have no dropout and are
-    slow in bf16. Query heads that share a key head are stacked as rows: (B K, G Tq, D).
-    """
+    """`attention_manual` with few, large products: CPU fused kernels lack dropout and are slow in
+    bf16. Query heads that share a key head are stacked as rows: (B K, G Tq, D)."""
     (B, H, Tq, D), (K, Tk) = q.shape, k.shape[1:3]
     if p_drop == 0.0 and (q.dtype == torch.float32 or (Tq == 1 and Tk < 64)):
         return attention_sdpa.plain(q, k, v, mask, p_drop)
@@ -2136,10 +2135,10 @@ def attention_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_dro
 def attention_on_cuda(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p_drop: float, flash: bool = False
 ) -> Tensor:
-    """Only the flash kernel takes grouped key heads; without it, PyTorch would use one that holds all
-    scores in fp32. So keys and values are repeated wherever flash does not apply."""
+    """Only the flash kernel takes grouped key heads; otherwise PyTorch would use one that holds all
+    scores in fp32. So if flash does not apply, keys and values are repeated."""
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and q.shape[2] == 1:  # those that share a key head become its queries
+    if groups > 1 and q.shape[2] == 1:  # heads that share a key head become its queries
         mask = mask.view(-1, groups, mask.shape[-1]) if mask is not None and mask.ndim > 2 else mask
         folded = q.reshape(len(q), -1, groups, q.shape[-1])
         return F.scaled_dot_product_attention(folded, k, v, mask, p_drop).reshape(q.shape)
@@ -2151,13 +2150,12 @@ def attention_on_cuda(
 # --- cross entropy of a large vocabulary ---
 
 
-CHUNK = 512  # rows: on a CPU larger logits leave its caches
+CHUNK = 512  # rows; the logits of more would overflow CPU caches
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed `head_loss` of h (N, C), whose (N, V) logits never exist. A chunk's gradient is formed in
-    the forward pass, while its logits are at hand: it is softmax(logits), less 1 at the target.
-    """
+    """Summed `head_loss` of h (N, C) without the full (N, V) logits. The forward pass computes each
+    chunk's gradient while it has the chunk's logits: softmax(logits), less 1 at the target."""
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dtype):
@@ -2185,10 +2183,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_head_loss(
     h: Tensor, weight: Tensor, targets: Tensor, reduction: str, bias: Tensor | None = None
 ) -> Tensor:
-    """`head_loss`, in chunks where all logits at once would take much memory.
+    """`head_loss`, in chunks for a large vocabulary, whose logits would take much memory.
 
-    What weighs losses one by one is known in the backward pass only, which computes the logits of
-    a chunk again. (F.linear_cross_entropy ignores autocast.)
+    With reduction "none", each loss's weight is known only in the backward pass, which recomputes
+    a chunk's logits. (F.linear_cross_entropy ignores autocast.)
     """
     V, kind = len(weight), h.device.type
     if kind == "cuda" and V % 64:  # tensor cores are slow on 50,257 columns
@@ -2214,22 +2212,21 @@ def chunked_head_loss(
 
 
 class Slots(NamedTuple):
-    """A cache as a graph sees it: the place of the newest token stands in a tensor, (1,)."""
+    """A cache as a graph sees it: the newest token's position is a tensor, (1,)."""
 
     pos: Tensor
     keys: list[Tensor]
     values: list[Tensor]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As the cache's: store one token's keys and values, (B, K, 1, D); return all slots."""
+        """Like the cache's: store one token's keys and values, (B, K, 1, D); return all slots."""
         keys, values = self.keys[layer], self.values[layer]
         return keys.index_copy_(2, self.pos, k), values.index_copy_(2, self.pos, v)
 
 
 def static_logits(model: GPT, keys: list, values: list, token: Tensor, pos: Tensor) -> Tensor:
-    """`next_logits` with positions in tensors and shapes that stay: a CUDA graph or a compiler can
-    hold it. All slots are attended to, behind a mask that hides those without a token.
-    """
+    """`next_logits` with positions in tensors and fixed shapes, for a CUDA graph or a compiler to
+    capture. It attends to all slots, with a mask that hides those without a token."""
     slots = torch.arange(keys[0].shape[2], device=pos.device)
     bias = alibi(model.config, pos, slots)
     bias = torch.zeros_like(slots, dtype=torch.float32)[None] if bias is None else bias
@@ -2239,13 +2236,13 @@ def static_logits(model: GPT, keys: list, values: list, token: Tensor, pos: Tens
 
 
 class StepGraph:
-    """A step of decoding as a CUDA graph, which keeps its inputs and copies later ones into them.
+    """A decoding step as a CUDA graph, which keeps its inputs and copies later ones into them.
     (torch.cuda.make_graphed_callables leaves cycles that hold the memory of each graph.)"""
 
     def __init__(self, step: Callable, *inputs: Tensor):
         self.inputs, here, side = inputs, torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
-        with torch.cuda.stream(side):  # warm-up: the token's keys go to where they will go again
+        with torch.cuda.stream(side):  # warm-up; a replay overwrites the keys written here
             step(*self.inputs)
         here.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
@@ -2260,8 +2257,8 @@ class StepGraph:
 
 
 def next_logits_in_a_graph(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
-    """One graph instead of hundreds of kernels, each launched more slowly than it runs: compiled,
-    a CUDA graph, or both. It is made of a cache's first token and repeated for the others."""
+    """One graph instead of hundreds of kernels that take longer to launch than to run: compiled, a
+    CUDA graph, or both. It is built on a cache's first call and reused for the others."""
     compiled = getattr(model, "compiled_step", None)
     if not (token.is_cuda or compiled):
         return next_logits.plain(token, model, cache)
@@ -2271,8 +2268,8 @@ def next_logits_in_a_graph(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
             step = partial(compiled or partial(static_logits, model), cache.keys, cache.values)
             cache.step = StepGraph(step, token.clone(), pos.clone()) if token.is_cuda else step
         logits = cache.step(token, pos)
-    except Exception as error:  # a compiler's may be anything
-        note(f"going on without a graph, which takes longer: {one_line(error)}")
+    except Exception as error:  # a compiler may raise anything
+        note(f"continuing without a graph, which is slower: {one_line(error)}")
         del KERNELS["next_logits", token.device.type]
         return next_logits.plain(token, model, cache)
     cache.length += 1
@@ -2280,7 +2277,7 @@ def next_logits_in_a_graph(token: Tensor, model: GPT, cache: KVCache) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in bf16, laid out once as oneDNN wants it. Its weight must not change."""
+    """A linear layer in bf16, laid out once as oneDNN needs it. Its weight must not change."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -2294,17 +2291,17 @@ class PackedLinear(nn.Module):
 def for_decoding(
     model: GPT, device: torch.device, dtype: torch.dtype, compiled: bool = False
 ) -> GPT:
-    """This model, moved there for good: ready to generate as fast as it can, not to train."""
+    """Move the model there for good and make it generate as fast as it can; it no longer trains."""
     model.to(device, dtype).eval()
     if compiled and can_compile(device, True):
         step = partial(torch.compile(static_logits, fullgraph=True, dynamic=False), model)
-        if device.type == "cpu":  # weights become constants, laid out for Inductor's own kernels:
-            import torch._inductor.config as inductor  # no choice is timed, so bits stay the same
+        if device.type == "cpu":  # weights become constants, laid out for Inductor's kernels;
+            import torch._inductor.config as inductor  # nothing is timed, so bits stay the same
 
             how = dict(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP")
             step = inductor.patch(how)(step)
         model.compiled_step = step
-        note("the second token waits for the compiler, up to a minute; those after it are quick")
+        note("the second token waits for the compiler, up to a minute; later ones are fast")
     plain_bf16 = device.type == "cpu" and dtype == torch.bfloat16 and not compiled
     packs = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if plain_bf16 and packs:
@@ -2318,13 +2315,13 @@ def for_decoding(
 
 
 def undecorated(method: Callable) -> Callable:
-    """An optimizer's method without a wrapper that imports torch._dynamo: a second of every start."""
+    """An optimizer's method without its wrapper, which spends a second importing torch._dynamo."""
     return getattr(method, "__wrapped__", method)
 
 
 def newton_schulz_in_bf16(X: Tensor) -> Tensor:
-    """Each round corrects the rounding of the one before, so that bf16 will do, where the hardware
-    multiplies it: elsewhere it is emulated, thirty times slower than fp32. Sums are fused."""
+    """Each round corrects the rounding of the one before, so bf16 is enough if the hardware has it;
+    emulated, it is thirty times slower than fp32. Products and sums are fused."""
     native = X.is_cuda or cpu_has_bf16()
     shape = X.shape
     X = (X.bfloat16() if native else X).reshape(-1, *shape[-2:])
@@ -2341,9 +2338,8 @@ class QuickAdamW(torch.optim.AdamW):
 
 
 class QuickMuon(Muon):
-    """Muon with all matrices of one shape in one batched product: a small model's step would go
-    into launching hundreds of tiny ones. Sharded matrices are orthogonalised whole by each process.
-    """
+    """Muon with one batched product for all matrices of a shape: a small model would spend its step
+    launching hundreds of tiny ones. Each process orthogonalises sharded matrices in full."""
 
     add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
 
@@ -2383,15 +2379,15 @@ TRUSTED = ("cpu",)  # devices that need no test
 def self_test(shape: GPTConfig, rt: Runtime) -> None:
     """Compare this device and its kernels with Part I's operations on the CPU, in one layer.
 
-    Raises UserError where loss or gradients differ by more than rounding: young drivers, and
-    Apple's GPUs, have been seen to compute wrong results without an error.
+    Raises UserError if loss or gradients differ by more than rounding: new drivers and Apple's GPUs
+    have been seen to compute wrong results without an error.
     """
     if rt.device.type in TRUSTED:
         return
     T, V = min(shape.block_size, 64), min(shape.vocab_size, 5000)
     small = replace(shape, n_layer=1, block_size=T, vocab_size=V, dropout=0.0, token_dropout=0.0,
                     zero_init=False)  # fmt: skip
-    with torch.random.fork_rng(devices=[]):  # the run's own weights are still to be drawn
+    with torch.random.fork_rng(devices=[]):  # the run has yet to draw its weights
         set_seed(0)
         model, tokens = GPT(small), torch.randint(V, (2, T + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
@@ -2406,11 +2402,11 @@ def self_test(shape: GPTConfig, rt: Runtime) -> None:
     for dtype, tolerance in {rt.dtype: 0.05, torch.float32: 1e-3}.items():
         found, estimate = loss_and_gradient(model, batch, replace(rt, dtype=dtype))
         error = ((estimate - gradient).norm() / gradient.norm()).item()
-        if not (abs(found / loss - 1) < tolerance and error < tolerance):  # NaN fails, too
+        if not (abs(found / loss - 1) < tolerance and error < tolerance):  # NaN fails too
             raise UserError(
                 f"{rt.device} computes wrongly in {str(dtype)[6:]}: loss {found:.4f} against "
-                f"{loss:.4f} on the CPU, gradients off by {error:.1%}: try another version of "
-                "driver or torch, or --device cpu; --no_self_test goes on regardless"
+                f"{loss:.4f} on the CPU, gradients off by {error:.1%}: try another driver or "
+                "torch version, or --device cpu; --no_self_test skips this check"
             )
 
 
@@ -2428,8 +2424,8 @@ def loss_and_gradient(model: GPT, batch: Batch, rt: Runtime) -> tuple[float, Ten
 # ====================================================================================
 # 10. Vocabularies
 #
-# Byte-level BPE trained here, and the vocabularies of others: a tokenizer.json, the folder of a
-# Hugging Face model, GPT-2's own two files. Look at `special_ids`, which finds the ends of texts,
+# Byte-level BPE trained here, and existing vocabularies: a tokenizer.json, the folder of a Hugging
+# Face model, GPT-2's own two files. Look at `special_ids`, which finds the tokens that end a text,
 # and at `cuts_as_gpt2`, which says whether a long text may be encoded in blocks.
 #
 #     >>> tokenizer = lp.load_tokenizer("folder/of/gpt2")
@@ -2446,9 +2442,9 @@ class TokenizerConfig(Settings):
     vocab_size: int = option(8192, "size of a trained BPE vocabulary", low=260, high=2**20)
     min_frequency: int = option(2, "a BPE merge needs this many occurrences", low=1)
     special_tokens: str = option(
-        "", "a trained BPE's special tokens; usual names, such as <pad>,<s>,</s>,<sep>, have roles"
+        "", "a trained BPE's special tokens; usual names, such as <pad>,<s>,</s>,<sep>, get roles"
     )
-    extra_special_tokens: str = option("", "further tokens of a trained BPE, kept whole in texts")
+    extra_special_tokens: str = option("", "more tokens for a trained BPE, kept whole in text")
 
 
 class BPETokenizer:
@@ -2458,7 +2454,7 @@ class BPETokenizer:
         self.json = library_json
         with library_errors("the tokenizer is not valid"):
             self.library = optional("tokenizers").Tokenizer.from_str(library_json)
-            self.library.encode_special_tokens = True  # a literal "<|sep|>" stays characters
+            self.library.encode_special_tokens = True  # a literal "<|sep|>" is plain text
             self.library.no_padding()
             self.library.no_truncation()
             self.vocab_size = max(self.library.get_vocab().values(), default=0) + 1
@@ -2467,7 +2463,7 @@ class BPETokenizer:
         self.prefix = [] if bos_id is None else [bos_id]
         library = json.loads(self.library.to_str())
         model = library["model"]
-        self.unk_id = model.get("unk_id")  # Unigram's; the others name a token
+        self.unk_id = model.get("unk_id")  # Unigram has an id; the others name a token
         if model["type"] != "Unigram":
             self.unk_id = model["vocab"].get(model.get("unk_token"))
         self.cuts_safely = cuts_as_gpt2(library)  # encoded in pieces, a text has the same ids
@@ -2515,8 +2511,8 @@ bpe_tokenizer = lru_cache(maxsize=4)(BPETokenizer)  # a large vocabulary takes a
 
 @contextlib.contextmanager
 def library_errors(complaint: str):
-    """One clear line for what the libraries raise: the errors of gzip, pyarrow, fsspec and others
-    have no common base, and panics of tokenizers are BaseExceptions."""
+    """One clear line for a library's error: those of gzip, pyarrow, fsspec and others share no
+    base class, and panics in tokenizers are BaseExceptions."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
@@ -2544,9 +2540,9 @@ def byte_library():
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's one printable character for each byte: {character: byte}.
+    """GPT-2's printable character for each byte: {character: byte}.
 
-    Printable Latin-1 stands for itself; the others follow from U+0100 on (Radford et al., 2019).
+    Printable Latin-1 maps to itself; the rest are numbered from U+0100 (Radford et al., 2019).
     """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
@@ -2556,7 +2552,7 @@ def byte_alphabet() -> dict[str, int]:
 def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     """Train byte-level BPE on an iterator of texts, in bounded memory.
 
-    Special tokens are never made from text; those of --extra_special_tokens always are, and no
+    Text never turns into special tokens; the names in --extra_special_tokens always do, and no
     merge crosses their borders. A signal waits until the library is done. Raises UserError.
     """
     special = re.findall(r"[^,\s]+", config.special_tokens) or list(SPECIAL_TOKENS)
@@ -2579,30 +2575,30 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> BPETokenizer:
     )
     saved = json.loads(library.to_str()) | {"post_processor": None}
     for token in saved["added_tokens"]:
-        token["special"] = token["content"] not in extra  # the library looks for others in texts
+        token["special"] = token["content"] not in extra  # the library matches others in text
     ids = special_ids(library, declared)
     if config.special_tokens:
         token = {number: name for name, number in library.get_vocab().items()} | {None: "none"}
         roles = [f"{role} is {token[ids[f'{role}_id']]}" for role in USUAL_NAMES]
-        note(f"special tokens by their names: {', '.join(roles)}")
+        note(f"special tokens by name: {', '.join(roles)}")
     return bpe_tokenizer(json.dumps(saved), **ids)
 
 
-# Names of special tokens where a configuration declares none; the first that is there counts.
+# Names of special tokens if a configuration declares none; the first one found counts.
 USUAL_NAMES = {
     "pad": ("<|pad|>", "<pad>", "[PAD]"),
     "bos": ("<|bos|>", "<s>", "<bos>", "[BOS]"),
     "eos": ("<|eos|>", "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "[EOS]"),
     "sep": ("<|sep|>", "<sep>", "[SEP]"),
 }
-TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # of a repository on the Hub
+TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]  # in a repository on the Hub
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 def special_ids(library, declared: dict[str, str | None], ends: Sequence[int] = ()) -> dict:
-    """The ids that BPETokenizer takes. A missing sep or pad is eos; without one, UserError.
+    """The ids that BPETokenizer takes. A missing sep or pad becomes eos; without eos, UserError.
 
-    declared: {role: token, or None for none}, of its configuration. ends: ids that end a text, too.
+    declared: {role: token, or None for none}, from a configuration. ends: more ids that end texts.
     """
     ids: dict = {}
     for role, usual in USUAL_NAMES.items():
@@ -2640,13 +2636,13 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_from_merges(vocabulary: Path, merges: Path) -> BPETokenizer:
-    """GPT-2's two files, as OpenAI published them and as tokenizers saves them. Raises UserError."""
+    """GPT-2's two files, as OpenAI published them or as tokenizers saves them. Raises UserError."""
     tokenizers = optional("tokenizers")
     with library_errors(f"{vocabulary} and {merges.name}"):
         library = tokenizers.ByteLevelBPETokenizer.from_file(str(vocabulary), str(merges))
     names = [*sum(USUAL_NAMES.values(), ()), "<unk>", "<mask>"]
     library.add_special_tokens([name for name in names if library.token_to_id(name) is not None])
-    gpt2 = "<|endoftext|>"  # GPT-2's own is bos, too
+    gpt2 = "<|endoftext|>"  # which GPT-2 uses as bos, too
     declared = {} if library.token_to_id(gpt2) is None else {"bos": gpt2, "eos": gpt2}
     return bpe_tokenizer(library.to_str(), **special_ids(library, declared))
 
@@ -2654,11 +2650,11 @@ def tokenizer_from_merges(vocabulary: Path, merges: Path) -> BPETokenizer:
 def hf_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder, as transformers loads it. Raises UserError.
 
-    A tokenizer.json is read as it is: AutoTokenizer would rebuild it by the model's type, without
-    its normalizer. Ends of text are those of tokenizer, generation and model configuration.
+    Reads a tokenizer.json as is: AutoTokenizer would rebuild it from the model's type, without its
+    normalizer. The end ids of the tokenizer, generation and model configurations all end texts.
     """
     transformers = transformers_library()
-    with library_errors(f"{folder} holds no tokenizer.json or other tokenizer to be used"):
+    with library_errors(f"{folder} holds no tokenizer.json or other usable tokenizer"):
         if (folder / "tokenizer.json").is_file():
             theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         else:
@@ -2669,7 +2665,7 @@ def hf_tokenizer(folder: Path) -> Tokenizer:
         return ByteTokenizer()
     declared = {role: token for role, token in tokens.items() if token is not None}
     configs = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
-    if any(file.is_file() for file in configs):  # what it leaves out is none, then
+    if any(file.is_file() for file in configs):  # then no bos unless they name one
         declared.setdefault("bos", None)
     ends = []
     for file in (folder / "generation_config.json", folder / "config.json"):
@@ -2682,13 +2678,13 @@ def hf_tokenizer(folder: Path) -> Tokenizer:
 def cuts_as_gpt2(library: dict) -> bool:
     """Whether a `tokenizer.json` is byte-level BPE that cuts text as GPT-2's does.
 
-    Then a piece begins at every space that follows a letter and precedes one.
+    If so, a piece begins at every space between two letters.
     """
     model, pre = library["model"], library.get("pre_tokenizer") or {}
     odd = any(model.get(name) for name in ("ignore_merges", "byte_fallback", "dropout"))
     if model["type"] != "BPE" or odd or library.get("normalizer"):
         return False
-    for token in library.get("added_tokens", []):  # those that are looked for in texts
+    for token in library.get("added_tokens", []):  # non-special ones are matched in text
         loose = token["lstrip"] or token["rstrip"] or token["single_word"]
         cut = re.search(r"\s", token["content"]) or SAFE_CUT.search(token["content"])
         if not token["special"] and (loose or cut):
@@ -2701,7 +2697,7 @@ def tiktoken_twin(library: dict):
     """A tiktoken encoder with the same ids as a `tokenizer.json` that cuts as GPT-2's, or None.
 
     tiktoken merges the adjacent pair of lowest id, tokenizers the pair of lowest merge rank: the
-    two agree where every token is a byte or a merge, and the ids rise with the merges.
+    two agree if every token is a byte or a merge, and the ids rise with the merges.
     """
     try:
         import tiktoken
@@ -2714,7 +2710,7 @@ def tiktoken_twin(library: dict):
     ids = [vocabulary[word] for word in merged]
     if words != alphabet.keys() | set(merged) or ids != sorted(set(ids)):
         return None
-    if not all(token["special"] for token in added):  # others are looked for in texts first
+    if not all(token["special"] for token in added):  # others are matched in text first
         return None
     ranks = {bytes(alphabet[c] for c in word): vocabulary[word] for word in words}
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

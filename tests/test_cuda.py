@@ -159,5 +159,5 @@ def test_out_of_memory_under_a_real_cap_goes_on_with_smaller_micro_batches(kind,
     more = words("--dtype float32 --max_steps 3 --compile off --vram_limit_gb 1.5 --dropout 0.1")
     folders = ["--out_dir", tmp_path / "run", "--processed_dir", tmp_path / "stores"]
     flags = ["--data_dir", text, *folders, *sizes, *more, "--device", kind]
-    assert "out of memory at step 1: going on with" in run_process("train", *flags).ok().err
+    assert "out of memory at step 1: continuing with" in run_process("train", *flags).ok().err
     assert metrics(tmp_path / "run")[-1]["step"] == "3"

@@ -472,7 +472,7 @@ def test_export_replaces_nothing(bases, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for flag, place in (("--out_dir", "hf"), ("--out_dir", "mine"), ("--gguf", "file")):
         argv = ["export", "--ckpt", bases["modern"], flag, tmp_path / place]
-        run(*argv).fails(1, "is there already", str(tmp_path / place))
+        run(*argv).fails(1, "already exists", str(tmp_path / place))
         assert sorted(tmp_path.rglob("*")) == before
     assert load_peer(tmp_path / "hf").config.model_type == "gpt2"
 
