@@ -2721,64 +2721,64 @@ def tiktoken_twin(library: dict):
 # 11. Corpus
 #
 # files -> rows -> Records -> exact duplicates dropped -> train or val, by hash -> token store.
-# Look at `record_from_row`, which reads every layout, at `roles_of`, which reads names, and at
-# `split_records`: a record's side follows from the record itself, so that what was trained on
-# never validates.
+# Start with `record_from_row`, which reads every layout, `roles_of`, which reads names, and
+# `split_records`: a record's side follows from the record itself, so that training data never
+# validates.
 # ====================================================================================
 
 
 @dataclass
 class DataConfig(Settings):
-    """Data: where text comes from and which of it is kept."""
+    """Data: where text comes from and what is kept."""
 
     data_dir: str = changeable("data/raw", "a folder, a file, or a store made by prepare")
     processed_dir: str = changeable("data/processed", "where token stores are kept")
     val_fraction: float = option(0.1, "share of records kept for validation", low=0.0, high=0.9)
     split_seed: int = option(1337, "salt of the split's hash", low=0)
     split_by: str = option("prompt", "what decides a record's side", choices=("prompt", "content"))
-    doc_delimiter: str = option("", r"cuts plain text into records (\n for lines)")
-    bad_records: str = option("error", "malformed lines and entries", choices=("error", "skip"))
+    doc_delimiter: str = option("", r"separates the records of plain text (\n for lines)")
+    bad_records: str = option("error", "on malformed lines and entries", choices=("error", "skip"))
     text_field: str = option("text", "column or key that holds plain text")
-    join_rows: bool = option(False, "one text of a split's rows: lines, as of WikiText on the Hub")
-    keep_duplicates: bool = option(False, "keep repeated records, which are dropped otherwise")
+    join_rows: bool = option(False, "join a split's rows into one text, as for WikiText on the Hub")
+    keep_duplicates: bool = option(False, "keep repeated records, which are otherwise dropped")
     min_chars: int = option(1, "drop plain texts shorter than this", low=0)
     max_docs: int = option(0, "stop after this many records (0: all)", low=0)
     max_tokens: int = option(0, "stop after about this many tokens (0: all)", low=0)
-    hf_dataset: str = option("", "a dataset on the Hub, or a folder laid out as one")
-    hf_config: str = option("", "its configuration, such as wikitext-103-raw-v1")
-    hf_split: str = option("", "one of its splits (default: all, each for what its name says)")
-    streaming: bool = option(False, "read the dataset as a stream, without downloading it whole")
+    hf_dataset: str = option("", "a dataset on the Hub, or a folder with the same layout")
+    hf_config: str = option("", "the dataset's configuration, such as wikitext-103-raw-v1")
+    hf_split: str = option("", "one of the dataset's splits (default: all, each used as named)")
+    streaming: bool = option(False, "read the dataset as a stream, without downloading all of it")
     add_special_tokens: bool = option(True, "bos and eos around each plain text")
 
 
-# Two commands with the same values of these agree on which records validate.
+# Commands that share these values agree on which records validate.
 SPLIT_SETTINGS = ("split_seed", "val_fraction", "split_by")
-# What commands take over from a checkpoint: these, what one record is, and how its text begins.
+# Inherited from a checkpoint: these, what a record is, and how its text begins.
 INHERITED = (*SPLIT_SETTINGS, "doc_delimiter", "join_rows", "add_special_tokens")
-BLOCK = 1 << 16  # characters handled at a time
+BLOCK = 1 << 16  # characters processed at a time
 PIECE = 1 << 24  # characters; a longer file of plain text becomes several records
 LONG_TEXT = 64 * 1024  # bytes; a longer plain text gives its last part to validation
 
 
 @dataclass
 class Turn:
-    """A prompt and the answer to it, both rendered by the one template of the tokens' section."""
+    """A prompt and its answer, both rendered with the templates of section 1."""
 
     prompt: str  # "" for plain text
     response: str
-    trained: bool = True  # False: an answer that is context alone, such as one of weight 0
+    trained: bool = True  # False: the answer is only context, as with weight 0
 
 
 @dataclass
 class Record:
     """One unit of text: plain text, an instruction with its answer, or a conversation."""
 
-    turns: list[Turn]  # at least one, the last of them trained
-    rejected: str = ""  # of a preference pair: the other answer to the last turn
+    turns: list[Turn]  # at least one; the last is trained
+    rejected: str = ""  # in a preference pair, the other answer to the last turn
     source: str = ""
     where: str = ""  # file, or file:line
-    split: str = ""  # where the file's name says so, as in wiki.train.tokens
-    unused: Sequence[str] = ()  # names of what its row held besides
+    split: str = ""  # train or val, if a name says so, as in wiki.train.tokens
+    unused: Sequence[str] = ()  # names of the row's columns and fields that went unused
 
     @property
     def is_plain(self) -> bool:
@@ -2789,10 +2789,10 @@ class Record:
         return sum(len(turn.prompt) + len(turn.response) for turn in self.turns)
 
 
-# What to do where more than a tenth of a source is left out.
+# Advice for when more than a tenth of a source is skipped.
 ADVICE = {
     "skipped: duplicate": "--keep_duplicates keeps them",
-    "skipped: short or empty": "if the rows are lines of a text: --join_rows makes it whole again",
+    "skipped: short or empty": "if the rows are lines of one text, --join_rows joins them",
 }
 
 
@@ -2803,10 +2803,10 @@ class Report:
 
     def __init__(self):
         self.rows: dict[str, Counter] = {}
-        self.examples: dict[tuple[str, str], str] = {}  # (source, what) -> where it was met first
+        self.examples: dict[tuple[str, str], str] = {}  # (source, what) -> its first occurrence
 
     def count(self, source: str, what: str, n: int = 1, where: str = "") -> None:
-        """Add to a column, or to a line of its own below the source's row."""
+        """Add to a column, or to a separate line below the source's row."""
         self.rows.setdefault(source, Counter())[what] += n
         if where:
             self.examples.setdefault((source, what), where)
@@ -2832,7 +2832,7 @@ class Report:
 
 
 def open_zst(path: Path, mode: str):
-    """By Python's own reader; the one of the package zstandard takes a truncated file."""
+    """Python's own reader: that of the zstandard package accepts truncated files."""
     library = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
     return optional(library, "backports.zstd").open(path, mode)
 
@@ -2841,12 +2841,12 @@ UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_
 
 
 def open_binary(path: Path):
-    """The bytes of a file, unpacked."""
+    """Open a file to read its bytes, decompressed."""
     return UNPACKERS.get(path.suffix.lower(), open)(path, "rb")
 
 
 def ending(path: Path) -> str:
-    """A file's ending in lower case, without .gz and the like."""
+    """A file's extension in lower case, ignoring .gz and the like."""
     return Path(path.stem if path.suffix.lower() in UNPACKERS else path.name).suffix.lower()
 
 
@@ -2855,10 +2855,10 @@ def encoding_of(head: bytes) -> str:
 
 
 def read_text(path: Path, size: int = 0) -> Iterator[str]:
-    r"""A file's text by lines, or in blocks of `size` characters; `\r\n` and `\r` become `\n`.
+    r"""A file's lines, or blocks of `size` characters; `\r\n` and `\r` become `\n`.
 
-    UTF-8, or what a byte order mark says. Raises UserError on invalid bytes, with their offset,
-    on NULs, which text does not hold, and where the file cannot be read or unpacked.
+    UTF-8, unless a byte order mark says otherwise. Raises UserError on invalid bytes, with their
+    offset, on NULs, and if the file cannot be read or decompressed.
     """
     with library_errors(f"cannot read {path}"), open_binary(path) as data:
         encoding = encoding_of(data.peek(4))
@@ -2866,7 +2866,7 @@ def read_text(path: Path, size: int = 0) -> Iterator[str]:
         try:
             for number, part in enumerate(iter(partial(file.read, size), "") if size else file):
                 if "\0" in part:
-                    what = f"{path} holds NULs: it is no text, or UTF-16 without its mark"
+                    what = f"{path} contains NULs: it is not text, or is UTF-16 without a BOM"
                     raise UserError(f"{what}; save it as UTF-8")
                 yield part if number else part.lstrip("\ufeff")
         except UnicodeDecodeError as error:
@@ -2878,7 +2878,7 @@ def read_text(path: Path, size: int = 0) -> Iterator[str]:
 def documents_in(blocks: Iterator[str], delimiter: str) -> Iterator[str]:
     """The text between delimiters."""
     rest = ""
-    # Each time at least as much as is left over: a long document is not searched anew by the block.
+    # Read at least as much as is left over, so as not to search a long document again per block.
     while more := "".join(islice(blocks, 1 + len(rest) // BLOCK)):
         *documents, rest = (rest + more).split(delimiter)
         yield from documents
@@ -2888,8 +2888,8 @@ def documents_in(blocks: Iterator[str], delimiter: str) -> Iterator[str]:
 
 # --- rows of JSON and of tables become records ---
 
-# What a column may be called. A layout is a question with an answer, a dialogue, a preference
-# pair, or plain text.
+# Known column names. A layout is a question and its answer, a dialogue, a preference pair, or
+# plain text.
 QUESTIONS = ("instruction", "prompt", "question")
 ANSWERS = ("output", "completion", "response", "answer")
 DIALOGUES = ("messages", "conversations", "conversation")
@@ -2901,7 +2901,7 @@ LAYOUTS = (
     "text; instruction, prompt or question (with input or context, system) and output, "
     "completion, response or answer; messages or conversations; chosen and rejected"
 )
-# Without what these say a dialogue would be half read.
+# Ignoring these would leave a dialogue incomplete.
 UNSUPPORTED = {
     "tools", "functions", "tool_calls", "function_call", "tool_call_id", "image", "images",
     "video", "videos", "audio", "audios", "train_detail", "training_detail", "history",
@@ -2913,9 +2913,9 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "model": "assistant",
 }  # fmt: skip
-# A yes or no, as JSON, numbers or a table's cells have it.
+# Yes and no, as written in JSON, as numbers or in table cells.
 FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
-EMPTY = (None, "", "[]", [], {})  # what a column holds that says nothing
+EMPTY = (None, "", "[]", [], {})  # values that say nothing
 
 
 class Message(NamedTuple):
@@ -2925,10 +2925,10 @@ class Message(NamedTuple):
 
 
 def present(row: dict, names: Iterable[str], empty: tuple = (None,)) -> str:
-    """The one of these columns that a row fills, or "". Raises ValueError where it fills two."""
+    """The one of these columns that the row fills, or "". Raises ValueError if it fills two."""
     found = [name for name in names if row.get(name) not in empty]
     if len(found) > 1:
-        raise ValueError(f"both {found[0]!r} and {found[1]!r}: which one counts? drop the other")
+        raise ValueError(f"both {found[0]!r} and {found[1]!r} are given: drop one")
     return found[0] if found else ""
 
 
@@ -2939,30 +2939,30 @@ def text_from(value, name: str) -> str:
     except TypeError:
         raise ValueError(f"{name!r} must be text, not {type(value).__name__}") from None
     if "\0" in text:
-        raise ValueError(f"{name!r} holds NULs, which text does not")
+        raise ValueError(f"{name!r} contains NULs: remove them")
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def take_text(row: dict, names: Iterable[str]) -> str:
-    """The text of the one column among these that is not empty, taken out; "" without one."""
+    """Take out the text of the one column among these that is not empty; "" if all are."""
     name = present(row, names, (None, ""))
     return text_from(row.pop(name), name) if name else ""
 
 
 def take_masks(row: dict, names: Iterable[str] = MASKS) -> bool:
-    """Whether the masks of a row or message, taken out, let it train. Raises ValueError on a share,
-    such as 0.5."""
+    """Take out the masks of a row or message and say whether they let it train. Raises ValueError
+    on fractions, such as 0.5."""
     masks = {name: str(row.pop(name)) for name in names if row.get(name) is not None}
     for name, value in masks.items():
         if value.strip().lower() not in FLAGS:
-            raise ValueError(f"{name!r} is {value}, not 0 or 1 as masks and KTO's labels are")
+            raise ValueError(f"{name!r} is {value}, but masks and KTO labels must be 0 or 1")
     return all(FLAGS[value.strip().lower()] for value in masks.values())
 
 
 def take_liking(row: dict, columns: Iterable[str]) -> bool:
-    """Whether people liked the answer, as KTO's label says, which is taken out; True where a label
-    says nothing of the kind. Numbers count beside KTO's own columns alone: elsewhere they may be
-    those of classes. Raises ValueError on others than 0 and 1 there."""
+    """Take out KTO's label and say whether people liked the answer: True without such a label.
+    Numbers count only next to KTO's own columns, since elsewhere they may be classes. Raises
+    ValueError if one there is neither 0 nor 1."""
     label = str(row.get("label")).strip().lower()
     is_number = re.fullmatch(r"[-.\d]+", label) is not None
     if label in ("true", "false") or (is_number and {"prompt", "completion"} <= {*columns}):
@@ -2971,19 +2971,19 @@ def take_liking(row: dict, columns: Iterable[str]) -> bool:
 
 
 def left_over(row: dict, place: str, unsupported: set[str]) -> list[str]:
-    """Names of what a row still holds, and so is not used. Raises ValueError on an unsupported one."""
+    """Names of the fields left in a row, all unused. Raises ValueError if one is unsupported."""
     names = [name for name, value in row.items() if value not in EMPTY]
     if odd := unsupported.intersection(names):
         what = f"{min(odd)!r} in {place} is not supported"
-        raise ValueError(f"{what}: write what it says into the content, or drop it")
+        raise ValueError(f"{what}: put it into the content, or drop it")
     return names
 
 
 def message_from(entry, column: str, unused: list[str]) -> Message:
-    """A message as {role, content} (OpenAI) or {from, value} (ShareGPT); a content may be a list of
-    parts {type: text, text}. Names of its other fields are added to `unused`."""
+    """A message from {role, content} (OpenAI) or {from, value} (ShareGPT); content may be a list of
+    parts {type: text, text}. Names of other fields are added to `unused`."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{column!r} must be a list of {{role, content}}")
+        raise ValueError(f"{column!r} must be a list of {{role, content}} objects")
     rest = {name: entry[name] for name in entry if name not in ("role", "from", "content", "value")}
     trained = take_masks(rest)
     unused += [f"{n} in {column}" for n in left_over(rest, repr(column), UNSUPPORTED | REASONING)]
@@ -2996,22 +2996,22 @@ def message_from(entry, column: str, unused: list[str]) -> Message:
         is_text = isinstance(part, dict) and part.get("type") == "text"
         texts.append(part.get("text") if is_text else part)
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a message in {column!r} has no text, or a part that is none")
+        raise ValueError(f"a message in {column!r} has no text, or a part that is not text")
     return Message(ROLES[role], text_from("".join(texts), column), trained)
 
 
 def is_dialogue(value) -> bool:
-    """Whether a value is a message, or a list with one."""
+    """Whether a value is a message, or a list that contains one."""
     entries = value if isinstance(value, list) else [value]
     fields = [entry.keys() for entry in entries if isinstance(entry, dict)]
     return any({"role", "content"} <= names or {"from", "value"} <= names for names in fields)
 
 
 def take_messages(row: dict, column: str, role: str, unused: list[str]) -> list[Message]:
-    """The messages of a column, taken out: a list, a single one, or one of a text of `role`."""
+    """Take out the messages of a column: a list, a single message, or a bare text from `role`."""
     value = row.pop(column)
     if column in (*DIALOGUES, "chosen", "rejected"):
-        parsed = json_value(value) if isinstance(value, str) else None  # in a table's cell
+        parsed = json_value(value) if isinstance(value, str) else None  # a table's cell
         value = parsed if is_dialogue(parsed) else value
         if value == []:
             raise ValueError(f"no messages in {column!r}")
@@ -3024,28 +3024,28 @@ def take_messages(row: dict, column: str, role: str, unused: list[str]) -> list[
 def record_from_row(row: dict, text_field: str = "text", labels: str = "") -> Record:
     """A Record from a row in any of LAYOUTS. Raises ValueError if it has none of them.
 
-    labels: the column that makes instructions of plain texts, or "".
+    labels: the column that turns plain texts into instructions, or "".
     """
     if isinstance(row, Exception):
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
-    if None in row:  # csv's name for cells beyond the last column
-        raise ValueError("more cells than the first line names columns")
-    row = dict(row)  # what no step below takes out is not used
+    if None in row:  # csv's key for cells beyond the last column
+        raise ValueError("more cells than the first line has column names")
+    row = dict(row)  # the steps below take things out; what is left is unused
     asked, talk = present(row, QUESTIONS), present(row, DIALOGUES)
-    preferred = row.get("chosen") is not None  # counts, whatever other answer stands beside it
+    preferred = row.get("chosen") is not None  # takes precedence over any other answer
     answer = "chosen" if preferred else present(row, ANSWERS)
     is_pair = preferred and row.get("rejected") is not None
     by_name = text_field != "text" and row.get(text_field) is not None
     if by_name or not (is_pair or talk or (asked and answer)):
         return plain_record(row, text_field, labels, "" if by_name else asked or answer)
-    roles = ((asked, "user"), (talk, ""), (answer, "assistant"))  # of a text in each
+    roles = ((asked, "user"), (talk, ""), (answer, "assistant"))  # of bare texts
     return dialogue_record(row, {name: role for name, role in roles if name}, is_pair)
 
 
 def dialogue_record(row: dict, columns: dict[str, str], is_pair: bool) -> Record:
-    """A Record of questions and answers, taken out of these columns of the row."""
+    """A Record of questions and answers from these columns of the row."""
     trained, liked, unused = take_masks(row), take_liking(row, columns), []
     body: list[Message] = []
     for name, role in columns.items():
@@ -3056,7 +3056,7 @@ def dialogue_record(row: dict, columns: dict[str, str], is_pair: bool) -> Record
             body = part
         else:
             names = " and ".join(map(repr, columns))
-            raise ValueError(f"{names} hold different dialogues: drop a column")
+            raise ValueError(f"{names} hold different dialogues: drop one")
     rejected = ""
     if is_pair:
         *prompt, last = take_messages(row, "rejected", "assistant", unused)
@@ -3074,22 +3074,22 @@ def dialogue_record(row: dict, columns: dict[str, str], is_pair: bool) -> Record
 
 
 def turns_of(messages: list[Message], system: str, extra: str) -> list[Turn]:
-    """Pair each user's message with the answer to it; messages of one role in a row are joined.
+    """Pair each user message with its answer; consecutive messages of one role are joined.
 
-    system and extra: texts of columns of their own, for the first prompt. Raises ValueError.
+    system, extra: texts of separate columns, for the first prompt. Raises ValueError.
     """
     joined: list[Message] = []
     for role, group in groupby(messages, key=lambda message: message.role):
         _, texts, trained = zip(*group, strict=True)
         if role == "assistant" and len(set(trained)) > 1:
-            raise ValueError("answers of different weight in a row")
+            raise ValueError("consecutive answers differ in weight: give them the same one")
         joined.append(Message(role, "\n\n".join(texts), trained[0]))
     if joined[0].role == "system":
         if system not in ("", joined[0].text):
-            raise ValueError("a system text both inside the dialogue and beside it")
+            raise ValueError("a system text both in the dialogue and in its own column: drop one")
         system = joined.pop(0).text
     if not joined or [m.role for m in joined] != ["user", "assistant"] * (len(joined) // 2):
-        order = "a user's message first, an assistant's answer last, a system text only before them"
+        order = "a user's message first, an assistant's answer last, a system text only before both"
         raise ValueError(f"a conversation must have {order}")
     turns = []
     for question, answer in zip(joined[::2], joined[1::2], strict=True):
@@ -3100,19 +3100,19 @@ def turns_of(messages: list[Message], system: str, extra: str) -> list[Turn]:
 
 
 def plain_record(row: dict, text_field: str, labels: str, half: str) -> Record:
-    """A Record of plain text, or an instruction to classify it, where the row has its label.
+    """A Record of plain text or, if the row has its label, of an instruction to classify it.
 
-    half: a question without its answer, or the other way round.
+    half: the column of a question without an answer, or of an answer without a question, or "".
     """
     text, role = row.get(text_field), row.get("role")
     if half and text is not None:
-        raise ValueError(f"{half!r} beside 'text' is half a pair: name one by --text_field")
+        raise ValueError(f"{half!r} next to 'text' is half a pair: drop one of the two columns")
     if (isinstance(role, str) and role in ROLES) or {"message_id", "parent_id"} <= row.keys():
-        raise ValueError("one message of a dialogue: put all of them into a list called messages")
+        raise ValueError("one message of a dialogue: put all of them in a list called messages")
     if text is None:
         names = [name if row[name] is not None else f"{name} is null" for name in list(row)[:12]]
         what = f"no {text_field!r} and no known layout among the fields ({', '.join(names)})"
-        way = "name the one that holds text with --text_field"
+        way = "pass the one that holds text with --text_field"
         raise ValueError(f"{what}; {way}, or use {LAYOUTS}")
     if not isinstance(text, str):
         raise ValueError(f"{text_field!r} must be text, not {type(text).__name__}")
@@ -3129,15 +3129,15 @@ class Source(NamedTuple):
     """A file, or a split of a data set."""
 
     name: str
-    rows: Callable[[], Iterator[tuple]]  # (where, row), with an error in a bad one's place
-    split: str = ""  # train or val, where a name says so
-    table: str = ""  # of a table, whose texts may have labels: what its instructions count as
+    rows: Callable[[], Iterator[tuple]]  # yields (where, row), or an error in place of a bad row
+    split: str = ""  # train or val, if a name says so
+    table: str = ""  # if a table, whose texts may be labelled: the source name of its instructions
 
 
 def records_of(source: Source, labels: str, config: DataConfig, report: Report) -> Iterator[Record]:
-    """Records of a source; rows of no known layout, or broken ones, are refused or counted.
+    """Records of a source; broken rows and unknown layouts are refused, or counted as skipped.
 
-    labels: the column that makes texts instructions, or "". What no answer to train follows is cut.
+    labels: the column that turns texts into instructions, or "". Untrained last turns are cut.
     """
     unused: Counter[str] = Counter()
     for where, row in source.rows():
@@ -3147,7 +3147,7 @@ def records_of(source: Source, labels: str, config: DataConfig, report: Report) 
             why = one_line(error, 400)
             if config.bad_records == "error":
                 raise UserError(f"{where}: {why}; fix it, or pass --bad_records skip") from None
-            # JSON's errors name a column: by that each would be a reason of its own.
+            # A JSON error's full text has a column number: each would be a separate reason.
             report.skip(source.name, getattr(error, "msg", why), where)
             continue
         unused.update(record.unused)
@@ -3170,7 +3170,7 @@ def records_of(source: Source, labels: str, config: DataConfig, report: Report) 
 
 
 def join_rows(records: Iterable[Record]) -> Iterator[Record]:
-    """Plain texts of a source as one text, each on a line, as WikiText is on the Hub."""
+    """Join a source's plain texts, one per line: WikiText on the Hub has a row for each line."""
     groups = groupby(records, key=lambda r: (r.source, r.split, r.is_plain))
     for (source, split, is_plain), group in groups:
         if not is_plain:
@@ -3181,16 +3181,16 @@ def join_rows(records: Iterable[Record]) -> Iterator[Record]:
             yield Record([Turn("", "".join(batch))], "", source, source, split)
 
 
-# --- labels of plain texts: a set for classification ---
+# --- labels of plain texts: data for classification ---
 
 MAX_LABELS = 10
 
 
 def label_column(sources: list[Source], config: DataConfig) -> str:
-    """The column whose labels make texts a set for classification, or "".
+    """The column whose labels turn texts into data for classification, or "".
 
-    It has at most MAX_LABELS different labels, each of them repeated. A table counts if its first
-    row is a labelled text.
+    It has at most MAX_LABELS different labels, each repeated. A table counts if its first row is a
+    labelled text.
     """
     counts: Counter[tuple[str, str]] = Counter()
     for source in sources:
@@ -3200,7 +3200,7 @@ def label_column(sources: list[Source], config: DataConfig) -> str:
             is_text = isinstance(row, dict) and isinstance(row.get(config.text_field), str)
             filled = {name for name in row if row[name] not in EMPTY} if is_text else set()
             name = next((name for name in LABELS if name in filled), "")
-            if filled & {*QUESTIONS, *ANSWERS, *DIALOGUES, "chosen"}:  # no plain text
+            if filled & {*QUESTIONS, *ANSWERS, *DIALOGUES, "chosen"}:  # not plain text
                 name = ""
             if name:
                 counts[name, str(row[name])] += 1
@@ -3215,12 +3215,12 @@ def label_column(sources: list[Source], config: DataConfig) -> str:
 
 # --- one reader for each format ---
 
-# A reader yields (where, row) for every row of a file, with an error in the place of a bad one.
-# Plain text is a row, too: its only column is the one that --text_field names.
+# A reader yields (where, row) for every row of a file, with an error in place of a bad row. Plain
+# text makes rows too, whose only column is the one that --text_field names.
 
 
 def sms_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
-    """SMS Spam Collection: a label, a tab, a message on each line, no quoting."""
+    """SMS Spam Collection: each line is a label, a tab and a message, without quoting."""
     task = "classify if the SMS is spam or ham"
     for number, line in enumerate(read_text(path), 1):
         label, tab, message = line.removesuffix("\n").partition("\t")
@@ -3232,7 +3232,7 @@ def sms_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
 
 
 def json_value(text: str):
-    """What a JSON text holds, or the error in its place."""
+    """The value of a JSON text, or the error in its place."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -3240,7 +3240,7 @@ def json_value(text: str):
 
 
 def json_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
-    """JSON Lines, or one JSON list of objects, under whatever name."""
+    """JSON Lines, a JSON list of objects, or one object, whatever the file is called."""
     first = next(filter(str.strip, read_text(path)), "").lstrip()
     is_whole = ending(path) == ".json" and not isinstance(json_value(first), dict)
     if not (first.startswith("[") or is_whole):
@@ -3255,14 +3255,14 @@ def json_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
         yield from ((f"{path}: entry {n}", entry) for n, entry in enumerate(entries, 1))
     else:
         what = entries if isinstance(entries, Exception) else f"found a {type(entries).__name__}"
-        why = f"expected a JSON list of objects, or an object a line: {one_line(what)}"
+        why = f"expected a JSON list of objects, or one object per line: {one_line(what)}"
         yield str(path), ValueError(why)
 
 
 def csv_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     """A table whose first line names its columns, separated by commas, semicolons or tabs.
 
-    A wrong quote is an error, never skipped: what it opens may swallow the rest of the file.
+    A misplaced quote is always an error, as it may swallow the rest of the file.
     """
     csv.field_size_limit(2**31 - 1)
     lines, before = read_text(path), 0
@@ -3277,18 +3277,18 @@ def csv_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
         table.fieldnames = [name.strip() for name in table.fieldnames or []]
         for name, n in Counter(table.fieldnames).items():
             if name and n > 1:
-                raise UserError(f"{path}: two columns {name!r}: rename one")
+                raise UserError(f"{path}: two columns are called {name!r}: rename one")
         number = table.line_num + before + 1
         for row in table:
             yield f"{path}:{number}", row
             number = table.line_num + before + 1
     except csv.Error as error:
         what = f"{path}:{number}: {error}"
-        raise UserError(f"{what}; close the quote, or double one that is text") from None
+        raise UserError(f"{what}; close the quote, or double a quote inside text") from None
 
 
 def parquet_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
-    """Rows of a parquet file, FineWeb's layout and instruction tables alike, batch by batch."""
+    """Rows of a parquet file, read batch by batch."""
     parquet = optional("pyarrow.parquet", "pyarrow")
     with library_errors(f"cannot read {path}"), open_binary(path) as file:
         batches = (batch.to_pylist() for batch in parquet.ParquetFile(file).iter_batches(256))
@@ -3297,9 +3297,9 @@ def parquet_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
 
 
 def plain_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
-    """One record a file, or one between delimiters; of a file above PIECE characters, several.
+    """One record per file, or per text between delimiters; several from a file above PIECE.
 
-    Under --max_tokens they are short, so that little more of a file is read than is needed.
+    With --max_tokens they are short, so that little is read beyond what is needed.
     """
     size = 2 * LONG_TEXT if config.max_tokens else PIECE
     part, blocks = "part", read_text(path, BLOCK)  # blocks stay in the CPU's caches
@@ -3307,13 +3307,13 @@ def plain_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
     if config.doc_delimiter:
         delimiter = text_from(unescape(config.doc_delimiter), "--doc_delimiter")
         part, texts = "document", documents_in(blocks, delimiter)
-    first = next(texts, "")  # an empty file is a record, too, and skipped later
+    first = next(texts, "")  # an empty file is a record too, skipped later
     for number, text in enumerate(chain([first], texts), 1):
         yield f"{path}: {part} {number}", {config.text_field: text}
 
 
 def arrow_rows(path: Path, config: DataConfig) -> Iterator[tuple]:
-    """Rows of a file that `save_to_disk` of the `datasets` library wrote."""
+    """Rows of a file written by `save_to_disk` of the `datasets` library."""
     datasets = optional("datasets")
     with library_errors(f"cannot read {path}"):
         yield from dataset_rows(datasets.Dataset.from_file(str(path)), str(path))
@@ -3328,9 +3328,9 @@ JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')  # of an object, or of
 
 
 def find_reader(path: Path) -> Callable | None:
-    """The reader of a file, by its name and a look inside; None where it is no text, or no file.
+    """The reader for a file, by its name and its first bytes; None if it is not a text file.
 
-    Raises UserError where it cannot be read, or stands for data that was not fetched.
+    Raises UserError if the file cannot be read, or only points to data that was not fetched.
     """
     if not path.is_file():
         return None
@@ -3340,7 +3340,7 @@ def find_reader(path: Path) -> Callable | None:
                 raise UserError(f"{path} is a Git LFS pointer, not the data: run git lfs pull")
         with open_binary(path) as file:
             head = file.read(4096)
-    decoder = codecs.getincrementaldecoder(encoding_of(head))  # a character may be cut at the end
+    decoder = codecs.getincrementaldecoder(encoding_of(head))  # head may end inside a character
     text = decoder("ignore").decode(head).lstrip("\ufeff")
     is_sms = ending(path) == ".tsv" and text.lstrip().partition("\t")[0] in ("ham", "spam")
     if is_sms or path.name.lower().startswith("smsspamcollection"):
@@ -3359,9 +3359,9 @@ def find_reader(path: Path) -> Callable | None:
 
 
 def hub_sources(config: DataConfig, report: Report) -> list[Source]:
-    """The splits of --hf_dataset, each for what its name says.
+    """The splits of --hf_dataset, each used as its name says.
 
-    In part read, a data set validates by hash: its validation split might not be reached.
+    A data set read in part is split by hash instead: its validation split might not be reached.
     """
     name, splits, sources = config.hf_dataset, hub_splits(config), []
     roles = roles_of([Path(split) for split in splits], Path("."))
@@ -3377,12 +3377,11 @@ def hub_sources(config: DataConfig, report: Report) -> list[Source]:
 
 
 def hub_splits(config: DataConfig) -> dict:
-    """{split: data set} of --hf_dataset, by `datasets`. Raises UserError where it cannot be had."""
+    """{split: data set} of --hf_dataset, from `datasets`. Raises UserError if loading fails."""
     datasets = optional("datasets")
     datasets.disable_progress_bars()
     name, split = config.hf_dataset, config.hf_split
-    # Local files as a stream: the copies that `datasets` keeps are not renewed by every edit.
-    # But a slice needs all rows.
+    # Stream local files, as the cache of `datasets` may miss an edit; but a slice needs all rows.
     streaming = config.streaming or (bool(find_files(config)) and "[" not in split)
     try:
         if any((Path(name) / saved).exists() for saved in ("state.json", "dataset_dict.json")):
@@ -3394,12 +3393,12 @@ def hub_splits(config: DataConfig) -> dict:
             )
     except Exception as error:
         what = f"cannot load dataset {name!r}: {one_line(error, 160)}"
-        raise UserError(f"{what}; check its names and the network") from None
+        raise UserError(f"{what}; check its name, configuration, split and the network") from None
     return data if isinstance(data, dict) else {split or "train": data}
 
 
 def dataset_rows(dataset, name: str) -> Iterator[tuple]:
-    """Rows of a `datasets` object, with the names of classes in place of their numbers."""
+    """Rows of a `datasets` object, with class names in place of class numbers."""
     features = dataset.features or {}
     classes = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
     with library_errors(f"cannot read {name}"):
@@ -3412,20 +3411,20 @@ def dataset_rows(dataset, name: str) -> Iterator[tuple]:
 
 # --- files and roles ---
 
-# What says that a folder is a run, a model or a token store: no text.
+# Files that mark a folder as a run, a model or a token store, which is not text to read.
 OURS = {"best.pth", "last.pth", "best_finetune.pth", "last_finetune.pth", "train.idx",
         "model.safetensors"}  # fmt: skip
 
 
 def walk(config: DataConfig) -> list[Path]:
-    """All that lies under --data_dir, in a stable order. Raises UserError where it cannot be looked
-    into. Names that begin with a dot are passed over; links to folders, and folders of OURS, are
-    among the files, not what they hold."""
+    """All paths under --data_dir, sorted. Hidden ones are skipped; links to folders, folders with
+    any of OURS and processed_dir are listed but not entered. Raises UserError if --data_dir does
+    not exist or a folder cannot be read."""
     root = Path(config.data_dir)
     if os.path.isfile(root):
         return [root]
     if not os.path.isdir(root):
-        raise UserError(f"--data_dir {root} does not exist as a folder or file with text")
+        raise UserError(f"--data_dir {root} does not exist: pass a file or folder with text")
     found, errors, stores = [], [], os.path.realpath(config.processed_dir)
     for name, folders, files in os.walk(root, onerror=errors.append):
         folder = Path(name)
@@ -3442,8 +3441,7 @@ def walk(config: DataConfig) -> list[Path]:
 
 
 def uses_toy_corpus(config: DataConfig) -> bool:
-    """Whether data/raw, however it is spelled, is empty or absent: there alone the toy corpus
-    stands in."""
+    """Whether to use the toy corpus: if data/raw, however it is spelled, is empty or absent."""
     is_default = os.path.abspath(config.data_dir) == os.path.abspath(DataConfig.data_dir)
     if config.hf_dataset or not is_default:
         return False
@@ -3451,7 +3449,7 @@ def uses_toy_corpus(config: DataConfig) -> bool:
 
 
 def find_files(config: DataConfig) -> list[Path]:
-    """Every local file that the configured sources may read. UserError where there is no source."""
+    """Every local file that may be read. Raises UserError if --data_dir does not exist."""
     if config.hf_dataset:
         paths = sorted(Path(config.hf_dataset).rglob("*"))
     else:
@@ -3460,7 +3458,7 @@ def find_files(config: DataConfig) -> list[Path]:
 
 
 def size_of_files(config: DataConfig) -> int:
-    """Bytes of all files that the settings name."""
+    """Total size of `find_files` in bytes."""
     return sum(path.stat().st_size for path in find_files(config))
 
 
@@ -3472,16 +3470,16 @@ ROLE_WORDS = {
 
 
 def role_in_name(name: str) -> str:
-    """The role that the first such word of a name says; words end at what is no letter."""
+    """The role of the first of ROLE_WORDS in a name, or ""; anything but a letter ends a word."""
     said = map(ROLE_WORDS.get, re.split(r"[^a-z]+", name.lower()))
     return next(filter(None, said), "")
 
 
 def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
-    """What names below `root` make of each file: train, val, test (kept out) or "" (by hash).
+    """The role of each file by the names below `root`: train, val, test (kept out) or "" (by hash).
 
-    The file's own name counts most. All of `train` trains only beside something that validates;
-    held-out parts count wherever anything is left to train on.
+    The name closest to the file wins. `train` counts only next to something that validates; `val`
+    and `test` count only if something else is left to train on.
     """
     named = {}  # the file or folder whose name says its role
     for file in files:
@@ -3502,7 +3500,7 @@ def roles_of(files: list[Path], root: Path) -> dict[Path, str]:
 
 
 def data_role(config: DataConfig) -> str:
-    """The role of what --data_dir names, where those beside it name the split's other parts."""
+    """The role in the name of --data_dir or a file's folder, if a sibling has its counterpart."""
     if config.hf_dataset:
         return ""
     root = Path(os.path.abspath(config.data_dir))
@@ -3516,7 +3514,7 @@ def data_role(config: DataConfig) -> str:
 
 
 def toy_rows() -> Iterator[tuple]:
-    """A few thousand generated instructions, so that every command runs on an empty machine."""
+    """A few thousand generated instructions, so that every command runs without any data."""
     rng = np.random.default_rng(0)
     words = ["sun", "moon", "tree", "river", "stone", "cloud", "bird", "fish", "lamp", "book"]
     tasks = {
@@ -3532,11 +3530,11 @@ def toy_rows() -> Iterator[tuple]:
         yield "toy", dict(instruction=task, input=text, output=answer)
 
 
-MOST_SOURCES = 20  # a longer table is not read
+MOST_SOURCES = 20  # nobody reads a longer table
 
 
 def source_names(paths: Iterable[Path], root: Path) -> dict[Path, str]:
-    """What each file counts as: itself; of many files the folder just below `root`, or all of it."""
+    """The source name of each file: its own or, if there are many, its top folder's or `root`'s."""
     names = {path: path.name for path in paths}
     if len(set(names.values())) <= MOST_SOURCES:
         return names
@@ -3547,12 +3545,12 @@ def source_names(paths: Iterable[Path], root: Path) -> dict[Path, str]:
     return dict.fromkeys(names, whole)
 
 
-# Files that say what a data set is, as the Hub and `save_to_disk` write them.
+# Files that describe a data set, as the Hub and `save_to_disk` write them.
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def file_sources(config: DataConfig, report: Report) -> list[Source]:
-    """The files to read, each with its reader. Raises UserError where none can be read."""
+    """The files to read, each with its reader. Raises UserError if none can be read."""
     files, left_out = walk(config), {}
     readers = {path: find_reader(path) for path in files}
     tables = [path for path, reader in readers.items() if reader not in (None, plain_rows)]
@@ -3574,7 +3572,7 @@ def file_sources(config: DataConfig, report: Report) -> list[Source]:
     names = source_names([*found, *left_out], Path(config.data_dir))
     for path, why in left_out.items():
         report.skip(names[path], why, str(path))
-    whole = "val" if whole == "test" else whole  # a test part that is named is read, not trained on
+    whole = "val" if whole == "test" else whole  # test data passed by name is read, to validate
     sources = []
     for path in [path for path in found if path not in left_out]:
         read = readers[path]
@@ -3585,7 +3583,7 @@ def file_sources(config: DataConfig, report: Report) -> list[Source]:
 
 
 def read_records(config: DataConfig, report: Report) -> Iterator[Record]:
-    """Every record of the configured sources. Raises UserError when there is none to read."""
+    """Every record of the configured sources. Raises UserError if there is nothing to read."""
     if config.hf_dataset:
         sources = hub_sources(config, report)
     elif uses_toy_corpus(config):
@@ -3606,15 +3604,15 @@ def encoded(text: str) -> bytes:
 
 
 def utf8_blocks(text: str) -> Iterator[bytes]:
-    """The bytes of a text in blocks: of a long one at once they would leave the CPU's caches."""
+    """A text's bytes in blocks, which fit the CPU's caches."""
     for start in range(0, len(text), BLOCK):
         yield encoded(text[start : start + BLOCK])
 
 
 def identify(record: Record, config: DataConfig) -> tuple[int, str, int]:
-    """(identity, side, bytes), of the record and the settings alone, whatever is beside it.
+    """(identity, side, bytes), which depend on nothing but the record and the settings.
 
-    The side is "train", "val", or "both" of a long text, whose last part validates.
+    The side is "train" or "val", or "both" for a long text, whose last part validates.
     """
     salt = config.split_seed.to_bytes(8, "little")
     hasher, size = hashlib.blake2b(digest_size=16, salt=salt), 0
@@ -3644,11 +3642,11 @@ def split_records(
 ) -> Iterator[tuple[Record, str, int]]:
     """Records without duplicates, each with its side of the split and its size in bytes.
 
-    The only plain text is split as a long one is. With --keep_duplicates a record is left out only
-    if it stands on the other side of the split too.
+    A lone plain text is split like a long one. With --keep_duplicates a record is dropped only if
+    it is on the other side of the split too.
     """
-    sides: dict[int, str] = {}  # identity -> where the record stands; about 110 bytes each
-    waiting: tuple[Record, str, int] | None = None  # the first short plain text: the only one?
+    sides: dict[int, str] = {}  # identity -> side; about 110 bytes each
+    waiting: tuple[Record, str, int] | None = None  # the first short plain text, until a second
     n_plain = 0
     for record in records:
         report.count(record.source, "records")
@@ -3687,17 +3685,17 @@ def split_records(
 def corpus_records(
     config: DataConfig, report: Report, pairs: bool = False
 ) -> Iterator[tuple[Record, str]]:
-    """Every record to be kept, up to --max_docs, with its split: "train" or "val".
+    """Every record to keep, up to --max_docs, with its split: "train" or "val".
 
-    A text of which a part validates makes two; so does a preference under `pairs`.
+    A text on both sides becomes two records; so does a preference pair under `pairs`.
     """
     found = split_records(read_records(config, report), config, report, pairs)
     for record, side, size in islice(found, config.max_docs or None):
         if side == "both":
             text, n_bytes = record.turns[0].response, math.ceil(size * config.val_fraction)
             tail = np.frombuffer(encoded(text[-n_bytes:])[-n_bytes:], np.uint8)
-            cut = len(text) - np.count_nonzero(tail & 0xC0 != 0x80)  # characters that begin there
-            # What validates comes first: --max_tokens may end behind it.
+            cut = len(text) - np.count_nonzero(tail & 0xC0 != 0x80)  # characters that start there
+            # Validation comes first, since --max_tokens may end the reading in between.
             for split, part in (("val", text[cut:]), ("train", text[:cut])):
                 if part:
                     yield replace(record, turns=[Turn("", part)]), split
@@ -3707,16 +3705,16 @@ def corpus_records(
 
 
 def as_pair(record: Record) -> list[Record]:
-    """A preference record as two, chosen and rejected, of which the last answer alone counts."""
+    """A preference record as two, chosen and rejected; only the last answer of each is trained."""
     context = [replace(turn, trained=False) for turn in record.turns[:-1]]
     chosen, rejected = record.turns[-1], replace(record.turns[-1], response=record.rejected)
     return [replace(record, turns=[*context, last]) for last in (chosen, rejected)]
 
 
 def record_texts(record: Record, whole: bool = False) -> list[str]:
-    """What is encoded: prompts and responses, plain text in blocks.
+    """The texts to encode: prompts and responses, or plain text in blocks.
 
-    whole: plain text in one, and each response behind its prompt, as chat templates do.
+    whole: plain text in one piece, and each response with the prompt before it, as in chats.
     """
     if record.is_plain:
         text = record.turns[0].response
@@ -3727,13 +3725,13 @@ def record_texts(record: Record, whole: bool = False) -> list[str]:
     return texts
 
 
-# GPT-2 and its like begin a new word at a space between letters, and at a mark behind a letter (in
-# languages without spaces). What stands further away has no say in it.
+# GPT-2 and similar tokenizers start a new word at a space between letters and at punctuation after
+# a letter (for languages without spaces), whatever the text further away.
 SAFE_CUT = re.compile(r"[^\W\d_](?= [^\W\d_])|[^\W\d_](?=[.,;:!?。，、；：！？])")
 
 
 def safe_blocks(text: str) -> Iterator[str]:
-    """A text in blocks. Where `tokenizer.cuts_safely`, ids do not depend on where they end."""
+    """A text in blocks; if `tokenizer.cuts_safely`, the ids do not depend on the cuts."""
     start = 0
     while cut := SAFE_CUT.search(text, start + BLOCK):
         yield text[start : cut.end()]
@@ -3744,11 +3742,11 @@ def safe_blocks(text: str) -> Iterator[str]:
 def encode_records(
     records: Iterable[tuple[Record, str]], tokenizer: Tokenizer, ahead: int
 ) -> Iterator[tuple[Record, str, list[tuple]]]:
-    """Each record and its side with the ids of its turns: (prompt, response), (n,) each; of plain
-    text with those of its blocks, (empty, block, block, ...).
+    """Each record and its side, with the ids of its turns: (prompt, response), (n,) each; for plain
+    text, (empty, block, block, ...).
 
-    ahead: characters that are encoded at a time. Raises UserError where a response behind it
-    changes a prompt's ids: in a chat it stands alone.
+    ahead: characters to encode at a time. Raises UserError if a response changes the ids of the
+    prompt before it, which in a chat is encoded alone.
     """
     whole = not tokenizer.cuts_safely
     for batch in batched(records, 2**16, lambda item: item[0].n_characters, ahead):
@@ -3764,18 +3762,18 @@ def encode_records(
             turns = list(zip(found[::2], found[1::2], strict=True))
             for n, (prompt, both) in enumerate(turns if whole else ()):
                 if not np.array_equal(both[: len(prompt)], prompt):
-                    what = "this tokenizer reads a prompt and its answer otherwise apart"
+                    what = "this tokenizer encodes a prompt differently with an answer after it"
                     raise UserError(f"{what}: choose another --tokenizer for instructions")
                 turns[n] = prompt, both[len(prompt) :]
             yield record, side, turns
 
 
 class TokenBlocks(IterableDataset):
-    """Blocks of `block_size` ids from any iterator of texts, for a DataLoader of one's own.
+    """Blocks of `block_size` ids from any iterator of texts, for your own DataLoader.
 
     The ids of all texts are joined, without special tokens, and cut; the remainder is dropped. A
-    block is {"input_ids", "labels", "attention_mask"}, (block_size,) int64 each, for Hugging Face's
-    models, which shift the labels by themselves. Each worker takes its share of the texts.
+    block is {"input_ids", "labels", "attention_mask"}, (block_size,) int64 each, for Hugging Face
+    models, which shift the labels themselves. Each worker takes its share of the texts.
     """
 
     def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, block_size: int = 256):
@@ -3795,21 +3793,21 @@ class TokenBlocks(IterableDataset):
 
 # --- the writer ---
 
-# A row for each answer, trained or not, and one for each plain text, in the order of the tokens.
+# One row per answer, trained or not, and per plain text, in the order of the tokens.
 INDEX = np.dtype([
     ("start", "<u8"),  # of the record
     ("length", "<u8"),  # from there to the end of this answer, sep included
     ("prompt", "<u4"),  # tokens before the answer; of plain text: 1 with a bos, else 0
     ("source", "<u2"),  # number of the source
-    ("trained", "u1"),  # 0: context alone, never a target
-    ("last", "u1"),  # 1: the record's last row, which covers it whole
+    ("trained", "u1"),  # 0: only context, never a target
+    ("last", "u1"),  # 1: the record's last row, which covers all of it
 ])  # fmt: skip
 TOKEN_FILES = ("train.bin", "train.idx", "val.bin", "val.idx")
 
 
 class StoreWriter:
-    """Appends records: bos, then prompt, response and sep of each turn; or bos, plain text and eos,
-    without the two under --no_add_special_tokens."""
+    """Appends records: bos, then each turn's prompt, response and sep; or bos, plain text and eos.
+    --no_add_special_tokens leaves out the bos and eos of plain text."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig):
         self.folder, self.tokenizer, self.config = folder, tokenizer, config
@@ -3820,7 +3818,7 @@ class StoreWriter:
         self.files = {name: open(folder / name, "wb") for name in TOKEN_FILES}
 
     def write(self, record: Record, split: str, ids: list[tuple[np.ndarray, ...]]) -> None:
-        """ids: of each turn, as `encode_records` gives them."""
+        """ids: those of each turn, from `encode_records`."""
         tokenizer, counts = self.tokenizer, self.report.rows[record.source]
         special, end = self.config.add_special_tokens or not record.is_plain, [tokenizer.sep_id]
         if record.is_plain:
@@ -3856,8 +3854,7 @@ def id_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def tokens_needed(config: DataConfig) -> int:
-    """Training tokens that a run reads of a stream (0: all there are, or to the limits that were
-    set)."""
+    """Training tokens that a run reads from a stream (0: all, or up to the limits that are set)."""
     limited = config.max_tokens or config.max_docs or not config.streaming
     steps = 0 if limited else getattr(config, "max_steps", 0)
     return steps and steps * config.batch_size * (config.block_size or 1024) + 1
@@ -3879,13 +3876,13 @@ STORE_FORMAT = "llm_pipeline.store.3"
 class TokenStore:
     """A prepared corpus on disk, memory-mapped.
 
-    tokens: {split: (n,) ids}. index: {split: (rows,) of INDEX}. meta: meta.json, with "counts" of
-    each source: records, train, val, train_tokens, val_tokens; train_bytes and val_bytes, UTF-8
-    bytes of the text that is scored; bytes, of all; unknown_tokens; and what was skipped.
+    tokens: {split: (n,) ids}. index: {split: (rows,) of INDEX}. meta: meta.json, with "counts" per
+    source: records, train, val, train_tokens, val_tokens; train_bytes and val_bytes, UTF-8 bytes of
+    the scored text; bytes, of all text; unknown_tokens; and what was skipped.
     """
 
     def __init__(self, folder: Path):
-        """Raises UserError where the folder does not hold a whole store of this version."""
+        """Raises UserError if the folder does not hold a complete store of this version."""
         self.folder = folder = Path(folder)
         try:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -3902,14 +3899,14 @@ class TokenStore:
             raise UserError(f"{what}; delete it and run prepare again") from None
 
     def map(self, name: str, dtype: np.dtype) -> np.ndarray:
-        """A file's content, once its size is right and, up to 64 MiB, its digest."""
+        """Map a file after checking its size and, up to 64 MiB, its digest."""
         path, stated = self.folder / name, self.meta["files"][name]
         size = path.stat().st_size
         if size != stated["bytes"]:
             raise ValueError(f"{name} has {size:,} bytes, not {stated['bytes']:,}")
         if size <= 64 * 2**20 and content_digest(path) != stated["blake2b"]:
-            raise ValueError(f"{name} is not what was written there")
-        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)  # nothing: no map
+            raise ValueError(f"{name} has changed since it was written")
+        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)  # 0 bytes have no map
 
     def whole_records(self, split: str) -> np.ndarray:
         """Numbers of the rows that cover a whole record, (records,)."""
@@ -3928,19 +3925,19 @@ class TokenStore:
 
 # --- finding or building the store ---
 
-# Settings that say where data and stores are, but not what is in them.
+# Settings that say where data and stores are, not what is in them.
 PLACES = ("data_dir", "processed_dir", "streaming", "hf_dataset", "hf_config", "hf_split")
 
 
 def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
-    """Fingerprint of all that decides what a store holds; its folder's name ends in it.
+    """Fingerprint of all that decides what a store holds; its folder's name ends with it.
 
-    tokenizer: its spec, or what is asked of one that is to be trained.
+    tokenizer: its spec, or the settings of one yet to be trained.
     """
     stats = [(path, path.stat()) for path in find_files(config)]
     files = [[str(path.absolute()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     if not config.hf_dataset:
-        files.append(os.path.abspath(config.data_dir))  # its name may speak of a split
+        files.append(os.path.abspath(config.data_dir))  # its name may be that of a split
     settings = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     for name in ("data_dir", "processed_dir", "streaming"):
         del settings[name]
@@ -3951,14 +3948,14 @@ def store_key(config: DataConfig, tokenizer: dict, pairs: bool) -> str:
 
 @lru_cache
 def corpus_code() -> str:
-    """The sections of this file that make tokens of files: after an edit a store is made anew."""
+    """The sections of this file that turn files into tokens: after an edit, stores are rebuilt."""
     parts = re.split(r"^# (\d+)\. ", Path(__file__).read_text(encoding="utf-8"), flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     return sections["1"] + sections["10"] + sections["11"]
 
 
 def is_store(data_dir: str) -> bool:
-    """Whether a folder is a store that was prepared before."""
+    """Whether a folder is a store made earlier."""
     return all((Path(data_dir) / name).is_file() for name in ("meta.json", "train.bin"))
 
 
@@ -3971,13 +3968,13 @@ def build_corpus_from_sources(
     config: DataConfig | None = None,
     **settings,
 ) -> TokenStore:
-    """The token store of a folder, file or --hf_dataset: opened if it was made before, else built.
+    """The token store of a folder, file or --hf_dataset: opened if it exists, else built.
 
-    tokenizer: the one to use, or what --tokenizer says (bytes by default).
-    folder: where the store goes; by default a folder of processed_dir, named by its fingerprint.
-    pairs: keep preference records alone, chosen and rejected side by side.
+    tokenizer: the one to use, or a value of --tokenizer (bytes by default).
+    folder: where the store goes; by default a folder in processed_dir, named by its fingerprint.
+    pairs: keep only preference records, chosen and rejected one after the other.
     settings: those of `prepare`, by name; a command passes its own as `config`.
-    Raises UserError where there is nothing to read, or a file is damaged.
+    Raises UserError if there is nothing to read, or a file is damaged.
     """
     if isinstance(tokenizer, str):
         settings, tokenizer = settings | {"tokenizer": tokenizer}, None
@@ -4000,7 +3997,7 @@ def build_corpus_from_sources(
         store = TokenStore(folder)
         if store.meta.get("key") != key:
             what = f"{folder} holds a store of other data or settings"
-            raise UserError(f"{what}: remove it, or choose another place")
+            raise UserError(f"{what}: remove it, or choose another folder")
     rows = store.meta["counts"].items()
     parts = [(name, row.get("train", 0), row.get("val", 0)) for name, row in rows]
     parts = [f"{name} ({n:,} + {m:,} val records)" for name, n, m in parts if n + m]
@@ -4009,7 +4006,7 @@ def build_corpus_from_sources(
 
 
 def corpus_tokenizer(config: DataConfig, pairs: bool) -> Tokenizer:
-    """The tokenizer that the settings name. A BPE is trained once for a request, and kept."""
+    """The tokenizer that the settings name. A BPE is trained once per request and kept."""
     if config.tokenizer != "bpe":
         return load_tokenizer(config.tokenizer)
     asked = {f.name: getattr(config, f.name) for f in fields(TokenizerConfig)}
@@ -4027,7 +4024,7 @@ def corpus_tokenizer(config: DataConfig, pairs: bool) -> Tokenizer:
 
 
 def first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Texts until they have `limit` characters between them."""
+    """Texts until they total `limit` characters."""
     for text in texts:
         yield text
         limit -= len(text)
@@ -4036,29 +4033,29 @@ def first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def adopt(config: DataConfig, store: TokenStore, tokenizer: Tokenizer | None, pairs: bool) -> None:
-    """A store's settings become the command's. Raises UserError where that asks for others."""
+    """The command takes over the store's settings. Raises UserError if it asked for others."""
     if tokenizer is not None and tokenizer.spec() != store.tokenizer.spec():
-        raise UserError(f"{store.folder} was prepared with another tokenizer than the checkpoint's")
+        raise UserError(f"{store.folder} was prepared with another tokenizer: pass the raw data")
     if pairs != store.meta["pairs"]:
         what = "no preference pairs" if pairs else "preference pairs, rejected answers too"
-        raise UserError(f"{store.folder} holds {what}: name the raw data")
+        raise UserError(f"{store.folder} holds {what}: pass the raw data")
     for name, value in store.meta["settings"].items():
         if name in PLACES or not hasattr(config, name):
             continue
         asked = getattr(config, name)
         if name in config.explicit and value != asked:
             what = f"{store.folder} was prepared with --{name} {value}, not {asked}"
-            raise UserError(f"{what}: prepare it so, or name the raw data")
+            raise UserError(f"{what}: prepare another store, or pass the raw data")
         setattr(config, name, value)
 
 
 def write_store(
     config: DataConfig, tokenizer: Tokenizer, folder: Path, key: str, pairs: bool
 ) -> None:
-    """Read every record and write all of a store. Raises UserError if none is left to train on."""
+    """Read every record and write a complete store. Raises UserError if no record is left."""
     writer, spec, started = StoreWriter(folder, tokenizer, config), tokenizer.spec(), time.time()
     total, limit, need = size_of_files(config), config.max_tokens, tokens_needed(config)
-    ahead = BLOCK if limit or need else 64 * BLOCK  # with a limit, little is read past it
+    ahead = BLOCK if limit or need else 64 * BLOCK  # with a limit, read little beyond it
     records, full = corpus_records(config, writer.report, pairs), False
     with tqdm(desc="tokenizing", total=total or None, unit="B", unit_scale=True) as bar:
         for record, split, ids in encode_records(records, tokenizer, ahead):
@@ -4066,20 +4063,20 @@ def write_store(
             bar.update(record.n_characters)
             full = 0 < limit <= sum(writer.size.values()) or 0 < need <= writer.size["train"]
             if full and not (pairs and writer.lengths.total() % 2):
-                note("enough tokens: what was read ahead of them is left out")
+                note("enough tokens: the text read beyond them is dropped")
                 break
     for line in writer.report.lines():
         note(line)
     if not any(writer.size.values()):
-        hint = " (preferences need chosen and rejected)" if pairs else ""
+        hint = " (preference pairs need chosen and rejected)" if pairs else ""
         raise UserError(f"no usable records in {config.hf_dataset or config.data_dir}{hint}")
     if config.val_fraction and 0 in writer.size.values() and not data_role(config):
-        what, way = "by their hashes all records are on one side of the split", "add data, name "
-        way += "files train or valid, or, of one prompt, --split_by content"
+        what, way = "the hashes put all records on one side of the split", "add data, name files "
+        way += "train or valid, or, if all share one prompt, pass --split_by content"
         if full:
-            what, way = "little text was read", "raise --max_tokens"
+            what, way = "little text was read", "pass a larger --max_tokens"
         missing = "validates" if writer.size["train"] else "trains"
-        note(f"{what}, and so none {missing}: {way}")
+        note(f"{what}, so none {missing}: {way}")
     files = {}
     for name, file in writer.files.items():
         file.close()

@@ -388,7 +388,7 @@ REFUSED = {
     "no answer": (dict(messages=said("Hi")), "answer last"),
     "a late system text": (dict(messages=[*said("Hi", "x"), SYSTEM]), "a system text only before"),
     "a message without text": (dict(messages=[{"role": "user"}, *said("", "x")[1:]]), "no text"),
-    "prompt beside text": (dict(prompt="Hi", text="Once"), "'prompt' beside 'text'"),
+    "prompt beside text": (dict(prompt="Hi", text="Once"), "'prompt' next to 'text'"),
     "two questions": (dict(prompt="Hi", question="Ho", answer="x"), "both 'prompt' and 'question'"),
     "two inputs": (dict(instruction="Hi", input="a", context="b", output="x"), "both 'input' and"),
     "two dialogues": (dict(prompt="Ho", messages=said("Hi", "x")), "different dialogues"),
