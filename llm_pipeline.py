@@ -4106,24 +4106,24 @@ def write_store(
 # ====================================================================================
 # 12. Checkpoints
 #
-# One file: weights, optimizer, progress, settings, tokenizer; plain types and tensors only, under
-# a checksum. `open_run` is the one door to a run's folder: lock it, look, then work.
+# One file: weights, optimizer, progress, settings and tokenizer, as plain types and tensors only,
+# with a checksum. `open_run` is the only way into a run's folder: lock it, look, then work.
 #
 #     >>> lp.load_checkpoint("ckpts/last.pth")["progress"]["step"]
 # ====================================================================================
 
 CHECKPOINT_FORMAT = "llm_pipeline.checkpoint.4"
-# PyTorch's archives may end in a comment: its length in two bytes, and it. Ours is a checksum.
+# A zip file, such as PyTorch's, may end in a comment after its two-byte length: ours is a checksum.
 SEAL = (7 + 32).to_bytes(2, "little") + b"sha256:"
 
 
 def sealed(content: np.ndarray) -> bytes:
-    """The seal that belongs behind these bytes."""
+    """The seal that follows these bytes in the file."""
     return SEAL + hashlib.sha256(content).digest()
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` atomically, with a checksum behind it: PyTorch's reading checks none."""
+    """Write `state` atomically, followed by a checksum: PyTorch verifies none on reading."""
     with atomic_write(path) as file:
         try:
             torch.save(state, file)
@@ -4131,37 +4131,37 @@ def save_checkpoint(path: Path, state: dict) -> None:
             raise OSError(0, f"the disk may be full: {one_line(error, 80)}") from None
         file.flush()
         seal = sealed(np.memmap(file, np.uint8, "r")[:-2])
-        file.seek(-2, os.SEEK_END)  # in the place of the length of no comment
+        file.seek(-2, os.SEEK_END)  # over the length of the empty comment
         file.write(seal)
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The checksum, then the safe load. Raises UserError where the file is not ours, or damaged."""
+    """Check the checksum, then load safely. Raises UserError if the file is damaged or not ours."""
     path = Path(path)
     if not path.is_file():  # opening a pipe would block
-        raise UserError(f"no checkpoint at {path}: train one, or name another")
+        raise UserError(f"no checkpoint at {path}: train a model first, or give another path")
     try:
         content, size = np.memmap(path, np.uint8, "r"), len(SEAL) + 32
         if content[-size:].tobytes() != sealed(content[:-size]):
-            raise ValueError("its checksum does not match: damaged, or not of this program")
+            raise ValueError("its checksum is wrong, so it is damaged or not of this program")
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state["format"]
-    except Exception as error:  # a damaged pickle fails in any way
+    except Exception as error:  # a damaged pickle can raise anything
         unsafe = isinstance(error, pickle.UnpicklingError)
         why = "it holds more than plain data" if unsafe else one_line(error, 120)
         why = f"is not a usable checkpoint: {why}"
         raise UserError(f"{path} {why}; use another, such as last.pth or best.pth") from None
     if version != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is of another version of this program ({version}): train again")
+        raise UserError(f"{path} is from another version of this program ({version}): train again")
     return state
 
 
-# --- the model in it ---
+# --- the model in a checkpoint ---
 
 
 class WithoutNumbers(TorchFunctionMode):
-    """Draws no weights: on the meta device, which holds no numbers, `normal_` would import torch's
-    compiler, which takes two seconds."""
+    """Skips random initialisation: the meta device holds no numbers, but `normal_` would import
+    torch's compiler, which takes two seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func.__name__ == "normal_":  # a tensor's, or torch.nn.init's
@@ -4170,13 +4170,13 @@ class WithoutNumbers(TorchFunctionMode):
 
 
 def shape_of_model(config: GPTConfig) -> GPT:
-    """A model whose tensors have shapes and no memory."""
+    """A model whose tensors have shapes but no memory."""
     with torch.device("meta"), WithoutNumbers():
         return GPT(config)
 
 
 def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None = None) -> GPT:
-    """The model with these weights, not copied. Raises UserError naming those that do not fit."""
+    """The model with these weights, not copied. Raises UserError naming any that do not fit."""
     model = shape_of_model(config)
     if lora:
         with torch.device("meta"):
@@ -4193,20 +4193,20 @@ def build_model(config: GPTConfig, weights: dict[str, Tensor], lora: dict | None
 
 
 def restored(state: dict) -> Loaded:
-    """The model of a checkpoint, whose weights are taken out of `state`, and its tokenizer."""
+    """The model and tokenizer of a checkpoint. Takes the weights out of `state`."""
     shape = GPTConfig(**state["model_config"])
     model = build_model(shape, state.pop("weights"), state.get("lora"))
     return Loaded(model, tokenizer_from_spec(state["tokenizer"]), state)
 
 
 def model_weights(model: GPT) -> dict[str, Tensor]:
-    """Every weight once, by name, whole and on the CPU."""
+    """Each weight once, by name, unsharded and on the CPU."""
     state = model.state_dict()  # puts FSDP's shards back in place
     return {name: gather(state[name]) for name, _ in model.named_parameters()}
 
 
 def weights_digest(model: GPT) -> str:
-    """What tells these weights from all others, however they were stored."""
+    """A hash that identifies these weights, however they were stored."""
     hasher = hashlib.sha256()
     for name, tensor in sorted(model_weights(model).items()):
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -4214,16 +4214,16 @@ def weights_digest(model: GPT) -> str:
     return hasher.hexdigest()
 
 
-# --- the run in it ---
+# --- the run in a checkpoint ---
 
 
 def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
-    """What `save_run` stored of the optimizers, back into them."""
+    """Put back the optimizer state that `save_run` stored."""
     names = {p: n for n, p in model.named_parameters()}
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             for key, value in saved.get(names[p], {}).items():
-                if key == "step":  # AdamW keeps it beside the parameter on CUDA only
+                if key == "step":  # AdamW keeps it on the parameter's device on CUDA only
                     value = value.to(p.device) if p.device.type == "cuda" else value
                 else:
                     value = distribute_like(value.to(p.device, p.dtype), p)
@@ -4231,8 +4231,8 @@ def load_optimizer_state(model: GPT, optimizers: list, saved: dict) -> None:
 
 
 def save_run(run: Run, about: dict, path: Path) -> None:
-    """Write a checkpoint of the run. All processes gather, the first writes."""
-    weights = model_weights(run.model)  # first: FSDP's shards are back in place afterwards
+    """Write a checkpoint of the run. All processes gather; the first one writes."""
+    weights = model_weights(run.model)  # first, since it puts FSDP's shards back in place
     names = {p: n for n, p in run.model.named_parameters()}
     moments = {
         names[p]: {key: gather(torch.as_tensor(value)) for key, value in state.items()}
@@ -4253,7 +4253,7 @@ def save_run(run: Run, about: dict, path: Path) -> None:
 
 
 def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
-    """What a checkpoint says of its origin: settings, tokenizer, data, versions."""
+    """What a checkpoint records about its origin: settings, tokenizer, base, data, versions."""
     stored = [f.name for f in fields(config) if f.metadata["resume"] != "session_only"]
     return {
         "command": "finetune" if isinstance(config, FinetuneConfig) else "train",
@@ -4274,11 +4274,11 @@ def describe_run(config: FitConfig, rt: Runtime, loaded: Loaded, store) -> dict:
 
 
 def check_drift(resumed: dict, about: dict) -> None:
-    """Refuse to resume on other data; warn of what may change rounding."""
+    """Refuse to resume with another base or other data; warn of what may change rounding."""
     if resumed["base"] != about["base"]:
-        raise UserError("the run was begun with another base: name that one by --ckpt")
+        raise UserError("the run began from another base: pass that one with --ckpt")
     if resumed["data"] != about["data"]:
-        raise UserError("the data differs: restore it, or use another --out_dir")
+        raise UserError("the data has changed: restore it, or use another --out_dir")
     for name, value in about["versions"].items():
         if (before := resumed["versions"][name]) != value:
             note(f"warning: {name} was {before}, now {value}: results may differ in the last bits")
@@ -4291,17 +4291,17 @@ RUN_FILES = ("last.pth", "best.pth", "config.json", "metrics.csv")
 
 @dataclass
 class RunFolder:
-    """The folder of a run, locked for this process. A finetune's files have a suffix, so that it can
-    share the folder of its base."""
+    """The folder of a run, locked for this process. A finetune's files carry a suffix, so that they
+    can share the folder of its base."""
 
     path: Path
     suffix: str = ""
-    state: dict | None = None  # of the last.pth that a resumed run goes on from
-    about: dict | None = None  # what checkpoints say besides weights, moments and progress
+    state: dict | None = None  # the last.pth that a resumed run continues from
+    about: dict | None = None  # what checkpoints record besides weights, moments and progress
 
     @property
     def start_flag(self) -> str:
-        """The flag with which a new run of this kind starts from a checkpoint's weights."""
+        """The flag that starts a new run of this kind from a checkpoint's weights."""
         return "--ckpt" if self.suffix else "--init_from"
 
     def file(self, name: str) -> Path:
@@ -4309,8 +4309,8 @@ class RunFolder:
 
 
 def state_to_resume(folder: RunFolder, config: FitConfig) -> dict | None:
-    """last.pth's state if --resume finds one, else None: a new run. Raises UserError rather than let
-    another run, or a file that no run has written, be lost."""
+    """last.pth's state if --resume finds one, else None, for a new run. Raises UserError rather
+    than lose a file that no run wrote or, without --overwrite, another run."""
     last = folder.file("last.pth")
     there = [folder.file(name) for name in RUN_FILES if folder.file(name).exists()]
     if config.resume and last.exists():
@@ -4329,28 +4329,27 @@ def state_to_resume(folder: RunFolder, config: FitConfig) -> dict | None:
         raise UserError(f"there is no {last.name} to resume: {ways}")
     if config.resume:
         if not config.explicit - {"resume", "out_dir", "debug"}:
-            raise UserError(f"{folder.path} holds no run to resume: name another --out_dir")
-        note(f"--resume: {folder.path} holds no run, so a new one starts there, from step 0")
+            raise UserError(f"{folder.path} holds no run to resume: choose another --out_dir")
+        note(f"--resume: {folder.path} holds no run, so a new one starts there from step 0")
     elif there and not config.overwrite:
-        ways = "--resume it, --overwrite it" if last in saved else "--overwrite it"
+        ways = "use --resume, --overwrite" if last in saved else "use --overwrite"
         what = f"{folder.path} holds {there[0].name}"
-        raise UserError(f"{what}: {ways}, or choose another --out_dir")
+        raise UserError(f"{what}: {ways} or another --out_dir")
     return None
 
 
 @contextlib.contextmanager
 def open_run(config: FitConfig) -> Iterator[RunFolder]:
-    """Lock a run's folder, then look at what stands in it. The processes of one run share the lock of
-    the first."""
+    """Lock a run's folder, then inspect it. All processes of a run share the lock of the first."""
     suffix = "_finetune" if isinstance(config, FinetuneConfig) else ""
-    if config.overfit_batch:  # a sanity check, which keeps nothing
+    if config.overfit_batch:  # a sanity check that keeps nothing
         with tempfile.TemporaryDirectory() as nowhere:
             yield RunFolder(Path(nowhere), suffix)
         return
     folder = RunFolder(Path(config.out_dir), suffix)
     with run_lock(folder.path) if is_main() else contextlib.nullcontext():
         if is_main():
-            for name in RUN_FILES:  # what `atomic_write` left of a killed run
+            for name in RUN_FILES:  # temporary files that killed runs left
                 for path in folder.path.glob(f"*.{folder.file(name).name}.[0-9]*.tmp"):
                     path.unlink(missing_ok=True)
         folder.state = state_to_resume(folder, config)
@@ -4360,13 +4359,13 @@ def open_run(config: FitConfig) -> Iterator[RunFolder]:
 # ====================================================================================
 # 13. Interchange
 #
-# Models from Hugging Face and to it, through transformers' own objects; LoRA, as peft has it; GGUF
-# for llama.cpp. Look at the two tables of names, and at `check_logits`: whatever comes
-# in or goes out must compute what the library's own model computes, or it is refused.
+# Models from and for Hugging Face, through transformers' own objects; LoRA, through peft; GGUF for
+# llama.cpp. Look at the two tables of names and at `check_logits`: a model from or for Hugging Face
+# must compute what transformers' own model computes, or it is refused.
 # ====================================================================================
 
-HF_ARCHS = {"gpt2": "gpt2", "qwen3": "modern"}  # model_type: ours, in ARCHS
-# Our settings under transformers' names; GPT2Config has older ones and answers to these, too.
+HF_ARCHS = {"gpt2": "gpt2", "qwen3": "modern"}  # model_type: our name in ARCHS
+# Our setting: transformers' name. GPT2Config has older names, but accepts these as well.
 COMMON_SETTINGS = {
     "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
@@ -4380,7 +4379,7 @@ HF_SETTINGS = {
         "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps",
     },
 }  # fmt: skip
-# Our modules under theirs; the rows of several, stacked, make one of ours.
+# Our module: theirs. The rows of several, stacked, make one of ours.
 HF_MODULES = {
     "gpt2": {
         "blocks": "transformer.h", "tok_emb": "transformer.wte", "positions": "transformer.wpe",
@@ -4414,12 +4413,12 @@ def transformers_library():
 
 
 def hf_kind(c: GPTConfig) -> str:
-    """The model_type that is nearest to this shape; `hf_config` says whether it holds it."""
+    """The model_type nearest to this shape; `hf_config` checks that it can express the shape."""
     return "qwen3" if c.pos == "rope" else "gpt2"
 
 
 def hf_config(c: GPTConfig):
-    """transformers' config of this shape. Raises UserError naming what none can hold."""
+    """transformers' config of this shape. Raises UserError naming what no config can express."""
     kind = hf_kind(c)
     shape = {theirs: getattr(c, ours) for ours, theirs in HF_SETTINGS[kind].items()}
     if kind == "gpt2":
@@ -4435,40 +4434,40 @@ def hf_config(c: GPTConfig):
     held, names = hf_shape(config), (*ARCHS[HF_ARCHS[kind]], "n_kv_head", "head_dim")
     if odd := [name for name in names if getattr(c, name) != getattr(held, name)]:
         what = ", ".join(f"{name}={getattr(c, name)}" for name in odd)
-        raise UserError(f"no Hugging Face class has {what} beside the rest of {HF_ARCHS[kind]}")
+        raise UserError(f"no Hugging Face class combines {what} with the rest of {HF_ARCHS[kind]}")
     return config
 
 
 def hf_shape(hf) -> GPTConfig:
-    """Our shape of a transformers config. Raises UserError on what 64 ids might not show."""
+    """Our shape of a transformers config. Raises UserError for what a test of 64 ids might miss."""
     names, arch = HF_SETTINGS[hf.model_type], HF_ARCHS[hf.model_type]
     shape = ARCHS[arch] | {ours: getattr(hf, theirs) for ours, theirs in names.items()}
     if hf.model_type == "gpt2":
         if hf.activation_function not in GPT2_ACTIVATIONS:
-            raise UserError(f"activation_function {hf.activation_function!r} is not one of ours")
+            raise UserError(f"activation_function {hf.activation_function!r} is not supported")
         shape |= {"mlp": GPT2_ACTIVATIONS[hf.activation_function], "n_inner": hf.n_inner or 0}
     else:
         rope = hf.rope_parameters
         if rope["rope_type"] != "default":
             raise UserError(f"rope_type {rope['rope_type']!r} is not supported, only 'default'")
         if set(hf.layer_types) != {"full_attention"}:
-            raise UserError("layers of sliding attention are not supported")
+            raise UserError("sliding-attention layers are not supported")
         shape |= {"rope_theta": float(rope["rope_theta"]), "dropout": 0.0}
     return GPTConfig(**shape)
 
 
 @dataclass
 class TensorRow:
-    """One tensor of ours, and those of theirs whose rows make it."""
+    """One of our tensors, and those of theirs whose rows make it up."""
 
     ours: str
     theirs: list[str]
-    rows: list[int]  # of each of theirs
-    transposed: bool  # theirs is (in, out), as GPT-2's Conv1D has it
+    rows: list[int]  # how many each of theirs has
+    transposed: bool  # theirs is (in, out), as in GPT-2's Conv1D
 
 
 def tensor_rows(c: GPTConfig) -> Iterator[TensorRow]:
-    """Every tensor of a model of this shape, under both names."""
+    """Each tensor of a model of this shape, under both names."""
     modules, is_gpt2 = HF_MODULES[hf_kind(c)], hf_kind(c) == "gpt2"
     for ours, tensor in shape_of_model(c).named_parameters():
         i, module, end = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", ours).groups()
@@ -4479,7 +4478,7 @@ def tensor_rows(c: GPTConfig) -> Iterator[TensorRow]:
 
 
 def to_hf(weights: dict[str, Tensor], c: GPTConfig, conv1d: bool = True) -> dict[str, Tensor]:
-    """Our tensors under their names. Without `conv1d` no matrix is transposed."""
+    """Our tensors under their names. Without `conv1d`, no matrix is transposed."""
     tensors = {}
     for row in tensor_rows(c):
         for name, part in zip(row.theirs, weights[row.ours].split(row.rows), strict=True):
@@ -4488,7 +4487,7 @@ def to_hf(weights: dict[str, Tensor], c: GPTConfig, conv1d: bool = True) -> dict
 
 
 def to_peer(model: GPT):
-    """transformers' model with our weights. Raises UserError if none has them."""
+    """transformers' model with our weights. Raises UserError if no class can hold them."""
     peer = transformers_library().AutoModelForCausalLM.from_config(hf_config(model.config))
     weights = to_hf(model_weights(model), model.config)
     peer.load_state_dict(weights, strict=False, assign=True)
@@ -4497,7 +4496,7 @@ def to_peer(model: GPT):
 
 
 def check_logits(peer, model: GPT) -> None:
-    """Raise UserError unless both models give 64 ids the same logits, to 1e-4 of the largest."""
+    """Raise UserError unless both models' logits for 64 ids agree, to 1e-4 of the largest."""
     length = min(64, model.config.block_size)
     draw = torch.Generator().manual_seed(0)
     x = torch.randint(model.config.vocab_size, (1, length), generator=draw)
@@ -4506,45 +4505,45 @@ def check_logits(peer, model: GPT) -> None:
     gap, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not gap <= 1e-4 * scale:  # NaN fails too
         what = f"its logits differ by {gap:.1e} of {scale:.1e}"
-        raise UserError(f"{type(peer).__name__} computes something else than our model: {what}")
+        raise UserError(f"{type(peer).__name__} does not compute what our model does: {what}")
     note(f"logits agree with {type(peer).__name__} to {gap:.1e} of {scale:.1e}")
 
 
-# --- models that come in ---
+# --- imports ---
 
-OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # of GPT-2 files; the causal mask
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, in GPT-2 files
 
 
 def hf_folder(name: str, patterns: list[str]) -> Path:
-    """That folder, or the one into which these files come from the Hub. Raises UserError."""
+    """This folder, or the one that these files are downloaded to from the Hub. Raises UserError."""
     if Path(name).is_dir():
         return Path(name)
     hub = optional("huggingface_hub")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        why = f"no such file or folder, and not from the Hub ({one_line(error, 90)})"
-        raise UserError(f"{name}: {why}; name a local one") from None
+        why = f"no such file or folder, and the Hub download failed ({one_line(error, 90)})"
+        raise UserError(f"{name}: {why}; pass a local one") from None
 
 
 def hf_model(folder: Path):
-    """transformers' own model of a folder, float32; a peft adapter is merged into its base.
+    """transformers' own model of a folder, in float32; a peft adapter is merged into its base.
 
-    Raises UserError on what transformers would pass over in silence.
+    Raises UserError for what transformers would silently accept.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError("no .safetensors file; others, such as pickles, can run code")
-    for file in files:  # it would take whole numbers for weights
+        raise UserError("no .safetensors file; other formats, such as pickles, can run code")
+    for file in files:  # transformers would take integers for weights
         with optional("safetensors").safe_open(file, "pt") as opened:
             names = [name for name in opened.keys() if not name.endswith(OLD_BUFFERS)]  # noqa: SIM118
             kinds = {opened.get_slice(name).get_dtype() for name in names}
         if odd := kinds - {"F64", "F32", "F16", "BF16"}:
-            raise UserError(f"weights stored as {min(odd)}: quantised models are not read")
+            raise UserError(f"weights stored as {min(odd)}: quantised models are not supported")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = read_table(folder / "adapter_config.json", "it").get("base_model_name_or_path")
         if not base:
-            raise UserError("an adapter that names no base (base_model_name_or_path)")
+            raise UserError("the adapter names no base (base_model_name_or_path)")
         peer = hf_model(hf_folder(str(base), MODEL_FILES))
         return optional("peft").PeftModel.from_pretrained(peer, folder).merge_and_unload()
     kind = read_table(folder / "config.json", "config.json").get("model_type")
@@ -4552,7 +4551,7 @@ def hf_model(folder: Path):
         raise UserError(f"model_type {kind!r} is not one of {', '.join(HF_ARCHS)}")
     peer, found = transformers_library().AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-        trust_remote_code=False, ignore_mismatched_sizes=True,  # told below, by name
+        trust_remote_code=False, ignore_mismatched_sizes=True,  # reported below, by name
     )  # fmt: skip
     for kind, tensors in found.items():  # missing, unexpected, mismatched
         names = [name for name in map(str, tensors) if not name.endswith(OLD_BUFFERS)]
@@ -4562,10 +4561,10 @@ def hf_model(folder: Path):
 
 
 def load_hf(name: str) -> Loaded:
-    """GPT-2 or Qwen3, of a folder, a peft adapter or a name on the Hub. Raises UserError."""
+    """GPT-2 or Qwen3, from a folder, a peft adapter or the Hub. Raises UserError."""
     folder = hf_folder(name, MODEL_FILES)
     if runs := sorted(folder.glob("*.pth")):
-        raise UserError(f"{name} is a run's folder: name a checkpoint in it, such as {runs[0]}")
+        raise UserError(f"{name} is a run's folder: pass a checkpoint in it, such as {runs[0]}")
     try:
         with library_errors("not a usable model folder"):
             peer = hf_model(folder)
@@ -4577,7 +4576,7 @@ def load_hf(name: str) -> Loaded:
                 weights[row.ours] = torch.cat(parts).contiguous()
             model = build_model(config, weights)
         check_logits(peer, model)
-        if not any(folder.glob("*token*")):  # an adapter's, of its base
+        if not any(folder.glob("*token*")):  # an adapter may leave it to its base
             folder = Path(peer.config.name_or_path)
         tokenizer = load_tokenizer(str(folder.absolute()))
         if tokenizer.vocab_size > config.vocab_size:
@@ -4592,12 +4591,12 @@ def load_hf(name: str) -> Loaded:
 
 @dataclass
 class Loaded:
-    """A model ready for use, and where it came from."""
+    """A model ready for use, and its origin."""
 
     model: GPT
     tokenizer: Tokenizer
     state: dict  # the checkpoint without its weights; empty for a Hugging Face model
-    uses_our_chat_template: bool = False  # of a Hugging Face model
+    uses_our_chat_template: bool = False  # set for Hugging Face models only
 
     @property
     def expects_template(self) -> bool:
@@ -4607,19 +4606,19 @@ class Loaded:
 
     @property
     def split_settings(self) -> dict:
-        """INHERITED settings: with these this model has never seen the validation records."""
+        """The INHERITED settings with which this model has never seen the validation records."""
         usual = {name: getattr(DataConfig, name) for name in INHERITED}
         stored = self.state.get("config") or {}  # a model from elsewhere has none
         return {name: stored.get(name, value) for name, value in usual.items()}
 
     @property
     def prefix(self) -> list[int]:
-        """Ids before a plain text: bos, unless such texts were joined without special tokens."""
+        """Ids before a plain text: bos, unless training joined texts without special tokens."""
         return list(self.tokenizer.prefix) if self.split_settings["add_special_tokens"] else []
 
 
 def load_model(name: str, merge: bool = True, block_size: int | None = None) -> Loaded:
-    """A checkpoint of this program, or a Hugging Face folder or name. LoRA comes folded in."""
+    """A checkpoint of this program, or a Hugging Face folder or name. `merge` folds LoRA in."""
     path = Path(name)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt") or path.is_file():
         state = load_checkpoint(path)
@@ -4628,7 +4627,7 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
         except UserError as error:
             raise UserError(f"{path} is not a usable checkpoint: {error}") from None
         if state.get("lora") and merge:
-            loaded.model.float()  # frozen weights may be bf16, too coarse to add small changes to
+            loaded.model.float()  # frozen weights may be bf16, too coarse for small changes
             merge_lora(loaded.model)
     else:
         loaded = load_hf(name)
@@ -4637,7 +4636,7 @@ def load_model(name: str, merge: bool = True, block_size: int | None = None) -> 
 
 
 def resize_block(model: GPT, block_size: int | None) -> None:
-    """Another context length: learned positions can only be cut, the others take any."""
+    """Change the context length: learned positions can only be cut; the others take any length."""
     known = model.config.block_size
     if not block_size or block_size == known:
         return
@@ -4646,7 +4645,7 @@ def resize_block(model: GPT, block_size: int | None) -> None:
             raise UserError(f"--block_size {block_size}: this model has learned {known} positions")
         model.positions.weight = nn.Parameter(model.positions.weight[:block_size].clone())
     elif block_size > known:
-        note(f"block_size {block_size} is longer than the {known} it was trained for")
+        note(f"block_size {block_size} exceeds the {known} that the model was trained with")
     model.config.block_size = block_size
 
 
@@ -4654,16 +4653,16 @@ OVERRIDABLE = ("dropout", "token_dropout", "attn")  # settings that do not chang
 
 
 def with_settings(model: GPT, config, **usual) -> GPT:
-    """The same weights under the settings of OVERRIDABLE that a command sets, else the usual."""
+    """The same weights under the OVERRIDABLE settings that a command sets, else under `usual`."""
     asked = {n: getattr(config, n) for n in OVERRIDABLE if getattr(config, n) is not None}
     return build_model(replace(model.config, **usual | asked), model_weights(model))
 
 
-# --- models that go out ---
+# --- exports ---
 
-# `instruction_prompt` and `instruction_response` for transformers and llama.cpp. <|bos|> and <|sep|>
-# stand for the tokens' names. A user's message may have an `input` beside its content. Special tokens
-# written out in a message are special to those two, and characters here.
+# `instruction_prompt` and `instruction_response` for transformers and llama.cpp; tokens' names
+# replace <|bos|> and <|sep|>. A user's message may have an `input` besides its content.
+# Special tokens spelled out in a message are special to those two, but plain characters here.
 CHAT_TEMPLATE = r"""
 {{- '<|bos|>' }}
 {%- for message in messages %}
@@ -4691,13 +4690,13 @@ CHAT_TEMPLATE = r"""
 def to_hf_tokenizer(loaded: Loaded):
     """transformers' tokenizer with our ids, and the chat template of a tuned model.
 
-    It puts bos before a text where training did; without `prefix` a bos is declared for chats alone,
-    as it would be put before all.
+    It puts bos before a text if training did. If not, only a tuned model declares a bos, for chats,
+    since a declared bos would be put before every text.
     """
     tokenizers, ours = optional("tokenizers"), loaded.tokenizer
     is_bytes = isinstance(ours, ByteTokenizer)
     library = byte_library() if is_bytes else tokenizers.Tokenizer.from_str(ours.json)
-    if is_bytes or loaded.state:  # somebody else's stays as they made it
+    if is_bytes or loaded.state:  # a foreign tokenizer stays as it is
         prefix = [library.id_to_token(number) for number in loaded.prefix]
         library.post_processor = tokenizers.processors.TemplateProcessing(
             single=[*prefix, "$A"], special_tokens=list(zip(prefix, loaded.prefix, strict=True))
@@ -4729,7 +4728,7 @@ CHECK_TEXTS = (
 
 
 class ChatTurn(NamedTuple):
-    """What is asked in a conversation, and the answer; None where that is still to come."""
+    """A question in a conversation, and its answer: None if it is still to come."""
 
     instruction: str
     input: str
@@ -4737,11 +4736,11 @@ class ChatTurn(NamedTuple):
 
 
 def conversation_ids(tokenizer: Tokenizer, turns: Iterable[ChatTurn], system="") -> list[int]:
-    """Ids of a conversation, the same as in a token store: a prompt and its answer at a time."""
+    """Ids of a conversation, as in a token store: each prompt is encoded with its answer."""
     ids = list(tokenizer.prefix)
     for instruction, input, answer in turns:
         text = instruction_prompt(instruction, input, system)
-        system = ""  # stands before the first alone
+        system = ""  # only the first turn has it
         if answer is None:
             return ids + tokenizer.encode(text).tolist()
         ids += [*tokenizer.encode(text + instruction_response(answer)).tolist(), tokenizer.sep_id]
@@ -4749,7 +4748,7 @@ def conversation_ids(tokenizer: Tokenizer, turns: Iterable[ChatTurn], system="")
 
 
 def check_tokenizer(loaded: Loaded, theirs) -> None:
-    """Raise UserError unless texts, and chats of a tuned model, have the same ids there as here."""
+    """Raise UserError unless both give texts and, if the model is tuned, chats the same ids."""
     ours = loaded.tokenizer
     for text in CHECK_TEXTS:
         if theirs(text, add_special_tokens=False)["input_ids"] != ours.encode(text).tolist():
@@ -4762,17 +4761,16 @@ def check_tokenizer(loaded: Loaded, theirs) -> None:
         messages.append({"role": "assistant", "content": answer})
     found = theirs.apply_chat_template(messages, return_dict=False)
     if found != conversation_ids(ours, map(ChatTurn._make, turns)):
-        what = "a chat has other ids in one piece than turn by turn, as it was trained"
+        what = "a chat encoded at once has other ids than turn by turn, as in training"
         raise UserError(f"export failed its check: {what}; train with another tokenizer")
 
 
 def save_folder(loaded: Loaded, peer, tokenizer, folder: Path, **options) -> None:
-    """Write transformers' model and tokenizer. Raises UserError unless, loaded again, they give our
-    ids and logits."""
+    """Write both for transformers. Raises UserError unless they reload to our ids and logits."""
     with library_errors(f"cannot write {folder.name}"):
         peer.save_pretrained(folder, **options)
         tokenizer.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):  # the library shuts others out
+    for file in folder.glob("*.safetensors"):  # which the library makes private
         shutil.copymode(next(folder.glob("*config.json")), file)
     check_tokenizer(loaded, transformers_library().AutoTokenizer.from_pretrained(folder))
     check_logits(hf_model(folder), loaded.model)
@@ -4789,13 +4787,13 @@ def export_model(loaded: Loaded, folder: Path) -> None:
     save_folder(loaded, peer, tokenizer, folder)
 
 
-# --- adapters: LoRA, as peft has it ---
+# --- LoRA adapters, through peft ---
 
 LORA_LAYERS = {"qkv": "attn.qkv", "proj": "attn.proj", "up": "mlp.up", "down": "mlp.down"}
 
 
 def lora_settings(config: FinetuneConfig) -> dict | None:
-    """What --method lora asks for, as peft.LoraConfig takes it. Raises UserError."""
+    """peft.LoraConfig's settings for --method lora, else None. Raises UserError."""
     if config.method != "lora":
         return None
     targets = [LORA_LAYERS.get(t.strip()) for t in config.lora_targets.split(",")]
@@ -4806,7 +4804,7 @@ def lora_settings(config: FinetuneConfig) -> dict | None:
 
 
 def add_lora(model: GPT, lora: dict) -> None:
-    """Put peft's adapters around the target layers."""
+    """Wrap the target layers in peft's adapters."""
     peft = optional("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(**lora), model)
 
@@ -4821,13 +4819,13 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
-    """A peft adapter: of several matrices for one of ours each gets our A and its rows of B."""
+    """Write a peft adapter. Several matrices that make one of ours share its A and split its B."""
     lora, config = loaded.state.get("lora"), loaded.model.config
     if not lora:
         raise UserError("--adapter: this checkpoint was not tuned with --method lora")
     source = loaded.state["config"]["ckpt"]
     if not base and source.endswith(".pth"):
-        raise UserError(f"--adapter needs --base_model FOLDER: the export of {source}")
+        raise UserError(f"--adapter needs --base_model, the folder that {source} was exported to")
     base, peft, kind = base or source, optional("peft"), hf_kind(config)
     targets = " ".join(HF_MODULES[kind][name] for name in lora["target_modules"]).split()
     lora = lora | {"target_modules": targets, "fan_in_fan_out": kind == "gpt2"}
@@ -4849,10 +4847,9 @@ def export_adapter(loaded: Loaded, folder: Path, base: str) -> None:
 
 # --- GGUF, the format of llama.cpp ---
 
-# type of the matrices: (its number as a file type, its largest error as a share of the largest
-# value in the matrix)
+# matrix type: (number as a file type, largest error as a share of the matrix's largest value)
 GGUF_TYPES = {"f32": (0, 0.0), "f16": (1, 2**-11), "bf16": (32, 2**-8), "q8_0": (7, 2**-7)}
-GGUF_SETTINGS = {  # methods of GGUFWriter, without "add_": our settings
+GGUF_SETTINGS = {  # GGUFWriter's methods, without "add_": our settings
     "context_length": "block_size", "embedding_length": "n_embd", "block_count": "n_layer",
     "feed_forward_length": "n_inner", "head_count": "n_head", "head_count_kv": "n_kv_head",
     "key_length": "head_dim", "value_length": "head_dim", "rope_dimension_count": "head_dim",
@@ -4861,11 +4858,11 @@ GGUF_SETTINGS = {  # methods of GGUFWriter, without "add_": our settings
 
 
 def gguf_vocabulary(loaded: Loaded) -> dict:
-    """The tokenizer's settings, by the names of GGUFWriter's methods. Raises UserError."""
+    """The tokenizer's settings, under the names of GGUFWriter's methods. Raises UserError."""
     gguf, theirs = optional("gguf"), to_hf_tokenizer(loaded)
     if not loaded.tokenizer.cuts_safely:
         way = "export a folder and use llama.cpp's convert_hf_to_gguf.py"
-        raise UserError(f"--gguf: only GPT-2's way to cut text is known here: {way}")
+        raise UserError(f"--gguf supports only GPT-2's way of splitting text: {way}")
     check_tokenizer(loaded, theirs)
     library = theirs.backend_tokenizer
     saved = json.loads(library.to_str())
@@ -4876,7 +4873,7 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
         "tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2",
         "token_list": [f"[PAD{i}]" if t is None else t for i, t in enumerate(tokens)],
         "token_types": [gguf.TokenType[kind] for kind in kinds],
-        # There must be a merge: of bytes that UTF-8 never has.
+        # There must be at least one merge: this one is of bytes that never occur in UTF-8.
         "token_merges": [" ".join(pair) for pair in saved["model"]["merges"]] or ["þ ÿ"],
         "eot_token_id": loaded.tokenizer.sep_id,  # where a tuned model stops
         "add_bos_token": bool(loaded.prefix), "add_space_prefix": False,
@@ -4887,16 +4884,16 @@ def gguf_vocabulary(loaded: Loaded) -> dict:
 
 
 def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
-    """Write a GGUF file: matrices in the type asked for, all else in float32.
+    """Write a GGUF file: positions and vectors in float32, all other matrices in `dtype`.
 
-    It appears when it was read back. Raises UserError on what it cannot hold.
+    It appears only once it has been read back. Raises UserError for what it cannot hold.
     """
     gguf, config, kind = optional("gguf"), loaded.model.config, hf_kind(loaded.model.config)
     hf_config(config)
     if config.mlp == "relu":
-        raise UserError("llama.cpp cannot run --mlp relu; the Hugging Face export can hold it")
+        raise UserError("llama.cpp cannot run --mlp relu: export to a Hugging Face folder instead")
     if config.mlp == "gelu":
-        note("llama.cpp has GELU in its tanh approximation: log-probabilities move by about 1e-3")
+        note("llama.cpp approximates GELU with tanh: log-probabilities change by about 1e-3")
     settings = {theirs: getattr(config, ours) for theirs, ours in GGUF_SETTINGS.items()}
     settings |= {"name": target.stem, "file_type": GGUF_TYPES[dtype][0]}
     settings |= {"quantization_version": gguf.GGML_QUANT_VERSION} | gguf_vocabulary(loaded)
@@ -4911,7 +4908,7 @@ def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
         for name, tensor in tensors.items():
             is_matrix = tensor.ndim == 2 and not name.startswith("position")
             number = gguf.GGMLQuantizationType[dtype.upper() if is_matrix else "F32"]
-            with library_errors(f"{name} as {dtype} (--gguf_type)"):  # of odd widths
+            with library_errors(f"cannot store {name} as {dtype} (--gguf_type)"):  # odd widths
                 writer.add_tensor(name, gguf.quants.quantize(tensor, number), raw_dtype=number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -4929,9 +4926,9 @@ def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
 # ====================================================================================
 # 14. Evaluation
 #
-# `evaluate_perplexity` scores, `report` measures all that is to be known of a model on a corpus, and
-# `report_lines` prints it: train, finetune and eval end with the same table. Each record is scored
-# by itself, each of its tokens once.
+# `evaluate_perplexity` scores a model, `report` gathers all its figures on a corpus, `report_lines`
+# prints them: train, finetune and eval end with the same table. Each record is scored by itself,
+# and each of its tokens once.
 #
 #     $ python llm_pipeline.py eval --ckpt ckpts/best.pth --json figures.json
 #     >>> train, val = lp.create_dataloaders(lp.build_corpus_from_sources(), block_size=64)
@@ -4944,11 +4941,11 @@ def export_gguf(loaded: Loaded, target: Path, dtype: str) -> None:
 def evaluate_perplexity(
     model: GPT, loader: Iterable, max_batches: int = 0, rt: Runtime | None = None
 ) -> dict:
-    """Mean loss of a target in nats, ppl = exp(min(20, loss)), and tokens: how many targets.
+    """Mean loss per target in nats, ppl = exp(min(20, loss)), and tokens: the number of targets.
 
-    loader: pairs (x, y) of ids, (B, T) each, y being IGNORE where it does not count; the first
-    `max_batches` of them (0: all). Of several processes each brings its share. Draws no random
-    number. Raises UserError where there is no target.
+    loader: pairs (x, y) of ids, (B, T) each, with IGNORE in y for what does not count; only the
+    first `max_batches` of them (0: all). Each process brings its share. Draws no random numbers.
+    Raises UserError if there are no targets.
     """
     rt = rt or Runtime(next(model.parameters()).device, torch.float32)
     training, nll, tokens = model.training, 0.0, 0
@@ -4964,19 +4961,19 @@ def evaluate_perplexity(
         model.train(training)
     nll, tokens = rt.sum(nll, tokens)
     if not tokens:
-        raise UserError("there is no token to score: add data, or choose another split")
+        raise UserError("there are no tokens to score: add data, or choose another split")
     return {"loss": nll / tokens, "ppl": math.exp(min(20.0, nll / tokens)), "tokens": int(tokens)}
 
 
 def rows_of(store: TokenStore, split: str, source: str = "") -> np.ndarray:
-    """Rows of the index, of one source or of all."""
+    """Rows of the index, from one source or all."""
     rows = store.index[split]
     return rows[rows["source"] == store.sources.index(source)] if source else rows
 
 
 def trained_rows(store: TokenStore, split: str, source: str = "") -> np.ndarray:
-    """Rows of plain texts and of the answers that are trained; of preference pairs, which stand
-    chosen by rejected, those that were chosen."""
+    """Rows of plain texts and trained answers. Preference pairs alternate chosen and rejected: only
+    the chosen are returned."""
     rows = rows_of(store, split, source)
     rows = rows[rows["trained"] == 1]
     return rows[::2] if store.meta["pairs"] else rows
@@ -4985,9 +4982,9 @@ def trained_rows(store: TokenStore, split: str, source: str = "") -> np.ndarray:
 class RecordWindows(Dataset):
     """A source's records, each by itself, cut so that each token is a target once: ds[i] -> (x, y).
 
-    Windows follow one another, but a record's last reaches back for as much context as the block
-    holds, as lm_eval's rolling windows do. No targets are a record's first token, answers that the
-    data says not to train, and a plain text's eos, which is how texts are joined.
+    Windows do not overlap, but a record's last one reaches back for as much context as the block
+    holds, like lm_eval's rolling windows. A record's first token, answers that the data says not to
+    train on, and the eos of a plain text, which only joins texts, are not targets.
     """
 
     def __init__(self, store: TokenStore, split: str, source: str, block_size: int):
@@ -4997,7 +4994,7 @@ class RecordWindows(Dataset):
         start, length = (rows[name].astype(np.int64) for name in ("start", "length"))
         joined = store.tokens[split][start + length - 1] == store.tokenizer.eos_id
         n_targets = length - 1 - (joined & (rows["prompt"] <= 1))  # of each record
-        self.windows = []  # (place of the first id, targets, how many of them were scored before)
+        self.windows = []  # (position of the first id, targets, how many are scored already)
         for place, n in zip(start.tolist(), n_targets.tolist(), strict=True):
             for first in range(0, n, block_size):
                 end = min(first + block_size, n)
@@ -5023,13 +5020,12 @@ class RecordWindows(Dataset):
 
 
 class Answers(Dataset):
-    """The trained answers of a split, of one source or of all: ds[i] -> ids of all that precedes an
-    answer, and of the answer."""
+    """A split's trained answers, from one source or all: ds[i] -> (ids before it, its own ids)."""
 
     def __init__(self, store: TokenStore, split: str, source: str = ""):
         self.store, self.split = store, split
         rows = trained_rows(store, split, source)
-        self.rows = rows[rows["prompt"] > 1]  # plain text: a bos at most
+        self.rows = rows[rows["prompt"] > 1]  # plain text has at most a bos there
         self.lengths = self.rows["length"].astype(np.int64)
 
     def __len__(self) -> int:
@@ -5042,7 +5038,7 @@ class Answers(Dataset):
 
 
 def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
-    """The distinct answers of a source where they are few and repeat, else an empty list."""
+    """The distinct answers of a source if they are few and repeat, else an empty list."""
     labels: dict[bytes, np.ndarray] = {}
     total = 0
     for _, answer in chain(Answers(store, "train", source), Answers(store, "val", source)):
@@ -5056,7 +5052,7 @@ def closed_set(store: TokenStore, source: str) -> list[np.ndarray]:
 
 @dataclass
 class Evaluation:
-    """A model measured on a corpus, for `report`. limit: evenly spaced samples of each kind (0: all)."""
+    """Measures a model on a corpus. limit: evenly spaced samples of each kind (0: all)."""
 
     loaded: Loaded
     store: TokenStore
@@ -5073,10 +5069,10 @@ class Evaluation:
         return ValidationSampler(data, self.batch_size, limit, self.rt.rank, self.rt.world_size)
 
     def text(self, source: str, split: str) -> dict:
-        """Sums over a source's text, for `figures`; {} where it has none.
+        """Sums over a source's text, for `figures`; {} if it has none.
 
-        Bytes are those of the text itself, which the store has counted; of a sample of windows, all
-        of them times the share of the tokens that are scored. So are records.
+        Bytes are those of the scored text, as the store counted them. If only some windows are
+        scored, bytes and records are scaled by their share of the tokens.
         """
         data = RecordWindows(self.store, split, source, self.block_size)
         if not data.n_targets:
@@ -5094,10 +5090,10 @@ class Evaluation:
 
     @torch.no_grad()
     def score(self, data: Answers, limit: int, answer: np.ndarray | None = None) -> tuple:
-        """Of each answer, or of another one in its place: its loss in nats, and whether greedy
-        decoding writes exactly it; and how many tokens they have.
+        """Two lists, each answer's loss in nats and whether greedy decoding writes exactly it; and
+        their total number of tokens. answer: scored in place of each.
 
-        It does where each token is the likeliest behind the ones before it: one forward pass tells.
+        One forward pass is enough: greedy decoding picks the most likely token after each prefix.
         """
         nlls, exact, tokens = [], [], 0
         for numbers in filter(None, self.sampler(data, limit)):
@@ -5119,13 +5115,13 @@ class Evaluation:
         return nlls, exact, tokens
 
     def answers(self, split: str, limit: int) -> dict:
-        """Loss of the answers in nats a token, and the share that greedy decoding writes exactly."""
+        """The answers' loss in nats per token, and the share that greedy decoding gets exactly."""
         nlls, exact, tokens = self.score(Answers(self.store, split), limit)
         n, nll, exact, tokens = self.rt.sum(len(nlls), sum(nlls), sum(exact), tokens)
         return {"records": int(n), "loss": nll / max(tokens, 1), "exact": exact / max(n, 1)}
 
     def classes(self, source: str, splits: tuple[str, ...]) -> dict:
-        """Where answers are a small closed set: which is the likeliest, as a classifier says it."""
+        """Figures of a classifier that picks the most likely of a small closed set of answers."""
         labels = closed_set(self.store, source)
         if not labels:
             return {}
@@ -5157,13 +5153,13 @@ class Evaluation:
         }
 
     def examples(self, split: str) -> list[dict]:
-        """Texts of three records: given, truth, and what the model writes there."""
+        """Three records as texts: given, truth, and what the model writes."""
         rows, tokenizer, found = trained_rows(self.store, split), self.store.tokenizer, []
-        width = 120 if isinstance(tokenizer, ByteTokenizer) else 40  # tokens of a line, about
+        width = 120 if isinstance(tokenizer, ByteTokenizer) else 40  # about a line of tokens
         for row in rows[evenly_spaced(len(rows), 3)]:
             start, length, prompt = (int(row[name]) for name in ("start", "length", "prompt"))
             first, temperature = prompt, 0.0
-            if prompt <= 1:  # plain text: from its middle
+            if prompt <= 1:  # plain text: continue from its middle
                 first, temperature = min(max(1, length // 2), width), 0.8
             ids = self.store.ids(split, start, min(length, first + width)).tolist()
             given, truth = ids[:first], ids[first:]
@@ -5179,7 +5175,7 @@ class Evaluation:
 
 
 def figures(sums: dict) -> dict:
-    """What is reported for sums over some text; bits_per_byte is nan where nothing but ids is known."""
+    """Figures from sums over some text; bits_per_byte is nan if only ids are known."""
     loss, size = sums["nll"] / sums["tokens"], sums["bytes"]
     return {
         "loss": loss,
@@ -5193,12 +5189,12 @@ def report(
     loaded: Loaded, store: TokenStore, rt: Runtime, split: str = "val", batch_size: int = 32,
     max_batches: int = 0,
 ) -> dict:  # fmt: skip
-    """What is to be known of a model on a corpus, as plain data: what `eval --json` writes.
+    """All figures of a model on a corpus, as plain data: what `eval --json` writes.
 
-    `figures` of the split, and `sources` with those of each; of a closed set of answers also
-    accuracy, classes and confusion. Where records have answers, `answers` of val and train.
-    unknown_tokens: of the whole corpus. `examples`: three. max_batches: evenly spaced batches of
-    each (0: all, but 500 answers of another split). Raises UserError where the split is empty.
+    `figures` of the split, and those of each source in `sources`, with accuracy, classes and
+    confusion if its answers are a closed set. `answers` of val and train, if records have answers.
+    unknown_tokens: in the whole corpus. `examples`: three. max_batches: evenly spaced batches of
+    each (0: all, but 500 answers of the other split). Raises UserError if the split is empty.
     """
     asked = Evaluation(loaded, store, rt, batch_size, limit=max_batches * batch_size)
     splits = ("train", "val") if split == "all" else (split,)
@@ -5211,11 +5207,11 @@ def report(
             total.update(sums)
             sources[source] = figures(sums) | asked.classes(source, splits)
     if not sources:
-        raise UserError(f"the {split} split of this data is empty; --split all scores all of it")
+        raise UserError(f"the {split} split of this data is empty: score all data with --split all")
     unknown = sum(row.get("unknown_tokens", 0) for row in store.meta["counts"].values())
     result = figures(total) | {"unknown_tokens": unknown, "sources": sources}
     answers = {}
-    for part in ("val", "train"):  # of which one may be there for comparison alone
+    for part in ("val", "train"):  # one may be there only for comparison
         most = asked.limit * len(store.sources)
         answers[part] = asked.answers(part, most or (0 if part in splits else 500))
     if answers["val"]["records"] + answers["train"]["records"]:
@@ -5224,7 +5220,7 @@ def report(
 
 
 def report_lines(after: dict, before: dict | None = None) -> list[str]:
-    """A report as a table for people; with a `before`, its figures stand beside those of `after`."""
+    """A report as a table for people; `before` adds earlier figures next to those of `after`."""
     rows = {**after["sources"], "total": after} | ({"total, before": before} if before else {})
     titles = f"{'loss':>9}{'ppl':>16}{'bits/byte':>11}{'tokens':>14}{'records':>12}"
     lines = [f"{'source':<24}{titles}"]
@@ -5251,14 +5247,14 @@ def report_lines(after: dict, before: dict | None = None) -> list[str]:
 
 
 def class_lines(name: str, row: dict) -> list[str]:
-    """Accuracy, and a line for each class of one source: its figures, then what it was taken for."""
+    """A source's accuracy, then a line for each class: its scores, and what it was predicted as."""
     labels = [shortened(label)[:15] for label in row["classes"]]
     supports = [found["support"] for found in row["classes"].values()]
     commonest = max(supports) / max(sum(supports), 1)
-    score = f"accuracy {row['accuracy']:.4f}; always predicting the commonest gives {commonest:.4f}"
+    score = f"accuracy {row['accuracy']:.4f}; always guessing the majority gives {commonest:.4f}"
     lines = [f"{name}: {score}"]
     titles = f"{'precision':>11}{'recall':>9}{'f1':>9}{'support':>9}"
-    lines.append(f"{'true class':<16}{titles}  taken for {', '.join(labels)}")
+    lines.append(f"{'true class':<16}{titles}  predicted as {', '.join(labels)}")
     table = row["confusion"]["true_by_predicted"]
     for label, found, taken in zip(labels, row["classes"].values(), table, strict=True):
         scores = f"{found['precision']:>11.4f}{found['recall']:>9.4f}{found['f1']:>9.4f}"
@@ -5268,17 +5264,17 @@ def class_lines(name: str, row: dict) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    """One line of at most 160 characters; those that would steer a terminal are replaced."""
+    """One line of at most 160 characters, with those that would steer a terminal replaced."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(text.split()))
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def example_flags(store: TokenStore, split: str) -> list[str]:
-    """`sample`'s flags for a split's short record; of plain text, for some of its words."""
+    """`sample`'s flags for a split's shortest prompt or, from plain text, a few words of it."""
     answers = Answers(store, split)
     if not len(answers):
         text = store.tokenizer.decode(store.ids(split, 0, min(60, len(store.tokens[split]))))
-        return ["--prompt", " ".join(text.split()[1:7])]  # the first may be cut
+        return ["--prompt", " ".join(text.split()[1:7])]  # the first word may be cut
     prompt, _ = answers[np.argmin(answers.rows["prompt"])]
     text = store.tokenizer.decode(prompt)
     pattern = r"(?:### System: .*\n)?### Instruction: (.*)\n### Input: (.*)\n### Output:"

@@ -1,14 +1,14 @@
-"""Pictures of runs and token stores.
+"""Plots of runs and token stores.
 
     python plot_curves.py ckpts                        # a run's folder, or its metrics.csv
-    python plot_curves.py runs/* --x minutes --log     # several runs laid over one another
+    python plot_curves.py runs/* --x minutes --log     # several runs overlaid
     python plot_curves.py ckpts/metrics.csv --out_dir .
-    python plot_curves.py data/processed/*             # lengths of the documents of token stores
+    python plot_curves.py data/processed/*             # document lengths of token stores
 
-A run gives curves.png (training and validation together) and, each by itself, train_loss.png,
-val_loss.png and val_ppl.png, but no perplexity where the loss is that of preferences or reward; a
-store gives token_lengths.png. The images land beside the first input, or in --out_dir; their paths
-are printed. What holds nothing to draw is passed over, and that is said.
+A run gives curves.png (training and validation together), train_loss.png, val_loss.png and
+val_ppl.png, except that preference and reward losses have no perplexity. A store gives
+token_lengths.png. The images are written next to the first input, or to --out_dir, and their paths
+are printed. Inputs with nothing to draw are skipped with a message.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ STYLE = {"font.size": 13, "savefig.dpi": 120, "axes.grid": True, "grid.alpha": 0
 
 @dataclass
 class Curves:
-    """A run's losses: {split: (places on the x axis, losses)}."""
+    """A run's losses: {split: (positions on the x axis, losses)}."""
 
     points: dict[str, tuple[list[float], list[float]]]
-    unit: str  # of its losses: only those of one unit may share an axis
-    weighted: bool  # whether the training loss weighs answers, which validation's does not
+    unit: str  # of its losses; only losses of the same unit may share an axis
+    weighted: bool  # whether the training loss weights answers; the validation loss never does
 
 
 def read_curves(path: Path, x: str) -> Curves:
-    """A metrics.csv, and the config.json beside it. Raises ValueError saying what is wrong."""
+    """Read a metrics.csv and the config.json next to it. Raises ValueError saying what is wrong."""
     rows = []
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
@@ -78,7 +78,7 @@ def read_curves(path: Path, x: str) -> Curves:
 
 
 def unit_of(config: dict) -> str:
-    """What a loss is counted in: nats per byte and per token of some vocabulary are not alike."""
+    """The unit of a loss: nats per byte and per token of a vocabulary are not comparable."""
     if config.get("objective", "ntp") != "ntp":
         return config["objective"]
     tokens = config.get("vocabulary") or {}
@@ -88,7 +88,7 @@ def unit_of(config: dict) -> str:
 
 
 def minutes_of(rows: list[dict]) -> list[float]:
-    """Since the first row. The pause before a resumed session counts as a usual gap does."""
+    """Minutes since the first row. The pause before a resumed session counts as a typical gap."""
     try:
         stamps = [datetime.fromisoformat(row["timestamp"].replace("Z", "+00:00")) for row in rows]
     except (KeyError, TypeError, ValueError):
@@ -100,7 +100,7 @@ def minutes_of(rows: list[dict]) -> list[float]:
 
 
 def smooth(values: list[float]) -> np.ndarray:
-    """The mean of the tenth of all points around each; of fewer near the steep beginning."""
+    """A running mean over a tenth of all points, and over fewer near the steep beginning."""
     place = np.arange(len(values))
     half = np.minimum(place, len(values) // 20)
     start, end = place - half, np.minimum(place + half + 1, len(values))
@@ -109,29 +109,29 @@ def smooth(values: list[float]) -> np.ndarray:
 
 
 def read(path: Path, x: str) -> dict[Path, Curves | dict[int, int]]:
-    """Curves, or {length: documents}, of each file of a folder. Raises ValueError without any."""
+    """Each file's curves, or {length: documents}. Raises ValueError if a folder has none."""
     files = [path]
     if path.is_dir():
         files = sorted(path.glob("metrics*.csv")) or list(path.glob("meta.json"))
     if not files:
-        raise ValueError("holds no metrics.csv, and no meta.json of a token store")
+        raise ValueError("holds no metrics.csv and no token store's meta.json")
     if files[0].suffix != ".json":
         return {file: read_curves(file, x) for file in files}
     lengths = json.loads(files[0].read_text(encoding="utf-8")).get("lengths")
     if not lengths:
-        raise ValueError("not the meta.json of a token store")
+        raise ValueError("not a token store's meta.json")
     return {files[0]: {int(length): n for length, n in lengths.items()}}
 
 
 def name_of(file: Path) -> str:
-    """runs/a of runs/a/metrics.csv, runs/a_finetune of runs/a/metrics_finetune.csv."""
+    """runs/a for runs/a/metrics.csv, runs/a_finetune for runs/a/metrics_finetune.csv."""
     path = re.sub(r"[/\\](metrics|meta)(?=\w*$)", "", str(file.with_suffix("")))
     return "/".join(Path(path).parts[-2:])
 
 
 @contextlib.contextmanager
 def picture(path: Path, panels: int = 1) -> Iterator[list]:
-    """Axes to draw on, side by side; at the end the file is written and its path printed."""
+    """Axes to draw on, side by side; afterwards, writes the file and prints its path."""
     import matplotlib
 
     matplotlib.use("Agg")  # needs no display
@@ -147,10 +147,10 @@ def picture(path: Path, panels: int = 1) -> Iterator[list]:
 
 
 def draw_curves(out_dir: Path, runs: dict[Path, Curves], args: argparse.Namespace) -> None:
-    """PICTURES, the runs laid over one another; a panel for each unit of their losses."""
+    """Draw PICTURES with the runs overlaid, and a panel for each unit of loss."""
     for file, (splits, what) in PICTURES.items():
         units = sorted({run.unit for run in runs.values()})
-        if "perplexity" in what:  # of what is not counted in nats there is none
+        if "perplexity" in what:  # only losses in nats have one
             units = [unit for unit in units if unit.startswith("nats")]
         if not units:
             continue
@@ -167,9 +167,9 @@ def draw_curves(out_dir: Path, runs: dict[Path, Curves], args: argparse.Namespac
 
 
 def draw_run(axes, run: Curves, splits, colour: str, name: str, perplexity: bool) -> None:
-    """Training: every row light, their running mean strong. Validation: its best point marked.
+    """Training: all rows faint, their running mean bold. Validation: its best point marked.
 
-    A training loss that weighs answers stands beside no validation loss.
+    A training loss that weights answers is not drawn next to a validation loss.
     """
     for split in splits:
         x, y = run.points[split]
@@ -179,7 +179,7 @@ def draw_run(axes, run: Curves, splits, colour: str, name: str, perplexity: bool
         if split == "train":
             if run.weighted and len(splits) > 1:
                 continue
-            label += ", answers weighing more" if run.weighted else ""
+            label += ", answers weighted more" if run.weighted else ""
             axes.plot(x, y, color=colour, alpha=0.3, lw=1)
             axes.plot(x, smooth(y), color=colour, lw=2.4, label=label)
         elif y:
@@ -190,7 +190,7 @@ def draw_run(axes, run: Curves, splits, colour: str, name: str, perplexity: bool
 
 
 def draw_lengths(out_dir: Path, stores: dict[Path, dict], args: argparse.Namespace) -> None:
-    """token_lengths.png: how many documents have how many tokens."""
+    """token_lengths.png: a histogram of tokens per document."""
     with picture(out_dir / "token_lengths.png") as (axes,):
         for path, lengths in stores.items():
             words = f"{name_of(path)}: {sum(lengths.values()):,} documents"
@@ -202,10 +202,10 @@ def draw_lengths(out_dir: Path, stores: dict[Path, dict], args: argparse.Namespa
 def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("path", nargs="+", type=Path, help="folder of a run or store, csv or json")
+    parser.add_argument("path", nargs="+", type=Path, help="a run's or store's folder, csv or json")
     parser.add_argument("--x", choices=X_AXES, default="steps", help="(default: steps)")
-    parser.add_argument("--log", action="store_true", help="curves on logarithmic scales")
-    parser.add_argument("--out_dir", "--out-dir", type=Path, help="(default: beside the first)")
+    parser.add_argument("--log", action="store_true", help="logarithmic axes for curves")
+    parser.add_argument("--out_dir", "--out-dir", type=Path, help="(default: next to the first)")
     args = parser.parse_args(argv)
     found, problems = {}, []
     for path in args.path:
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError, csv.Error) as error:
             problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
     for problem in problems:
-        print("passed over" if found else "error", problem, sep=": ", file=sys.stderr)
+        print("skipped" if found else "error", problem, sep=": ", file=sys.stderr)
     if not found:
         return 1
     out_dir = args.out_dir or next(iter(found)).parent

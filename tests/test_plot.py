@@ -104,8 +104,8 @@ def test_what_holds_no_curve_is_passed_over(metrics, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out.count(".png\n") == 4 and str(metrics.parent) in out
     first, second = err.splitlines()
-    assert "passed over" in first and "failed: holds no metrics.csv" in first
-    assert "passed over" in second and "no train or val rows" in second
+    assert "skipped" in first and "failed: holds no metrics.csv" in first
+    assert "skipped" in second and "no train or val rows" in second
 
 
 def test_losses_of_different_units_have_panels_of_their_own(tmp_path, figures):
@@ -153,7 +153,7 @@ def test_preferences_and_reward_have_no_perplexity(metrics, tmp_path, figures):
 def test_a_weighted_training_loss_stands_beside_no_validation_loss(tmp_path, figures):
     assert plot(a_run(tmp_path / "run", answer_weight=30)) == 0
     assert labels(figures["loss"][0]) == [f"{tmp_path.name}/run: validation, best 4"]
-    weighted = f"{tmp_path.name}/run: training, answers weighing more"
+    weighted = f"{tmp_path.name}/run: training, answers weighted more"
     assert labels(figures["training loss"][0]) == [weighted]
 
 
