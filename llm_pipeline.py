@@ -1962,7 +1962,7 @@ def retry_on_oom(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict
         elif not p.grad_checkpointing:
             p.grad_checkpointing = run.model.grad_checkpointing = True
         else:
-            raise UserError("one sequence fills the GPU: lower --block_size, or shrink the model")
+            raise UserError("out of memory for one sequence: lower --block_size, or shrink the model")
         now = f"grad_accum {p.grad_accum}, grad_checkpointing {p.grad_checkpointing}"
         note(f"out of memory at step {p.step + 1}: continuing with {now}")
         torch.cuda.empty_cache()
@@ -4541,7 +4541,8 @@ def hf_model(folder: Path):
         if odd := kinds - {"F64", "F32", "F16", "BF16"}:
             raise UserError(f"weights stored as {min(odd)}: quantised models are not supported")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = read_table(folder / "adapter_config.json", "it").get("base_model_name_or_path")
+        about = read_table(folder / "adapter_config.json", "adapter_config.json")
+        base = about.get("base_model_name_or_path")
         if not base:
             raise UserError("the adapter names no base (base_model_name_or_path)")
         peer = hf_model(hf_folder(str(base), MODEL_FILES))
