@@ -5295,44 +5295,44 @@ def example_flags(store: TokenStore, split: str) -> list[str]:
 class TrainConfig(
     PresetConfig, TokenizerConfig, ModelSettings, FitConfig, OptimConfig, DataConfig, RuntimeConfig
 ):
-    """Train a GPT from scratch, or go on from a pretrained one (--init_from)."""
+    """Train a GPT from scratch, or continue from a pretrained one (--init_from)."""
 
     init_from: str = changeable("", "start from a checkpoint or a Hugging Face folder or name")
-    answer_weight: int = option(0, "whole records, answers counting N-fold (0: windows)", low=0)
+    answer_weight: int = option(0, "whole records; answers count N times (0: windows)", low=0)
     stride: int = option(0, "distance between windows (0: block_size)", low=0)
     minutes: float = session_only(0.0, "fill N minutes: sets size and steps", low=0.0, high=1e6)
 
 
 def model_config(settings: ModelSettings, vocab_size: int = GPTConfig.vocab_size) -> GPTConfig:
-    """The shape that a command's settings ask for, over a tokenizer of `vocab_size` ids."""
+    """The shape that a command's settings ask for, with a vocabulary of `vocab_size` ids."""
     shape = {f.name: getattr(settings, f.name) for f in fields(ModelSettings)}
     return GPTConfig(vocab_size=vocab_size, **shape)
 
 
-# --- the recipes: what they make of the text at hand ---
+# --- the recipes: settings that suit the text ---
 
-SMALL = 100_000  # bytes: little data is learned by heart, each record whole
+SMALL = 100_000  # bytes; less text than this is learned by heart, in whole records
 
 
 @dataclass
 class CorpusFacts:
-    """What is known of the text before it is tokenized; nothing, as it stands here."""
+    """What is known about the text before it is tokenized; by default, nothing."""
 
     n_bytes: int = 0
     sizes: Sequence[float] = ()  # bytes of each record, if all have answers
     stored: dict = field(default_factory=dict)  # tokenizer and vocab_size of a prepared store
 
     def block_size(self, tokenizer: str, vocab_size: int) -> int:
-        """A block that holds all but the longest records, of little data all of them, with their
-        special tokens; in steps of 16 up to 1,024."""
+        """A block that holds 95% of the records (of little data, all) with their special tokens: a
+        multiple of 16, at most 1,024."""
         longest = int(np.quantile(self.sizes, 1.0 if self.n_bytes < SMALL else 0.95))
         _, bytes_a_token = likely_tokens(tokenizer, vocab_size)
         return min(-(-int(longest / bytes_a_token) // 16) * 16 + 16, 1024)
 
 
 def corpus_facts(settings: dict, most_bytes: float = math.inf) -> CorpusFacts:
-    """Of the folder, file or store that settings name; of files larger than `most_bytes` without
-    sizes, which would be read once more; nothing of datasets and of a command without data."""
+    """Facts about the folder, file or store in the settings; none about a Hub dataset, or for a
+    command without data. Files above `most_bytes` are not read, so their facts lack sizes."""
     if "data_dir" not in settings or settings["hf_dataset"]:
         return CorpusFacts()
     config = DataConfig(**{f.name: settings[f.name] for f in fields(DataConfig)})
@@ -5340,7 +5340,7 @@ def corpus_facts(settings: dict, most_bytes: float = math.inf) -> CorpusFacts:
         if is_store(config.data_dir):
             return facts_of_store(TokenStore(Path(config.data_dir)))
         return facts_of_files(store_key(config, {}, False), most_bytes, **vars(config))
-    except (UserError, OSError):  # it will be said when the corpus is built
+    except (UserError, OSError):  # reported when the corpus is built
         return CorpusFacts()
 
 
@@ -5357,28 +5357,28 @@ def facts_of_store(store: TokenStore) -> CorpusFacts:
 
 @lru_cache
 def facts_of_files(fingerprint: str, most_bytes: float, **data) -> CorpusFacts:
-    """Each reading of the files, by `fingerprint`, is done once."""
+    """Reads the files only once for each `fingerprint`."""
     config, sizes = DataConfig(**data), array("q")  # there may be millions
     n_bytes = size_of_files(config)
     for record in read_records(config, Report()) if 0 < n_bytes < most_bytes else ():
-        if record.is_plain:  # it may be long: no more is read
+        if record.is_plain:  # may be long: stop reading
             return CorpusFacts(n_bytes)
         sizes.append(sum(len(encoded(turn.prompt + turn.response)) for turn in record.turns))
     return CorpusFacts(n_bytes, sizes)
 
 
 def likely_tokens(tokenizer: str, vocab_size: int) -> tuple[int, float]:
-    """(ids of the vocabulary, bytes of English text to a token), about: bytes, a BPE that is to be
-    trained, or else GPT-2's and the like."""
+    """Estimates (vocabulary size, bytes of English text per token) for bytes, for a BPE to be
+    trained, or for a vocabulary like GPT-2's."""
     ids = {"byte": ByteTokenizer.vocab_size, "bpe": vocab_size}.get(tokenizer, 50_000)
     return ids, 1.0 if tokenizer == "byte" else math.log2(ids) / 4
 
 
 def classic_recipe(settings: dict, explicit: dict) -> dict:
-    """What the preset says. But where little data is all answers, unless told otherwise: whole
-    records, whose answers count tenfold, in blocks that hold them."""
+    """The preset as is. Unless flags say otherwise, little data in which every record has an answer
+    is trained on in whole records, in blocks that hold them, and answers count tenfold."""
     asked = explicit.keys() & {"answer_weight", "stride", "max_steps"}
-    if asked or "answer_weight" not in settings:  # which only `train` has
+    if asked or "answer_weight" not in settings:  # only `train` has it
         return {}
     facts = corpus_facts(settings, SMALL)
     if not facts.sizes or facts.n_bytes >= SMALL:
@@ -5390,7 +5390,7 @@ def classic_recipe(settings: dict, explicit: dict) -> dict:
     return plan
 
 
-# The measured quickest rates, of 128 wide and 400 steps. Only AdamW's differs in finetuning.
+# The fastest rates we measured, at width 128 and 400 steps. Finetuning changes only AdamW's.
 FAST_RATES = dict(
     optimizer="muon", muon_lr=0.012, muon_momentum=0.85, head_lr_scale=0.4, beta2=0.95,
     grad_clip=0.0, lr_schedule="linear", warmup_steps=5, min_lr_ratio=0.0,
@@ -5400,8 +5400,8 @@ FAST_RATES = dict(
 def fast_recipe(settings: dict, explicit: dict) -> dict:
     """Tuned for the fewest steps to a given loss; tests/bench/README.md has the tables.
 
-    Small text is read several times, and then with hidden tokens. Where every record has an answer,
-    whole records whose answers weigh more make the better classifier.
+    Small texts are read several times, with dropout and hidden tokens. If every record has an
+    answer, whole records with more weight on answers make a better classifier.
     """
     facts = corpus_facts(settings)
     n_bytes, explicit = facts.n_bytes, facts.stored | explicit
@@ -5413,8 +5413,8 @@ def fast_recipe(settings: dict, explicit: dict) -> dict:
     if weighed:
         plan |= dict(answer_weight=30, batch_size=2 * settings["batch_size"])
     if n_bytes:
-        # What did best on the texts of tests/bench/README.md: bytes to read in all, passes at most,
-        # bytes of the text for each id of the vocabulary.
+        # What did best on the texts of tests/bench/README.md: bytes to read in all, most passes,
+        # bytes of text per vocabulary id.
         most, most_passes, bytes_an_id = (3e6, 10, 340) if weighed else (4e6, 6, 1100)
         plan["epochs"] = max(min(most_passes, round(most / n_bytes)), settings["epochs"])
         vocab_size = 100 * round(n_bytes / bytes_an_id / 100)
@@ -5447,7 +5447,7 @@ def fast_recipe(settings: dict, explicit: dict) -> dict:
     ) | facts.stored  # fmt: skip
 
 
-# A recipe is a function of the settings so far and of those asked for; it outranks arch and preset.
+# A recipe is a function of the settings so far and those asked for; it overrides arch and preset.
 RECIPES = {"classic": classic_recipe, "fast": fast_recipe}
 
 
@@ -5455,14 +5455,14 @@ RECIPES = {"classic": classic_recipe, "fast": fast_recipe}
 
 
 def inherited(owner: type, name: str):
-    """An option of another dataclass whose default is what the checkpoint says."""
+    """An option of another dataclass that defaults to the checkpoint's value."""
     about = owner.__dataclass_fields__[name].metadata
-    return field(default=None, metadata=about | {"help": f"{about['help']} (of the checkpoint)"})
+    return field(default=None, metadata=about | {"help": f"{about['help']} (from the checkpoint)"})
 
 
 @dataclass
 class CheckpointConfig(DataConfig):
-    """Checkpoint: where a command starts. Its own settings hold unless a flag overrides them."""
+    """Checkpoint: the model to start from. Its settings apply unless a flag overrides them."""
 
     ckpt: str = changeable("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     block_size: int | None = inherited(ModelSettings, "block_size")
@@ -5473,40 +5473,40 @@ class CheckpointConfig(DataConfig):
 
 @dataclass
 class FinetuneConfig(CheckpointConfig, FitConfig, OptimConfig, RuntimeConfig):
-    """Tune a checkpoint, or a Hugging Face model, on instruction records or preferences."""
+    """Tune a checkpoint or Hugging Face model on instructions, preferences or rewards."""
 
     preset: str = option("", "batch_size and grad_accum of a preset", choices=tuple(PRESETS))
-    recipe: str = option("classic", "AdamW, or fast: Muon", choices=("classic", "fast"))
+    recipe: str = option("classic", "classic: AdamW; fast: Muon", choices=("classic", "fast"))
     epochs: int = option(3, "passes over the training data", low=1, high=10**6)
     lr: float = option(1e-4, "learning rate of AdamW", above=0.0, high=10.0)
-    seed: int = option(2025, "of order, dropout and sampling", low=0, high=2**32)
+    seed: int = option(2025, "seed of order, dropout and sampling", low=0, high=2**32)
     dropout: float | None = inherited(ModelSettings, "dropout")
     token_dropout: float | None = inherited(ModelSettings, "token_dropout")
     attn: str | None = inherited(ModelSettings, "attn")
-    method: str = option("full", "all weights, or peft's adapters", choices=("full", "lora"))
+    method: str = option("full", "all weights, or LoRA adapters", choices=("full", "lora"))
     lora_r: int = option(8, "rank of the adapters", low=1, high=4096)
-    lora_alpha: float = option(16.0, "scale of the adapters, times rank", above=0.0, high=1e6)
+    lora_alpha: float = option(16.0, "scale of the adapters times lora_r", above=0.0, high=1e6)
     lora_dropout: float = option(0.0, "dropout before the adapters", low=0.0, high=0.95)
-    lora_targets: str = option("qkv,proj,up,down", "layers that get adapters, by comma")
-    loss_on: str = option("all", "tokens that count", choices=("all", "response"))
+    lora_targets: str = option("qkv,proj,up,down", "layers that get adapters, comma-separated")
+    loss_on: str = option("all", "tokens to learn", choices=("all", "response"))
     objective: str = option("ntp", "next token, preferences or reward", choices=OBJECTIVES)
     dpo_beta: float = option(0.1, "DPO: strength of the tie to the base", above=0.0, high=100.0)
     orpo_lambda: float = option(0.1, "ORPO: weight of the odds ratio", low=0.0, high=100.0)
     reward: str = option("exact", "GRPO: exact, number, contains, or FILE.py:function")
-    num_generations: int = option(4, "GRPO: answers to each prompt of a step", low=2, high=4096)
+    num_generations: int = option(4, "GRPO: answers per prompt in a step", low=2, high=4096)
     max_new_tokens: int = option(64, "GRPO: longest answer, in tokens", low=1, high=2**20)
-    temperature: float = option(1.0, "GRPO: of the answers", above=0.0, high=100.0)
+    temperature: float = option(1.0, "GRPO: sampling temperature", above=0.0, high=100.0)
     grpo_normalize: bool = option(False, "GRPO: divide advantages by their group's deviation")
     kl_beta: float = option(0.0, "GRPO: strength of the tie to the base", low=0.0, high=100.0)
-    report_samples: int = changeable(50, "records of the reports, at least (0: none)", low=0)
+    report_samples: int = changeable(50, "fewest records in a report (0: no report)", low=0)
 
 
-# Settings that one objective alone reads.
+# Settings that only one objective reads.
 OBJECTIVE_OF = {"dpo_beta": "dpo", "orpo_lambda": "orpo"} | dict.fromkeys(
     ("reward", "num_generations", "max_new_tokens", "temperature", "grpo_normalize", "kl_beta"), "grpo"
 )  # fmt: skip
 
-# Used for GRPO, whatever the recipe. tests/bench/README.md has what was tried.
+# For GRPO, whatever the recipe. tests/bench/README.md lists what was tried.
 GRPO_SETTINGS = dict(
     optimizer="muon", muon_lr=8e-4, lr=1e-4, lr_schedule="linear", min_lr_ratio=0.0, warmup_steps=10,
     batch_size=64, max_steps=400, eval_interval=50, compile="off",
@@ -5514,7 +5514,7 @@ GRPO_SETTINGS = dict(
 
 
 def tuning_recipe(settings: dict, explicit: dict) -> dict:
-    """The checkpoint brings the shape; a tuned model takes smaller steps."""
+    """Training settings only, with smaller steps: the shape is the checkpoint's."""
     if settings["objective"] == "grpo":
         return GRPO_SETTINGS | ({"max_steps": 0} if "epochs" in explicit else {})
     return FAST_RATES | dict(lr=0.008) if settings["recipe"] == "fast" else {}
@@ -5528,10 +5528,10 @@ OVERFIT = dict(dropout=0.0, token_dropout=0.0, lr_schedule="constant", max_steps
 def open_store(
     config: DataConfig, rt: Runtime, base: Loaded | None = None, resumed=False, pairs=False
 ) -> TokenStore:
-    """The corpus as a token store, built by the first process and found by the others.
+    """The corpus as a token store: the first process builds it, the others find it.
 
-    base: a model that is gone on from. What it was trained on stays out of validation: INHERITED
-    settings that nobody has asked for become its own. A resumed run has its own split.
+    base: the model to continue from. Its INHERITED settings apply unless others are asked for, so
+    that nothing it was trained on validates. A resumed run has its own split.
     """
     inherits = base is not None and not resumed
     for name in INHERITED if inherits else ():
@@ -5540,14 +5540,14 @@ def open_store(
             setattr(config, name, theirs)
         elif value != theirs and name != "add_special_tokens":
             what = f"--{name} {value} differs from the checkpoint's {theirs}"
-            note(f"warning: {what}: it may have been trained on what is validated here")
-    # A store must have been split so, too. A model from elsewhere has no split; of --split all none
-    # matters.
+            note(f"warning: {what}: it may have been trained on records that validate here")
+    # A prepared store must be split the same way. A model from elsewhere has no split; with
+    # --split all, none matters.
     if inherits and base.state.get("data") and getattr(config, "split", "") != "all":
         config.explicit |= {*SPLIT_SETTINGS}
     if role := data_role(config):
-        side = "trains" if role == "train" else "validates"
-        note(f"{config.data_dir} is the {role} part of a split: all of it {side}")
+        side = "training" if role == "train" else "validation"
+        note(f"{config.data_dir} is the {role} part of a split: all of it is for {side}")
     if not rt.is_main:
         dist.barrier()
     tokenizer = base.tokenizer if base else None
@@ -5558,7 +5558,7 @@ def open_store(
 
 
 def dataset_of(config: FitConfig) -> Callable[[TokenStore, str, int], Dataset]:
-    """What makes a split's data set, as the settings say."""
+    """The function that makes a split's data set under these settings."""
     if isinstance(config, FinetuneConfig):
         prompts = partial(PromptDataset, max_new_tokens=config.max_new_tokens)
         kinds = {"grpo": prompts, "dpo": PreferenceDataset, "orpo": PreferenceDataset}
@@ -5568,24 +5568,24 @@ def dataset_of(config: FitConfig) -> Callable[[TokenStore, str, int], Dataset]:
     return LMDataset.from_store
 
 
-# Of a run whose length nobody has set: fewer steps teach little, however small the data.
+# The least for a run whose length nobody set: fewer steps teach little, however small the data.
 FEWEST_STEPS = 300
 
 
 def steps_to_take(config: FitConfig, train: DataLoader) -> int:
-    """Steps of a new run. Little data is read more often, as `config` then says, unless the user has
-    said how often; where that is so few times that little is learned, a note says so."""
+    """Steps of a new run. Little data is repeated up to FEWEST_STEPS, which `config` then records,
+    unless the user set the length; if that is too short to learn much, a note says so."""
     total = config.max_steps or config.epochs * len(train)
     if total >= FEWEST_STEPS or config.overfit_batch:
         return total
     if config.max_steps or "epochs" in config.explicit:
         if total < 100 and not getattr(config, "minutes", 0):
             enough = f"--epochs {-(-FEWEST_STEPS // len(train))} or --max_steps {FEWEST_STEPS}"
-            note(f"only {total} steps: {enough} teaches more")
+            note(f"only {total} steps: {enough} would teach more")
         return total
     passes = FEWEST_STEPS * train.batch_sampler.batch_size / len(train.dataset)
     passes = f"{passes:.0f} passes over little data"
-    note(f"{FEWEST_STEPS} steps, {passes}; --epochs or --max_steps sets another number")
+    note(f"{FEWEST_STEPS} steps, {passes}: to change this, set --epochs or --max_steps")
     config.max_steps = FEWEST_STEPS
     if "eval_interval" not in config.explicit:
         config.eval_interval = FEWEST_STEPS // 10
@@ -5595,7 +5595,7 @@ def steps_to_take(config: FitConfig, train: DataLoader) -> int:
 def make_run(
     config: FitConfig, rt: Runtime, stop: Stop, folder: RunFolder, loaded: Loaded, store: TokenStore
 ) -> Run:
-    """Put a run together: a new one from `loaded`, or the one that the folder's state goes on."""
+    """Put a run together: a new one from `loaded`, or the one to resume from the folder's state."""
     if config.self_test:
         self_test(loaded.model.config, rt)
     choose_threads(config, rt, loaded.model.config, config.batch_size // config.grad_accum)
@@ -5615,7 +5615,7 @@ def make_run(
         what = "the middle of their prompt or the end of their answer"
         note(f"{n_cut:,} training records do not fit into {room} tokens and lose {what}: {way}")
     total = resumed["progress"]["total"] if resumed else steps_to_take(config, train)
-    if config.max_steps:  # --minutes may have moved the end of a run that is resumed
+    if config.max_steps:  # --minutes may have moved a resumed run's end
         config.max_steps = total
     folder.about = describe_run(config, rt, loaded, store)
     p = Progress(
@@ -5625,12 +5625,12 @@ def make_run(
     )
     if resumed:
         check_drift(resumed, folder.about)
-        asked = config.explicit & {"grad_accum", "grad_checkpointing"}  # else what memory allowed
+        asked = config.explicit & {"grad_accum", "grad_checkpointing"}  # else as memory allowed
         p = Progress(**resumed["progress"] | {name: getattr(config, name) for name in asked})
-        if not folder.file("best.pth").exists():  # last.pth alone was copied
+        if not folder.file("best.pth").exists():  # only last.pth was copied
             p.best = math.inf
     if rt.sum(p.step)[0] != p.step * rt.world_size:
-        raise UserError("the processes read different checkpoints: give one --out_dir to them all")
+        raise UserError("the processes read different checkpoints: give them all one --out_dir")
     if config.overfit_batch:
         train.batch_sampler.first_batch_only, val = True, None
     model.grad_checkpointing = p.grad_checkpointing
@@ -5652,10 +5652,10 @@ def make_run(
 
 
 def run_fit(run: Run, folder: RunFolder, before: dict | None = None) -> str:
-    """Call `fit`, then say how it ended and what came of it.
+    """Call `fit`, then report how it ended and what it achieved.
 
-    before: the report on the base. Returns best.pth's path, which is printed; "" if the run was
-    stopped by its settings. Raises Interrupted if a signal did it.
+    before: the report on the base. Prints and returns best.pth's path; returns "" if a setting
+    stopped the run, or with --overfit_batch. Raises Interrupted if a signal stopped it.
     """
     config, p, shape = run.config, run.progress, run.model.config
     if run.rt.is_main:
@@ -5684,11 +5684,11 @@ def run_fit(run: Run, folder: RunFolder, before: dict | None = None) -> str:
             ended = "signal"
         except Diverged as error:
             last = folder.file("last.pth")
-            way = f"go on by {folder.start_flag} {last}" if last.exists() else "start again"
-            raise UserError(f"{error}; {way} with a lower --lr and another --out_dir") from None
+            way = f"restart with {folder.start_flag} {last}," if last.exists() else "restart with"
+            raise UserError(f"{error}; {way} a lower --lr and another --out_dir") from None
     finished = ended in ("done", "early")
     note(how_it_ended(run, folder, finished))
-    if ended == "signal":  # it may have come to another process
+    if ended == "signal":  # another process may have received it
         run.stop.number = run.stop.number or signal.SIGTERM
     if run.stop:
         raise Interrupted
@@ -5703,18 +5703,17 @@ def run_fit(run: Run, folder: RunFolder, before: dict | None = None) -> str:
 
 
 def how_it_ended(run: Run, folder: RunFolder, finished: bool) -> str:
-    """One line on a run that has ended. Raises UserError where --overfit_batch has not learned its
-    batch by heart."""
+    """One line on how a run ended. Raises UserError if --overfit_batch did not learn its batch."""
     p, base = run.progress, run.progress.base_loss
     best = f"{p.best:.4f} at step {p.best_step}"
     if run.config.overfit_batch:
         if not finished:
-            return f"stopped at step {p.step}: nothing is judged or kept"
+            return f"stopped at step {p.step}: nothing was judged or saved"
         if not p.best < 0.05:
             raise UserError(f"could not overfit one batch: loss {best}; check the learning rate")
-        return f"overfitted one batch: loss {best}; nothing is kept"
+        return f"overfitted one batch: loss {best}; nothing was saved"
     if not finished:
-        return f"stopped at step {p.step}, saved in {folder.file('last.pth')}; go on with --resume"
+        return f"stopped at step {p.step}, saved in {folder.file('last.pth')}: --resume continues"
     if base is not None:
         best += f", {'better' if p.best < base else 'NOT better'} than its base's {base:.4f}"
     how = "done" if p.step == p.total else f"stopped early at step {p.step}"
@@ -5725,7 +5724,7 @@ def how_it_ended(run: Run, folder: RunFolder, finished: bool) -> str:
 
 
 def report_shape(config: FitConfig, store: TokenStore) -> tuple[str, int, int]:
-    """(split, batch size, batches of each source) of the reports of train and finetune."""
+    """(split, batch size, batches per source) for the reports of train and finetune."""
     split = "val" if len(store.tokens["val"]) > 1 else "train"
     rows = max(1, config.batch_size // (config.grad_accum * launched("WORLD_SIZE")))  # what fits
     n = getattr(config, "report_samples", 256) / (rows * len(store.sources))
@@ -5733,8 +5732,8 @@ def report_shape(config: FitConfig, store: TokenStore) -> tuple[str, int, int]:
 
 
 def say_result(run: Run, folder: RunFolder, best: str, before: dict | None) -> None:
-    """Report on the best checkpoint, compare it with the last where that knows more of what it was
-    trained on, and say what to type next."""
+    """Report on the best checkpoint, say if the last one knows the training data better, and
+    suggest what to type next."""
     config, store, p = run.config, run.store, run.progress
     split, batch_size, max_batches = report_shape(config, store)
     after = report(load_model(best), store, run.rt, split, batch_size, max_batches)
@@ -5747,10 +5746,10 @@ def say_result(run: Run, folder: RunFolder, best: str, before: dict | None) -> N
         exact = asked.answers("train", limit)["exact"]
         knows_more = exact > known + 0.05
     if knows_more:
-        note(f"{last} answers {exact:.0%} of the trained questions exactly, {best}, of the lowest "
-             f"loss on what was held out, {known:.0%}: to ask what it was trained on, take {last}")  # fmt: skip
+        note(f"{last} answers {exact:.0%} of the training questions exactly, {best} (lowest loss "
+             f"on held-out data) {known:.0%}: use {last} to ask about the training data")  # fmt: skip
     data = ["--data_dir", str(store.folder)]
-    if store.meta["pairs"]:  # of use to no other command
+    if store.meta["pairs"]:  # other commands refuse such a store
         name = "hf_dataset" if config.hf_dataset else "data_dir"
         data = [f"--{name}", getattr(config, name)]
     hints = [["eval", best, *data, *([] if run.val else ["--split", "train"])]]
@@ -5764,11 +5763,11 @@ def say_result(run: Run, folder: RunFolder, best: str, before: dict | None) -> N
 
 
 def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
-    """Train from scratch, from --init_from, or on from last.pth. Returns the path of best.pth."""
+    """Train from scratch, from --init_from, or from last.pth. Returns the path of best.pth."""
     if config.minutes and not folder.state:
         return train_within_minutes(config, rt, stop, folder)
     if config.minutes:
-        note("--resume goes on to the steps that the run began with, whatever --minutes says")
+        note("--resume keeps the run's number of steps, whatever --minutes says")
     return run_fit(new_run(config, rt, stop, folder), folder)
 
 
@@ -5777,7 +5776,7 @@ def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolde
     if not folder.state:
         chosen = ["tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "block_size", "lr",
                   "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
-        if config.tokenizer != "bpe":  # which alone is trained to a size
+        if config.tokenizer != "bpe":  # only BPE is trained to a size
             chosen.remove("vocab_size")
         values = ", ".join(f"{name} {getattr(config, name)}" for name in chosen)
         note(f"recipe {config.recipe}: {values}")
@@ -5787,7 +5786,7 @@ def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolde
         loaded = pretrained(config) if config.init_from else None
     store = open_store(config, rt, loaded, bool(folder.state))
     if not loaded:
-        set_seed(config.seed)  # whatever was measured before
+        set_seed(config.seed)  # measurements may have drawn numbers
         model = GPT(model_config(config, store.tokenizer.vocab_size))
         loaded = Loaded(model, store.tokenizer, {})
     for f in fields(ModelSettings):
@@ -5796,23 +5795,23 @@ def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolde
 
 
 def pretrained(config: TrainConfig) -> Loaded:
-    """--init_from's model, with the settings that may be asked of it. Raises UserError."""
+    """--init_from's model, with the settings that may be changed. Raises UserError for others."""
     loaded = load_model(config.init_from)
     own = asdict(loaded.model.config)
     asked = config.explicit & own.keys() - {"block_size", "vocab_size", *OVERRIDABLE}
     clash = [name for name in asked if getattr(config, name) != own[name]]
     if clash:
-        raise UserError(f"--init_from {config.init_from} has its own {', '.join(clash)}")
+        raise UserError(f"--init_from {config.init_from} sets {', '.join(clash)}: leave these out")
     if "block_size" in config.explicit or config.block_size < own["block_size"]:
         resize_block(loaded.model, config.block_size)
     loaded.model = with_settings(loaded.model, config)
-    loaded.state = loaded.state | {"lora": None, "base": None}  # its own, not of the run to come
+    loaded.state = loaded.state | {"lora": None, "base": None}  # the base's, not the new run's
     return loaded
 
 
-# --- train --minutes: a run that ends with the time ---
+# --- train --minutes: a run that ends on time ---
 
-# Sizes to choose from, smallest first. Who names one of SIZES has chosen.
+# Sizes to choose from, smallest first, unless the user sets one of SIZES.
 RUNGS = (
     dict(preset="cpu-debug", n_head=2, n_embd=64, batch_size=16),
     dict(preset="cpu-debug", n_embd=128, batch_size=16),
@@ -5824,15 +5823,15 @@ RUNGS = (
     dict(preset="gpt2-124m"),
 )
 SIZES = {"preset", "init_from", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"}
-# A size is better than the one before it from about so many tokens for each weight of its blocks,
-# and from a quarter of them where that one has read the text as often as it is good for
-# (tests/bench/README.md); far from Chinchilla's 20, since these runs have few steps.
+# A size beats the one before it from about this many tokens per weight of its blocks, or a quarter
+# of that if the smaller one has already used up the text (tests/bench/README.md). Chinchilla's 20
+# is far more, but these runs have few steps.
 ENOUGH = 1
-PASSES = 5  # text read more often teaches hardly anything (Muennighoff et al., 2023)
+PASSES = 5  # more passes over a text teach hardly anything (Muennighoff et al., 2023)
 
 
 def choose_size(explicit: dict, n_bytes: int, rt: Runtime, seconds: float) -> dict:
-    """The largest of RUNGS that sees enough tokens of the text in so many seconds."""
+    """The largest of RUNGS that sees enough tokens of the text in `seconds`."""
     if explicit.keys() & SIZES:
         return {}
     speed, chosen, used_up = rt.world_size * training_speed(rt), {}, False
@@ -5850,8 +5849,8 @@ def choose_size(explicit: dict, n_bytes: int, rt: Runtime, seconds: float) -> di
 
 
 def training_speed(rt: Runtime) -> float:
-    """Floating-point operations a second of a small model's training, the best of a few steps: a
-    neighbour's bad moment makes no toy of the plan."""
+    """Floating-point operations per second when training a small model, at the best of six steps:
+    a moment when the machine is busy must not make the plan too small."""
     model = GPT(GPTConfig(block_size=128, n_layer=2, n_head=4, n_embd=256, dropout=0.0))
     x = torch.zeros(16 if rt.device.type == "cpu" else 256, 128, dtype=torch.int64)
     model, x = model.to(rt.device), x.to(rt.device)
@@ -5860,7 +5859,7 @@ def training_speed(rt: Runtime) -> float:
         with rt.autocast():
             loss = model.losses(x, x, "sum")
         loss.backward()
-        float(model.tok_emb.weight.grad[0, 0])  # on a GPU: it is done
+        float(model.tok_emb.weight.grad[0, 0])  # waits for a GPU to finish
 
     least = min(seconds_of(step) for _ in range(6))
     return rt.of_first(6 * model.n_params() * x.numel() / least)
@@ -5873,17 +5872,17 @@ def seconds_of(work: Callable, *args) -> float:
 
 
 class Clock:
-    """Keeps a run within its minutes. Called after each step, it moves the run's end, and with it
-    the end of the schedule, where the machine has become slower or faster than it was."""
+    """Keeps a run within its minutes. Called after each step, it moves the end of the run and of
+    its schedule if the machine has become slower or faster."""
 
     def __init__(
         self, config: TrainConfig, rt: Runtime, stop: Stop, folder: RunFolder, minutes: float
     ):
-        """Measures what a run takes by one that is thrown away after a fiftieth of the time, four
-        steps at least, one batch of validation and a save."""
+        """Measures a trial run, which is then discarded: a fiftieth of the time, at least four
+        steps, plus one validation batch and a save."""
         self.rt, self.minutes = rt, minutes
-        self.recent: list[float] = []  # seconds of the last steps
-        with contextlib.redirect_stderr(io.StringIO()):  # the run itself will say it all
+        self.recent: list[float] = []  # seconds of the latest steps
+        with contextlib.redirect_stderr(io.StringIO()):  # the real run prints the same
             run = new_run(config, rt, stop, folder)
         batches, took, look, per_epoch = steps(run.train, 0), [], 0.0, len(run.train)
         with training_precision(rt.device):
@@ -5891,22 +5890,22 @@ class Clock:
                 took.append(seconds_of(lambda: train_step(run, next(batches).to(rt.device))))
             if run.val:
                 look = seconds_of(estimate_loss, run, islice(run.val, 1)) * len(run.val)
-        scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # a name that `open_run` sweeps
+        scratch = folder.path / f".last.pth.{os.getpid()}.tmp"  # `open_run` removes such files
         save = seconds_of(save_run, run, folder.about, scratch)
-        del run.save  # which holds the run in a cycle: its memory is needed now
+        del run.save  # it is part of a reference cycle, and the run's memory is needed now
         if rt.is_main:
             scratch.unlink()
         step, look, save = map(rt.of_first, (float(np.median(took[1:])), look, save))
-        looks = 1 / config.eval_interval + 1 / per_epoch  # a step
+        looks = 1 / config.eval_interval + 1 / per_epoch  # per step
         self.step_seconds = step
         self.beside = (look + save) * looks + save / config.save_interval  # a step's share of these
-        # Seconds of the last evaluation, the last saves, the report.
+        # Seconds for the last evaluation, the last saves and the report.
         self.end = 2 * (look + save) + 1
         passes = config.epochs if "epochs" in config.explicit else PASSES
-        self.most = max(passes * per_epoch, FEWEST_STEPS)  # steps that the text is good for
+        self.most = max(passes * per_epoch, FEWEST_STEPS)  # more steps would teach little
 
     def steps(self, slowed: float = 1.0) -> int:
-        """How many more end in time, where all takes `slowed` times as long as measured."""
+        """How many more steps fit if everything takes `slowed` times as long as measured."""
         left = self.rt.of_first(self.rt.started + 58.5 * self.minutes - time.perf_counter())
         return int((left / slowed - self.end) / (self.step_seconds + self.beside))
 
@@ -5925,29 +5924,29 @@ class Clock:
 def train_within_minutes(
     config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder
 ) -> str:
-    """Train a model of the size and for the steps that fit into --minutes.
+    """Train a model of a size, and for a number of steps, that fit into --minutes.
 
-    Without a neighbour that comes or goes it is, to the last bit, the run of the settings in its
-    config.json. Raises UserError where not one step fits.
+    Its config.json repeats the run bit for bit, unless the clock had to move the run's end. Raises
+    UserError if not even one step fits.
     """
     explicit, minutes = {n: getattr(config, n) for n in config.explicit}, config.minutes
     explicit["recipe"] = config.recipe
     del explicit["minutes"]
     base = pretrained(config) if config.init_from else None
-    open_store(config, rt, base)  # where the corpus is not prepared, it is now
+    open_store(config, rt, base)  # builds the corpus if necessary
     left = rt.of_first(rt.started + 60 * minutes - time.perf_counter())
     explicit = choose_size(explicit, corpus_facts(vars(config)).n_bytes, rt, left) | explicit
     trial = settle(TrainConfig, explicit | {"self_test": False})
     clock = Clock(trial, rt, stop, folder, minutes)
     planned = min(clock.steps(), clock.most)
     if planned < 1:
-        raise UserError(f"--minutes {minutes:g} is over before the first step: evaluating and saving "
+        raise UserError(f"--minutes {minutes:g} leaves no time for a step: evaluating and saving "
                         f"take {clock.end:.1f} s: give more")  # fmt: skip
     config = settle(TrainConfig, explicit | {"max_steps": planned, "threads": trial.threads})
     config.minutes = minutes
     speed = config.batch_size * config.block_size / clock.step_seconds
-    why = ", as more of them teach little" if planned == clock.most else ""
-    note(f"minutes {minutes:g}: {planned:,} steps{why}, {speed:,.0f} tokens a second")
+    why = ", since more would teach little" if planned == clock.most else ""
+    note(f"minutes {minutes:g}: {planned:,} steps{why}, {speed:,.0f} tokens per second")
     run = new_run(config, rt, stop, folder)
     run.after_step = partial(clock.after_step, run)
     best = run_fit(run, folder)
@@ -5955,8 +5954,8 @@ def train_within_minutes(
         again, moved = folder.file("config.json"), ""
         if config.max_steps != planned:
             write_json(again, read_table(again, str(again)) | {"max_steps": config.max_steps})
-            moved = f" (the clock has moved its end from step {planned}, its schedule with it)"
-        note(f"the same {config.max_steps} steps: --config {again} --out_dir ANOTHER{moved}")
+            moved = f" (the clock moved its end from step {planned}, and the schedule with it)"
+        note(f"for the same {config.max_steps} steps: --config {again} --out_dir ANOTHER{moved}")
     return best
 
 
@@ -5964,10 +5963,10 @@ def train_within_minutes(
 
 
 class PreferenceDataset(Dataset):
-    """Pairs of responses to one prompt: records two by two, chosen then rejected. A sample is the
+    """Pairs of responses to one prompt: adjacent records, chosen then rejected. A sample is the
     two records' samples.
 
-    run: the one that trains on them. base: `losses` of the base model, for DPO.
+    run: the run that trains on them. base: `losses` of the base model, for DPO.
     """
 
     run: Run | None = None
@@ -5987,7 +5986,7 @@ class PreferenceDataset(Dataset):
     def collate(self, samples: list[tuple]) -> Batch:
         """A batch of pairs, (B, 2, T)."""
         batch = self.answers.collate(list(chain.from_iterable(samples)))
-        if not samples:  # one row that counts for nothing becomes a pair
+        if not samples:  # the one row of an empty batch becomes a pair
             batch = Batch(batch.x.expand(2, -1), batch.y.expand(2, -1))
         x, y = (t.unflatten(0, (-1, 2)) for t in batch)
         batch = Batch(x, y, n_targets=float(len(samples)))
@@ -6007,7 +6006,7 @@ def pair_log_probs(losses: Callable, batch: Batch) -> Tensor:
 def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dict]:
     """Direct preference optimisation (Rafailov et al., 2023, eq. 7), summed over pairs.
 
-    The model is its own reward: how much likelier than under the base it makes a response.
+    The reward is implicit: how much more likely the model makes a response than the base does.
     """
     log_probs = pair_log_probs(losses, batch)
     reference = torch.zeros_like(log_probs) if batch.reference is None else batch.reference
@@ -6024,8 +6023,8 @@ def preference_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dic
 def orpo_loss(losses: Callable, batch: Batch, config) -> tuple[Tensor, dict]:
     """Odds ratio preference optimisation (Hong et al., 2024, eq. 6 and 7), summed over pairs.
 
-    The chosen answer's loss a token, as in supervised tuning, and a term that favours its odds
-    p / (1 - p) over those of the rejected one; p: the geometric mean of its tokens' probabilities.
+    The chosen answer's mean loss per token, as in supervised tuning, plus a term that favours its
+    odds p / (1 - p) over the rejected one's; p is the geometric mean of the token probabilities.
     """
     mean = pair_log_probs(losses, batch) / (batch.y != IGNORE).sum(-1)  # (B, 2), log p
     log_odds = mean - torch.log(-torch.expm1(mean.clamp(max=-1e-6)))
@@ -6048,7 +6047,7 @@ def same_number(prompt: str, answer: str, truth: str) -> bool:
     return len(last) == 2 and last[0] == last[1]
 
 
-# What an answer is worth: (prompt, answer, truth) -> a number, texts without space around them.
+# What an answer is worth: (prompt, answer, truth) -> a number; the texts are stripped.
 REWARDS = {
     "exact": lambda prompt, answer, truth: answer == truth,
     "number": same_number,
@@ -6065,22 +6064,22 @@ def find_reward(name: str) -> Callable:
         return runpy.run_path(file)[function]
     except Exception as error:  # whatever the user's file raises
         ways = "exact, number, contains or FILE.py:function"
-        raise UserError(f"--reward {name}: {one_line(error)}; give {ways}") from None
+        raise UserError(f"--reward {name}: {one_line(error)}; use {ways}") from None
 
 
 @dataclass
 class AnswerBatch(Batch):
-    """What a model has answered, each token weighted by its answer's advantage. In validation
-    there are no weights: the answers are judged, and nothing is learned."""
+    """A model's answers, each token weighted by its answer's advantage. Validation has no weights:
+    it judges the answers and learns nothing."""
 
-    stats: Tensor | None = None  # (B, 2): what the rows add to reward and length, times n_targets
+    stats: Tensor | None = None  # (B, 2): what each row adds to reward and length, times n_targets
 
 
 def grpo_loss(losses: Callable, batch: AnswerBatch, config) -> tuple[Tensor, dict]:
     """Group relative policy optimisation (Shao et al., 2024), on-policy: no ratio, no clipping.
 
-    The next-token loss weighted by advantages; with --kl_beta, the divergence from the base by
-    Schulman's estimate (2020), r - 1 - log r. Of validation: the share of prompts answered wrongly.
+    The next-token loss weighted by advantages; with --kl_beta, plus Schulman's estimate (2020) of
+    the divergence from the base, r - 1 - log r. In validation, the share of wrong answers.
     """
     reward, length = batch.stats.sum(0)
     stats = {"reward": reward, "length": length}
@@ -6095,13 +6094,13 @@ def grpo_loss(losses: Callable, batch: AnswerBatch, config) -> tuple[Tensor, dic
 
 
 class PromptDataset(Answers):
-    """Prompts that the model answers when they are gathered into a batch, for GRPO.
+    """Prompts that the model answers as they are collated into a batch, for GRPO.
 
-    The weight of an answer's tokens is its advantage: its reward minus the mean of those to the same
-    prompt. Of a validation split the likeliest answers are judged. A prompt is cut to leave room for
-    max_new_tokens, but keeps half of the block. run: whose model answers; seed, step and prompt
-    determine the draws. judge: the reward. base: `losses` of the frozen base. Raises UserError where
-    the split holds no prompt.
+    The weight of an answer's tokens is its advantage: its reward minus the mean reward of the
+    prompt's answers. In validation, greedy answers are judged. A prompt is cut to leave room for
+    max_new_tokens, but keeps half of the block. run: its model answers; seed, step and prompt
+    determine the draws. judge: the reward. base: `losses` of the frozen base. Raises UserError if
+    the split has no prompts.
     """
 
     run: Run | None = None
@@ -6113,20 +6112,20 @@ class PromptDataset(Answers):
         self.block_size, self.max_new_tokens = block_size, max_new_tokens
         if not len(self):
             raise UserError(f"the {split} split holds no prompts: GRPO needs instruction records")
-        self.longest = max(block_size + 1 - max_new_tokens, -(-block_size // 2))  # prompt
+        self.longest = max(block_size + 1 - max_new_tokens, -(-block_size // 2))  # of a prompt
         prompts = self.rows["prompt"].astype(np.int64)
         self.lengths = np.minimum(prompts, self.longest)
         self.n_cut = int((prompts > self.longest).sum())
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(prompt, true answer), ids each; the model sees the prompt alone."""
+        """(prompt, true answer), ids each; the model sees only the prompt."""
         prompt, truth = super().__getitem__(i)
         return fit_record(prompt, truth[:0], self.longest)[0], truth
 
     @torch.no_grad()
     def answers(self, samples: list[tuple], n: int, temperature: float) -> list[list]:
-        """n answers to each prompt, ids with the separator that ends them. Prompts of one length
-        are answered side by side."""
+        """n answers to each prompt, as ids, each with the separator if it ended with one. Prompts
+        of equal length are answered together."""
         run, sep = self.run, self.store.tokenizer.sep_id
         same_length, written = defaultdict(list), [[] for _ in samples]
         for row, (prompt, _) in enumerate(samples):
@@ -6144,7 +6143,7 @@ class PromptDataset(Answers):
         return written
 
     def rewards(self, samples: list, answers: list[list]) -> np.ndarray:
-        """(prompts, answers to each). Raises UserError where the user's function fails."""
+        """(prompts, answers to each). Raises UserError if the user's function fails."""
         decode, table = self.store.tokenizer.decode, []
         try:
             for (prompt, truth), group in zip(samples, answers, strict=True):
@@ -6168,8 +6167,8 @@ class PromptDataset(Answers):
         if not training:
             stats = torch.tensor([[rewards.sum(), tokens]], dtype=torch.float32)
             return AnswerBatch(*batch, n_targets=float(len(samples)), stats=stats)
-        # Means over all processes' answers, spread evenly over the rows. Times this process's
-        # tokens, since the loop adds up all processes' rows and divides by all their tokens.
+        # Means over all processes' answers, spread evenly over the rows. Multiplied by this
+        # process's tokens, since the loop sums all processes' rows and divides by all tokens.
         *sums, n = rt.sum(rewards.sum(), tokens, rewards.size)
         stats = torch.tensor([sums], dtype=torch.float32).expand(len(batch.x), 2)
         stats = stats / n * tokens / len(batch.x)
@@ -6180,8 +6179,8 @@ class PromptDataset(Answers):
         return batch
 
     def weighted_rows(self, samples: list, answers: list[list], advantages: np.ndarray) -> list:
-        """(x, y, weight) of each answer that weighs something. Equal ones to a prompt are one
-        with the sum of their weights; --kl_beta needs each."""
+        """(x, y, weight) of each answer with a nonzero weight. Equal answers to a prompt become
+        one, their weights added. --kl_beta keeps every answer."""
         rows = []
         for (prompt, _), group, gains in zip(samples, answers, advantages, strict=True):
             weights = Counter()
@@ -6193,23 +6192,23 @@ class PromptDataset(Answers):
                 y = ids[1:].masked_fill(~answered, IGNORE)
                 rows.append((ids[:-1], y, answered * float(weight)))
         kept = [row for row in rows if self.base or row[2].any()]
-        return kept or rows[:1]  # a batch has a row
+        return kept or rows[:1]  # a batch needs a row
 
 
 OBJECTIVES |= {"dpo": preference_loss, "orpo": orpo_loss, "grpo": grpo_loss}
 
 
 def tuned_from(config: FinetuneConfig, base: Loaded, folder: RunFolder) -> Loaded:
-    """The model to train: the base's weights under the settings of this run, or the folder's."""
+    """The model to train: the base under this run's settings, or the one in the folder's state."""
     lora, usual = lora_settings(config), {}
-    needs_base = config.objective == "dpo" or config.kl_beta > 0  # it is part of what is minimised
-    if config.objective != "ntp":  # as answers and the base's likelihoods are computed
+    needs_base = config.objective == "dpo" or config.kl_beta > 0  # it is part of the loss
+    if config.objective != "ntp":  # answers and the base's likelihoods use none either
         usual = dict(dropout=0.0, token_dropout=0.0)
     if folder.state:
         model = restored(folder.state).model
     else:
         model = with_settings(base.model, config, **usual)
-        if needs_base:  # until here they share their weights, and the base's must stay
+        if needs_base:  # they share their weights so far, and the base's must not change
             model = copy.deepcopy(model)
         if lora:
             add_lora(model, lora)
@@ -6222,9 +6221,9 @@ def tuned_from(config: FinetuneConfig, base: Loaded, folder: RunFolder) -> Loade
 
 
 def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> str:
-    """Tune --ckpt, or go on from last_finetune.pth. Returns the path of best_finetune.pth."""
+    """Tune --ckpt, or resume last_finetune.pth. Returns the path of best_finetune.pth."""
     if config.objective == "grpo" and config.fsdp:
-        raise UserError("sharded weights cannot write the answers of grpo: leave --fsdp out")
+        raise UserError("GRPO cannot write answers with sharded weights: leave out --fsdp")
     judge = find_reward(config.reward) if config.objective == "grpo" else None
     base = load_model(config.ckpt, block_size=config.block_size)
     pairs = dataset_of(config) is PreferenceDataset
@@ -6235,7 +6234,7 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
         before = report(base, store, rt, *report_shape(config, store))
     tuned = tuned_from(config, base, folder)
     if not tuned.state["base"]:
-        base.model.cpu()  # a GPU needs the room; on a CPU they share their weights
+        base.model.cpu()  # frees memory on a GPU; on a CPU the two share their weights
     run = make_run(config, rt, stop, folder, tuned, store)
     for loader in filter(None, (run.train, run.val)):
         loader.dataset.run, loader.dataset.judge = run, judge
@@ -6248,17 +6247,17 @@ def finetune_loop(config: FinetuneConfig, rt: Runtime, stop: StopSignal, folder:
 
 @dataclass
 class EvalConfig(CheckpointConfig, RuntimeConfig):
-    """Loss, perplexity, bits per byte, exact answers and classes of a checkpoint."""
+    """Measure a checkpoint: loss, perplexity, bits per byte, exact answers and classes."""
 
-    dtype: str = option("float32", "of matrix products", choices=DTYPES)
+    dtype: str = option("float32", "precision of matrix products", choices=DTYPES)
     split: str = option("val", "records to evaluate", choices=("val", "train", "all"))
     batch_size: int = option(32, "sequences at a time", low=1, high=2**20)
-    max_batches: int = option(0, "evenly spaced batches of each source (0: all)", low=0)
+    max_batches: int = option(0, "evenly spaced batches per source (0: all)", low=0)
     json: str = option("", "write the figures to this file")
 
 
 def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> dict:
-    """The report of section 14 on --ckpt and the data at hand, printed and returned."""
+    """Print and return the report of section 14 on --ckpt and the data."""
     loaded = load_model(config.ckpt, block_size=config.block_size)
     store = open_store(config, rt, loaded)
     for split in ("train", "val") if config.split == "all" else (config.split,):
@@ -6276,18 +6275,18 @@ def eval_command(config: EvalConfig, rt: Runtime, stop: StopSignal) -> dict:
 
 
 def what_it_was_trained_on(config: EvalConfig, loaded: Loaded, store: TokenStore) -> str:
-    """Whether the checkpoint may have been trained on what is scored."""
+    """Whether the checkpoint may have been trained on the data it is scored on."""
     trained_on = loaded.state.get("data", {}).get("fingerprint")
     if trained_on is None:
         return "this checkpoint does not say what it was trained on"
     if trained_on == store.fingerprint:
-        return "this is the data that the checkpoint was trained on; val was held out of that"
+        return "this is the data that the checkpoint was trained on; val was held out"
     what = "this is not the data that the checkpoint was trained on"
     names = [name for name in INHERITED if name != "add_special_tokens"]
     if any(getattr(config, name) != loaded.split_settings[name] for name in names):
-        return f"warning: {what}, and it is split otherwise: it may have been trained on any of it"
-    keeps = "a record in both keeps its side of the split, but for a lone text, one over 64 KiB"
-    return f"{what}; {keeps} and files named train, valid or test"
+        return f"warning: {what}, and the split differs: it may have been trained on any of it"
+    keeps = "a record in both keeps its side of the split, except a lone text, one over 64 KiB"
+    return f"{what}; {keeps} or one in a file named train, valid or test"
 
 
 # --- sample and chat ---
@@ -6295,26 +6294,26 @@ def what_it_was_trained_on(config: EvalConfig, loaded: Loaded, store: TokenStore
 
 @dataclass
 class SampleConfig(RuntimeConfig):
-    """Generate text. Without --prompt on a terminal: an interactive session."""
+    """Generate text; in an interactive session if there is a terminal and no --prompt."""
 
-    dtype: str = option("float32", "of weights and matrix products", choices=DTYPES)
+    dtype: str = option("float32", "precision of weights and matrix products", choices=DTYPES)
     compile: str = option("off", "torch.compile (auto: off)", choices=("auto", "off", "on"))
     ckpt: str = option("ckpts/best.pth", "checkpoint, or Hugging Face folder or name")
     prompt: str | None = option(None, "text to continue, or the instruction")
     input: str = option("", "the instruction's input")
     system: str = option("", "system text before the instruction")
     template: str = option(
-        "auto", "the prompt is an instruction: if trained on answers, never, always",
+        "auto", "prompt as text (raw) or as an instruction (auto: if trained on answers)",
         choices=("auto", "raw", "instruct"),
     )  # fmt: skip
-    max_new_tokens: int = option(80, "tokens to generate at most", low=1, high=10**9)
-    temperature: float = option(0.9, "0: always the likeliest token", low=0.0, high=100.0)
-    top_k: int = option(30, "keep the k likeliest tokens (0: all)", low=0)
-    top_p: float = option(1.0, "keep the likeliest tokens that sum to p", above=0.0, high=1.0)
-    min_p: float = option(0.0, "drop tokens under p times the likeliest", low=0.0, high=1.0)
-    repetition_penalty: float = option(1.0, "on tokens already there", above=0.0, high=100.0)
-    stop: str = option("", r"stop at this text (\n is understood)")
-    num_samples: int = option(1, "how many, from one prefill", low=1, high=4096)
+    max_new_tokens: int = option(80, "longest output, in tokens", low=1, high=10**9)
+    temperature: float = option(0.9, "0: always the most likely token", low=0.0, high=100.0)
+    top_k: int = option(30, "keep the k most likely tokens (0: all)", low=0)
+    top_p: float = option(1.0, "keep the most likely tokens that sum to p", above=0.0, high=1.0)
+    min_p: float = option(0.0, "drop tokens below p times the most likely", low=0.0, high=1.0)
+    repetition_penalty: float = option(1.0, "on tokens seen before", above=0.0, high=100.0)
+    stop: str = option("", r"stop at this text (\n means a newline)")
+    num_samples: int = option(1, "number of samples, from one prefill", low=1, high=4096)
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # see `sample_next`
@@ -6324,10 +6323,10 @@ def sample_text(
     model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 80,
     temperature: float = 0.9, top_k: int = 30, **settings,
 ) -> str:  # fmt: skip
-    """The text that a model puts behind `prompt`, which is taken as it stands.
+    """The text that a model puts after `prompt`, which is used as is.
 
-    It ends with max_new_tokens, or where the model ends it. settings: others of `SampleConfig`,
-    such as top_p and seed. Raises UserError where one is unknown or out of its limits.
+    It ends after max_new_tokens, or when the model ends it. settings: others of `SampleConfig`,
+    such as top_p and seed. Raises UserError if one is unknown or out of range.
     """
     settings |= dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     config, training = settle(SampleConfig, settings | {"template": "raw"}), model.training
@@ -6339,10 +6338,10 @@ def sample_text(
 
 
 def is_instruct(loaded: Loaded, config: SampleConfig) -> bool:
-    """Whether a prompt is an instruction: it is to a model that was trained on answers."""
+    """Whether a prompt is an instruction; "auto" looks at the flags and at the model's training."""
     asked = [f"--{name}" for name in ("input", "system") if getattr(config, name)]
     if asked and config.template == "raw":
-        raise UserError(f"{asked[0]} is a part of the template: leave out --template raw")
+        raise UserError(f"{asked[0]} is part of the template: leave out --template raw")
     if config.template == "auto":
         return bool(asked) or loaded.expects_template
     return config.template == "instruct"
@@ -6351,10 +6350,10 @@ def is_instruct(loaded: Loaded, config: SampleConfig) -> bool:
 def stream_text(
     loaded: Loaded, config: SampleConfig, prompt: str, turns: list[ChatTurn] | None = None
 ) -> Iterator[str]:
-    """What the model puts behind a prompt or, if that is an instruction, behind the conversation
-    that ends in it; `turns` loses the oldest of those before it where they do not fit.
+    """What the model puts after a prompt or, if that is an instruction, after the conversation
+    that ends with it; `turns`, the conversation before it, loses its oldest if it is too long.
 
-    Pieces of one sample as they become certain; of several samples, each whole. An answer comes
+    One sample comes in pieces, as they become certain; several samples come whole. An answer comes
     without the space before it and the newline after it.
     """
     is_answer = is_instruct(loaded, config)
@@ -6377,10 +6376,10 @@ def stream_text(
 
 
 def text_ids(loaded: Loaded, prompt: str) -> list[int]:
-    """Ids of a text to go on from."""
+    """Ids of a text to continue."""
     ids = [*loaded.prefix, *loaded.tokenizer.encode(prompt).tolist()]
     if not ids:
-        raise UserError("this model needs a --prompt: its texts begin without a special token")
+        raise UserError("this model's texts begin without a special token: give it a --prompt")
     if len(ids) > (size := loaded.model.config.block_size):
         note(f"the prompt has {len(ids):,} tokens and the context {size:,}: only its end is read")
     return ids
@@ -6391,8 +6390,8 @@ def question_ids(
 ) -> list[int]:
     """Ids of a conversation up to the answer to `prompt`.
 
-    What does not fit into the context beside the beginning of an answer is left out, with a note:
-    the oldest turns, which `turns` loses, then the middle of the instruction, as in training.
+    To leave room for an answer in the context, the oldest turns are left out and deleted from
+    `turns`, then the middle of the instruction is, as in training; a note says so.
     """
     block_size, question = loaded.model.config.block_size, ChatTurn(prompt, config.input, None)
     room = block_size - min(config.max_new_tokens, block_size // 8)
@@ -6402,7 +6401,7 @@ def question_ids(
             return ids
         sizes = f"has {len(ids):,} tokens and the context {block_size:,}"
         if not turns:
-            note(f"the prompt {sizes}: its middle is left out, so that an answer fits")
+            note(f"the prompt {sizes}: its middle is left out, to make room for an answer")
             return fit_record(np.array(ids), np.empty(0, np.int64), room)[0].tolist()
         note(f"the conversation {sizes}: its oldest turn is left out")
         del turns[0]
@@ -6411,9 +6410,9 @@ def question_ids(
 def text_pieces(
     tokens: Iterable[int], tokenizer: Tokenizer, stop: str = "", before: Sequence[int] = ()
 ) -> Iterator[str]:
-    """The text of tokens as it becomes certain: whole characters, no beginning of `stop`.
+    """The text of tokens as it becomes certain: whole characters, and no beginning of `stop`.
 
-    It ends where `stop` begins, or at a negative token. before: ids that the tokens follow.
+    It ends at `stop` or at a negative token. before: the ids that precede the tokens.
     """
     before, ids = list(before)[-8:], []  # ids: tokens that are not text yet
     held = ""  # text that may be the beginning of `stop`
@@ -6439,21 +6438,21 @@ def answer_text(pieces: Iterable[str]) -> Iterator[str]:
         text = held + piece
         if not started and text:
             text, started = text.removeprefix(" "), True
-        held = "\n" if text.endswith("\n") else ""  # the last one, perhaps
+        held = "\n" if text.endswith("\n") else ""  # perhaps the last one
         yield text.removesuffix("\n")
 
 
 class Chat:
-    """A session with one model: a conversation with one trained on answers, else single texts."""
+    """A session with one model: a conversation if it was trained on answers, else single texts."""
 
     def __init__(self, loaded: Loaded, config: SampleConfig):
         self.loaded, self.config = loaded, config
         self.turns: list[ChatTurn] = []
-        self.asked = 0  # over the whole session
+        self.asked = 0  # in the whole session
 
     def ask(self, line: str) -> Iterator[str]:
-        """Pieces of what follows a line; an answer becomes a part of the conversation."""
-        self.asked += 1  # another seed for each: a session repeats itself only when asked to
+        """Pieces of what follows a line; an answer joins the conversation."""
+        self.asked += 1  # a new seed for each line: only --seed repeats a session
         config = replace(self.config, seed=derive_seed(self.config.seed, self.asked))
         self.config, answer = replace(self.config, input=""), ""
         try:
@@ -6465,13 +6464,13 @@ class Chat:
                 self.turns.append(ChatTurn(line, config.input, answer))
 
     def command(self, line: str) -> None:
-        """Carry out a line that begins with a slash, but for /quit. Raises UserError."""
+        """Carry out a line that begins with a slash, except /quit. Raises UserError."""
         word, _, text = line.removeprefix("/set ").removeprefix("/").partition(" ")
         if word in ("input", "system", "max_new_tokens", "stop", "seed", *SAMPLING):
             value = checked(SampleConfig, word, text.strip())
             config = replace(self.config, **{word: value})
             if word in ("input", "system") and is_instruct(self.loaded, config):
-                config.template = "instruct"  # and so are the lines after it
+                config.template = "instruct"  # for the following lines too
             self.config = config
         elif word == "help":
             note(CHAT_HELP)
@@ -6483,12 +6482,12 @@ class Chat:
 
 CHAT_HELP = f"""\
 /input TEXT      give the next instruction an input
-/system TEXT     begin a new conversation with this system text (none: without one)
+/system TEXT     begin a new conversation with this system text (or without one)
 /new             begin a new conversation
-/set NAME VALUE  such as /set temperature 0.5; or {", ".join(SAMPLING[1:])},
+/set NAME VALUE  for example /set temperature 0.5; also {", ".join(SAMPLING[1:])},
                  max_new_tokens, stop, seed
 /help            show this
-/quit            end the session, as ctrl-d and an empty line do; ctrl-c ends an answer"""
+/quit            end the session, as ctrl-d or an empty line does; ctrl-c ends an answer"""
 
 
 def chat_session(loaded: Loaded, config: SampleConfig) -> None:
@@ -6498,7 +6497,7 @@ def chat_session(loaded: Loaded, config: SampleConfig) -> None:
     if "seed" not in config.explicit:
         config.seed = int.from_bytes(os.urandom(4), "little")
     if config.num_samples > 1:
-        raise UserError("--num_samples needs --prompt: a session continues from one answer")
+        raise UserError("--num_samples needs --prompt: a session continues from a single answer")
     chat = Chat(loaded, config)
     kind = "a conversation" if is_instruct(loaded, config) else "text to continue"
     note(f"{kind}; /help lists the commands; --seed {config.seed} repeats this session")
@@ -6518,7 +6517,7 @@ def chat_session(loaded: Loaded, config: SampleConfig) -> None:
 
 
 def show(pieces: Iterable[str]) -> None:
-    """Print pieces of text as they come, and a newline in the end."""
+    """Print pieces of text as they come, then a newline."""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -6533,7 +6532,7 @@ def sample_command(config: SampleConfig, rt: Runtime, stop: StopSignal) -> None:
         chat_session(loaded, config)
         return
     if prompt is None:
-        prompt = sys.stdin.read().removesuffix("\n")  # of `echo ... | sample`
+        prompt = sys.stdin.read().removesuffix("\n")  # from `echo ... | sample`
     pieces = stream_text(loaded, config, prompt)
     if config.num_samples == 1:
         show(pieces)
@@ -6577,9 +6576,9 @@ class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
     """Turn raw text or a Hugging Face dataset into a token store, and report on it."""
 
     out_dir: str = option("", "the store's folder (default: under processed_dir)")
-    block_size: int = option(256, "tokens in a block of the sample batch", low=2, high=2**20)
+    block_size: int = option(256, "tokens per block of the sample batch", low=2, high=2**20)
     download: str = option(
-        "", "fetch a public data set into data_dir, and no more", choices=("", *DOWNLOADS)
+        "", "only fetch this public data set into data_dir", choices=("", *DOWNLOADS)
     )
     save_raw: bool = option(False, "keep the rows of --hf_dataset as files under data_dir")
     preview: int = option(0, "show N training samples token by token", low=0)
@@ -6589,18 +6588,18 @@ class PrepareConfig(TokenizerConfig, DataConfig, RuntimeConfig):
 def download(name: str, data_dir: Path) -> str:
     """Fetch a public data set into data_dir, or print the flags that read it from the Hub.
 
-    What is there already stays. Returns the folder or file to train on. Raises UserError.
+    Fetches nothing twice. Returns the folder or file to train on. Raises UserError.
     """
     if isinstance(DOWNLOADS[name], str):
-        note(f"{name}: the Hub has it, and this reads it from there:")
+        note(f"{name} is on the Hub; this reads it from there:")
         print(f"python llm_pipeline.py prepare {DOWNLOADS[name]}")
         return ""
     address, digests = DOWNLOADS[name]
     files = {data_dir / file: digest for file, digest in digests.items()}
     there = [path for path in files if path.is_file()]
     if {path: content_digest(path, "sha256") for path in there} != files:
-        by_hand = f"run the same command again, or put {', '.join(map(str, files))} there by hand"
-        with library_errors(f"{name}: {by_hand}: cannot fetch {address}"):
+        by_hand = f"run the same command again, or provide {', '.join(map(str, files))} by hand"
+        with library_errors(f"{name}: cannot fetch {address} ({by_hand})"):
             fetch(address, files)
     first = next(iter(files))
     place = first if first.parent == data_dir else first.parent
@@ -6610,7 +6609,7 @@ def download(name: str, data_dir: Path) -> str:
 
 
 def fetch(address: str, files: dict[Path, str]) -> None:
-    """Write {path: sha256} from a file or an archive at an address. Raises ValueError."""
+    """Write `files`, {path: sha256}, from a file or an archive at an address. Raises ValueError."""
     note(f"fetching {address}")
     with tempfile.TemporaryDirectory() as folder:
         fetched = Path(folder) / "fetched"
@@ -6627,11 +6626,11 @@ def fetch(address: str, files: dict[Path, str]) -> None:
 
 
 def saved_raw(config: PrepareConfig) -> PrepareConfig:
-    """Keep the rows of each split as a file under data_dir. Returns settings to read those."""
+    """Save the rows of each split as a file under data_dir. Returns settings that read these."""
     name = Path(config.hf_dataset).name
     folder = Path(config.data_dir) / (f"{name}-{config.hf_config}" if config.hf_config else name)
     folder.mkdir(parents=True, exist_ok=True)
-    room = 8 * config.max_tokens or math.inf  # bytes that --max_tokens can need
+    room = 8 * config.max_tokens or math.inf  # bytes that --max_tokens may need
     for split, data in hub_splits(config).items():
         rows = dataset_rows(data, f"{config.hf_dataset} {split}")
         with atomic_write(folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', split)}.jsonl") as file:
@@ -6640,14 +6639,14 @@ def saved_raw(config: PrepareConfig) -> PrepareConfig:
                 room -= file.write(line.encode("utf-8", "replace"))
                 if room < 0:
                     break
-        if room < 0:  # a split of one row would validate alone
+        if room < 0:  # the next split would have one row
             break
-    note(f"{config.hf_dataset}: its rows are in {folder}")
+    note(f"saved the rows of {config.hf_dataset} in {folder}")
     return replace(config, data_dir=str(folder), hf_dataset="", streaming=False)
 
 
 def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str:
-    """What `prepare` does. Returns the folder of the store, or what was downloaded."""
+    """Make a store, or download data. Returns the store's folder, or what was downloaded."""
     if config.download:
         return download(config.download, Path(config.data_dir))
     if config.save_raw:
@@ -6666,14 +6665,14 @@ def prepare_command(config: PrepareConfig, rt: Runtime, stop: StopSignal) -> str
     if config.check_model:
         print(check_model(config.check_model, torch.tensor(batch["input_ids"])))
     place = shlex.quote(str(store.folder))
-    note(f"python plot_curves.py {place} draws how long the records are")
+    note(f"python plot_curves.py {place} plots the lengths of the records")
     note(f"next: python llm_pipeline.py train --data_dir {place}")
     print(store.folder)
     return str(store.folder)
 
 
 def store_report(store: TokenStore) -> dict[str, float]:
-    """What report.json holds: counts, speed of tokenizing, and how long records are."""
+    """The contents of report.json: counts, tokenizing speed, and the lengths of records."""
     meta, total = store.meta, Counter()
     for row in meta["counts"].values():
         total.update(row)
@@ -6715,7 +6714,7 @@ def streaming_speed(config: PrepareConfig, tokenizer: Tokenizer) -> str:
 
 
 def sample_batch(store: TokenStore, block_size: int) -> dict[str, list]:
-    """Four blocks of training tokens as Hugging Face models take them: they shift the labels."""
+    """Up to four blocks of training tokens as Hugging Face models take them: labels not shifted."""
     tokens = store.tokens["train" if len(store.tokens["train"]) else "val"]
     width = min(block_size, len(tokens))
     n_rows = min(4, len(tokens) // width)
@@ -6726,7 +6725,7 @@ def sample_batch(store: TokenStore, block_size: int) -> dict[str, list]:
 
 
 def preview(store: TokenStore, block_size: int, n: int) -> None:
-    """Print samples of training token by token: position, id, whether it is trained, text."""
+    """Print training samples token by token: position, id, whether it is trained on, text."""
     data = InstructionDataset(store, "train", block_size, loss_on="response")
     for i in evenly_spaced(len(data), n):
         ids, weight = data.record(i)
@@ -6737,7 +6736,7 @@ def preview(store: TokenStore, block_size: int, n: int) -> None:
 
 
 def check_model(name: str, ids: Tensor) -> str:
-    """Loss of a Hugging Face model on a batch with unshifted labels: by its shift, and by ours."""
+    """A Hugging Face model's loss on a batch with unshifted labels: by its shift, and by ours."""
     what = f"--check_model {name} on ids up to {ids.max()}, --block_size {ids.shape[1]}"
     with library_errors(what):
         model = transformers_library().AutoModelForCausalLM.from_pretrained(name).eval()
@@ -6746,7 +6745,7 @@ def check_model(name: str, ids: Tensor) -> str:
     ours = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     shapes = f"ids {tuple(ids.shape)} -> logits {tuple(out.logits.shape)}"
     if not abs(out.loss.item() - ours.item()) <= 1e-3 * max(1.0, ours.item()):
-        found = f"its loss is {out.loss:.4f} and should be {ours:.4f}"
+        found = f"its loss is {out.loss:.4f}, but should be {ours:.4f}"
         raise UserError(f"--check_model {name}: {found}: it does not shift labels as expected")
     return f"{name}: {shapes}, loss {out.loss:.4f}, by our own shift {ours:.4f}"
 
@@ -6761,8 +6760,8 @@ class ExportConfig(RuntimeConfig):
     ckpt: str = option("ckpts/best.pth", "checkpoint to export")
     out_dir: str = option("export", "folder to write")
     gguf: str = option("", "write this GGUF file, for llama.cpp, instead of a folder")
-    gguf_type: str = option("f16", "its matrices", choices=tuple(GGUF_TYPES))
-    adapter: bool = option(False, "write the LoRA adapter alone, for peft")
+    gguf_type: str = option("f16", "type of its matrices", choices=tuple(GGUF_TYPES))
+    adapter: bool = option(False, "write only the LoRA adapter, for peft")
     base_model: str = option("", "the adapter's base: its exported folder or its name on the Hub")
 
 
@@ -6790,8 +6789,8 @@ def export_command(config: ExportConfig, rt: Runtime, stop: StopSignal) -> str:
 class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, RuntimeConfig):
     """Measure speed and memory of a preset on this machine."""
 
-    dtype: str = option("auto", "of matrix products", choices=DTYPES)
-    vs: str = option("", "measure a peer in turns: transformers", choices=("", "hf"))
+    dtype: str = option("auto", "precision of matrix products", choices=DTYPES)
+    vs: str = option("", "compare with Hugging Face transformers", choices=("", "hf"))
     rounds: int = option(5, "measured rounds; medians are reported", low=1, high=1000)
     decode_batch: int = option(1, "sequences decoded at once", low=1, high=4096)
     json: str = option("", "write the figures to this file")
@@ -6800,10 +6799,10 @@ class BenchConfig(PresetConfig, TokenizerConfig, ModelSettings, OptimConfig, Run
 def measure(
     what: str, sides: dict[str, Callable], tokens: int, rt: Runtime, rounds: int
 ) -> tuple[dict, float]:
-    """Tokens per second of each side by its median, and the least seconds of its "product".
+    """Median tokens per second of each side, and the fewest seconds of the side "product".
 
-    They take turns, A B A B ..., so that drift affects them alike. The first two rounds, which warm
-    up, compile and fill caches, do not count.
+    The sides take turns, A B A B ..., so that drift affects them alike. The first two rounds warm
+    up, compile and fill caches; they do not count.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     synchronize = torch.get_device_module(rt.device).synchronize
@@ -6823,7 +6822,7 @@ def measure(
 
 
 def flops_per_token(model: GPT, T: int) -> float:
-    """Forward and backward: 6 a parameter in matrix products, 12 L T H D for attention.
+    """Forward and backward: 6 per parameter in matrix products, 12 L T H D for attention.
 
     Chowdhery et al. (2022), appendix B; embeddings are looked up, not multiplied.
     """
@@ -6833,9 +6832,9 @@ def flops_per_token(model: GPT, T: int) -> float:
 
 
 def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
-    """Speed of the very step of `train` (over the whole vocabulary), its share of what matrix products
-    reach (MFU), and peak memory."""
-    total = 10**9  # a long run: compiling pays, the learning rate stays in its warm-up
+    """Speed of `train`'s own step (over the whole vocabulary), its share of the speed of matrix
+    products (MFU), and peak memory."""
+    total = 10**9  # a long run: compiling pays off, the learning rate stays in its warm-up
     model.grad_checkpointing = config.grad_checkpointing
     losses = distribute(model, config, rt, total)
     run = Run(
@@ -6846,7 +6845,7 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
                           grad_checkpointing=config.grad_checkpointing),
         scaler=torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16),
     )  # fmt: skip
-    # This process's share of a global batch; speed does not depend on what the tokens are.
+    # This process's share of a global batch; speed does not depend on the tokens.
     shape = config.batch_size // rt.world_size, config.block_size + 1
     ids = torch.randint(model.config.vocab_size, shape, device=rt.device)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
@@ -6859,7 +6858,7 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
         torch.cuda.reset_peak_memory_stats()
     step()
     step()
-    memory = peak_memory(rt)  # before there is a peer
+    memory = peak_memory(rt)  # before the peer exists
     n = 8192 if rt.device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=rt.device, dtype=rt.dtype) for _ in range(2))
     sides = {"": step, "product": lambda: a @ b}
@@ -6869,7 +6868,7 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     result, seconds = measure("train", sides, tokens, rt, config.rounds)
     speed = result["train_tokens_per_s"]
     reached = speed * flops_per_token(model, config.block_size) / rt.world_size
-    peak = max(2 * n**3 / seconds, reached)  # a neighbour may have disturbed the products
+    peak = max(2 * n**3 / seconds, reached)  # other processes may have slowed the products
     return result | {
         "step_ms": 1e3 * tokens / speed, "matmul_peak_flops": peak, "mfu": reached / peak,
         "peak_memory_bytes": memory, "grad_accum": run.progress.grad_accum,
@@ -6878,7 +6877,7 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
 
 
 def hf_step(run: Run, batch: Batch) -> Callable:
-    """A training step of transformers' model as people write it: autocast, fused AdamW, clipping."""
+    """A training step of transformers' model the usual way: autocast, fused AdamW, clipping."""
     config, n_micro = run.config, run.progress.grad_accum
     peer = to_peer(GPT(run.model.config)).to(run.rt.device).train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=config.lr, fused=True)
@@ -6896,11 +6895,11 @@ def hf_step(run: Run, batch: Batch) -> Callable:
 
 
 def bench_decoding(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
-    """Greedy decoding of half a block after a short prompt, against the bandwidth's limit."""
+    """Greedy decoding of half a block after a short prompt, and the limit set by bandwidth."""
     n, batch = config.block_size // 2, config.decode_batch
     idx = torch.arange(8, device=rt.device)[None]
     ours = for_decoding(GPT(model.config), rt.device, rt.dtype, config.compile == "on")
-    # A matrix too large for the caches, in fp32, whose products are at the limit everywhere.
+    # An fp32 matrix too large for the caches: its products reach the bandwidth limit everywhere.
     width = 16384 if rt.device.type == "cuda" else 8192
     a, b = (torch.randn(width, columns, device=rt.device) for columns in (width, 1))
     sides = {
@@ -6932,7 +6931,7 @@ def peak_memory(rt: Runtime) -> int:
 
 
 def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
-    """Measure training and decoding beside the limits of the machine."""
+    """Measure training and decoding against the machine's limits."""
     vocab_size = config.vocab_size
     if config.tokenizer != "bpe":
         vocab_size = load_tokenizer(config.tokenizer).vocab_size
@@ -6961,7 +6960,7 @@ def bench_command(config: BenchConfig, rt: Runtime, stop: StopSignal) -> None:
 # 16. Command line
 #
 # argparse, generated from the dataclasses: each field of a command's settings is a flag. Look at
-# `settle`, which says where settings come from. The same from Python at the end.
+# `settle`, which says where settings come from. The Python interface is at the end.
 #
 #     python llm_pipeline.py train --help_all               every flag, by topic
 #     python llm_pipeline.py train --config runs/a/config.json --lr 1e-3
@@ -6977,8 +6976,8 @@ COMMANDS = {  # name: its settings, its function
     "export": (ExportConfig, export_command),
     "bench": (BenchConfig, bench_command),
 }
-ALONE = {"sample", "prepare", "export"}  # under torchrun in the first process alone
-# The flags that a command's -h shows: what a first user needs.
+ALONE = {"sample", "prepare", "export"}  # under torchrun, only the first process runs these
+# The flags that a command's -h shows: what a new user needs.
 FIRST_FLAGS = """
     data_dir ckpt preset recipe tokenizer vocab_size minutes epochs max_steps batch_size lr block_size
     n_layer n_head n_embd method loss_on objective split max_batches prompt input template stop
@@ -6987,11 +6986,11 @@ FIRST_FLAGS = """
 # Settings that name a file or folder.
 PATHS = {"data_dir", "processed_dir", "out_dir", "config", "ckpt", "init_from", "json", "gguf",
          "hf_dataset", "tokenizer", "base_model", "check_model", "reward"}  # fmt: skip
-# Pairs of settings of which one at most may be given.
+# Pairs of settings that exclude each other.
 EXCLUSIVE = [("resume", "overwrite"), ("resume", "overfit_batch"), ("minutes", "overfit_batch"),
              ("minutes", "max_steps"), ("gguf", "adapter"), ("streaming", "answer_weight"),
              ("stride", "answer_weight")]  # fmt: skip
-# What other programs call our settings: understood in a --config file, a hint for a flag.
+# What other programs call our settings: accepted in a --config file, suggested for a flag.
 FOREIGN_NAMES = {theirs: ours for ours, names in {
     "block_size": "seq_length seq_len max_seq_length max_length context_length n_ctx n_positions",
     "n_layer": "num_hidden_layers num_layers n_layers", "n_kv_head": "num_key_value_heads",
@@ -7014,20 +7013,20 @@ def fields_of(cls: type) -> dict:
 
 
 def unknown_setting(cls: type, name: str) -> str:
-    """What to say of a setting that a command does not have."""
+    """What to say about a setting that a command does not have."""
     owners = [word for word, (settings, _) in COMMANDS.items() if name in fields_of(settings)]
     if owners:
         return f"--{name} belongs to {', '.join(owners)}"
     near = difflib.get_close_matches(name, fields_of(cls), 1)
     if FOREIGN_NAMES.get(name) in fields_of(cls):
         near = [FOREIGN_NAMES[name]]
-    hint = f"did you mean --{near[0]}?" if near else "--help_all lists every one"
+    hint = f"did you mean --{near[0]}?" if near else "--help_all lists them all"
     return f"unknown setting --{name}; {hint}"
 
 
 def checked(cls: type, name: str, value, where: str = ""):
-    """The value of a command's setting, from a flag, a file or a caller; None leaves it open. Raises
-    UserError, which begins with `where`."""
+    """A setting's value, checked, from a flag, a file or a caller; None leaves it unset. Raises
+    UserError, whose message begins with `where`."""
     spec = fields_of(cls).get(name)
     if not spec:
         raise UserError(where + unknown_setting(cls, name))
@@ -7037,7 +7036,7 @@ def checked(cls: type, name: str, value, where: str = ""):
     choices = [word for word in spec.metadata.get("choices", ()) if word]
     if isinstance(value, Path):
         value = str(value)
-    if isinstance(value, bool) and "on" in choices:  # as YAML reads these words
+    if isinstance(value, bool) and "on" in choices:  # YAML reads these words as booleans
         value = "on" if value else "off"
     if kind == "bool":
         fits, wanted = isinstance(value, bool), "true or false"
@@ -7054,7 +7053,7 @@ def checked(cls: type, name: str, value, where: str = ""):
 
 
 def number_within(limits: dict, kind: str, value) -> tuple:
-    """(value as a number, whether it is one within a field's limits, what it must be)."""
+    """(value as a number, whether it is within a field's limits, what it must be)."""
     wanted = "a whole number" if kind == "int" else "a number"
     for name, word in dict(above="above", low="from", high="up to").items():
         if name in limits:
@@ -7071,7 +7070,7 @@ def number_within(limits: dict, kind: str, value) -> tuple:
 def settle(cls: type, explicit: dict):
     """A command's settings: defaults < arch < preset < recipe < --config FILE < flags.
 
-    explicit: {setting: value} of the flags, or of a caller in Python; None leaves a setting open.
+    explicit: {setting: value} from flags or a Python caller; None leaves a setting unset.
     Raises UserError.
     """
     explicit = {name: checked(cls, name, value) for name, value in explicit.items()}
@@ -7085,10 +7084,10 @@ def settle(cls: type, explicit: dict):
     if explicit.get("minutes"):
         settings["recipe"] = "fast"
     chosen = settings | explicit
-    # A recipe may name an arch, so it is asked first; the order of precedence is the one of `values`.
+    # A recipe may set an arch, so it is called first; `values` below has the order of precedence.
     preset = PRESETS.get(chosen.get("preset"), {})
     recipe_of = RECIPES[chosen.get("recipe", "classic")]
-    if issubclass(cls, FinetuneConfig):  # the model is the checkpoint's, the rates are finetuning's
+    if issubclass(cls, FinetuneConfig):  # the checkpoint's model, finetuning's rates
         preset = {n: v for n, v in preset.items() if n in ("batch_size", "grad_accum")}
         recipe_of = tuning_recipe
     recipe = recipe_of(settings | preset | explicit, explicit)
@@ -7097,15 +7096,15 @@ def settle(cls: type, explicit: dict):
     values = settings | arch | preset | recipe | overfit | explicit
     config = cls(**{name: values[name] for name in settings})
     config.explicit = frozenset(explicit)
-    if not explicit.get("resume"):  # else when the settings of the run are known
+    if not explicit.get("resume"):  # with --resume, only once the run's settings are known
         cross_checks(config)
     return config
 
 
 def take_up(config: FitConfig, folder: RunFolder) -> None:
-    """Give `config` the settings of the run that goes on, but for what may change (see `option`).
+    """Give `config` the resumed run's settings, except those that may change (see `option`).
 
-    Raises UserError where a fixed setting is asked to change.
+    Raises UserError if a fixed setting would change.
     """
     stored = folder.state["config"]
     for name, spec in fields_of(type(config)).items():
@@ -7114,12 +7113,12 @@ def take_up(config: FitConfig, folder: RunFolder) -> None:
             setattr(config, name, kept)
         elif spec.metadata["resume"] == "fixed" and asked != kept:
             start = f"{folder.start_flag} {folder.file('last.pth')}"
-            way = f"leave it out, or begin another run in another --out_dir by {start}"
+            way = f"leave it out, or start a new run in another --out_dir with {start}"
             raise UserError(f"--resume cannot change {name} (from {kept} to {asked}): {way}")
 
 
 def read_table(file: Path, what: str) -> dict:
-    """The one table in a .json, .toml or .yaml file. Raises UserError, beginning with `what`."""
+    """The table in a .json, .toml or .yaml file. Raises UserError; its text begins with `what`."""
     read = json.loads
     if file.suffix in (".yaml", ".yml"):
         read = optional("yaml", "pyyaml").safe_load
@@ -7137,28 +7136,25 @@ def read_table(file: Path, what: str) -> dict:
 
 
 def read_config(cls: type, path: str) -> dict:
-    """{setting: value} of a --config file, however it is nested. Null and empty text leave a setting
-    open.
-
-    Settings of other commands are left out: any run's config.json will do. Raises UserError.
-    """
+    """{setting: value} of a --config file, however nested; null and empty text leave it unset.
+    Settings of other commands are ignored: any run's config.json will do. Raises UserError."""
     own, found, left_out, where = fields_of(cls), {}, [], f"--config {path}"
     known = {name for settings, _ in COMMANDS.values() for name in fields_of(settings)}
     entries = list(read_table(Path(path), where).items())
     for leaf, value in entries:
         name = leaf if leaf in known else FOREIGN_NAMES.get(leaf, str(leaf))
         if name == "config":
-            raise UserError(f"{where}: a file cannot name another by config: put them into one")
-        if name == "vocabulary":  # what a run's config.json says of its tokens
+            raise UserError(f"{where}: a file cannot name another with config: merge them into one")
+        if name == "vocabulary":  # what a run's config.json says about its tokens
             continue
-        if isinstance(value, dict):  # a section, as `training:`: its entries come later
+        if isinstance(value, dict):  # a section such as `training:`; its entries come later
             entries.extend(value.items())
         elif name in known - own.keys():
             left_out.append(name)
         else:
             value = checked(cls, name, None if value == "" else value, f"{where}: ")
             if value is not None and found.setdefault(name, value) != value:
-                raise UserError(f"{where}: {name} is there twice, with two values: leave one out")
+                raise UserError(f"{where}: {name} appears twice, with two values: leave one out")
     if left_out:
         some = ", ".join(left_out[:4])
         note(f"{where}: left out {len(left_out)} settings of other commands ({some} ...)")
@@ -7166,30 +7162,28 @@ def read_config(cls: type, path: str) -> dict:
 
 
 def cross_checks(config: Settings) -> None:
-    """Raise UserError where settings that are each fine do not go together."""
+    """Raise UserError if settings that are valid by themselves do not go together."""
     if isinstance(config, ModelSettings):
         for problem in model_config(config).problems():
             raise UserError(problem)
     if isinstance(config, OptimConfig):
         size, parts = config.batch_size, config.grad_accum * launched("WORLD_SIZE")
         if size % parts:
-            raise UserError(f"batch_size {size} does not divide by grad_accum x processes, {parts}")
+            raise UserError(f"batch_size {size} is not divisible by grad_accum*processes, {parts}")
         if config.fsdp and config.compile == "on":
             raise UserError("--fsdp and --compile on exclude each other: leave one out")
     for name, objective in OBJECTIVE_OF.items() if isinstance(config, FinetuneConfig) else ():
         if objective != config.objective and getattr(config, name) != getattr(FinetuneConfig, name):
-            raise UserError(
-                f"--{name} belongs to --objective {objective}: leave one out, or give both"
-            )
+            raise UserError(f"--{name} needs --objective {objective}: set that, or leave it out")
     if getattr(config, "method", "full") == "lora" and config.optimizer == "muon":
         raise UserError("--optimizer muon does not suit LoRA's thin matrices: use adamw")
     if getattr(config, "objective", "ntp") != "ntp" and config.sampled_softmax:
-        raise UserError(f"{config.objective} needs whole likelihoods: leave --sampled_softmax out")
+        raise UserError(f"{config.objective} needs exact likelihoods: leave --sampled_softmax out")
     if getattr(config, "streaming", False) and not config.hf_dataset:
-        raise UserError("--streaming reads a dataset: name it by --hf_dataset")
+        raise UserError("--streaming needs a Hub dataset: pass one with --hf_dataset")
     ends = [getattr(config, n, 0) for n in ("max_steps", "max_tokens", "max_docs")]
     if isinstance(config, FitConfig) and config.streaming and not any(ends):
-        raise UserError("a stream has no end: give --max_tokens, or --max_steps")
+        raise UserError("a stream has no end: set --max_tokens or --max_steps")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", config.device):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {config.device!r}")
 
@@ -7198,15 +7192,15 @@ def cross_checks(config: Settings) -> None:
 
 
 def program_parser(every_flag: bool) -> tuple[argparse.ArgumentParser, dict]:
-    """argparse's parser of the program, and that of each command by name."""
+    """The program's argparse parser, and each command's by name."""
     plain = argparse.RawDescriptionHelpFormatter
     usual = dict(formatter_class=plain, add_help=False, allow_abbrev=False)
     about, examples, *_ = __doc__.split("\n\n")
     program = argparse.ArgumentParser(Path(__file__).name, description=about, **usual)
     program.epilog = examples
     version = f"%(prog)s {__version__}, torch {torch.__version__}"
-    program.add_argument("--version", action="version", version=version, help="of the program")
-    program.add_argument("-h", "--help", "--help_all", action="help", help="this page")
+    program.add_argument("--version", action="version", version=version, help="print the version")
+    program.add_argument("-h", "--help", "--help_all", action="help", help="print this page")
     commands = program.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (settings, _) in COMMANDS.items():
         about = settings.__doc__.split("\n")[0]
@@ -7214,14 +7208,14 @@ def program_parser(every_flag: bool) -> tuple[argparse.ArgumentParser, dict]:
         parser = commands.add_parser(name, help=about, description=about, **usual)
         parser.usage = f"{program.prog} {name} [--flag VALUE ...]"
         parser.epilog = "\n".join(["examples:", *lines])
-        more = f"the flags to begin with; --help_all: all {len(fields(settings))}"
+        more = f"the most common flags; --help_all: all {len(fields(settings))}"
         parser.add_argument("-h", "--help", "--help_all", action="help", help=more)
         add_flags(parser, settings, every_flag)
     return program, commands.choices
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type, every_flag: bool) -> None:
-    """A flag for each field, in groups by the class that introduces it; `checked` reads its text."""
+    """Add a flag for each field, grouped by the class that introduces it; `checked` parses it."""
     groups = {}
     for origin in cls.__mro__:
         title = "this command" if origin is cls else origin.__doc__.split("\n")[0].rstrip(".")
@@ -7234,10 +7228,10 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, every_flag: bool) -> N
         if not every_flag and spec.name not in FIRST_FLAGS.split():
             about = argparse.SUPPRESS
         add = partial(group.add_argument, dest=spec.name, default=argparse.SUPPRESS)
-        if spec.type == "bool":  # the one that changes the default is shown
+        if spec.type == "bool":  # only the one that changes the default is shown
             on, off = about, argparse.SUPPRESS
             if spec.default and about != argparse.SUPPRESS:
-                on, off = off, f"switches off: {about}"
+                on, off = off, f"turn off: {about}"
             add(f"--{spec.name}", action="store_true", help=on)
             add(f"--no_{spec.name}", action="store_false", help=off)
         else:
@@ -7247,7 +7241,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, every_flag: bool) -> N
 
 
 def parse(argv: list[str]) -> tuple[str, Settings]:
-    """(command, its settings). What is wrong ends in the usage line and SystemExit with code 2."""
+    """(command, its settings). A mistake prints the usage line and raises SystemExit(2)."""
     dashed = re.compile(r"^--\w[\w-]*(?==|\Z)")  # --max-steps=5 is --max_steps=5
     words = argv or ["--help"]
     words = [dashed.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
@@ -7255,7 +7249,7 @@ def parse(argv: list[str]) -> tuple[str, Settings]:
     try:
         flags, rest = program.parse_known_args(words)
     finally:
-        sys.stdout.flush()  # of help: a reader that has gone is noticed here
+        sys.stdout.flush()  # help whose reader has gone fails here
     explicit = vars(flags)
     name = explicit.pop("command")
     cls, _ = COMMANDS[name]
@@ -7274,24 +7268,24 @@ def parse(argv: list[str]) -> tuple[str, Settings]:
 
 
 def explanation(error: Exception) -> str:
-    """The line that tells a user of an error."""
+    """The line that explains an error to the user."""
     if isinstance(error, UserError):
         return str(error)
     text = one_line(error, 300)
     memory = r"out of memory|can't allocate memory|not enough memory|calculation overflowed|too big"
     if isinstance(error, MemoryError) or re.search(memory, text):
         return "out of memory: lower --batch_size or --block_size, or raise --grad_accum"
-    several = os.environ.get("WORLD_SIZE", "1") != "1"  # as text: it may be what the error is of
+    several = os.environ.get("WORLD_SIZE", "1") != "1"  # as text: it may be the cause of the error
     if several and re.search("(?i)gloo|nccl|connect|timed out", text):
         why = f"another process has ended or does not answer ({one_line(error, 90)})"
-        return f"{why}: start all of them again, with --resume"
+        return f"{why}: restart them all with --resume"
     if isinstance(error, OSError) and error.strerror:
-        return f"cannot go on: {error.filename or 'a file'}: {error.strerror}"
+        return f"cannot continue: {error.filename or 'a file'}: {error.strerror}"
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def carry_out(function: Callable, config: Settings, stop: StopSignal):
-    """Call a command's function with what it works on: the machine and, for a run, its folder."""
+    """Call a command's function with its runtime and, for a run, its folder."""
     with contextlib.ExitStack() as held:
         folder = []
         if isinstance(config, FitConfig):
@@ -7305,7 +7299,7 @@ def carry_out(function: Callable, config: Settings, stop: StopSignal):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; never raises for what a user can fix.
+    """Run one command; never raises an error that a user can fix.
 
     Exit codes: 0 done; 1 failed, with one line that says what to do; 2 bad usage (argparse's); 129,
     130 or 143 stopped by SIGHUP, SIGINT or SIGTERM with `last.pth` saved.
@@ -7321,14 +7315,14 @@ def main(argv: list[str] | None = None) -> int:
             return 0  # torchrun waits for the first process
         if name in ALONE:
             os.environ["WORLD_SIZE"] = "1"
-        # In a session of `sample`, ctrl-c ends an answer.
+        # In a `sample` session, ctrl-c ends only an answer.
         with contextlib.nullcontext() if name == "sample" else stop:
             carry_out(COMMANDS[name][1], config, stop)
-        sys.stdout.flush()  # a full disk shows here, while it can still be said
+        sys.stdout.flush()  # a full disk shows up here, while it can still be reported
         return 0
-    except KeyboardInterrupt:  # Interrupted among them
+    except KeyboardInterrupt:  # includes Interrupted
         return 128 + (stop.number or signal.SIGINT)
-    except BrokenPipeError:  # the reader has gone, as `| head` does: what is left goes nowhere
+    except BrokenPipeError:  # the reader has gone, as with `| head`: discard what is left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except Exception as error:
@@ -7342,8 +7336,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def from_python(name: str, cls: type, function: Callable) -> Callable:
-    """A command's function under a name, called with settings by name. It raises UserError where the command
-    fails, and prints to stderr alone."""
+    """A command's function as one called `name`, with settings as keywords. It raises UserError if
+    the command fails, and prints only to stderr."""
 
     def call(**settings):
         config, stop = settle(cls, settings), StopSignal()
@@ -7360,8 +7354,8 @@ def from_python(name: str, cls: type, function: Callable) -> Callable:
 # lp.train(data_dir="book.txt", preset="cpu-debug")
 train = from_python("train", TrainConfig, train_loop)
 finetune = from_python("finetune", FinetuneConfig, finetune_loop)
-evaluate = from_python("evaluate", EvalConfig, eval_command)  # as `eval --json`
-prepare = from_python("prepare", PrepareConfig, prepare_command)  # its folder is a --data_dir
+evaluate = from_python("evaluate", EvalConfig, eval_command)  # returns what `eval --json` writes
+prepare = from_python("prepare", PrepareConfig, prepare_command)  # returns a --data_dir
 export = from_python("export", ExportConfig, export_command)
 
 
@@ -7374,7 +7368,7 @@ class TextGenerator:
         with runtime(config) as rt:
             self.loaded = load_model(config.ckpt)
             for_decoding(self.loaded.model, rt.device, rt.dtype, config.compile == "on")
-        if config.threads:  # for all that is generated later, too
+        if config.threads:  # for whatever is generated later, too
             torch.set_num_threads(config.threads)
 
     def generate(self, prompt: str, **settings) -> str | list[str]:
@@ -7390,5 +7384,5 @@ class TextGenerator:
 load = TextGenerator
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported: it can be caught
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported: can be caught
     sys.exit(main())

@@ -350,7 +350,7 @@ BAD_CONFIGS = {
     "bool.json": (b'{"n_layer": true}', "n_layer must be a whole number"),
     "text.json": (b'{"out_dir": 5}', "out_dir must be text"),
     "unknown.json": (b'{"model": {"n_layerz": 2}}', "did you mean --n_layer?"),
-    "twice.json": (b'{"lr": 0.1, "training": {"learning_rate": 0.2}}', "lr is there twice"),
+    "twice.json": (b'{"lr": 0.1, "training": {"learning_rate": 0.2}}', "lr appears twice"),
     "empty.json": (b"", "empty.json"),
     "other.json": (b'{"config": "more.json"}', "cannot name another"),
     "broken.yaml": (b"lr: [1, 2", "broken.yaml"),

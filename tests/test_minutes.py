@@ -60,7 +60,7 @@ def test_tuning_on_twenty_questions_learns_them_and_names_the_right_file(tmp_pat
     result = run(*tune, "--out_dir", tmp_path / "run").ok()
     last = tmp_path / "run/last_finetune.pth"
     assert exact(last, flags) > 0.9
-    assert f"to ask what it was trained on, take {last}" in result.err
+    assert f"use {last} to ask about the training data" in result.err
     assert (
         f"--ckpt {last}" in result.err and f"--ckpt {tmp_path}/run/best_finetune.pth" in result.err
     )
@@ -132,7 +132,7 @@ def test_minutes_are_the_run_of_their_settings(few_steps, corpus, tmp_path):
     """The bits of the config.json that is named; cut short and resumed, the same."""
     flags = [*corpus, *SHAPE, *TIMED]
     result = run("train", *flags, "--out_dir", tmp_path / "a").ok()
-    assert "as more of them teach little" in result.err
+    assert "since more would teach little" in result.err
     assert f"--config {tmp_path}/a/config.json" in result.err
     run("train", "--config", tmp_path / "a/config.json", "--out_dir", tmp_path / "b").ok()
     run("train", *flags, "--stop_after", 5, "--out_dir", tmp_path / "c").ok()
