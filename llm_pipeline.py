@@ -1373,7 +1373,7 @@ def sample_next(
 
     The filters apply in this order, as in transformers: repetition penalty (after Keskar et al.,
     2019) on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen
-    et al., 2024). Temperature 0 takes the likeliest. Several generators share the sequences evenly.
+    et al., 2024). Temperature 0 takes the most likely. Several generators share the sequences evenly.
     """
     if repetition_penalty != 1.0:
         scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -1388,7 +1388,7 @@ def sample_next(
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         mass = (ordered.softmax(-1) * 2**40).long()  # integers: every device sums them alike
-        enough = max(1, math.ceil(top_p * 2**40))  # the likeliest always stays
+        enough = max(1, math.ceil(top_p * 2**40))  # the most likely always stays
         dropped = mass.cumsum(-1) - mass >= enough
         logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
     probabilities = logits.softmax(-1)
@@ -1962,7 +1962,9 @@ def retry_on_oom(run: Run, batch: Batch, n_targets: float) -> tuple[Tensor, dict
         elif not p.grad_checkpointing:
             p.grad_checkpointing = run.model.grad_checkpointing = True
         else:
-            raise UserError("out of memory for one sequence: lower --block_size, or shrink the model")
+            raise UserError(
+                "out of memory for one sequence: lower --block_size, or shrink the model"
+            )
         now = f"grad_accum {p.grad_accum}, grad_checkpointing {p.grad_checkpointing}"
         note(f"out of memory at step {p.step + 1}: continuing with {now}")
         torch.cuda.empty_cache()
@@ -5898,7 +5900,7 @@ class Clock:
         step, look, save = map(rt.of_first, (float(np.median(took[1:])), look, save))
         looks = 1 / config.eval_interval + 1 / per_epoch  # per step
         self.step_seconds = step
-        self.beside = (look + save) * looks + save / config.save_interval  # a step's share of these
+        self.overhead = (look + save) * looks + save / config.save_interval  # a step's share of these
         # Seconds for the last evaluation, the last saves and the report.
         self.end = 2 * (look + save) + 1
         passes = config.epochs if "epochs" in config.explicit else PASSES
@@ -5907,7 +5909,7 @@ class Clock:
     def steps(self, slowed: float = 1.0) -> int:
         """How many more steps fit if everything takes `slowed` times as long as measured."""
         left = self.rt.of_first(self.rt.started + 58.5 * self.minutes - time.perf_counter())
-        return int((left / slowed - self.end) / (self.step_seconds + self.beside))
+        return int((left / slowed - self.end) / (self.step_seconds + self.overhead))
 
     def after_step(self, run: Run, seconds: float) -> None:
         p = run.progress
@@ -5916,7 +5918,7 @@ class Clock:
             return
         slowed = self.rt.of_first(float(np.mean(self.recent)) / self.step_seconds)
         total = min(p.step + max(1, self.steps(slowed)), self.most)
-        moved = abs(total - p.total) * slowed * (self.step_seconds + self.beside)  # seconds
+        moved = abs(total - p.total) * slowed * (self.step_seconds + self.overhead)  # seconds
         if moved > 0.04 * 60 * self.minutes:
             p.total = run.recorder.bar.total = run.config.max_steps = total
 
