@@ -100,8 +100,8 @@ class UserError(Exception):
 
 
 def option(default, help: str, resume="fixed", **limits):
-    """A dataclass field that is also a flag. Limits: low, high, above (exclusive), and choices: names,
-    or the table they are the rows of.
+    """A dataclass field that is also a flag. Limits: low, high, above (exclusive), and choices, as
+    names or as the table they are the rows of.
 
     resume: a resumed run keeps its own value and refuses another ("fixed"), keeps it unless
     another is given ("changeable"), or never stored it ("session_only").
@@ -269,8 +269,8 @@ class LMDataset(Dataset):
     """Windows of `block_size` ids, `stride` apart; targets are the inputs, one token ahead.
 
     tokens: (N,) ids of any integer type, possibly memory-mapped. If they are too few for a window,
-    it shrinks to fit. masked: (n, 2) positions [start, end) that are never targets. Raises UserError
-    for fewer than two tokens.
+    it shrinks to fit. masked: (n, 2) positions [start, end) that are never targets. Raises
+    UserError for fewer than two tokens.
     """
 
     def __init__(self, tokens, block_size: int, stride: int = 0, masked=None):
@@ -398,9 +398,9 @@ class StepSampler(Sampler):
     """The sample indices of each step's batch, a function of (seed, step).
 
     Every epoch is shuffled anew and drops what does not fill its last batch; a data set smaller
-    than a batch is one batch. Iterating again continues with the next epoch. Micro-batch k of a step
-    holds rows [k m, (k + 1) m) of the batch; process r of w takes micro-batches r, w + r, ..., so
-    that any number of processes sees the same ones.
+    than a batch is one batch. Iterating again continues with the next epoch. Micro-batch k of a
+    step holds rows [k m, (k + 1) m) of the batch; process r of w takes micro-batches r, w + r, ...,
+    so that any number of processes sees the same ones.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, seed=1337, grad_accum=1, rank=0,
@@ -646,8 +646,8 @@ ACTIVATIONS |= {
 def rotary(config: GPTConfig, pos: Tensor) -> tuple[Tensor, Tensor] | None:
     """cos and signed sin that turn queries and keys at the positions `pos`, (T, 1, D) each.
 
-    Pair (i, i + D/2) of a head turns by the angle pos * theta^(-2i/D) (Su et al., 2021; these pairs:
-    GPT-NeoX), so that a query and a key are compared by their distance, wherever they are.
+    Pair (i, i + D/2) of a head, as in GPT-NeoX, turns by the angle pos * theta^(-2i/D) (Su et al.,
+    2021), so that a query and a key are compared by their distance, wherever they are.
     """
     if config.pos != "rope":
         return None
@@ -982,9 +982,9 @@ def next_token_loss(losses: Callable, batch: Batch, config=None) -> tuple[Tensor
 
 
 # An objective: (model.losses or its like, batch, settings) -> (summed loss, sums to report), both
-# divided later by the batch's n_targets. Section 15 adds preferences and reward. A new one needs its
-# function and a row here, which makes it a choice of --objective. If it needs
-#  - settings of its own: fields of FinetuneConfig, each with a row in OBJECTIVE_OF;
+# divided later by the batch's n_targets. Section 15 adds preferences and reward. A new one needs
+# its function and a row here, which makes it a choice of --objective. If it needs
+#  - its own settings: fields of FinetuneConfig, each with a row in OBJECTIVE_OF;
 #  - batches of pairs, prompts or the like: its data set in `dataset_of`;
 #  - the base model: `tuned_from` says so, and `finetune_loop` gives it to the data set.
 OBJECTIVES: dict[str, Objective] = {"ntp": next_token_loss}
@@ -1373,7 +1373,7 @@ def sample_next(
 
     The filters apply in this order, as in transformers: repetition penalty (after Keskar et al.,
     2019) on `seen`, (B, V) bool; temperature; top-k; nucleus (Holtzman et al., 2020); min-p (Nguyen
-    et al., 2024). Temperature 0 takes the most likely. Several generators share the sequences evenly.
+    et al., 2024). Temperature 0 takes the most likely. Generators share the sequences evenly.
     """
     if repetition_penalty != 1.0:
         scaled = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -5900,7 +5900,7 @@ class Clock:
         step, look, save = map(rt.of_first, (float(np.median(took[1:])), look, save))
         looks = 1 / config.eval_interval + 1 / per_epoch  # per step
         self.step_seconds = step
-        self.overhead = (look + save) * looks + save / config.save_interval  # a step's share of these
+        self.overhead = (look + save) * looks + save / config.save_interval  # per step
         # Seconds for the last evaluation, the last saves and the report.
         self.end = 2 * (look + save) + 1
         passes = config.epochs if "epochs" in config.explicit else PASSES
@@ -6840,8 +6840,9 @@ def bench_training(config: BenchConfig, rt: Runtime, model: GPT) -> dict:
     model.grad_checkpointing = config.grad_checkpointing
     losses = distribute(model, config, rt, total)
     run = Run(
-        config=config, rt=rt, model=model, losses=losses,
-        grad_sync=partial(grad_sync_context, model, losses), objective=next_token_loss, optimizers=make_optimizers(model, config),
+        config=config, rt=rt, model=model, losses=losses, objective=next_token_loss,
+        grad_sync=partial(grad_sync_context, model, losses),
+        optimizers=make_optimizers(model, config),
         train=None, val=None, store=None, gradients=retry_on_oom,
         progress=Progress(total=total, grad_accum=config.grad_accum,
                           grad_checkpointing=config.grad_checkpointing),
