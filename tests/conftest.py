@@ -21,12 +21,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}
-if hasattr(signal, "SIGHUP"):  # under nohup children would ignore it, and tests send it
+if hasattr(signal, "SIGHUP"):  # under nohup, children would ignore it, but tests send it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "llm_pipeline.py"
 sys.path.insert(0, str(ROOT))
-# For the server from which children are forked: it imports this file.
+# For the server that forks children: it imports this file.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
@@ -60,7 +60,7 @@ class Result:
 
     @property
     def errors(self) -> list[str]:
-        """The lines that say what is wrong: ours, and argparse's behind the program's name."""
+        """The error lines: ours, and argparse's, which begin with the program's name."""
         said = r"(llm_pipeline\.py[ a-z]*: )?error: "
         return [line for line in self.err.splitlines() if re.match(said, line)]
 
@@ -80,7 +80,7 @@ class Result:
 
 @contextlib.contextmanager
 def elsewhere(cwd: Path | None, env: dict[str, str]) -> Iterator[None]:
-    """Another working directory and environment for a while; threads as before at the end."""
+    """Change the working directory and environment; restores both, and the thread count."""
     before, here, threads = dict(os.environ), os.getcwd(), torch.get_num_threads()
     os.environ.update(env)
     if cwd:
@@ -96,7 +96,7 @@ def elsewhere(cwd: Path | None, env: dict[str, str]) -> Iterator[None]:
 
 
 def run(*argv, cwd: Path | None = None, **env: str) -> Result:
-    """`llm_pipeline.py ARGV` inside this process, which saves the seconds of importing torch."""
+    """Run `llm_pipeline.py ARGV` inside this process, which saves importing torch again."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -111,7 +111,7 @@ def run(*argv, cwd: Path | None = None, **env: str) -> Result:
 
 
 def start(*argv, program: Path = PROGRAM, cwd: Path | None = None, **env) -> subprocess.Popen:
-    """`llm_pipeline.py ARGV` as a process of its own, for signals and kills."""
+    """Start `llm_pipeline.py ARGV` as a separate process, for signals and kills."""
     return subprocess.Popen(
         [sys.executable, str(program), *map(str, argv)],
         cwd=cwd,
@@ -124,7 +124,7 @@ def start(*argv, program: Path = PROGRAM, cwd: Path | None = None, **env) -> sub
 
 
 def finish(process: subprocess.Popen, within: float = 120) -> Result:
-    """Wait for a process; one that hangs is killed, and the test fails."""
+    """Wait for a process; if it hangs, kill it and fail the test."""
     try:
         out, err = process.communicate(timeout=within)
     except subprocess.TimeoutExpired:
@@ -143,7 +143,7 @@ PRELOAD = ["__main__", "conftest", "torch._dynamo", "torch.distributed.fsdp"]
 
 
 class Child:
-    """`llm_pipeline.py ARGV` in a process of its own, forked from one that has imported torch.
+    """`llm_pipeline.py ARGV` in a separate process, forked from one that has imported torch.
 
     `hook` runs in it first, to inject a fault: a function of a module, or a partial of one.
     """
@@ -162,7 +162,7 @@ class Child:
             os.kill(self.pid, number)
 
     def finish(self, within: float = 60) -> Result:
-        """Its end; one that hangs is killed, and the test fails."""
+        """Wait for its end; if it hangs, kill it and fail the test."""
         self.process.join(within)
         if self.process.exitcode is None:
             self.send(signal.SIGKILL)
@@ -190,20 +190,20 @@ def free_port() -> str:
 
 
 def together(*argv, n: int = 2, hook=None) -> list[Child]:
-    """The program as torchrun starts it, without torchrun's own seconds."""
+    """Start the program as torchrun does, without torchrun's own start-up time."""
     env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [Child(*argv, hook=hook, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(n)]
 
 
 def run_together(*argv, n: int = 2) -> list[Result]:
-    """All of them to their good end; what each wrote to stdout and stderr is in `err`."""
+    """Run `together` and expect success; each result's `err` holds stdout and stderr."""
     results = [child.finish(120) for child in together(*argv, n=n)]
     assert [r.code for r in results] == [0] * n, results[0].err + results[-1].err
     return results
 
 
 def wait_for(condition: Callable, within: float = 30) -> None:
-    """Until `condition()` holds."""
+    """Wait until `condition()` holds."""
     end = time.monotonic() + within
     while not condition():
         if time.monotonic() > end:
@@ -275,14 +275,14 @@ def write_corpus(folder: Path, n: int = 24) -> Path:
 
 
 def needs(package: str):
-    """The package; where it is not installed the test is skipped and says what to type."""
+    """Import a package; if it is not installed, skip the test and say what to type."""
     reason = f"needs {package}: pip install -r tests/requirements.txt"
     return pytest.importorskip(package, reason=reason)
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The real data sets; tests that need them are skipped where there are none."""
+    """The real data sets; tests that need them are skipped if there are none."""
     if "LLM_PIPELINE_DATA" not in os.environ:
         pytest.skip("needs public data: set LLM_PIPELINE_DATA as tests/bench/README.md says")
     return Path(os.environ["LLM_PIPELINE_DATA"])
@@ -298,13 +298,13 @@ def two_threads():
 
 @pytest.fixture(scope="session")
 def count(request) -> int:
-    """How many times over kills and signals are tried (--count N)."""
+    """How many times to repeat the kills and signals (--count N)."""
     return request.config.getoption("--count")
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> list[str]:
-    """Flags that name a small corpus: about 5 steps an epoch at TINY's sizes and batch_size 8."""
+    """Flags for a small corpus: about 5 steps an epoch at TINY's sizes and batch_size 8."""
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder / "raw")
     return [
@@ -316,7 +316,7 @@ def corpus(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory, corpus) -> Path:
-    """best.pth of a tiny run on the small corpus, beside its last.pth; not to be written to."""
+    """best.pth of a tiny run on the small corpus, next to its last.pth; read-only."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
     run("train", *corpus, *TINY, "--out_dir", folder).ok()
     return folder / "best.pth"

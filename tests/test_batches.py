@@ -1,4 +1,4 @@
-"""Windows, whole records and their batches: what an epoch holds, whoever computes it."""
+"""Windows, whole records and their batches: what an epoch holds, in one process or several."""
 
 import json
 import random
@@ -39,7 +39,7 @@ def records(tmp_path_factory):
 @settings(max_examples=200, deadline=None, database=None, derandomize=True)
 @given(n=st.integers(2, 400), block=st.integers(2, 40), stride=st.integers(0, 50), data=st.data())
 def test_windows(n, block, stride, data):
-    """floor((N - 1 - block) / stride) + 1 of them; a masked position is never a target."""
+    """There are floor((N - 1 - block) / stride) + 1; a masked position is never a target."""
     bounds = data.draw(st.lists(st.integers(0, n), max_size=6, unique=True).map(sorted))
     masked = np.array(bounds[: len(bounds) // 2 * 2], np.int64).reshape(-1, 2)
     windows = lp.LMDataset(np.arange(n), block, stride, masked)
@@ -56,7 +56,7 @@ def test_windows(n, block, stride, data):
 
 
 def test_an_epoch_trains_on_whole_blocks_and_another_on_the_rest():
-    """Windows of one epoch do not overlap; what one leaves out, another has."""
+    """Windows of one epoch do not overlap; what one epoch leaves out, another includes."""
     batches, seen = loader(lp.LMDataset(np.arange(1003), 10), 4), set()
     epochs = []
     for _ in range(60):
@@ -78,7 +78,7 @@ def test_a_corpus_shorter_than_a_block():
 
 
 def by_hand(store, row: int, block_size: int, loss_on: str) -> tuple[list, list]:
-    """Inputs and targets of one record as the design describes them."""
+    """Inputs and targets of one record, worked out directly."""
     start, length, prompt, *_ = store.index["train"][row].tolist()
     ids = store.tokens["train"][start : start + length].tolist()
     head, answer = ids[:prompt], ids[prompt:][:block_size]
@@ -173,7 +173,7 @@ def test_any_number_of_processes_sees_the_same_global_batch(records, kind, grad_
 
 @pytest.mark.parametrize("kind", ["windows", "records"])
 def test_training_can_begin_at_any_step(records, kind):
-    """Through the ends of epochs, as if all steps before had been gone through."""
+    """Across the ends of epochs, as if all earlier steps had been taken."""
     steps = lp.steps(loader(dataset(records, kind)), 0, 70)
     known = [(batch.x, batch.y) for batch in steps]
     for first in (0, 3, 26, 27, 55, 69):

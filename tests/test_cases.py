@@ -1,4 +1,4 @@
-"""What people's files hold, one row a case: what is read of it, or what its refusal says."""
+"""Files as people have them, one case per row: what is read, or what the refusal says."""
 
 import bz2
 import datetime
@@ -30,8 +30,8 @@ def chat(*texts: str, **last) -> dict:
 
 
 def shown(record: lp.Record) -> str:
-    """A record on a line: plain text as it is, else `question > answer`, or `(answer)` if that is
-    not trained; `system: question + input`; `/ rejected` of a pair."""
+    """A record on one line: plain text as is, else `question > answer`, or `(answer)` if it is not
+    trained on; `system: question + input`; `/ rejected` for a pair."""
     if record.is_plain:
         return record.turns[0].response
     turns = []
@@ -47,7 +47,7 @@ def shown(record: lp.Record) -> str:
 
 
 def read(folder: Path, **more) -> tuple[list[tuple[str, str]], str]:
-    """((record, side) of all, the report's lines) of a folder, file or data set."""
+    """([(record, side), ...], the report's lines) of a folder, file or data set."""
     more = {"data_dir": str(folder)} | more
     config, report = lp.DataConfig(**more), lp.Report()
     found = lp.split_records(lp.read_records(config, report), config, report)
@@ -58,8 +58,8 @@ def read(folder: Path, **more) -> tuple[list[tuple[str, str]], str]:
 @dataclass
 class Case:
     files: dict[str, bytes]
-    wanted: list[str] | None = None  # the records, in order; None: it is refused
-    said: tuple[str, ...] = ()  # words of the report or of the refusal
+    wanted: list[str] | None = None  # the records, in order; None: refused
+    said: tuple[str, ...] = ()  # words in the report or the refusal
     settings: dict = field(default_factory=dict)
 
 
@@ -188,7 +188,7 @@ CASES = {
         ("README.md", "describes a data set")),
     "a folder of notes": Case({"README.md": b"My notes", "monday.md": b"Rain"},
                               ["My notes", "Rain"]),
-    # lost things
+    # what would be lost
     "reasoning": Case({"a.jsonl": jsonl(chat("q", "a", reasoning_content="hm"))}, None,
                       ("'reasoning_content'", "into the content", "--bad_records skip")),
     "a message's other fields": Case({"a.jsonl": jsonl(chat("q", "a", name="Ann", id=""))},
@@ -290,7 +290,7 @@ def test_cases(tmp_path, name):
 
 
 def shared(*texts: str) -> list[dict]:
-    """A dialogue as ShareGPT has it."""
+    """A dialogue in ShareGPT's layout."""
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
@@ -304,7 +304,7 @@ TWO = "Hi, 你好 > Hello! | And now? > Bye."
 ONE = "Hi > Hello!"
 PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
 
-# name -> (row, what is read of it)
+# name -> (row, what is read from it)
 LAYOUTS = {
     "messages": (dict(messages=[SYSTEM, *said(*TALK)]), f"Be brief.: {TWO}"),
     "messages of a developer": (
@@ -362,7 +362,7 @@ def test_a_column_that_is_no_text_is_named(tmp_path):
 
 
 def test_layouts_side_by_side_in_a_table(tmp_path):
-    """Its rows hold every column, null where it is unused."""
+    """Each row holds every column, null if unused."""
     pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
     names = ["messages", "sharegpt", "alpaca", "completion", "orca"]
     rows, wanted = zip(*(LAYOUTS[name] for name in names), strict=True)
@@ -445,7 +445,7 @@ def test_tables_as_pandas_reads_them(tmp_path_factory, rows, delimiter, encoding
 
 @pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
 def test_rows_as_datasets_reads_them(tmp_path, ending):
-    """What `datasets` saves, by each of its formats, split by split."""
+    """What `datasets` saves, in each of its formats, split by split."""
     datasets = needs("datasets")
     rows = [dict(prompt=f"Größe {i}?", completion=f"{i} m\n\nund", n=i) for i in range(20)]
     parts = datasets.DatasetDict(
@@ -505,7 +505,7 @@ def test_what_is_read_in_part_validates_by_hash(hub):
 
 
 def test_joined_rows_are_the_running_text(hub):
-    """One text a split: the standard perplexity's."""
+    """One text per split, as standard perplexity has it."""
     found, _ = read("", hf_dataset=str(hub), join_rows=True)
     wanted = []
     for split in ("train", "validation"):
@@ -537,7 +537,7 @@ def test_names_of_classes(tmp_path):
 # --- end to end ---
 
 
-MASKED, HELD_OUT = "~", "^"  # signs of texts that are never targets, and never trained on
+MASKED, HELD_OUT = "~", "^"  # they mark text that is never a target, or never trained on
 
 
 @settings(max_examples=12, deadline=None, database=None, derandomize=True)
@@ -549,7 +549,7 @@ MASKED, HELD_OUT = "~", "^"  # signs of texts that are never targets, and never 
 def test_masks_and_held_out_texts_in_every_loader(
     tmp_path_factory, talks, block_size, stride, batch_size
 ):
-    """A masked answer is no target, in windows and in whole records; a held-out text is nowhere."""
+    """Masked answers are never targets, in windows or whole records; held-out text never trains."""
     folder = tmp_path_factory.mktemp("raw")
     rows = []
     for n, talk in enumerate([*talks, [(True, 9)]]):

@@ -35,7 +35,7 @@ def rendered(turns, system=""):
 
 
 def written(model, ids, count=20):
-    """What greedy decoding writes behind ids."""
+    """What greedy decoding writes after ids."""
     steps = lp.generate(model, torch.tensor([ids]), count, (258, 259), temperature=0.0)
     return lp.ByteTokenizer().decode([token for (token,) in steps if token >= 0])
 
@@ -84,7 +84,7 @@ def test_when_a_prompt_is_an_instruction(state, flags, instruct):
 
 @pytest.mark.parametrize("template", ["instruct", "raw"])
 def test_a_prompt_longer_than_the_context_is_said(template, capsys):
-    """An instruction loses its middle, as in training; of other text the end is read."""
+    """An instruction loses its middle, as in training; other text keeps its end."""
     loaded, text = tuned(block_size=64), "".join(chr(97 + i % 26) for i in range(100))
     found = "".join(lp.stream_text(loaded, greedy(template=template), text))
     assert "tokens and the context 64" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_a_prompt_from_a_pipe_loses_the_newline_of_echo(tiny_checkpoint, monkeyp
 
 
 class Parrot(torch.nn.Module):
-    """A model that goes on with `text`, one byte a step, whatever it is asked, and then ends."""
+    """A model that writes `text`, one byte a step, whatever the prompt, and then ends."""
 
     def __init__(self, text):
         super().__init__()
@@ -141,7 +141,7 @@ def test_streamed_pieces_are_whole_characters_and_add_up(text):
     found = parrot(text)
     assert "".join(found) == text
     if "\ufffd" not in text:
-        assert [p for p in found if p] == list(text)  # a character as soon as it is whole
+        assert [p for p in found if p] == list(text)  # a character as soon as it is complete
 
 
 def test_bytes_that_are_no_character_do_not_hold_up_the_rest():
@@ -154,14 +154,14 @@ def test_bytes_that_are_no_character_do_not_hold_up_the_rest():
 STOPS = [  # (text, stop, what is shown)
     ("one two three", "two", "one "), ("one two three", "four", "one two three"),
     ("one\ntwo", r"\n", "one"), ("aaab", "aab", "a"), ("abab abac", "abac", "abab "),
-    ("end of tex", "text", "end of tex"),  # the beginning of a stop is text in the end
+    ("end of tex", "text", "end of tex"),  # an unfinished stop is text after all
     ("stop", "stop", ""), ("你好吗", "好", "你"), ("x你", "你好", "x你"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "stop", "wanted"), STOPS)
 def test_stop_strings(text, stop, wanted):
-    """Bytes are tokens here, so that every stop string of two characters straddles tokens."""
+    """Tokens are bytes here, so every stop string of two characters spans several."""
     assert "".join(parrot(text, stop=stop)) == wanted
     assert parrot(text, stop=stop, num_samples=2) == [wanted, wanted]
 
@@ -212,7 +212,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def session(monkeypatch):
-    """Runs `sample` with lines typed at a terminal; a model may stand for the checkpoint."""
+    """Runs `sample` with lines typed at a terminal; takes a checkpoint or a loaded model."""
 
     def typed(model, *lines, flags=()):
         if isinstance(model, lp.Loaded):
@@ -231,7 +231,7 @@ def answers(result):
 
 
 def test_a_session_has_fresh_seeds_and_can_be_repeated(session):
-    """Each answer has a seed of its own: the same prompt is not answered alike twice."""
+    """Each answer has its own seed: the same prompt gets different answers."""
     lines = ["hello", "/new", "hello"]
     first, other = (session(tuned(), *lines) for _ in range(2))
     assert len({*answers(first), *answers(other)}) == 4

@@ -25,7 +25,7 @@ SHORT = [*CPU, *SHAPE, *words("--batch_size 8 --max_steps 10 --lr 1e-3")]
 
 
 def refused(path: Path) -> bool:
-    """Whether loading says so in the one way that is meant; any other exception fails the test."""
+    """Whether loading refuses in the intended way; any other exception fails the test."""
     try:
         lp.load_checkpoint(path)
     except lp.UserError as error:
@@ -36,7 +36,7 @@ def refused(path: Path) -> bool:
 
 
 def stored(path: Path) -> dict:
-    """A checkpoint's state as it stands in the file."""
+    """A checkpoint's state, unchanged from the file."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -44,7 +44,7 @@ def stored(path: Path) -> dict:
 
 
 def damaged(content: bytes, rng: random.Random):
-    """Copies with a flipped bit, cut short, or with a piece put in, out, over, before or behind."""
+    """Copies with a flipped bit, cut short, or with a piece inserted, removed, or put at an end."""
     size = len(content)
     for place in [0, size - 1, size - 35, size - 41, size - 45, *rng.choices(range(size), k=25)]:
         changed = bytearray(content)
@@ -102,7 +102,7 @@ def test_weights_that_do_not_fit_are_named(change, tiny_checkpoint, tmp_path):
 
 
 class Call:
-    """Pickles as the call of a function."""
+    """Pickles as a function call."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -112,7 +112,7 @@ class Call:
 
 
 def payloads(marker: Path) -> list:
-    """Objects that would write `marker` when they are unpickled carelessly."""
+    """Objects that would write `marker` if they were unpickled carelessly."""
     shell = f"touch {marker}"
     return [
         Call(os.system, shell),
@@ -157,12 +157,12 @@ def test_the_source_has_no_unsafe_load():
     assert loads
 
 
-# --- a folder that holds something ---
+# --- folders that are not empty ---
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, corpus, tiny_checkpoint) -> Path:
-    """The folder of a short finetune, beside its base; not to be written to."""
+    """The folder of a base and a short finetune of it; read-only."""
     folder = tmp_path_factory.mktemp("tuned") / "run"
     shutil.copytree(tiny_checkpoint.parent, folder)
     flags = words("--max_steps 4 --batch_size 4 --report_samples 0")
@@ -201,7 +201,7 @@ def test_a_run_of_another_command_is_not_gone_on_with(corpus, tiny_checkpoint, t
 
 
 def test_a_folder_resumes_where_it_is_now_and_needs_no_other_flags(corpus, tmp_path):
-    """Not where it was, which its settings might say: `ckpts` is the default folder."""
+    """Not where it was, which its settings might name: `ckpts` is the default folder."""
     run("train", *corpus, *SHORT, "--out_dir", tmp_path / "old", "--stop_after", 4).ok()
     (tmp_path / "old").rename(tmp_path / "ckpts")
     run("train", "--resume", cwd=tmp_path).ok()
@@ -210,7 +210,7 @@ def test_a_folder_resumes_where_it_is_now_and_needs_no_other_flags(corpus, tmp_p
 
 
 def test_a_run_goes_on_without_the_files_that_it_began_with(corpus, tiny_checkpoint, tmp_path):
-    """Of a base, and of its own folder but last.pth."""
+    """Its base is deleted; in the copy, only last.pth is left of its folder."""
     base = tmp_path / "base.pth"
     shutil.copy(tiny_checkpoint, base)
     flags = [*corpus, *CPU, *words("--batch_size 4 --max_steps 6 --eval_interval 2 --lr 1e-9")]
@@ -293,7 +293,7 @@ def test_preferences_keep_the_base_that_they_began_with(pairs, tiny_checkpoint, 
 
 
 def test_init_from_keeps_the_split_of_its_base(corpus, tmp_path):
-    """Else records that the base was trained on would validate."""
+    """Otherwise the run would validate on records that its base was trained on."""
     flags = [*corpus, *SHORT, "--max_steps", 2]
     run("train", *flags, "--split_seed", 5, "--out_dir", tmp_path / "base").ok()
     flags += ["--init_from", tmp_path / "base/best.pth", "--out_dir"]
@@ -308,7 +308,7 @@ def test_init_from_keeps_the_split_of_its_base(corpus, tmp_path):
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-12])
 def test_a_finetune_is_compared_with_its_base(lr, corpus, tiny_checkpoint, tmp_path):
-    """Also when it is stopped and goes on: best_finetune.pth is not worse without a word."""
+    """Even after a stop and a resume, the end says whether best_finetune.pth beats its base."""
     flags = [*corpus, *CPU, *words("--batch_size 4 --max_steps 6 --report_samples 0"), "--lr", lr]
     command = ["finetune", *flags, "--ckpt", tiny_checkpoint, "--out_dir", tmp_path]
     run(*command, "--stop_after", 2).ok()
@@ -326,14 +326,14 @@ def test_a_finetune_is_compared_with_its_base(lr, corpus, tiny_checkpoint, tmp_p
 
 @pytest.fixture
 def started(corpus, tmp_path) -> list:
-    """A run stopped at step 4 in tmp_path/run; returns the command that goes on."""
+    """A run stopped at step 4 in tmp_path/run; returns the command that resumes it."""
     command = ["train", *corpus, *SHORT, "--save_interval", "1", "--out_dir", tmp_path / "run"]
     run(*command, "--stop_after", 4).ok()
     return [*command, "--resume"]
 
 
 def failing_disk(monkeypatch, function: str) -> None:
-    """Only checkpoints meet the fault: the run gets as far as its first save."""
+    """Only checkpoints hit the fault, so the run gets as far as its first save."""
     real = getattr(os, function)
 
     def fail(*args, **more):
@@ -347,7 +347,7 @@ def failing_disk(monkeypatch, function: str) -> None:
 
 @contextlib.contextmanager
 def files_up_to(size: int):
-    """The limit on a file's size makes write fail in the midst of a save, as a full disk does."""
+    """The limit on a file's size makes a write fail mid-save, as a full disk does."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -378,8 +378,8 @@ def test_a_failing_disk_loses_nothing(fault, started, tmp_path, monkeypatch):
 
 
 def test_saves_are_synced_before_and_after_their_rename(corpus, tmp_path, monkeypatch):
-    """Else a power cut may leave the new name with nothing in it, or not at all. best.pth is first:
-    killed between the two, a run has a best that its last knows nothing of, never the reverse."""
+    """Otherwise a power cut could leave the new file empty or missing. best.pth comes first: killed
+    between the two, a run has a best that its last does not know of, never the reverse."""
     events, sync, replace = [], os.fsync, os.replace
 
     def watch_sync(descriptor):

@@ -70,7 +70,7 @@ def test_help_shows_what_a_first_user_needs(command):
         assert {"n_layer", "n_head", "n_embd", "block_size", "threads"} <= set(shown)
     assert {*lp.FIRST_FLAGS.split()} <= {name for c in COMMANDS for name in settings_of(c)}
     examples = [line for line in result.out.split("examples:")[1].splitlines() if line]
-    for line in examples:  # they are command lines that this program takes
+    for line in examples:  # the program must accept them
         name, config = lp.parse(shlex.split(line, comments=True)[2:])
         assert isinstance(config, lp.COMMANDS[name][0])
     assert examples
@@ -105,7 +105,7 @@ def test_importing_has_no_side_effect(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- what is wrong is said before anything is done, in one line behind the usage line ---
+# --- usage errors stop a command before it does anything, in one line after the usage line ---
 
 PROBLEMS = {
     "train --lr nan": "lr must be a number above 0.0 up to 10.0, not 'nan'",
@@ -149,7 +149,7 @@ def test_a_problem_is_named_before_anything_is_done(argv, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- what fails later is one line ---
+# --- later failures are one line ---
 
 FAILURES = {
     "train --data_dir missing --out_dir runs/a": "missing",
@@ -183,7 +183,7 @@ def test_a_failed_command_says_why_and_leaves_no_folder(argv, tmp_path, monkeypa
 
 
 def test_a_failed_run_takes_only_its_own_folder_away(tmp_path):
-    """Another run of the same parent may have a name that ends as a lock's does."""
+    """Another run in the same parent may have a name that ends like a lock's."""
     with pytest.raises(ZeroDivisionError), lp.run_lock(tmp_path / "runs/a"):
         (tmp_path / "runs/block").mkdir()
         (tmp_path / "runs/block/last.pth").write_bytes(b"weights")
@@ -210,7 +210,7 @@ def test_dashes_and_underscores_are_the_same():
     assert (one.max_steps, one.bias, one.data_dir) == (3, False, "a-b")
     assert lp.parse(["sample", "--prompt=--out-dir is"])[1].prompt == "--out-dir is"
     assert lp.parse(["sample", "--prompt", "--out-dir is"])[1].prompt == "--out-dir is"
-    assert lp.parse(words("train --no_tie_weights --tie_weights"))[1].tie_weights  # the last counts
+    assert lp.parse(words("train --no_tie_weights --tie_weights"))[1].tie_weights  # the last wins
 
 
 def test_precedence(tmp_path, monkeypatch):
@@ -324,7 +324,7 @@ def test_a_snapshot_is_a_config_for_every_command(command, suffix, a_run):
 
 
 def test_a_snapshot_of_a_run_on_a_store_is_a_config(corpus, tmp_path):
-    """Whose vocabulary came out smaller than it was asked for."""
+    """The store's vocabulary came out smaller than requested."""
     needs("tokenizers")
     bpe = words("--tokenizer bpe --vocab_size 4000")
     store = run("prepare", *corpus, *bpe, "--out_dir", tmp_path / "st").ok().out.split()[-1]
@@ -336,7 +336,7 @@ def test_a_snapshot_of_a_run_on_a_store_is_a_config(corpus, tmp_path):
 
 
 def test_a_snapshot_holds_nothing_of_its_session(a_run, tmp_path):
-    """Else its --overwrite would destroy the run that it is the snapshot of."""
+    """Otherwise its --overwrite would destroy the run that it is a snapshot of."""
     assert not {"overwrite", "resume", "out_dir", "config"} & set(snapshot(a_run))
     run("train", "--config", a_run / "config.json", "--out_dir", a_run).fails(1, "--overwrite")
 
@@ -450,7 +450,7 @@ def test_a_reader_that_goes_away_is_no_traceback(argv, tiny_checkpoint, tmp_path
 ODD = ["nan", "-inf", "-1", "0", "1e400", "3.5", "", "x", " ", "\0", "你好", "--", "-", "true",
        "[]", "1e-5", "9" * 40, "\ud800", "%(default)s", "a\nb", "-h5", "--n_embd=", "--=",
        "cuda:99", "..", "none/x", "raw", "base.pth", "text.txt", "~"]  # fmt: skip
-# What would fetch from a network, compile, or fill a disk is left out.
+# Settings that would use the network, compile, or fill a disk are left out.
 LEFT_OUT = words("download compile hf_dataset wandb tokenizer check_model init_from threads "
                  "debug max_new_tokens num_samples minutes")  # fmt: skip
 BASES = {
@@ -464,7 +464,7 @@ BASES = {
 
 @pytest.mark.parametrize("command", BASES)
 def test_mutated_command_lines(command, corpus, tiny_checkpoint, tmp_path):
-    """A few words changed, dropped or put in: it works, or one line says why not."""
+    """With a few words changed, dropped or inserted, it works, or one line says why not."""
     (tmp_path / "raw").symlink_to(corpus[1])
     (tmp_path / "text.txt").write_text("Once upon a time. " * 300)
     (tmp_path / "base.pth").write_bytes(tiny_checkpoint.read_bytes())
@@ -485,21 +485,21 @@ def test_mutated_command_lines(command, corpus, tiny_checkpoint, tmp_path):
         assert result.code in (0, 1, 2), argv
         assert "Traceback" not in result.err, argv
         assert result.code == 0 or result.errors, (argv, result.err)
-        assert "--debug shows where" not in result.err, argv  # an error that nobody foresaw
+        assert "--debug shows where" not in result.err, argv  # an unforeseen error
 
 
 # --- the fast recipe reads the corpus ---
 
 
 def fast(path: Path, *names: str, **flags) -> list:
-    """What it makes of the settings of these names."""
+    """The values that it gives these settings."""
     base = dict(recipe="fast", preset="cpu-debug", device="cpu", data_dir=str(path))
     config = lp.settle(lp.TrainConfig, base | flags)
     return [getattr(config, name) for name in names]
 
 
 def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
-    """A vocabulary in proportion; passes over small text, dropout; what was asked for stands."""
+    """Small text gets a small vocabulary, several passes and dropout; explicit settings win."""
     small, large = tmp_path / "small.txt", tmp_path / "large.txt"
     small.write_text("A line of a book.\n" * 40_000)  # 0.72 MB
     large.write_text("A line of a book.\n" * 200_000)  # 3.6 MB
@@ -507,8 +507,8 @@ def test_the_fast_recipe_fits_itself_to_the_corpus(tmp_path):
     assert fast(small, *plan, *drops) == ["bpe", 700, 6, 0.1, 0.1]
     assert fast(large, *plan, *drops) == ["bpe", 3300, 1, 0.0, 0.0]
     assert fast(small, *plan, vocab_size=900) == ["bpe", 900, 6]
-    assert fast(small, *drops, max_steps=100) == [0.0, 0.0]  # a part of one pass
-    assert fast(small, *drops, max_steps=800) == [0.1, 0.0]  # a token is some 2.4 bytes of it
+    assert fast(small, *drops, max_steps=100) == [0.0, 0.0]  # part of one pass
+    assert fast(small, *drops, max_steps=800) == [0.1, 0.0]  # a token is about 2.4 bytes of it
     assert fast(small, *drops, dropout=0.3) == [0.1, 0.3]
 
 
@@ -526,7 +526,7 @@ def test_the_fast_recipe_samples_large_softmaxes_and_slows_down_wide_models(tmp_
 
 
 def test_the_fast_recipe_weighs_answers_where_all_records_have_one(tmp_path):
-    """A quarter of a page of plain text among them, and they are windows as before."""
+    """With even a few lines of plain text among them, they are windows as before."""
     rows = [dict(instruction="Say it.", input=f"word {i}", output=f"{i}") for i in range(8_000)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))  # 0.5 MB

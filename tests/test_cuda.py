@@ -1,7 +1,7 @@
-"""On a GPU what holds on a CPU: operations, attention, decoding, dtypes, compiling, resuming.
+"""What holds on a CPU holds on a GPU: operations, attention, decoding, dtypes, compiling, resuming.
 
-Tests that take a `device` run on the CPU too, so that they are known to work; those of CUDA's own
-are skipped, with the reason, where there is no GPU.
+Tests that take a `device` run on the CPU too, so that they are known to work; CUDA-only tests are
+skipped, with the reason, if there is no GPU.
 """
 
 import pytest
@@ -21,7 +21,7 @@ FLAGS = [*SHAPE, *words("--batch_size 4 --max_steps 12 --lr 1e-3 --log_interval 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Each device in turn, with products in fp32 proper; commands before may have allowed TF32."""
+    """Each device in turn, with full fp32 products: earlier commands may have allowed TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield torch.device(request.param)
@@ -53,7 +53,7 @@ def test_a_model_gives_the_logits_and_gradients_of_the_cpu(device, name, attn):
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fused_attention_is_the_textbooks(device, dtype, heads, queries, masked):
-    """Grouped keys with masks among them: kernels that hold for one may not hold for the other."""
+    """Grouped keys with masks included: a kernel that is right for one may be wrong for both."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, t, 16) for n, t in ((4, queries), (heads, 33), (heads, 33)))
     mask = None

@@ -1,4 +1,4 @@
-"""Files, rows and records: what is read, what is refused, and on which side of the split it is."""
+"""Files, rows and records: what is read, what is refused, and which side of the split it is on."""
 
 import bz2
 import gzip
@@ -40,7 +40,7 @@ def texts(path: Path, side: str = "", **more) -> list[str]:
 
 
 def parts(path: Path, **more) -> dict[str, str]:
-    """What the only record of a file, a long text, gives to each side."""
+    """What each side gets of a file whose only record is a long text."""
     config = lp.DataConfig(data_dir=str(path), **more)
     return {side: text(record) for record, side in lp.corpus_records(config, lp.Report())}
 
@@ -142,7 +142,7 @@ def test_plain_files(tmp_path, name):
 
 @pytest.mark.parametrize("delimiter", [r"\n", "<|endoftext|>", "%%", "ab"])
 def test_doc_delimiter(tmp_path, delimiter, monkeypatch):
-    """Delimiters are found wherever the blocks in which a file is read end."""
+    """Delimiters are found even across the blocks in which a file is read."""
     monkeypatch.setattr(lp, "BLOCK", 97)
     mark, rng = delimiter.replace(r"\n", "\n"), random.Random(0)
     pieces = ["".join(rng.choices("xyz %<a", k=rng.randrange(1, 200))) for _ in range(1000)]
@@ -165,7 +165,7 @@ def test_min_chars(tmp_path):
 
 
 def test_many_files_count_as_their_folders(tmp_path):
-    """A table of thousands of sources says nothing; masks, errors and the split stay a file's."""
+    """A table of thousands of sources is useless; masks, errors and the split stay per file."""
 
     def sources() -> dict[str, int]:
         return {name: row["records"] for name, row in split(tmp_path)[1].rows.items()}
@@ -217,7 +217,7 @@ def test_a_huge_text_is_read_in_parts_whose_last_tenth_validates(tmp_path, monke
 
 
 def test_max_tokens_reads_little_more_of_a_file_than_it_needs(tmp_path):
-    """What follows is invalid, and is not met."""
+    """The rest of the file is invalid, but is never reached."""
     whole = "".join(f"Line {i} of a long text.\n" for i in range(40_000))
     path = write(tmp_path / "a.txt", whole.encode() + b"\xff" * 100_000)
     for n in (50_000, 200_000):
@@ -227,7 +227,7 @@ def test_max_tokens_reads_little_more_of_a_file_than_it_needs(tmp_path):
 
 
 def test_the_only_plain_text_gives_its_last_tenth(tmp_path):
-    """Its hash alone would put one text in ten wholly into validation."""
+    """By its hash alone, one text in ten would go into validation entirely."""
     for seed in range(12):
         path = write(tmp_path / f"{seed}/play.txt", ("To be or not. " * 30)[:400])
         write(tmp_path / f"{seed}/qa.jsonl", jsonl([dict(question="Who?", answer="I.")]))
@@ -240,7 +240,7 @@ def test_the_only_plain_text_gives_its_last_tenth(tmp_path):
 
 
 def test_texts_of_which_none_validates_are_named(tmp_path):
-    """A second text beside a lone one: both go by their hash, here both into training."""
+    """With a second text, both are split by their hash, here both into training."""
     for name in ("two", "three"):
         write(tmp_path / f"raw/{name}.txt", f"The text of {name}.")
         result = run("prepare", "--data_dir", tmp_path / "raw", "--processed_dir", tmp_path).ok()
@@ -348,7 +348,7 @@ NAMES = st.tuples(
     names=st.lists(NAMES, min_size=1, max_size=4), other=st.sampled_from(["data", "evaluate_me"])
 )
 def test_what_names_hold_out_is_never_trained_on(tmp_path_factory, names, other):
-    """Held-out files and folders beside training data, whatever they are called exactly."""
+    """Held-out files and folders next to training data, however exactly they are named."""
     raw, role = tmp_path_factory.mktemp("raw"), {}
     write(raw / f"{other}.jsonl", jsonl({"text": f"{other} {i}"} for i in range(20)))
     for word, name, layout, upper in names:
@@ -383,7 +383,7 @@ def test_a_name_that_stands_alone_does_not_count(tmp_path, name):
     write(tmp_path / "raw" / name, jsonl({"text": f"text {i}"} for i in range(100)))
     assert {side for _, side in split(tmp_path / "raw")[0]} == {"train", "val"}
     write(tmp_path / "raw/test_2.jsonl", jsonl({"text": f"other {i}"} for i in range(100)))
-    if name == "train.jsonl":  # beside a test file alone it validates by hash, too
+    if name == "train.jsonl":  # next to only a test file, it is split by hash, too
         assert all(t.startswith("text") for t in texts(tmp_path / "raw"))
         assert texts(tmp_path / "raw", "val")
 
@@ -392,8 +392,7 @@ def test_a_name_that_stands_alone_does_not_count(tmp_path, name):
 
 
 def test_the_toy_corpus_is_for_the_default_folder_alone(tmp_path, monkeypatch):
-    """However it is spelled, empty or absent; any other folder, or files that cannot be read, is
-    an error."""
+    """However it is spelled, empty or absent; another folder, or unreadable files, is an error."""
     monkeypatch.chdir(tmp_path)
     for _ in ("absent", "empty"):
         for name in ("./data/raw", "data/raw/", "data/../data/raw", str(tmp_path / "data/raw")):

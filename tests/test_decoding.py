@@ -38,7 +38,7 @@ def naive(model, prompt, count):
     made = []
     for _ in range(count):
         if len(context) > block:
-            context = context[-max(1, block // 2) :]  # full: on from the last half
+            context = context[-max(1, block // 2) :]  # full: continue from the last half
         with torch.no_grad():
             logits = model(context[None])[0][0, -1]
         made.append(int(logits.argmax()))
@@ -109,7 +109,7 @@ def test_weights_packed_for_decoding_give_the_same_logits(shape):
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", ["gpt2", "modern, grouped"])
 def test_a_compiled_step_decodes_the_same(name, capsys):
-    """Over a full cache; two samples too."""
+    """Past a full cache, and for two samples."""
     model = lp.for_decoding(make(**SHAPES[name]), CPU, torch.float32, compiled=True)
     made = decode(model, prompt_of(8), 40, num_samples=2, temperature=0.0)
     assert made == 2 * [naive(model, prompt_of(8), 40)]
@@ -213,7 +213,7 @@ def sample(ckpt, *flags):
 
 
 def greedy_text(ckpt, text, count=40):
-    """What the naive loop says, up to a token that ends it."""
+    """The naive loop's text, up to an end token."""
     loaded = lp.load_model(str(ckpt))
     ids = np.array([257, *text.encode()])
     made = naive(loaded.model.eval(), torch.from_numpy(ids), count)

@@ -1,4 +1,4 @@
-"""What the program does on a GPU, as far as a CPU can show: pretended devices, direct calls."""
+"""What the program does on a GPU, as far as a CPU can show: simulated devices, direct calls."""
 
 import csv
 import math
@@ -19,7 +19,7 @@ GIB = 2**30
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """One pretended card of 8 GiB, of which 6 are free. Yields what was asked of it."""
+    """Simulate an 8 GiB card with 6 GiB free; returns a dict of the memory share asked for."""
     asked = {}
     answers = dict(
         is_available=lambda: True,
@@ -47,7 +47,7 @@ def cuda(monkeypatch):
     ],
 )
 def test_memory_ends_where_the_card_ends(cuda, monkeypatch, system, limit, share):
-    """WSL2's driver would go on in system memory."""
+    """WSL2's driver would spill into system memory."""
     monkeypatch.setattr(platform, "release", lambda: system)
     with lp.runtime(lp.RuntimeConfig(device="cuda", vram_limit_gb=limit)) as rt:
         assert (rt.device, rt.dtype) == (torch.device("cuda:0"), torch.bfloat16)
@@ -69,7 +69,7 @@ def test_processes_do_not_share_a_card_by_accident(corpus, tmp_path):
 
 
 def test_fp16_with_lasting_nan_stops(corpus, tmp_path, monkeypatch):
-    """One overflow is skipped and the scale halved; NaN without end is an error."""
+    """One overflow is skipped and the scale halved; endless NaN is an error."""
     real, calls = torch.amp.GradScaler, []
 
     def poison(loss, batch, call):
@@ -91,7 +91,7 @@ def test_fp16_with_lasting_nan_stops(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["classic", "fast"])
 def test_powers_of_two_threads_give_the_same_bits(recipe, corpus, tmp_path):
-    """Sizes at which PyTorch does share work out: with fewer numbers all run on one thread."""
+    """At sizes large enough for PyTorch to split the work: smaller ones all run on one thread."""
     command = ["train", *corpus, *words("--preset cpu-debug --max_steps 4 --n_layer 1")]
     for n in (1, 2, 4):
         where = ["--threads", n, "--out_dir", tmp_path / str(n)]
@@ -158,7 +158,7 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path):
 
 @pytest.fixture
 def cuda_kernels(monkeypatch):
-    """What runs on a GPU, on this CPU; torch.compile hands its graphs to nobody and counts them."""
+    """Use the GPU's kernels on this CPU; torch.compile only collects graphs, and compiles none."""
     graphs, compile = [], torch.compile
     twins = {(n, "cpu"): twin for (n, kind), twin in lp.KERNELS.items() if kind == "cuda"}
     monkeypatch.setattr(lp, "KERNELS", twins)
@@ -171,7 +171,7 @@ def cuda_kernels(monkeypatch):
 
 @pytest.mark.filterwarnings("error:Dynamo detected")
 def test_padded_widths_share_their_graphs(cuda_kernels):
-    """The loop over chunks would make new ones for each width, and give up after the eighth."""
+    """The loop over chunks would make new ones for each width, and give up after eight."""
     shape = dict(vocab_size=4100, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, block_size=64)
     model, rt = lp.GPT(lp.GPTConfig(**shape)), lp.Runtime(torch.device("cpu"), torch.float32)
     losses = lp.distribute(model, lp.OptimConfig(compile="on"), rt, 1)
@@ -186,7 +186,7 @@ def test_padded_widths_share_their_graphs(cuda_kernels):
 
 
 def test_compilation_that_fails_ends_no_run(capsys):
-    """There is no CUDA here: what was to be compiled by default runs as it is, with a note."""
+    """There is no CUDA here: what would be compiled by default runs uncompiled, with a note."""
     rt = lp.Runtime(torch.device("cuda:0"), torch.float32)
     model = lp.GPT(lp.GPTConfig(n_layer=1, n_head=1, n_embd=8))
     losses = lp.distribute(model, lp.OptimConfig(compile="auto"), rt, 10_000)
@@ -213,7 +213,7 @@ def test_compilation_that_was_asked_for_and_fails(
 
 @pytest.fixture
 def untrusted(monkeypatch):
-    """This CPU is held against itself."""
+    """Make the self-test compare this CPU with itself."""
     monkeypatch.setattr(lp, "TRUSTED", ())
 
 
@@ -261,7 +261,7 @@ def test_wrong_gradients_are_noticed_too(untrusted, monkeypatch, factor, said):
 
 @pytest.fixture
 def static(monkeypatch):
-    """Make a model decode by the step that a graph or a compiler holds, with CUDA's attention."""
+    """Make a model decode with the step that graphs and compilers use, and CUDA's attention."""
     kernels = lp.KERNELS | {("attention_sdpa", "cpu"): lp.attention_on_cuda}
     monkeypatch.setattr(lp, "KERNELS", kernels)
 
@@ -275,7 +275,7 @@ def static(monkeypatch):
 @pytest.mark.parametrize("length", [1, 9, 16, 40])
 @pytest.mark.parametrize("name", SHAPES)
 def test_static_shapes_decode_the_same(static, name, length):
-    """In every shape, over a full cache and around a ring."""
+    """For every shape, also past a full cache."""
     model, prompt = make(**SHAPES[name]), prompt_of(length)
     assert decode(static(model), prompt, 45, temperature=0.0) == [naive(model, prompt, 45)]
 

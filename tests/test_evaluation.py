@@ -1,4 +1,4 @@
-"""`eval`, the report, `bench`: every figure against one computed here, a token at a time."""
+"""`eval`, the report, `bench`: every figure against one computed here, one token at a time."""
 
 import json
 import math
@@ -16,7 +16,7 @@ import llm_pipeline as lp
 BLOCK = 32
 WORDS = ["sun", "moon", "river", "stone", "cloud", "bird", "lamp", "Größe", "你好", "naïve"]
 LABELS = ["red", "sky", "ten"]
-# Weights so large that every token of context matters, and that stay as they are.
+# Weights so large that every token of context matters, and a rate that leaves them so.
 MODEL = [*CPU, "--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--block_size", BLOCK]
 MODEL += ["--init_std", 0.3, "--max_steps", 1, "--batch_size", 4, "--lr", 1e-9]
 FIGURES = ("loss", "bits_per_byte", "tokens", "bytes", "records")
@@ -81,7 +81,7 @@ def random_model(vocab_size=260, block_size=64, **more):
 
 
 def naive_losses(model, ids, block):
-    """Loss of every id after the first, each by a forward pass of its own.
+    """Loss of every id after the first, each from its own forward pass.
 
     Windows follow one another; the last reaches back for as much context as the block holds.
     """
@@ -96,7 +96,7 @@ def naive_losses(model, ids, block):
 
 
 def record_ids(tokenizer, prompt, response):
-    """As in a store, but for the eos of plain text, which is not scored."""
+    """As in a store, but without the eos of plain text, which is not scored."""
     ids = [*tokenizer.prefix, *tokenizer.encode(prompt), *tokenizer.encode(response)]
     return list(map(int, ids)) + ([tokenizer.sep_id] if prompt else [])
 
@@ -201,7 +201,7 @@ def test_bytes_are_those_of_the_text_whatever_the_tokens(make, tmp_path):
 
 
 def test_texts_without_a_first_token(tmp_path):
-    """A foreign vocabulary may declare no bos: then nothing stands before a text."""
+    """A foreign vocabulary may declare no bos; then nothing precedes a text."""
     library = needs("tokenizers")
     made = added_tokens(library)
     made.add_special_tokens(list(lp.SPECIAL_TOKENS))
@@ -229,7 +229,7 @@ def test_splits_add_up(checkpoint, texts, tmp_path):
         assert val[name] + train[name] == both[name] and val[name] > 0 < train[name]
         for result in (val, train, both):
             assert sum(s[name] for s in result["sources"].values()) == result[name]
-    store = open_store(texts[0][1], tmp_path, val_fraction=0.4)  # the checkpoint's own, unasked
+    store = open_store(texts[0][1], tmp_path, val_fraction=0.4)  # as the checkpoint's data
     assert val["records"] == len(store.whole_records("val"))
     weighted = (val["loss"] * val["tokens"] + train["loss"] * train["tokens"]) / both["tokens"]
     assert weighted == pytest.approx(both["loss"], rel=1e-6)
@@ -250,7 +250,7 @@ def test_max_batches_bounds_each_source(checkpoint, texts, tmp_path):
 
 
 def test_a_conversation_is_scored_once_and_masked_answers_never(checkpoint, tmp_path):
-    """It has a row of the index for each answer, over the same tokens."""
+    """The index has a row for each of its answers, over the same tokens."""
     records = []
     for n in range(9):
         turns = [{"role": "user", "content": f"ask {n}"},
@@ -309,7 +309,7 @@ def test_an_empty_split_is_one_line(checkpoint, tmp_path):
 
 
 def naive_guesses(model, records, block):
-    """The likeliest label of each record, its prompt cut in the middle where it is too long."""
+    """The most likely label of each record; a prompt that is too long loses its middle."""
     guesses = []
     for prompt, _ in records:
         scores = []
@@ -451,7 +451,7 @@ def test_two_processes_give_the_same_figures(checkpoint, texts, tmp_path):
 
 
 def test_training_ends_with_the_report(texts, tmp_path):
-    """Where the part that is scored is the whole, the figures are those of `eval`."""
+    """If everything is scored, the figures are those of `eval`."""
     flags = [*texts[0], *MODEL, "--val_fraction", "0.4", "--out_dir", tmp_path / "run"]
     many = ["--max_steps", 40, "--batch_size", 64]  # one batch at the end: all records of a source
     result = run("train", *flags, *many).ok()
@@ -465,7 +465,7 @@ def test_training_ends_with_the_report(texts, tmp_path):
 
 
 def test_the_end_of_training_is_safe_to_show(tmp_path):
-    """What a model writes steers no terminal."""
+    """A model's text cannot control the terminal."""
     (tmp_path / "raw").mkdir()
     for number in range(4):
         text = f"{number}: \x1b[31mred\x07" * 9
@@ -502,7 +502,7 @@ def test_the_benchmark(tmp_path, vs):
 
 
 def test_a_ceiling_is_never_below_what_was_reached(monkeypatch):
-    """A neighbour disturbs the measurement of the products."""
+    """Even if another process slows the measurement of the ceiling."""
     measure = lp.measure
     monkeypatch.setattr(lp, "measure", lambda *args: (measure(*args)[0], 1e9))
     shape = dict(n_layer=1, n_head=2, n_embd=32, block_size=16)

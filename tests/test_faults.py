@@ -45,7 +45,7 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
 def around_losses(before) -> None:
-    """Call `before(training)` ahead of every pass through a model: all of them enter autocast."""
+    """Call `before(training)` ahead of every pass through a model: each one enters autocast."""
     autocast = lp.Runtime.autocast
 
     def wrapped(rt):
@@ -56,7 +56,7 @@ def around_losses(before) -> None:
 
 
 def slow(seconds: float) -> None:
-    """A run that takes its time."""
+    """Delay every pass through a model."""
     around_losses(lambda training: time.sleep(seconds))
 
 
@@ -97,7 +97,7 @@ def die_in(count: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory) -> Path:
-    """The folder of the run that nothing disturbed."""
+    """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     run("train", *corpus, *SHORT, "--out_dir", folder).ok()
     return folder
@@ -109,7 +109,7 @@ def command(corpus, tmp_path) -> list:
 
 
 def same(whole: Path, folder: Path) -> None:
-    """Two finished runs with the same bits, the same curves, and nothing lying about."""
+    """Two finished runs have the same bits and curves, and left no temporary files."""
     for name in ("last.pth", "best.pth"):
         assert differences(whole / name, folder / name) == [], name
     for split in ("train", "val"):
@@ -143,7 +143,7 @@ def kill_until_done(command: list, folder: Path, rng: random.Random, kills: int)
 
 
 def test_kills_at_random_moments(command, whole, tmp_path, count):
-    """`--count 10` for sixty."""
+    """Six kills; sixty with `--count 10`."""
     for number in range(count):
         folder = tmp_path / f"run-{number}"
         kill_until_done([*command[:-1], folder], folder, random.Random(number), 6)
@@ -152,7 +152,7 @@ def test_kills_at_random_moments(command, whole, tmp_path, count):
 
 
 def test_killed_in_every_sync_and_rename_of_a_save(command, whole, tmp_path):
-    """At the 1st, 2nd, 3rd ... until there is none left."""
+    """At the 1st, 2nd, 3rd ... until none is left."""
     base, folder, count, code = tmp_path / "base", tmp_path / "run", 0, 9
     run(*command[:-1], base, "--stop_after", 9).ok()
     while code == 9:
@@ -228,7 +228,7 @@ def test_a_signal_while_a_store_is_made_leaves_nothing(number, corpus, tmp_path)
 
 
 def test_hang_ups_cost_no_step(command, whole, tmp_path):
-    """A shell and the terminal both send one, and the terminal takes no more text."""
+    """The shell and the terminal both send one, and the terminal accepts no more output."""
     child = Child(*command, hook=functools.partial(slow, 0.3))
     wait_for(lambda: (tmp_path / "run/metrics.csv").exists() and curve(tmp_path / "run"))
     for _ in range(3):
@@ -264,7 +264,7 @@ def test_the_second_run_is_refused(flag, command, whole, tmp_path):
 
 
 def test_two_runs_may_build_the_same_store(corpus, whole, tmp_path):
-    """At the same moment: each ends with the whole store."""
+    """Even at the same time: each ends up with the complete store."""
     stores = ["--processed_dir", tmp_path / "stores"]
     folders = [tmp_path / name for name in "abc"]
     children = [Child("train", *corpus, *stores, *SHORT, "--out_dir", f) for f in folders]
@@ -278,7 +278,7 @@ def test_two_runs_may_build_the_same_store(corpus, whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole_of_two(corpus, tmp_path_factory) -> Path:
-    """The folder of the run by two processes that nothing disturbed."""
+    """The folder of an undisturbed run by two processes."""
     folder = tmp_path_factory.mktemp("whole-of-two")
     run_together("train", *corpus, *SHORT, "--out_dir", folder)
     return folder
@@ -308,7 +308,7 @@ def test_two_processes_train_like_one(flags, corpus, tmp_path):
 
 
 def test_an_evaluation_leaves_sharded_gradients_alone(corpus, tmp_path):
-    """At such a rate no evaluation is the best, whose save would put the shards back in place."""
+    """At this rate no evaluation is the best; saving one would put the shards back in place."""
     base = ["train", *corpus, *SHORT, *words("--dropout 0 --lr 1e-10 --eval_interval 1")]
     run(*base, "--out_dir", tmp_path / "one").ok()
     run_together(*base, "--fsdp", "--out_dir", tmp_path / "two")

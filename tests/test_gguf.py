@@ -51,7 +51,7 @@ def llama_server(file, n_ctx=256):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, corpus):
-    """{(architecture, tokenizer): a tuned checkpoint}, made when asked for."""
+    """A function (architecture, tokenizer) -> a tuned checkpoint, made once."""
     found = {}
 
     def make(arch, tokenizer):
@@ -72,13 +72,13 @@ def to_gguf(ckpt, file, *flags, kind="f32"):
 
 
 def log_probabilities(model, ids):
-    """(V,) after the ids."""
+    """Log-probabilities of the token after the ids, (V,)."""
     with torch.no_grad():
         return model(torch.tensor([ids]))[0][0, -1].log_softmax(-1)
 
 
 def largest_difference(ask, loaded, prompt):
-    """Of the next token's log-probabilities, ours and llama.cpp's."""
+    """Between our log-probabilities of the next token and llama.cpp's."""
     request = dict(prompt=prompt, n_predict=1, n_probs=loaded.tokenizer.vocab_size, temperature=0)
     [step] = ask("/completion", **request)["completion_probabilities"]
     ours = log_probabilities(loaded.model, prompt)
@@ -140,7 +140,7 @@ def test_refused_by_name(flags, kind, word, corpus, tmp_path):
 
 
 def test_other_ways_to_cut_text_are_refused(tuned, tmp_path):
-    """By the name of the tool that knows them: GPT-2's is the one written here."""
+    """The error names the tool that knows them: the export only writes GPT-2's."""
     tokenizers = needs("tokenizers")
     run("export", "--ckpt", tuned("modern", "bpe"), "--out_dir", tmp_path / "hf").ok()
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
@@ -151,7 +151,7 @@ def test_other_ways_to_cut_text_are_refused(tuned, tmp_path):
 
 
 def test_a_file_that_differs_does_not_appear(tuned, tmp_path, monkeypatch):
-    """Read back, every tensor is compared."""
+    """Every tensor is read back and compared."""
     quantize = gguf.quants.quantize
     monkeypatch.setattr(gguf.quants, "quantize", lambda data, kind: quantize(data * 1.01, kind))
     to_gguf(tuned("modern", "bytes"), tmp_path / "m.gguf").fails(1, "failed its check")

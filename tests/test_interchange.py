@@ -65,7 +65,7 @@ def export(ckpt, folder, *flags):
 
 
 def save_peer(name, folder, tokenizer_from, **save):
-    """A random model of transformers' own class, saved by it, beside our byte tokenizer."""
+    """A random model of a transformers class, saved by it next to our byte tokenizer."""
     kind, shape = PEERS[name]
     torch.manual_seed(4)
     if kind == "gpt2":
@@ -98,7 +98,7 @@ def stored(folder):
 
 
 def logits(model):
-    """Of three random sequences, (3, 64, V)."""
+    """Logits of three random sequences, (3, 64, V)."""
     ids = torch.randint(0, 256, (3, 64), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         out = model.eval()(ids)
@@ -187,7 +187,7 @@ def truncate(folder):
 
 WTE, FC = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
 YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e4)
-BROKEN = {  # name: (model, how it is spoiled, a word of the error)
+BROKEN = {  # name: (model, how it is broken, a word of the error)
     "missing tensor": ("gpt2", edit_tensors(lambda t: t.pop(FC)), FC),
     "unknown tensor": ("gpt2", edit_tensors(lambda t: t.update(extra=torch.zeros(2))), "extra"),
     "wrong shape": ("gpt2", edit_tensors(lambda t: t.update({FC: torch.ones(31)})), FC),
@@ -365,7 +365,7 @@ def test_a_tuned_folder_counts_as_tuned(talker, hf):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_an_exported_folder_says(arch, bases):
-    """For transformers 4, and for other people."""
+    """The names that transformers 4 reads, and weights as readable as the other files."""
     folder = bases[arch].parent / "hf"
     shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert arch == "gpt2" or shape["rope_theta"] == 1e4
@@ -408,11 +408,11 @@ def test_a_chat_with_other_ids_in_one_piece_is_refused(bases, corpus, tmp_path):
     run("export", *flags).fails(1, "turn by turn", "another tokenizer")
 
 
-# --- a foreign vocabulary beside the model ---
+# --- a foreign vocabulary next to the model ---
 
 
 def foreign_folder(folder, hf, **said):
-    """A Qwen3 model with a vocabulary of its own: no bos, two ends of text."""
+    """A Qwen3 model with its own vocabulary: no bos, two ends of text."""
     tokenizers = needs("tokenizers")
     save_peer("qwen3, more ids than its tokenizer", folder, hf)
     library = tokenizers.ByteLevelBPETokenizer()
@@ -432,7 +432,7 @@ def test_all_ends_of_text_and_no_bos(eos, hf, tmp_path):
     folder = foreign_folder(tmp_path / "hf", hf, eos_token=eos)
     tokenizer = lp.load_model(str(folder)).tokenizer
     assert tokenizer.bos_id is None and list(tokenizer.prefix) == []
-    assert (tokenizer.eos_id, set(tokenizer.end_ids)) == (1, {0, 1})  # not one of no vocabulary
+    assert (tokenizer.eos_id, set(tokenizer.end_ids)) == (1, {0, 1})  # 70,000 is no id
     back = export(folder, tmp_path / "back")
     theirs = transformers.AutoTokenizer.from_pretrained(back)
     assert theirs("a b")["input_ids"] == tokenizer.encode("a b").tolist()
@@ -448,7 +448,7 @@ def test_generation_stops_at_the_second_end(hf, tmp_path):
     with torch.no_grad():
         last = load_peer(folder).model(torch.from_numpy(ids)[None]).last_hidden_state[0, -1]
     head = 0.1 * torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
-    head[0] = last  # and something else after it
+    head[0] = last  # and something else after that
     edit_tensors(lambda t: t.update({"lm_head.weight": head}))(folder)
     edit_json(tie_word_embeddings=False)(folder)
     assert lp.load(str(folder), device="cpu").generate("the cat", temperature=0.0) == ""
@@ -461,7 +461,7 @@ def test_more_ids_than_the_model_has_rows(hf, tmp_path):
     run("sample", "--ckpt", tmp_path / "hf", "--prompt", "x").fails(1, "ids", "260")
 
 
-# --- places ---
+# --- where exports go ---
 
 
 def test_export_replaces_nothing(bases, tmp_path):
@@ -488,7 +488,7 @@ def small_files_only():
 
 
 def test_an_export_that_does_not_end_leaves_nothing(bases, tmp_path):
-    """Killed, on a full disk; what a killed one left the next removes."""
+    """The next one removes what a killed one left, and leaves nothing itself on a full disk."""
     argv = ["export", "--ckpt", bases["gpt2"], "--out_dir", tmp_path / "hf"]
     assert Child(*argv, hook=killed_while_it_writes).finish().code == 9
     assert [path.name for path in tmp_path.iterdir()] == [".hf.writing"]
@@ -534,7 +534,7 @@ def test_lora_in_bf16_leaves_the_base_as_it_was(bases, corpus, tmp_path):
 
 
 def test_an_adapter_and_its_base(lora, tmp_path):
-    """For peft, and as --ckpt."""
+    """They load in peft and as --ckpt."""
     peft = needs("peft")
     base, tuned = lora
     flags = ["export", "--ckpt", tuned, "--out_dir", tmp_path / "adapter", "--adapter"]
@@ -550,7 +550,7 @@ def test_an_adapter_and_its_base(lora, tmp_path):
     run("sample", "--ckpt", adapter, "--prompt", "x").fails(1, str(adapter), "names no base")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's call of transformers
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from peft's call to transformers
 def test_an_adapter_that_peft_made(hf, tmp_path):
     peft = needs("peft")
     save_peer("qwen3, grouped", tmp_path / "hf", hf)
@@ -567,7 +567,7 @@ def test_an_adapter_that_peft_made(hf, tmp_path):
 
 @pytest.mark.parametrize(("arch", "targets"), [("gpt2", "up,down"), ("modern", "qkv")])
 def test_adapters_of_few_targets(arch, targets, bases, corpus, tmp_path):
-    """Tuned upon a folder, which the adapter names."""
+    """Tuned from an exported folder, which the adapter names."""
     peft = needs("peft")
     flags = ["--lora_targets", targets, "--ckpt", bases[arch].parent / "hf", "--out_dir", tmp_path]
     run("finetune", *corpus, *TUNE, *LORA, *flags).ok()

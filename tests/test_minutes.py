@@ -1,4 +1,4 @@
-"""How long a run is: little data, --minutes, what is said before it begins and when it ends."""
+"""How long a run is: little data, --minutes, the notes before it begins and when it ends."""
 
 import csv
 import functools
@@ -41,7 +41,7 @@ SMALL = words("--arch modern --n_layer 2 --n_head 2 --n_embd 64 --block_size 96 
 
 @pytest.mark.parametrize("recipe", ["classic", "fast"])
 def test_training_on_twenty_questions_learns_them(recipe, tmp_path):
-    """With no word on how long: enough steps for that, said so; nothing held out where so asked."""
+    """With no length given: a note says that enough steps are taken. Nothing is held out."""
     flags = [*questions(tmp_path), "--val_fraction", 0, "--recipe", recipe]
     if recipe == "classic":
         flags += ["--lr", 3e-3]
@@ -51,8 +51,8 @@ def test_training_on_twenty_questions_learns_them(recipe, tmp_path):
 
 
 def test_tuning_on_twenty_questions_learns_them_and_names_the_right_file(tmp_path, monkeypatch):
-    """Held-out questions cannot be answered, so the best loss on them comes long before."""
-    monkeypatch.setattr(lp, "FEWEST_STEPS", 120)  # for the test to be quick
+    """Held-out questions cannot be answered, so the best loss on them comes much earlier."""
+    monkeypatch.setattr(lp, "FEWEST_STEPS", 120)  # to keep the test quick
     flags = questions(tmp_path)
     base = [*words("--max_steps 20 --lr 1e-3"), *SMALL]
     run("train", *flags, *base, "--val_fraction", 0.2, "--out_dir", tmp_path / "base").ok()
@@ -67,8 +67,8 @@ def test_tuning_on_twenty_questions_learns_them_and_names_the_right_file(tmp_pat
 
 
 def test_what_little_data_sets_is_written_down(tmp_path, monkeypatch):
-    """Stopped and resumed, or again by its config.json, it is the same run; a few steps that were
-    asked for are said to be few before they are taken."""
+    """Stopped and resumed, or repeated from its config.json, it is the same run. If few steps are
+    asked for, a note says so beforehand."""
     monkeypatch.setattr(lp, "FEWEST_STEPS", 20)
     flags = ["train", *questions(tmp_path), *SMALL, *words("--batch_size 8 --val_fraction 0.3")]
     run(*flags, "--out_dir", tmp_path / "a").ok()
@@ -84,7 +84,7 @@ def test_what_little_data_sets_is_written_down(tmp_path, monkeypatch):
 
 
 def test_a_store_that_was_tuned_on_trains(corpus, tiny_checkpoint, tmp_path):
-    """Its settings say nothing of a tokenizer."""
+    """Its settings do not mention a tokenizer."""
     places = ["--data_dir", corpus[1], "--processed_dir", tmp_path, *words("--val_fraction 0.2")]
     tune = ["--ckpt", tiny_checkpoint, "--max_steps", 1, "--report_samples", 0]
     run("finetune", *places, *CPU, *tune, "--out_dir", tmp_path / "tuned").ok()
@@ -95,7 +95,7 @@ def test_a_store_that_was_tuned_on_trains(corpus, tiny_checkpoint, tmp_path):
 
 
 def test_a_stride_is_of_windows(corpus, tiny_checkpoint, tmp_path):
-    """Whole records, which few questions would become, have none."""
+    """Whole records, which so few questions would otherwise be read as, have none."""
     flags = [*corpus, *CPU, "--epochs", 1, "--stride", 40, "--out_dir", tmp_path / "run"]
     run("train", *flags, *SHAPE, "--recipe", "fast").ok()
     run("train", *flags, "--answer_weight", 3).fails(2, "exclude")
@@ -103,7 +103,7 @@ def test_a_stride_is_of_windows(corpus, tiny_checkpoint, tmp_path):
 
 
 def test_the_context_holds_the_records(tmp_path):
-    """Where every record has an answer, the fast recipe's block grows to them."""
+    """If every record has an answer, the fast recipe's block grows to fit them."""
     rows = [{"question": f"q{i} " + "long " * 40, "answer": "short"} for i in range(40)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [*CPU, "--data_dir", tmp_path / "long.jsonl", "--processed_dir", tmp_path / "stores",
@@ -116,9 +116,9 @@ def test_the_context_holds_the_records(tmp_path):
     assert lp.load_model(str(tmp_path / "named/last.pth")).model.config.block_size == 64
 
 
-# --- a run that ends with the time ---
+# --- runs limited by time ---
 
-# So little text that a few passes end long before the minutes do, whatever the machine.
+# So little text that, on any machine, a few passes end long before the minutes do.
 TIMED = [*CPU, *words("--batch_size 4 --minutes 5 --log_interval 1")]
 
 
@@ -129,7 +129,7 @@ def few_steps(monkeypatch) -> None:
 
 
 def test_minutes_are_the_run_of_their_settings(few_steps, corpus, tmp_path):
-    """The bits of the config.json that is named; cut short and resumed, the same."""
+    """The config.json that the note names gives the same bits; so does stopping and resuming."""
     flags = [*corpus, *SHAPE, *TIMED]
     result = run("train", *flags, "--out_dir", tmp_path / "a").ok()
     assert "since more would teach little" in result.err
@@ -145,7 +145,7 @@ def test_minutes_are_the_run_of_their_settings(few_steps, corpus, tmp_path):
 
 
 def test_a_neighbour_that_comes_moves_the_end(tmp_path, monkeypatch):
-    """The steps of a plan become slower: fewer are taken, and the last has a rate near zero."""
+    """If steps become slower than planned, fewer are taken; the last still has a rate near zero."""
     step = lp.train_step
 
     def disturbed(run, batch):
@@ -166,7 +166,7 @@ def test_a_neighbour_that_comes_moves_the_end(tmp_path, monkeypatch):
 
 
 def test_minutes_choose_a_size(few_steps, corpus, tmp_path, monkeypatch):
-    """The largest that sees enough tokens; what was asked for stands."""
+    """The largest that sees enough tokens; explicit settings win."""
     rungs = [dict(n_layer=1, n_head=2, n_embd=width, block_size=32) for width in (16, 32, 64)]
     monkeypatch.setattr(lp, "RUNGS", rungs)
     chosen = {}
@@ -181,7 +181,7 @@ def test_minutes_choose_a_size(few_steps, corpus, tmp_path, monkeypatch):
 
 
 def test_minutes_read_the_corpus_as_the_base_does(corpus, tmp_path):
-    """With --init_from only in the tokens of the base; a stop while it measures saves nothing."""
+    """With --init_from, in the base's tokens only; a stop while it measures saves no checkpoint."""
     needs("tokenizers")
     bpe = words("--tokenizer bpe --vocab_size 300 --max_steps 1")
     run("train", *corpus, *CPU, *SHAPE, *bpe, "--out_dir", tmp_path / "base").ok()

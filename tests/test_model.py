@@ -45,7 +45,7 @@ def make(seed=0, **shape):
 
 
 def same_weights(model, **changes):
-    """The same weights in a model of other settings."""
+    """The same weights in a model with other settings."""
     settings = {k: v for k, v in vars(model.config).items() if k != "explicit"} | changes
     twin = lp.GPT(lp.GPTConfig(**settings)).eval()
     twin.load_state_dict(model.state_dict())
@@ -75,7 +75,7 @@ def assert_close(found, wanted, rtol=1e-4, atol=1e-5):
 
 
 def alibi_slopes(n_heads):
-    """The paper's rule, as its authors published it: powers of 2^(-8/n), odd ones of 2n between."""
+    """The paper's rule, as published: powers of 2^(-8/n), with every other one for 2n between."""
     if math.log2(n_heads).is_integer():
         start = 2 ** (-(2 ** -(math.log2(n_heads) - 3)))
         return [start * start**i for i in range(n_heads)]
@@ -235,7 +235,7 @@ def test_layers_stand_on_a_config_alone(name):
 
 
 def test_generate_continues_each_row():
-    """As the naive loop does that feeds all of a row for each token."""
+    """As a naive loop does that feeds the whole row again for each token."""
     model = make(pos="rope")
     ids = random_ids(model, 3, 5)
     found = model.generate(ids, 8, temperature=0.0)
@@ -412,7 +412,7 @@ def test_sampled_ids_stand_for_the_others(vocab_size, n):
     wanted = (h @ weight.T).exp().sum(-1)[targets[0] >= 0]
     error = found.std(0) / 400**0.5
     assert ((found.mean(0) - wanted).abs() < 4 * error).all()
-    assert (error < 0.02 * wanted).all()  # or the test says nothing
+    assert (error < 0.02 * wanted).all()  # or the test proves nothing
 
 
 # --- the faster twins of section 9 ---
@@ -554,7 +554,7 @@ def test_compiled_equals_eager(name):
 
 @pytest.mark.parametrize("pos", ["learned", "rope"])
 def test_token_dropout_hides_whole_tokens_in_training_alone(pos):
-    """Their embeddings, not their positions; the others are scaled, so that the mean stays."""
+    """Their embeddings, not their positions; the others are scaled to keep the mean."""
     model = make(pos=pos, token_dropout=0.25, block_size=512, vocab_size=61)
     ids, seen = random_ids(model, 8, 512), []
     model.drop.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -1,4 +1,4 @@
-"""The parts of the pipeline by the names of its description, used as a PyTorch user would."""
+"""The pipeline's parts under the names in its description, used as a PyTorch user would."""
 
 import csv
 import math

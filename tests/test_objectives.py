@@ -1,4 +1,4 @@
-"""Preferences and reward: DPO, ORPO, GRPO, by their closed forms and from the command line."""
+"""Preferences and reward: DPO, ORPO, GRPO, against closed forms and from the command line."""
 
 import copy
 import json
@@ -30,8 +30,8 @@ def fixed(logits: torch.Tensor):
 
 @pytest.fixture
 def pairs() -> tuple:
-    """Losses and a batch of three pairs of unequal answers; of each answer its log-probability and
-    number of tokens."""
+    """Losses and a batch of three pairs of unequal answers; the log-probability and number of
+    tokens of each answer."""
     torch.manual_seed(0)
     logits, y, said = torch.randn(6, 7, 11), torch.randint(0, 11, (6, 7)), []
     table = logits.double().log_softmax(-1)
@@ -148,7 +148,7 @@ def grpo(prompts: list, base: Path, folder: Path, *more) -> list:
 
 
 def test_grpo_learns_from_reward_alone(prompts, base, tmp_path):
-    """A reward of the user's own, which no answer in the data earns: only samples can teach it."""
+    """The user's own reward, which no answer in the data earns: only samples can teach it."""
     (tmp_path / "taste.py").write_text(
         "def taste(prompt, answer, truth):\n"
         "    assert prompt.startswith('### Instruction: Say') and truth in 'abcd'\n"
@@ -170,8 +170,8 @@ def test_grpo_learns_from_reward_alone(prompts, base, tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"grpo_normalize": True}, {"kl_beta": 0.5}], ids=str)
 def test_grpo_is_the_weighted_next_token_loss(settings, prompts, base):
-    """By hand, answer by answer: advantage times its tokens' loss, over the tokens of all. Equal
-    answers, which are merged, and groups without variance, which are left out, change nothing."""
+    """By hand, for each answer: its advantage times its tokens' loss, over the tokens of all.
+    Merging equal answers and leaving out groups without variance change nothing."""
     loaded = lp.load_model(str(base))
     model, config = loaded.model, lp.FinetuneConfig(max_new_tokens=6, num_generations=6, **settings)
     store = lp.build_corpus_from_sources(prompts[1], loaded.tokenizer, processed_dir=prompts[3])
@@ -179,7 +179,7 @@ def test_grpo_is_the_weighted_next_token_loss(settings, prompts, base):
     rt = lp.Runtime(torch.device("cpu"), torch.float32)
     data.run = SimpleNamespace(model=model, config=config, rt=rt, progress=lp.Progress(step=3))
     with torch.no_grad():
-        model.head.weight.mul_(4)  # surer of itself, so that some answers are equal
+        model.head.weight.mul_(4)  # more confident, so that some answers are equal
         reference = copy.deepcopy(model)
         reference.head.weight.mul_(0.9)
     data.base = reference.losses if config.kl_beta else None
@@ -275,7 +275,7 @@ def test_passes_may_be_asked_for_instead_of_steps():
 
 
 def test_settings_of_an_objective_that_is_not_chosen(prompts, base, tmp_path):
-    """GRPO has its own whatever the recipe; what another objective reads is refused."""
+    """GRPO has its own with any recipe; settings that only another objective reads are refused."""
     tuned = [lp.settle(lp.FinetuneConfig, {"objective": "grpo", "recipe": recipe})
              for recipe in ("classic", "fast")]  # fmt: skip
     assert tuned[0].muon_lr == tuned[1].muon_lr and tuned[1].max_steps == 400
@@ -294,14 +294,14 @@ def test_plain_text_has_no_prompts(base, tmp_path):
 
 
 def test_what_a_run_on_preferences_names_next_can_be_typed(base, tmp_path):
-    """The raw data: the store of the run holds rejected answers as well."""
+    """The hint names the raw data: the run's store holds rejected answers as well."""
     rows = [dict(prompt=f"Say {n}.", chosen=f"{n}", rejected="no") for n in range(40)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "pairs.jsonl").write_text(lines, encoding="utf-8")
     flags = ["--data_dir", tmp_path / "pairs.jsonl", "--processed_dir", tmp_path / "stores", *CPU]
     tune = words("--objective dpo --max_steps 2 --batch_size 4")
     result = run("finetune", "--ckpt", base, *flags, *tune, "--out_dir", tmp_path).ok()
-    # A rejected answer is no truth.
+    # A rejected answer is never the truth.
     counts = [re.findall(rf"(\d+) {name} answers", result.err) for name in ("held-out", "training")]
     assert sum(int(found[-1]) for found in counts) == 40
     truths = re.findall(r"^  truth +(.*)$", result.err, re.MULTILINE)

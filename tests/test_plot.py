@@ -1,4 +1,4 @@
-"""plot_curves.py: the images it writes, what they show, what it passes over."""
+"""plot_curves.py: the images it writes, what they show, what it skips."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def metrics(tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The panels of every figure that is closed, by the beginning of the first's y label."""
+    """The panels of every closed figure, keyed by the beginning of the first one's y label."""
     pyplot = needs("matplotlib.pyplot")
     found, close = {}, pyplot.close
 

@@ -27,7 +27,7 @@ needs_fork = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Keep what `datasets` caches in a temporary folder, and nobody on the network."""
+    """Keep the cache of `datasets` in a temporary folder."""
     if "datasets" in sys.modules:
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
 
@@ -221,7 +221,7 @@ def test_the_report_and_preview_of_a_conversation(tmp_path):
 
 
 def forked(action) -> int:
-    """The pid of a copy of this process that does no more than this."""
+    """The pid of a copy of this process that runs only `action`."""
     child = os.fork()
     if child == 0:
         try:
@@ -234,7 +234,7 @@ def forked(action) -> int:
 @needs_fork
 @pytest.mark.parametrize("kind", ["at random", "before each renaming"])
 def test_kills(tmp_path, count, kind):
-    """Never a store that loads and is wrong; the next run starts clean."""
+    """A store never loads if it is wrong; the next run starts clean."""
     rng, out = random.Random(0), tmp_path / "out/st"
     raw = write_rows(tmp_path / "raw/a.jsonl", rows(400))
     started = time.monotonic()
@@ -263,7 +263,7 @@ def test_kills(tmp_path, count, kind):
 
 
 def kill_at(moment: int) -> None:
-    """End this process as by SIGKILL when it is about to rename a file for the n-th time."""
+    """Send this process SIGKILL when it is about to rename a file after `moment` renames."""
     calls = []
 
     def dying(rename):
@@ -288,7 +288,7 @@ def stream_flags(path: Path, *flags) -> list:
 
 def test_a_stream_is_read_as_far_as_the_run_needs(tmp_path):
     """TINY takes 12 steps of 4 windows of 32 tokens; the store ends with the record that holds
-    the last of them. Validation is what the split gave until then."""
+    the last of them. Validation is what the split has set aside by then."""
     path = write_rows(tmp_path / "set/a.jsonl", rows(800))
     run("train", *stream_flags(path), *TINY, "--out_dir", tmp_path / "run").ok()
     (folder,) = (f for f in (tmp_path / "processed").iterdir() if f.is_dir())
@@ -304,7 +304,7 @@ def test_a_stream_is_read_as_far_as_the_run_needs(tmp_path):
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_stopped_run_on_a_stream_goes_on_bit_for_bit(tmp_path, gone):
-    """Also where its store was deleted."""
+    """Even if its store was deleted."""
     path = write_rows(tmp_path / "set/a.jsonl", rows(200))
     command = ["train", *stream_flags(path), *TINY, "--eval_interval", 5]
     run(*command, "--out_dir", tmp_path / "whole").ok()
@@ -323,7 +323,7 @@ def test_a_vocabulary_of_a_stream(tmp_path):
 
 
 def test_a_vocabulary_is_of_what_is_read(tmp_path):
-    """Of a stream whose end may be far away."""
+    """The end of a stream may be far away."""
     late = [dict(text=f"zqzqzq zqzqzq {n}") for n in range(300)]
     path = write_rows(tmp_path / "set/a.jsonl", rows(100) + late)
     flags = stream_flags(path, "--tokenizer", "bpe", "--vocab_size", 400)
@@ -369,7 +369,7 @@ def test_a_signal_ends_prepare_and_leaves_nothing(tmp_path, number):
 
 
 def slow_reading(mark: Path) -> None:
-    """Records come one a tenth of a second, so that a signal meets the work."""
+    """Slow reading to ten records a second, so that a signal arrives mid-work."""
     read_records = lp.read_records
 
     def slowly(*args):
@@ -399,7 +399,7 @@ def small_gpt2(tmp_path_factory):
     torch.manual_seed(0)
     shape = dict(vocab_size=260, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
-    with torch.no_grad():  # sharp enough that one place more or less shows
+    with torch.no_grad():  # sharp enough for a shift by one place to show
         model.transformer.wte.weight.mul_(30)
     folder = tmp_path_factory.mktemp("gpt2")
     model.save_pretrained(folder)
@@ -461,7 +461,7 @@ def zipped(archive: Path, folder: Path, *names: str) -> None:
 
 @pytest.fixture
 def mirror(data, tmp_path, monkeypatch):
-    """The folder to which the addresses of all downloads lead."""
+    """The folder that the addresses of all downloads point to."""
     folder = tmp_path / "mirror"
     folder.mkdir()
     shutil.copy(data / "instruction-data.json", folder)
@@ -503,7 +503,7 @@ def test_download(fetch, mirror, data, tmp_path, name):
     shutil.rmtree(mirror)
     fetch(name).ok()  # what is there is not fetched again
     hint = result.err.splitlines()[-1].removeprefix("next: python llm_pipeline.py ").split()
-    if name == "wikitext-2":  # to learn from it takes long
+    if name == "wikitext-2":  # training on it takes long
         return
     (tmp_path / "raw/other.txt").write_text("something else " * 100)
     places = ["--processed_dir", tmp_path / "p", "--out_dir", tmp_path / "run"]

@@ -16,7 +16,7 @@ needs("xllamacpp")
 SHAPE = words("--n_layer 2 --n_head 4 --n_embd 64 --block_size 160 --init_std 0.08 --dropout 0")
 SHORT = [*CPU, *words("--batch_size 8 --max_steps 150 --lr 3e-3")]
 KINDS = {
-    "gpt2": words("--mlp gelu_tanh"),  # as llama.cpp has it
+    "gpt2": words("--mlp gelu_tanh"),  # as in llama.cpp
     "modern": words("--arch modern --n_kv_head 2 --tokenizer bpe --vocab_size 320"),
 }
 PROMPTS = [f"Repeat {i}." for i in range(7)] + ["Größe?", "river stone", ""]
@@ -60,7 +60,7 @@ def test_the_same_answers_everywhere(exported):
         ids = tokenizer.apply_chat_template(asked, return_tensors="pt")["input_ids"]
         out = model.generate(ids, do_sample=False, max_new_tokens=60)[0, ids.shape[1] :]
         assert tokenizer.decode(out, skip_special_tokens=True).strip() == wanted
-    assert stopped >= 8  # by their separators
+    assert stopped >= 8  # at their separators
 
 
 def is_up(url):
@@ -90,7 +90,7 @@ def transformers_serve(exported, tmp_path):
 
 
 def test_transformers_serve_answers(exported, transformers_serve):
-    """Not the prompt, no special token, and it stops."""
+    """The answer holds neither the prompt nor a special token, and it stops."""
     for prompt in PROMPTS[:3]:
         wanted = sampled(exported[0], prompt)
         request = chat(prompt, model=str(exported[1]), temperature=0)
@@ -100,10 +100,10 @@ def test_transformers_serve_answers(exported, transformers_serve):
 
 
 def test_llama_cpp_serves_a_conversation(exported):
-    """A second question: its answer is ours to the same tokens."""
+    """The template renders a second question as we do, and its answer stops."""
     ask, request = llama_server(exported[2], 160), chat("Repeat 3.", temperature=0)
     [first] = ask("/v1/chat/completions", **request)["choices"]
-    answer = first["message"]["content"].strip()  # the template puts space and newline around it
+    answer = first["message"]["content"].strip()  # the template adds the space and newline
     request["messages"].append({"role": "assistant", "content": answer})
     request["messages"].append({"role": "user", "content": "Repeat 4."})
     text = ask("/apply-template", messages=request["messages"])["prompt"]

@@ -55,7 +55,7 @@ def saved(folder: Path, model, normalizer=None, cutter=None, decoder=None):
 
 
 def byte_fallback(folder: Path):
-    """As SentencePiece's: a mark before each word and the text, bytes for what is rare."""
+    """Like SentencePiece's: a mark before each word and the text, bytes for rare characters."""
     tokenizers = needs("tokenizers")
     pieces = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), *"▁theao:#"]
     pieces += ["▁t", "▁th", "▁the", "▁a", "##", "###"]
@@ -99,7 +99,7 @@ SLOW = dict(deadline=None, suppress_health_check=list(HealthCheck))
 @settings(max_examples=10, **SLOW)
 @given(plain=st.lists(TEXTS, max_size=4), talks=TALKS, data=st.data())
 def test_counted_bytes_are_the_text(tmp_path_factory, vocabularies, kind, plain, talks, data):
-    """And what is masked is what was marked, whatever the tokenizer makes of either."""
+    """And the masked tokens are those of the marked answers, with any tokenizer."""
     rows = [{"text": text} for text in plain]
     for texts in talks:
         texts = texts[: len(texts) // 2 * 2]
@@ -170,7 +170,7 @@ def test_ids_of_a_long_text_are_those_of_one_encoding(tmp_path, vocabularies, ki
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "byte fallback"])
 def test_a_turn_has_the_ids_of_its_whole_text(tmp_path, vocabularies, kind):
-    """As a chat template encodes it, and they begin with those of the prompt alone."""
+    """As a chat template encodes it; they begin with the ids of the prompt alone."""
     tokenizer = vocabularies[kind]
     row = chat("the sun", " a ", "and the moon", "", "the", "tea\n")
     store = build(tmp_path, [row], tokenizer, val_fraction=1e-9)
@@ -207,7 +207,7 @@ def test_plain_texts_without_special_tokens(tmp_path):
 
 
 def test_a_checkpoint_keeps_what_its_data_was(tmp_path):
-    """No bos before a text where it learned none; records cut as they were, so that none leaks."""
+    """No bos before a text if it learned none; records are cut as before, so that none leaks."""
     (tmp_path / "book.txt").write_text("".join(f"line {i} of it\n" for i in range(400)))
     flags = ["--data_dir", tmp_path / "book.txt", "--processed_dir", tmp_path / "p"]
     cut = ["--doc_delimiter", r"\n", "--no_add_special_tokens"]

@@ -153,7 +153,7 @@ def test_long_runs_of_one_character(gpt2, text):
     assert gpt2.decode(gpt2.encode(text)) == text
 
 
-# --- somebody else's folder ---
+# --- other people's folders ---
 
 
 def test_a_hugging_face_folder(gpt2, tmp_path):
@@ -172,7 +172,7 @@ def test_a_hugging_face_folder(gpt2, tmp_path):
 
 
 def test_a_normalizer_is_kept_where_only_the_model_is_described(gpt2, tmp_path):
-    """AutoTokenizer would drop it."""
+    """AutoTokenizer would drop the normalizer."""
     needs("transformers")
     library = tokenizers.Tokenizer.from_str(gpt2.json)
     library.normalizer = tokenizers.normalizers.Lowercase()
@@ -196,7 +196,7 @@ def test_a_slow_tokenizer(declared, data, gpt2, tmp_path):
     ours = lp.load_tokenizer(str(tmp_path))
     assert ours.vocab_size == 50259 and 50257 in ours.encode("a<|user|>b")
     for text in ["a<|user|>b <|bot|>", *WORDS, *NAMED]:
-        if text != "<|endoftext|>":  # a special token there, never one from text here
+        if text != "<|endoftext|>":  # special in theirs, plain text in ours
             assert ours.encode(text).tolist() == theirs(text)["input_ids"]
 
 
@@ -239,7 +239,7 @@ CHANGES = {  # name: what it does to a tokenizer.json
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_peoples_vocabularies_give_one_answer(trained, change):
-    """tiktoken may only stand in where it gives the library's own ids."""
+    """tiktoken may only replace the library if it gives the same ids."""
     library = json.loads(trained.spec()["json"])
     CHANGES[change](library)
     spec = trained.spec() | {"json": json.dumps(library)}
@@ -254,7 +254,7 @@ def test_other_peoples_vocabularies_give_one_answer(trained, change):
 
 
 def test_tokens_of_the_user_are_made_from_text(tmp_path):
-    """In the store and anywhere else, whole, whatever stands around them; ours never are."""
+    """In the store and elsewhere, whole, whatever surrounds them; ours never are."""
     text = "".join(f"<|user|>hi {n}<|sep|> <|tool|>x<|user|>\n" for n in range(50))
     extra = "<|user|>,<|tool|>,<|sep|>"  # the last is ours already
     store = trained_on(tmp_path, text, extra_special_tokens=extra, vocab_size=300)
@@ -294,7 +294,7 @@ def test_special_tokens_by_our_names_and_others(trained, tmp_path, capsys):
     capsys.readouterr()
     trained_on(tmp_path / "c", special_tokens="<pad>,<begin>,</s>,<turn>")
     assert "pad is <pad>, bos is none, eos is </s>, sep is </s>" in capsys.readouterr().err
-    # What texts can make has no role.
+    # A token that text can make has no role.
     trained_on(tmp_path / "d", special_tokens="</s>", extra_special_tokens="<sep>")
     assert "eos is </s>, sep is </s>" in capsys.readouterr().err
 

@@ -60,7 +60,7 @@ def wide_checkpoint(tmp_path_factory, corpus) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, corpus) -> Path:
-    """The folder of a run of SHORT that nothing disturbed; not to be written to."""
+    """The folder of an undisturbed run of SHORT; read-only."""
     folder = tmp_path_factory.mktemp("whole")
     run("train", *corpus, *SHORT, "--out_dir", folder).ok()
     return folder
@@ -137,8 +137,8 @@ RESUMED = {
 
 
 def resumed_is_whole(command: list, folder: Path, steps: int, suffix: str = "") -> None:
-    """A run resumed from each of its steps, and one resumed once that then crosses an epoch's
-    edge, end as the run that was not stopped."""
+    """A run resumed at each of its steps, and one resumed once that then crosses the end of an
+    epoch, both end like the uninterrupted run."""
     whole, split = folder / "whole", folder / "split"
     run(*command, "--out_dir", whole).ok()
     for stops in ([1] * (steps - 1), [3]):
@@ -155,9 +155,9 @@ def resumed_is_whole(command: list, folder: Path, steps: int, suffix: str = "") 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resume_from_every_step(name, corpus, tmp_path):
-    """10 steps are two and a half epochs, so that some stops stand at an epoch's edge."""
+    """10 steps are two and a half epochs, so some stops fall on the end of an epoch."""
     resumed_is_whole(["train", *corpus, *SHORT, *words(RESUMED[name])], tmp_path, 10)
-    if name not in ("sliding", "answers", "fast"):  # of which two read whole records
+    if name not in ("sliding", "answers", "fast"):  # two of them read whole records
         assert {row["epoch"] for row in metrics(tmp_path / "whole")} == {"0", "1", "2"}
 
 
@@ -175,7 +175,7 @@ def test_resume_of_a_mistyped_folder_begins_no_run_of_defaults(tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, corpus) -> Path:
-    """The folder of a run stopped at step 4; not to be written to."""
+    """The folder of a run stopped at step 4; read-only."""
     folder = tmp_path_factory.mktemp("stopped")
     run("train", *corpus, *SHORT, "--out_dir", folder, "--stop_after", 4).ok()
     return folder
@@ -258,7 +258,7 @@ def batch_of(data, numbers) -> lp.Batch:
 
 
 def test_padding_does_not_count(corpus):
-    """The loss of a padded batch is the sum of its records', each alone and without padding."""
+    """The loss of a padded batch is the sum of its records' losses, each alone without padding."""
     store = small_store(corpus)
     model = lp.GPT(lp.GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=32)).eval()
     for loss_on in ("all", "response"):
@@ -274,7 +274,7 @@ def test_padding_does_not_count(corpus):
 
 
 def test_answers_that_weigh_more(corpus):
-    """The loss is that of all tokens, and six times more that of the answers; each by itself."""
+    """The loss is that of all tokens plus six times that of the answers alone; halves add up."""
     store = small_store(corpus)
     model = lp.GPT(lp.GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=32)).eval()
     weighted = lp.InstructionDataset(store, "train", 64, answer_weight=7)
@@ -294,7 +294,7 @@ def test_answers_that_weigh_more(corpus):
 
 
 def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
-    """Done by hand: the seeded model, the first batch of the first epoch, one backward."""
+    """By hand: the seeded model, the first batch of the first epoch, one backward pass."""
     base = ["train", *corpus, *TINY, *words("--dropout 0 --grad_clip 0 --log_interval 1")]
     gradient = first_gradient(tmp_path / "a", *base)
     first = float(curve(tmp_path / "a")[0][1])
@@ -311,7 +311,7 @@ def test_the_gradient_is_of_the_mean_over_targets(corpus, tmp_path):
 
 
 def test_weight_decay_is_on_matrices_only(corpus, tmp_path):
-    """One step at a gradient's scale apart: only decayed weights move by lr * decay * weight."""
+    """After one step with and without decay, only the decayed weights differ."""
     base = ["train", *corpus, *TINY, *words("--max_steps 1 --dropout 0 --lr 0.01")]
     run(*base, "--weight_decay", 0, "--out_dir", tmp_path / "a").ok()
     run(*base, "--weight_decay", 1, "--out_dir", tmp_path / "b").ok()
@@ -398,7 +398,7 @@ def test_best_is_the_best(corpus, tmp_path):
 
 
 def test_early_stopping(corpus, tmp_path):
-    """At this rate the loss soon bounces: the run ends with its third evaluation in vain."""
+    """At this rate the loss soon bounces; the run ends after three evaluations in vain."""
     flags = words("--max_steps 200 --eval_interval 2 --lr 0.3 --patience 3 --grad_clip 0")
     result = run("train", *corpus, *TINY, *flags, "--out_dir", tmp_path).ok()
     assert "stopped early" in result.err
@@ -408,7 +408,7 @@ def test_early_stopping(corpus, tmp_path):
 
 
 def test_no_loss_is_no_miss(corpus, tmp_path):
-    """Nothing is held out, and the run resumes at a step at which it is to be judged."""
+    """With nothing held out, the run resumes at a step that is due for an evaluation."""
     flags = [*corpus, "--val_fraction", 0, *TINY, "--patience", 1, "--out_dir", tmp_path]
     run("train", *flags, "--stop_after", 3).ok()
     run("train", *flags, "--resume", *words("--eval_interval 3 --stop_after 1")).ok()
@@ -491,7 +491,7 @@ def test_a_step_that_is_not_finite_stops_before_the_update(where, corpus, tmp_pa
 
 
 def test_running_out_of_memory_until_checkpointing_helps(corpus, tmp_path, monkeypatch):
-    """Micro-batches shrink to one row, then checkpointing comes on; the result stays."""
+    """Micro-batches shrink to one row, then checkpointing is turned on; the result is the same."""
     failures = []
 
     def fail(loss, batch, call):
@@ -521,7 +521,7 @@ def test_running_out_of_memory_for_good_says_what_to_do(corpus, tmp_path, monkey
 
 
 def test_commands_do_not_import_the_compiler(corpus, tmp_path):
-    """It takes two seconds, which is more than a short command does."""
+    """Importing it takes two seconds, longer than a short command runs."""
     train = [*map(str, ["train", *corpus, *SHORT, "--out_dir", tmp_path])]
     sample = ["sample", "--ckpt", str(tmp_path / "best.pth"), "--prompt", "a"]
     code = f"""import sys, llm_pipeline as lp

@@ -1,12 +1,12 @@
-"""What other work beside costs: the choice of threads, and the clock of --minutes.
+"""What other work on the machine costs: the choice of threads, and the clock of --minutes.
 
     python tests/bench/beside.py threads [--loops 2] [--pairs 3]
     python tests/bench/beside.py minutes --data TEXT [--minutes 1 3] [--loops 1] [--pairs 3]
 
-OpenMP's threads wait for each other: on a core that another process wants, two may be slower than
-one. `threads` trains with one thread, with all, and with as many as the program chooses by itself
-(`--threads 0`), in turns, quiet and beside busy loops. `minutes` takes the time of whole processes
-and prints what size and how many steps they came to.
+OpenMP's threads wait for each other, so if another process wants one of the cores, two threads may
+be slower than one. `threads` trains with one thread, with all, and with as many as the program
+chooses (`--threads 0`), in turn, on a quiet machine and next to busy loops. `minutes` times whole
+processes and prints their model size and number of steps.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def busy_loops(n: int):
 
 
 def train(work: str, data: Path, *flags) -> Path:
-    """The folder of a run, in a process of its own."""
+    """Train in a separate process; returns the run's folder."""
     folders = ["--data_dir", data, "--out_dir", f"{work}/run", "--processed_dir", f"{work}/st"]
     command = [sys.executable, PROGRAM, "train", *folders, *map(str, flags)]
     subprocess.run(command, check=True, capture_output=True, cwd=work)
@@ -50,7 +50,7 @@ def train(work: str, data: Path, *flags) -> Path:
 
 
 def steps_per_second(data: Path, threads: int, steps: int) -> float:
-    """Of the second half of a run."""
+    """Measured over the second half of a run."""
     with tempfile.TemporaryDirectory() as work:
         run = train(work, data, *FLAGS, "--threads", threads, "--max_steps", steps)
         with open(run / "metrics.csv", newline="", encoding="utf-8") as file:

@@ -1,10 +1,10 @@
-"""What does not grow: training's start-up and speed with the corpus, decoding with the sequence.
+"""Costs that should not grow: those of training with the corpus, of decoding with the sequence.
 
     python tests/bench/cost.py [--sizes 1 1000] [--rounds 5]
 
-Corpora are generated text of that many megabytes, prepared as bytes; runs on them take turns, and
-medians are printed. Decoding is timed in one process, a token at a time, at the end of a context of
-1,024 against its beginning.
+Corpora are generated text of that many megabytes, prepared as bytes. Runs on them take turns; the
+start-up time and speed printed are medians. Decoding is timed in one process, one token at a time,
+at the end of a context of 1,024 against its beginning.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from memory import run, write_text  # its neighbour
+from memory import run, write_text  # in this folder
 
 import llm_pipeline as lp
 
@@ -38,7 +38,7 @@ MODEL += ["--device", "cpu", "--save_interval", "100000", "--log_interval", "20"
 
 
 def training(folder: Path, sizes: list[int], rounds: int) -> None:
-    """Seconds of a run of one step, and tokens a second of a longer one, by size of the corpus."""
+    """Print seconds of a one-step run and tokens a second of a longer one, by corpus size."""
     for size in sizes:
         text = write_text(folder / "text.txt", size, "words")
         run("prepare", "--data_dir", text, "--out_dir", folder / f"{size}")
@@ -58,7 +58,7 @@ def training(folder: Path, sizes: list[int], rounds: int) -> None:
 
 
 def decoding(rounds: int, block_size: int = 1024) -> None:
-    """Milliseconds a token in the first and in the last eighth of a context."""
+    """Print milliseconds per token in the first and in the last eighth of a context."""
     torch.set_num_threads(2)
     config = lp.GPTConfig(block_size=block_size, n_layer=6, n_head=8, n_embd=512)
     dtype = lp.pick_dtype("auto", torch.device("cpu"))

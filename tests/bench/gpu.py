@@ -1,12 +1,12 @@
 """What this program does on a GPU: one table, in under nine minutes.
 
     python tests/bench/gpu.py                    # all rows
-    python tests/bench/gpu.py --only decode_8    # some of them, beside the figures of the others
+    python tests/bench/gpu.py --only decode_8    # some rows; keeps the saved figures of the others
     python tests/bench/gpu.py --dry              # every row at toy size on the CPU
 
 Nothing is downloaded: the text is tinyshakespeare/input.txt in the folder $LLM_PIPELINE_DATA, or
-generated, in which case its loss compares with nobody's. Each row is a process of its own with a
-time limit and can fail alone. After each, gpu.json and gpu.md in --out_dir hold what there is.
+else generated, and then its loss is not comparable. Each row is a separate process with a time
+limit; if one fails, the others still run. After each, gpu.json and gpu.md in --out_dir are updated.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from memory import write_text  # its neighbour
+from memory import write_text  # in this folder
 
 PROGRAM = Path(__file__).resolve().parents[2] / "llm_pipeline.py"
-TOTAL = 530  # seconds for all rows; what is left when they are over goes to nobody
+TOTAL = 530  # seconds for all rows
 PEER_LOSS = 1.4697  # nanoGPT on tinyshakespeare, 10.7 M parameters, three minutes of an A100
 GPT2 = "--preset gpt2-124m --tokenizer bpe --vocab_size 50257 --rounds 3"
 TOY = "--device cpu --dtype float32 --n_layer 1 --n_head 2 --n_embd 32 --block_size 32 "
@@ -105,7 +105,7 @@ def command_of(row: Row, text: Path, work: Path, dry: bool) -> list[str]:
 
 
 def trained(folder: Path, started: float) -> dict:
-    """Best loss of a run, its size, and the seconds after which it was as good as the peer."""
+    """Best loss of a run, its loss curve, and the seconds it took to match the peer."""
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "val"]
     times = [datetime.fromisoformat(row["timestamp"]).timestamp() - started for row in rows]
@@ -116,12 +116,12 @@ def trained(folder: Path, started: float) -> dict:
 
 
 def measure(row: Row, text: Path, dry: bool, limit: float) -> dict:
-    """The figures of a row, or an `error`: the last line of what its process said."""
+    """The figures of a row, or an `error`: the last line that its process wrote."""
     with tempfile.TemporaryDirectory() as name:
         work, started = Path(name), time.time()
         command = command_of(row, text, work, dry)
         result = {"name": row.name, "command": " ".join(["llm_pipeline.py", *command[2:]])}
-        # At toy size compiling would take longer than all the rest.
+        # At toy size, compiling would take longer than everything else.
         env = os.environ | ({"TORCHDYNAMO_DISABLE": "1"} if dry else {})
         try:
             done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=limit)

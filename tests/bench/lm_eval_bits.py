@@ -1,10 +1,10 @@
-"""Bits per byte by `eval` and by EleutherAI's lm_eval, on the same text: they must agree.
+"""Bits per byte from `eval` and from EleutherAI's lm_eval on the same text: they must agree.
 
     pip install lm_eval
     python tests/bench/lm_eval_bits.py --ckpt ckpts/best.pth --text data/raw/input.txt
 
-Exports the checkpoint, writes the text as a JSON Lines file and an lm_eval task over it (kept in
---out_dir, for use with `lm_eval --model hf --include_path`), asks both, prints both.
+Exports the checkpoint, writes the text as a JSON Lines file with an lm_eval task for it (kept in
+--out_dir, for use with `lm_eval --model hf --include_path`), and prints both figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ metric_list:
 
 
 def documents(path: Path, count: int) -> list[str]:
-    """Distinct pieces of a text, of one to five paragraphs: shorter and longer than a block."""
+    """Distinct pieces of a text, one to five paragraphs each: shorter and longer than a block."""
     paragraphs = iter(dict.fromkeys(path.read_text(encoding="utf-8").split("\n\n")))
     pieces = ("\n\n".join(itertools.islice(paragraphs, i % 5 + 1)) for i in range(count))
     return list(dict.fromkeys(piece for piece in pieces if piece.strip()))
@@ -68,10 +68,10 @@ def their_bits(ckpt: str, corpus: Path, folder: Path) -> float:
 def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--ckpt", default="ckpts/best.pth", help="a checkpoint that `export` takes")
+    parser.add_argument("--ckpt", default="ckpts/best.pth", help="a checkpoint for `export`")
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
     parser.add_argument("--docs", type=int, default=100, help="documents to score")
-    parser.add_argument("--out_dir", type=Path, help="keep export and task here (default: nowhere)")
+    parser.add_argument("--out_dir", type=Path, help="keep the export and the task here")
     args = parser.parse_args(argv)
     try:
         import lm_eval  # noqa: F401

@@ -2,8 +2,8 @@
 
     python tests/bench/memory.py [--sizes 100 1000] [--kinds words chinese lines]
 
-Each run is a process of its own; its peak is what the operating system says of it. Kinds: `words`
-is English-like prose, `chinese` has no space in it, `lines` is cut into one short record a line.
+Each run is a separate process; its peak is what the operating system reports. Kinds: `words` is
+English-like prose, `chinese` has no spaces, `lines` is split into one short record per line.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000], help="megabytes")
     parser.add_argument("--kinds", nargs="+", default=["words"])
-    parser.add_argument("--folder", help="where the text and the stores go for a while")
+    parser.add_argument("--folder", help="parent of the temporary text and stores")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

@@ -1,22 +1,22 @@
-"""Beside karpathy/nanochat, and jingyaogong/minimind: bits a byte of the same held-out text.
+"""Against karpathy/nanochat and jingyaogong/minimind: bits per byte of the same held-out text.
 
     git clone https://github.com/karpathy/nanochat     # pip install rustbpe tiktoken pyarrow pyyaml
     git clone https://github.com/jingyaogong/minimind  # pip install transformers datasets
     python tests/bench/nanochat.py --nanochat nanochat --minimind minimind --data FILE 2>log
 
-Each has 4 layers of 256, a context of 128, batches of 16, as many trained tokens and threads, and
-otherwise its own: architecture, optimizer, rates, schedule. Ours and nanochat train a vocabulary of
-2,048 each, which is in their time; minimind comes with 6,400. So a token is not the same text to
-each: bits a byte and seconds compare. The text is cut after sentences into pieces that fit the
-context, since nanochat's loader drops what does not; every tenth story is held out. All are scored
-in one way: each held-out piece by itself, behind a beginning-of-text token (nanochat's own figures
-are of rows as its loader packs them). The others have no flag for a seed: there it changes the
-order of the pieces alone.
+Each has 4 layers of 256, a context of 128, batches of 16, and the same number of trained tokens and
+threads, but its own architecture, optimizer, rates and schedule. Ours and nanochat each train a
+vocabulary of 2,048, which counts in their time; minimind comes with 6,400. Tokens therefore differ,
+but bits per byte and seconds are comparable. The text is cut after sentences into pieces that fit
+the context, since nanochat's loader drops what does not; every tenth story is held out. All are
+scored alike: each held-out piece by itself, after a beginning-of-text token (nanochat's own figures
+are for rows as its loader packs them). The others have no flag for a seed, so for them it changes
+only the order of the pieces.
 
-Seconds are of whole processes, start-up included; nanochat and ours evaluate five and four times in
-between. nanochat compiles, each time anew: its third figure leaves out by how much its first
-evaluation and first ten steps took longer than others. To come to another's bits a byte ours runs
-anew with fewer steps (the first of --parts that comes there); the third figure is the ratio.
+Seconds are of whole processes, start-up included; nanochat evaluates five times on the way, ours
+four times. nanochat compiles in every run: its third figure leaves out the extra time of its first
+evaluation and first ten steps. To reach another's bits per byte, ours runs again with fewer steps
+(the first of --parts that gets there); the third figure is the ratio of their seconds to ours.
 """
 
 import argparse
@@ -47,7 +47,7 @@ MINIMIND += "--accumulation_steps 1 --num_workers 0 --device cpu --data_path ../
 
 
 def pieces(text: str, limit: int = 300) -> tuple[list[str], list[str]]:
-    """What trains and what is held out, no piece twice."""
+    """The pieces that train and those that are held out, none twice."""
     cut: tuple[dict, dict] = {}, {}
     for i, story in enumerate(re.split(r"\s*<\|endoftext\|>\s*|\n\s*\n", text.strip())):
         piece = ""
@@ -73,7 +73,7 @@ def timed(command: list, cwd: Path, threads: int, **more) -> tuple[float, list]:
 
 
 def bits_a_byte(model, encode, held: list[str]) -> float:
-    """encode: text -> ids behind a bos; model: ids (B, T) -> logits (B, T, V)."""
+    """encode: text -> ids after a bos; model: ids (B, T) -> logits (B, T, V)."""
     ids, nats = sorted((torch.tensor(encode(piece)) for piece in held), key=len), 0.0
     pad = torch.nn.utils.rnn.pad_sequence
     with torch.no_grad():
@@ -85,7 +85,7 @@ def bits_a_byte(model, encode, held: list[str]) -> float:
 
 
 def ours(work: Path, options, seed: int, steps: int) -> tuple[float, float]:
-    """(bits a byte, seconds); no run finds a token store."""
+    """(bits per byte, seconds); no run finds a token store."""
     where = ["--data_dir", "text", "--processed_dir", f"stores{steps}"]
     run = ["--seed", seed, "--max_steps", steps, "--eval_interval", -(-steps // 4)]
     run += ["--threads", options.threads, "--out_dir", "run", *where, *OURS.split()]
@@ -98,12 +98,12 @@ def ours(work: Path, options, seed: int, steps: int) -> tuple[float, float]:
 
 
 def nanochat(work: Path, options, steps: int) -> tuple[float, float, float]:
-    """(bits a byte, seconds, seconds without compilation)"""
+    """(bits per byte, seconds, seconds without compilation)"""
     import pyarrow
     from pyarrow import parquet
 
     (work / "wandb.py").touch()
-    (work / "base_data_climbmix").mkdir()  # of its files the last is held out
+    (work / "base_data_climbmix").mkdir()  # its last file is held out
     for name, part in ("0", options.train), ("1", options.held):
         file = work / "base_data_climbmix" / f"{name}.parquet"
         parquet.write_table(pyarrow.table({"text": part}), file, row_group_size=500)
@@ -130,10 +130,10 @@ def nanochat(work: Path, options, steps: int) -> tuple[float, float, float]:
 
 
 def minimind(work: Path, options, steps: int) -> tuple[float, float]:
-    """(bits a byte, seconds); it pads each piece, and padding is no trained token."""
+    """(bits per byte, seconds); it pads each piece, and padding is not a trained token."""
     from transformers import AutoTokenizer
 
-    for name in ("trainer", "model", "dataset"):  # it writes beside them
+    for name in ("trainer", "model", "dataset"):  # it writes next to them
         shutil.copytree(options.minimind / name, work / name)
     tokenizer, left = AutoTokenizer.from_pretrained(work / "model"), steps * 16 * 128
     with open(work / "dataset/text.jsonl", "w") as file:
@@ -156,10 +156,10 @@ def minimind(work: Path, options, steps: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("--nanochat", "--minimind"):
-        parser.add_argument(name, type=lambda name: Path(name).resolve(), help="a clone of it")
+        parser.add_argument(name, type=lambda name: Path(name).resolve(), help="its clone")
     parser.add_argument("--data", type=Path, required=True, help="stories between <|endoftext|>")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=550, help="of 2,048 tokens; 12 or more")
+    parser.add_argument("--steps", type=int, default=550, help="of 2,048 tokens; at least 12")
     parser.add_argument("--parts", type=float, nargs="*", default=[0.4, 0.55, 0.7, 0.85])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Speed of `prepare`: WikiText-2 with GPT-2's vocabulary, against the libraries alone; bytes.
+"""Speed of `prepare`: WikiText-2 with GPT-2's vocabulary, against the bare libraries; and bytes.
 
     LLM_PIPELINE_DATA=FOLDER python tests/bench/prepare.py [--rounds 5]
 
-All sides run in this process, in turns; medians are printed. `prepare` is timed from the raw file
-to the finished store; the libraries from the text in memory to ids in memory.
+All sides take turns in this process, and the medians are printed. `prepare` is timed from the raw
+file to the finished store; the libraries from text in memory to ids in memory.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def prepare(source: Path, tokenizer: str, out: Path) -> int:
 
 
 def pieces(text: str) -> list[str]:
-    """The text in parts of about a megabyte, cut at line ends."""
+    """The text in parts of about a megabyte, split at line ends."""
     found, line = [], 0
     while line < len(text):
         end = text.find("\n", line + CHUNK) + 1 or len(text)

@@ -1,11 +1,11 @@
-"""SMS spam by nothing but the fast recipe, beside a linear SVM on the same records.
+"""SMS spam with nothing but the fast recipe, against a linear SVM on the same records.
 
     python tests/bench/sms.py --data sms_spam_collection              # ten splits of all messages
-    python tests/bench/sms.py --data sms_spam_collection --balanced   # 747 spam, 747 of the ham
+    python tests/bench/sms.py --data sms_spam_collection --balanced   # 747 spam, 747 ham
 
-Needs scikit-learn. Every figure of ours is `eval`'s own. The SVM sees character n-grams (2 to 5,
-within words) by TF-IDF. --balanced draws as *Build a Large Language Model (From Scratch)* does,
-duplicates left in: 70% train, 10% choose the checkpoint, 20% are tested on.
+Needs scikit-learn. All our figures come from `eval`. The SVM uses TF-IDF of character n-grams
+(2 to 5, within words). --balanced samples as *Build a Large Language Model (From Scratch)* does,
+duplicates included: 70% for training, 10% to choose the checkpoint, 20% for the test.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def program(*argv) -> None:
 
 
 def scored(data: Path, test: list, work: Path, flags: list) -> dict:
-    """Train on `data`, then what `eval` says of the messages."""
+    """Train on `data`; returns what `eval` reports for the messages."""
     common = ["--processed_dir", work / "stores", "--threads", 1]
     program("train", "--data_dir", data, *common, "--out_dir", work, *TRAIN.split(), *flags)
     program("eval", *test, *common, "--ckpt", work / "best.pth", "--json", work / "eval.json")
@@ -41,7 +41,7 @@ def scored(data: Path, test: list, work: Path, flags: list) -> dict:
 
 
 def svm(train: list[tuple[str, str]], test: list[tuple[str, str]]) -> tuple[float, float]:
-    """Accuracy and spam F1 of the SVM; (label, text) pairs."""
+    """Accuracy and spam F1 of the SVM, from (label, text) pairs."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.metrics import accuracy_score, f1_score
     from sklearn.pipeline import make_pipeline
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 11))
     parser.add_argument("--balanced", action="store_true")
-    parser.add_argument("--at_once", type=int, default=2, help="runs side by side, a thread each")
+    parser.add_argument("--at_once", type=int, default=2, help="parallel runs, one thread each")
     options = parser.parse_args()
     measure = one_balanced if options.balanced else one_split
 

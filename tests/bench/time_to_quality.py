@@ -1,12 +1,12 @@
-"""Wall-clock to a validation loss on tinyshakespeare: both recipes, and nanoGPT beside them.
+"""Wall-clock time to a validation loss on tinyshakespeare: both recipes, and nanoGPT.
 
     python tests/bench/time_to_quality.py --data tinyshakespeare/input.txt [--nanogpt FOLDER]
 
-Each run is a whole process: start-up, tokenizing, a vocabulary of its own, training and its report
-at the end. Rows take turns, seed by seed. Losses are `eval`'s bits a byte of the whole validation
+Each run is a whole process: start-up, tokenizing, its own vocabulary, training and the report at
+the end. Rows take turns, seed by seed. Losses are `eval`'s bits per byte over the whole validation
 part, in nats. FOLDER: a checkout of nanoGPT in which data/shakespeare_char has been prepared. There
-2,000 steps of its CPU settings (4 layers of 128, context 64, batch 12, no dropout) reach 1.8857
-nats a character; those of its GPU settings, three minutes of an A100, reach 1.4697.
+2,000 steps with its CPU settings (4 layers of 128, context 64, batch 12, no dropout) reach 1.8857
+nats per character; its GPU settings, three minutes on an A100, reach 1.4697.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def timed(command: list, threads: int, cwd: Path) -> tuple[float, str]:
 
 
 def ours(flags: str, data: Path, seed: int, threads: int) -> tuple[float, float]:
-    """(seconds, nats a byte) of a run, which finds no token store."""
+    """(seconds, nats per byte) of a run, which finds no token store."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         common = ["--data_dir", data, "--processed_dir", work / "stores", "--threads", threads]
@@ -63,7 +63,7 @@ def ours(flags: str, data: Path, seed: int, threads: int) -> tuple[float, float]
 
 
 def nanogpt(folder: Path, threads: int) -> tuple[float, float]:
-    """(seconds, nats a character) of its CPU settings."""
+    """(seconds, nats per character) with its CPU settings."""
     command = ["train.py", "config/train_shakespeare_char.py", *THEIRS.split()]
     seconds, said = timed(command, threads, folder)
     return seconds, float(re.findall(r"val loss ([\d.]+)", said)[-1])

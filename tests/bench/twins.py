@@ -1,9 +1,9 @@
-"""What each faster twin of section 9 gains on this CPU: steps and decoding with it and without.
+"""What each faster twin of section 9 gains on this CPU: steps and decoding with and without it.
 
     python tests/bench/twins.py [--rounds 15] [--threads 2]
 
-Each row is a task with all twins and, in turns with that, without one of them: how many times as
-long a step takes then, the median over rounds. Twins that a task does not use are left out.
+Each task runs with all twins and, alternating with that, without each of them. A row gives how many
+times as long a step then takes: the median over rounds. It leaves out twins that a task cannot use.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 import llm_pipeline as lp
 
 PLAIN = {"adamw": torch.optim.AdamW, "muon": lp.Muon}
-# A task: flags of `bench`, ids of the vocabulary, twins that it may use.
+# A task: flags of `bench`, size of the vocabulary, twins that it may use.
 STEPS = {
     "classic, cpu-debug": ("--preset cpu-debug", 260, ("dropout", "attention_sdpa", "adamw")),
     "fast, cpu-debug, 1,024 ids": (
@@ -38,7 +38,7 @@ STEPS = {
 
 
 def stepper(config, rt, vocab_size: int, without: str) -> Callable:
-    """A function that takes a training step, without one of the twins ("": with all)."""
+    """A function that takes a training step without one of the twins ("": with all)."""
     lp.set_seed(1)
     model = lp.GPT(lp.model_config(config, vocab_size))
     kinds = lp.OPTIMIZERS | ({without: PLAIN[without]} if without in PLAIN else {})
