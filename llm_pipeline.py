@@ -3838,10 +3838,9 @@ class StoreWriter:
             counts["bytes"] += size + answer
             counts[f"{split}_bytes"] += size + (answer if turn.trained else 0)
             if tokenizer.unk_id is not None:
-                unknown = [
-                    np.count_nonzero(part == tokenizer.unk_id) for part in (prompt, *response)
-                ]
-                counts.update({"unknown_tokens": sum(unknown)} if any(unknown) else {})
+                unknown = np.concatenate([prompt, *response]) == tokenizer.unk_id
+                if unknown.any():
+                    counts["unknown_tokens"] += int(unknown.sum())
         data = np.concatenate(parts, dtype=id_dtype(tokenizer), casting="unsafe")
         self.files[f"{split}.bin"].write(data)
         self.files[f"{split}.idx"].write(np.array(rows, INDEX))
