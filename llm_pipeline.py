@@ -4075,7 +4075,7 @@ def write_store(
         what, way = "the hashes put all records on one side of the split", "add data, name files "
         way += "train or valid, or, if all share one prompt, pass --split_by content"
         if full:
-            what, way = "little text was read", "pass a larger --max_tokens"
+            what, way = "little text was read", "raise --max_tokens or --max_steps"
         missing = "validates" if writer.size["train"] else "trains"
         note(f"{what}, so none {missing}: {way}")
     files = {}
@@ -5774,16 +5774,15 @@ def train_loop(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFo
 
 def new_run(config: TrainConfig, rt: Runtime, stop: StopSignal, folder: RunFolder) -> Run:
     """A run of `train`, ready for its next step."""
-    if not folder.state:
+    if folder.state:
+        loaded = restored(folder.state)
+    else:
         chosen = ["tokenizer", "vocab_size", "epochs", "max_steps", "batch_size", "block_size", "lr",
                   "dropout", "token_dropout", "answer_weight", "sampled_softmax"]  # fmt: skip
         if config.tokenizer != "bpe":  # only BPE is trained to a size
             chosen.remove("vocab_size")
         values = ", ".join(f"{name} {getattr(config, name)}" for name in chosen)
         note(f"recipe {config.recipe}: {values}")
-    if folder.state:
-        loaded = restored(folder.state)
-    else:
         loaded = pretrained(config) if config.init_from else None
     store = open_store(config, rt, loaded, bool(folder.state))
     if not loaded:
