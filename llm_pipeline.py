@@ -10,13 +10,13 @@
 """llm_pipeline: from raw text to a small GPT that you trained yourself, in one file.
 
     python llm_pipeline.py train --preset cpu-debug          # data -> tokenizer -> GPT
-    python llm_pipeline.py train --data_dir book.txt --minutes 10   # fills the time
+    python llm_pipeline.py train --data_dir book.txt --minutes 10   # the best of ten minutes
     python llm_pipeline.py finetune --ckpt ckpts/best.pth    # learn to follow instructions
     python llm_pipeline.py eval --ckpt ckpts/best.pth        # perplexity, bits per byte, F1
     python llm_pipeline.py sample --ckpt ckpts/best_finetune.pth --prompt "Name a colour."
-    python llm_pipeline.py prepare --data_dir data/raw       # raw text -> token store, with report
+    python llm_pipeline.py prepare --data_dir data/raw       # raw text -> token store, and a report
     python llm_pipeline.py export --ckpt ckpts/best.pth --out_dir hf   # -> Hugging Face
-    python llm_pipeline.py bench --preset tiny-8g            # what to expect of this machine
+    python llm_pipeline.py bench --preset tiny-8g            # speed and memory on this machine
 
 `COMMAND --help` shows the flags to begin with, `--help_all` every one. The file is a book in two
 parts. Part I is the course, to be read from the top in one sitting:
@@ -537,17 +537,17 @@ class ModelSettings(Settings):
     n_embd: int = option(512, "width of the residual stream", low=1, high=2**16)
     head_dim: int = option(0, "width of a head (0: n_embd / n_head)", low=0, high=2**12)
     n_inner: int = option(0, "width inside the MLP (0: 4 n_embd; swiglu 8/3)", low=0, high=2**20)
-    dropout: float = option(0.1, "of activations (see --grad_accum)", low=0.0, high=0.95)
-    token_dropout: float = option(0.0, "of whole input tokens", low=0.0, high=0.95)
+    dropout: float = option(0.1, "share of activations zeroed in training", low=0.0, high=0.95)
+    token_dropout: float = option(0.0, "share of input tokens hidden", low=0.0, high=0.95)
     bias: bool = option(True, "biases in linear layers and LayerNorm")
     tie_weights: bool = option(True, "one matrix for embedding and head")
-    pos: str = option("learned", "positions", choices=("learned", "rope", "alibi"))
+    pos: str = option("learned", "how positions enter", choices=("learned", "rope", "alibi"))
     norm: str = option("layernorm", "normalisation", choices=NORMS)
     norm_eps: float = option(1e-5, "added to the variance", above=0.0, high=1.0)
-    mlp: str = option("gelu", "MLP", choices=ACTIVATIONS)
+    mlp: str = option("gelu", "activation of the MLP", choices=ACTIVATIONS)
     qk_norm: bool = option(False, "RMSNorm on queries and keys, per head")
     rope_theta: float = option(1e4, "base of the rotary wavelengths", above=1.0, high=1e12)
-    attn: str = option("sdpa", "attention code: explicit or fused", choices=ATTENTION)
+    attn: str = option("sdpa", "attention: step by step or fused", choices=ATTENTION)
     init_std: float = option(0.02, "standard deviation of the initial weights", above=0.0, high=1.0)
     zero_init: bool = option(False, "start each block as the identity (output matrices at zero)")
 
@@ -951,8 +951,8 @@ SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {
 class OptimConfig(Settings):
     """Optimisation: batches, optimizer, learning rate."""
 
-    batch_size: int = option(32, "sequences a step, over all processes", low=1, high=2**20)
-    grad_accum: int = changeable(1, "micro-batches, each with its own dropout", low=1, high=2**16)
+    batch_size: int = option(32, "sequences per step, over all processes", low=1, high=2**20)
+    grad_accum: int = changeable(1, "micro-batches per batch (dropout differs)", low=1, high=2**16)
     lr: float = option(3e-4, "learning rate of AdamW", above=0.0, high=10.0)
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "muon"))
     muon_lr: float = option(0.02, "learning rate of Muon", above=0.0, high=10.0)
@@ -960,12 +960,14 @@ class OptimConfig(Settings):
     head_lr_scale: float = option(1.0, "factor on lr for an untied head", above=0.0, high=1e3)
     weight_decay: float = option(0.01, "on matrices only", low=0.0, high=10.0)
     beta2: float = option(0.99, "AdamW's second-moment decay", above=0.0, high=0.99999)
-    grad_clip: float = option(1.0, "largest gradient norm (0: none)", low=0.0)
-    lr_schedule: str = option("cosine", "schedule", choices=SCHEDULES)
+    grad_clip: float = option(1.0, "largest gradient norm (0: no clipping)", low=0.0)
+    lr_schedule: str = option("cosine", "course of the learning rate", choices=SCHEDULES)
     warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
-    decay_fraction: float = option(0.5, "wsd: share of the steps after warm-up", low=0.0, high=1.0)
+    decay_fraction: float = option(0.5, "wsd: the rate falls for this share", low=0.0, high=1.0)
     min_lr_ratio: float = option(0.1, "final learning rate, as a share of lr", low=0.0, high=1.0)
-    compile: str = changeable("auto", "torch.compile", choices=("auto", "on", "off"))
+    compile: str = changeable(
+        "auto", "torch.compile (auto: on CUDA)", choices=("auto", "on", "off")
+    )
     grad_checkpointing: bool = changeable(False, "recompute activations to save memory")
     fsdp: bool = changeable(False, "shard parameters over processes instead of copying them")
     self_test: bool = session_only(True, "compare the device with the CPU before the first step")
@@ -1117,12 +1119,12 @@ class FitConfig(Settings):
     """Run: how long it lasts, what it evaluates and what it keeps."""
 
     out_dir: str = session_only("ckpts", "folder of the run")
-    resume: bool = session_only(False, "continue last.pth of out_dir, bit for bit")
+    resume: bool = session_only(False, "continue from out_dir's last.pth, bit for bit")
     overwrite: bool = session_only(False, "replace the run in out_dir")
     epochs: int = option(5, "passes over the training data", low=1, high=10**6)
     max_steps: int = option(0, "optimizer steps in all, instead of epochs", low=0)
     stop_after: int = session_only(0, "save and stop after N steps of this session", low=0)
-    sampled_softmax: int = option(0, "train over the batch's ids and N others (0: all)", low=0)
+    sampled_softmax: int = option(0, "softmax over the batch's ids and N others (0: all)", low=0)
     eval_interval: int = changeable(200, "steps between evaluations", low=1)
     eval_batches: int = changeable(50, "validation batches of an evaluation (0: all)", low=0)
     log_interval: int = changeable(10, "steps between rows of metrics.csv", low=1)
@@ -1495,7 +1497,7 @@ class PresetConfig(Settings):
 
     preset: str = option("tiny-8g", "sizes that fit a machine", choices=tuple(PRESETS))
     recipe: str = option(
-        "classic", "classic: the preset as is; fast: the quickest measured",
+        "classic", "classic: the preset; fast: the quickest measured",
         choices=("classic", "fast"),
     )  # fmt: skip
     arch: str = option("gpt2", "gpt2, or modern (Qwen3's architecture)", choices=tuple(ARCHS))
@@ -1525,7 +1527,7 @@ class RuntimeConfig(Settings):
     seed: int = option(1337, "for initialisation, order, dropout and sampling", low=0, high=2**32)
     device: str = changeable("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "for matmuls (float32 trains in TF32 on CUDA)", choices=DTYPES)
-    threads: int = changeable(0, "CPU threads (0: measured at the start)", low=0, high=1024)
+    threads: int = changeable(0, "CPU threads (0: measured, or all)", low=0, high=1024)
     vram_limit_gb: float = changeable(0.0, "cap on CUDA memory (0: none)", low=0.0, high=1e4)
     deterministic: bool = option(False, "same command, same bits on CUDA too (always on a CPU)")
     config: str = session_only("", "settings from a json, toml or yaml file")
@@ -2440,7 +2442,7 @@ def loss_and_gradient(model: GPT, batch: Batch, rt: Runtime) -> tuple[float, Ten
 class TokenizerConfig(Settings):
     """Tokenizer. Commands that take a checkpoint use the tokenizer inside it."""
 
-    tokenizer: str = option("byte", "byte, bpe (trained here), a file or folder, or gpt2 (Hub)")
+    tokenizer: str = option("byte", "byte, bpe (trained here), a file, folder or Hub name")
     vocab_size: int = option(8192, "size of a trained BPE vocabulary", low=260, high=2**20)
     min_frequency: int = option(2, "a BPE merge needs this many occurrences", low=1)
     special_tokens: str = option(
@@ -6980,10 +6982,10 @@ COMMANDS = {  # name: its settings, its function
 ALONE = {"sample", "prepare", "export"}  # under torchrun, only the first process runs these
 # The flags that a command's -h shows: what a new user needs.
 FIRST_FLAGS = """
-    data_dir ckpt preset recipe tokenizer vocab_size minutes epochs max_steps batch_size lr block_size
-    n_layer n_head n_embd method loss_on objective split max_batches prompt input template stop
+    data_dir ckpt preset recipe arch tokenizer vocab_size minutes epochs max_steps batch_size lr
+    block_size n_layer n_head n_embd method loss_on objective reward split max_batches prompt input template stop
     max_new_tokens temperature top_k top_p num_samples download hf_dataset preview gguf gguf_type
-    adapter vs json threads out_dir resume config"""
+    adapter vs json threads out_dir resume overwrite config"""
 # Settings that name a file or folder.
 PATHS = {"data_dir", "processed_dir", "out_dir", "config", "ckpt", "init_from", "json", "gguf",
          "hf_dataset", "tokenizer", "base_model", "check_model", "reward"}  # fmt: skip
