@@ -965,9 +965,7 @@ class OptimConfig(Settings):
     warmup_steps: int = option(100, "steps of linear warm-up (at most a tenth of all)", low=0)
     decay_fraction: float = option(0.5, "wsd: the rate falls for this share", low=0.0, high=1.0)
     min_lr_ratio: float = option(0.1, "final learning rate, as a share of lr", low=0.0, high=1.0)
-    compile: str = changeable(
-        "auto", "torch.compile (auto: on CUDA)", choices=("auto", "on", "off")
-    )
+    compile: str = changeable("auto", "torch.compile (auto: CUDA)", choices=("auto", "on", "off"))
     grad_checkpointing: bool = changeable(False, "recompute activations to save memory")
     fsdp: bool = changeable(False, "shard parameters over processes instead of copying them")
     self_test: bool = session_only(True, "compare the device with the CPU before the first step")
