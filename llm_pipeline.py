@@ -6983,7 +6983,7 @@ FIRST_FLAGS = """
     data_dir ckpt preset recipe arch tokenizer vocab_size minutes epochs max_steps batch_size lr
     block_size n_layer n_head n_embd method loss_on objective reward split max_batches prompt input template stop
     max_new_tokens temperature top_k top_p num_samples download hf_dataset preview gguf gguf_type
-    adapter vs json threads out_dir resume overwrite config"""
+    adapter vs json threads out_dir resume config"""
 # Settings that name a file or folder.
 PATHS = {"data_dir", "processed_dir", "out_dir", "config", "ckpt", "init_from", "json", "gguf",
          "hf_dataset", "tokenizer", "base_model", "check_model", "reward"}  # fmt: skip
