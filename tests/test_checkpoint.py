@@ -246,6 +246,7 @@ def test_a_signal_while_the_base_is_evaluated(corpus, tiny_checkpoint, tmp_path,
     flags = [*corpus, *CPU, *words("--batch_size 4 --max_steps 2 --report_samples 0")]
     command = ["finetune", *flags, "--ckpt", tiny_checkpoint, "--out_dir", tmp_path]
     assert run(*command).code == 143
+    assert stored(tmp_path / "last_finetune.pth")["progress"]["step"] == 0
     run(*command, "--resume").ok()
 
 
