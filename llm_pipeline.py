@@ -1282,46 +1282,45 @@ def assess(run: Run, loss: float) -> None:
 
 
 def fit(run: Run) -> str:
-    """The loop of train and finetune. Returns why it ended: done, early, stopped, signal."""
+    """The loop of train and finetune. Returns why it ended: done, early, stopped, signal.
+
+    Raises Interrupted when a signal comes in a step or an evaluation; `run_fit` (section 15) saves.
+    """
     config, p = run.config, run.progress
     first, saved = p.step, -1  # where this session began; the step last saved
     loss = math.nan  # of the last step; none has been taken yet
     steps_per_epoch = len(run.train)
     batches = steps(run.train, p.step)
-    try:
-        while True:
-            # --- before the step: evaluate and save; the model stays as it is ---
-            last = p.step == p.total
-            # With many short epochs, the interval alone decides.
-            epoch_ends = p.step % steps_per_epoch == 0 and p.total <= 50 * steps_per_epoch
-            look = p.step % config.eval_interval == 0 or epoch_ends or last
-            if look and p.step > p.evaluated:
-                assess(run, loss)
-            signalled = any(run.rt.sum(bool(run.stop)))  # all stop together
-            reasons = {
-                "done": last,
-                "early": 0 < config.patience <= p.misses,
-                "signal": signalled,
-                "stopped": 0 < config.stop_after <= p.step - first,
-            }
-            ended = next((reason for reason, holds in reasons.items() if holds), "")
-            due = p.step > first and p.step % config.save_interval == 0
-            if (ended or due) and p.step != saved:
-                run.save("last")
-                saved = p.step
-            if ended:
-                return ended
-            # --- the step ---
-            clock = time.perf_counter()
-            batch = next(batches).to(run.rt.device)
-            loss, norm, stats = train_step(run, batch)
-            p.step += 1
-            seconds = time.perf_counter() - clock
-            run.recorder.step(batch, loss, norm, stats, seconds)
-            run.after_step(seconds)
-    except Interrupted:
-        run.save("last")
-        return "signal"
+    while True:
+        # --- before the step: evaluate and save; the model stays as it is ---
+        last = p.step == p.total
+        # With many short epochs, the interval alone decides.
+        epoch_ends = p.step % steps_per_epoch == 0 and p.total <= 50 * steps_per_epoch
+        look = p.step % config.eval_interval == 0 or epoch_ends or last
+        if look and p.step > p.evaluated:
+            assess(run, loss)
+        signalled = any(run.rt.sum(bool(run.stop)))  # all stop together
+        reasons = {
+            "done": last,
+            "early": 0 < config.patience <= p.misses,
+            "signal": signalled,
+            "stopped": 0 < config.stop_after <= p.step - first,
+        }
+        ended = next((reason for reason, holds in reasons.items() if holds), "")
+        due = p.step > first and p.step % config.save_interval == 0
+        if (ended or due) and p.step != saved:
+            run.save("last")
+            saved = p.step
+        if ended:
+            return ended
+        # --- the step ---
+        clock = time.perf_counter()
+        batch = next(batches).to(run.rt.device)
+        loss, norm, stats = train_step(run, batch)
+        p.step += 1
+        seconds = time.perf_counter() - clock
+        run.recorder.step(batch, loss, norm, stats, seconds)
+        run.after_step(seconds)
 
 
 # ====================================================================================
@@ -5680,7 +5679,7 @@ def run_fit(run: Run, folder: RunFolder, before: dict | None = None) -> str:
                 p.base_loss, stats = estimate_loss(run, run.val)
                 run.recorder.validation(p.base_loss, stats)
             ended = fit(run)
-        except Interrupted:  # while the base was evaluated
+        except Interrupted:  # in a step or an evaluation
             run.save("last")
             ended = "signal"
         except Diverged as error:
